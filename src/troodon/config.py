@@ -1,0 +1,119 @@
+"""Configuration: frozen dataclasses in and out of command lines and YAML, strictly.
+
+A config is data. A recipe builds it, the command line or a file changes it, it is resolved once and
+recorded whole. There is one parser: a YAML file is turned into the command line that says the same, so an
+unknown key or a wrong type is the same error, with the same nearest right name, wherever it was written.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+C = TypeVar("C")
+
+
+class UsageError(ValueError):
+    """A mistake the user can put right. Its message is one line: the value, what is wrong, the nearest fix."""
+
+
+def nearest(kind: str, name: object, known: Iterable[str]) -> UsageError:
+    """The error for a name that is not among the `known` ones."""
+    known = sorted(known)
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return UsageError(f"unknown {kind} {str(name)!r}: {hint}it is one of {', '.join(known) or '(none)'}")
+
+
+def parse(target: Any, arguments: list[str], *, prog: str, default: Any = None, description: str | None = None) -> Any:
+    """Read command-line `arguments` into `target`, a dataclass or a function, which is then built or called.
+
+    Raises UsageError, in one line, for anything that does not fit; `--help` prints and raises SystemExit(0).
+    """
+    import tyro
+
+    options = {} if default is None else {"default": default}
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(target, args=arguments, prog=prog, description=description, **options)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UsageError(_one_line(said.getvalue())) from None
+
+
+def to_dict(config: Any) -> dict:
+    """Plain dictionaries, lists, numbers and strings, as YAML and JSON write them."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(default: C, changes: dict, *, source: str) -> C:
+    """`default` with the (nested) `changes` applied; `source` names where they come from in errors."""
+    try:
+        return parse(type(default), _arguments(changes), prog=source, default=default)
+    except UsageError as error:
+        raise UsageError(f"{source}: {error}") from None
+
+
+def from_yaml(default: C, path: Path) -> C:
+    import yaml
+
+    try:
+        changes = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(changes, dict):
+        raise UsageError(f"{path}: expected settings, as 'key: value' lines")
+    return from_dict(default, changes, source=str(path))
+
+
+def to_yaml(config: Any) -> str:
+    import yaml
+
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """`a.b: 1 -> 2` for every setting in which two recorded configs differ."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a} -> {b}")
+    return lines
+
+
+def fingerprint(*things: Any) -> str:
+    """Twelve hex digits that name these configs, dictionaries, strings or numbers and no others."""
+    plain = [to_dict(t) if dataclasses.is_dataclass(t) else t for t in things]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _arguments(changes: dict, prefix: str = "--") -> list[str]:
+    words = []
+    for key, value in changes.items():
+        flag = f"{prefix}{str(key).replace('_', '-')}"
+        if isinstance(value, dict):
+            words += _arguments(value, f"{flag}.")
+        elif isinstance(value, bool):
+            head, dot, leaf = flag[2:].rpartition(".")
+            words.append(flag if value else f"--{head}{dot}no-{leaf}")
+        else:
+            words += [flag, *(str(v) for v in (value if isinstance(value, list) else [value]))]
+    return words
+
+
+def _one_line(box: str) -> str:
+    """The words inside the box that tyro draws around an error, without the pointer to --help."""
+    rows = [row.strip(" │╭╮╰╯─") for row in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]]
+    text = " ".join(row for row in rows if row)
+    return re.split(r" ?(?:For full helptext|Argument helptext)", text)[0].strip()

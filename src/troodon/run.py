@@ -1,0 +1,131 @@
+"""Folders of artifacts: absent or complete, and saying of themselves what they are.
+
+    manifest.json    kind, fingerprint of what made it, settings; written last, so it also means "finished"
+
+Everything is written under another name, flushed to the disk, and renamed.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from troodon.config import UsageError, differences
+
+MANIFEST = "manifest.json"
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `path` so that whoever reads it sees all of it or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+@contextlib.contextmanager
+def publish(folder: Path, kind: str, fingerprint: str, settings: dict) -> Iterator[Path]:
+    """A folder to fill; under its final name, with its manifest, only once the block has ended well."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    write_json(partial / MANIFEST, {"kind": kind, "fingerprint": fingerprint, "settings": settings})
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+
+
+def manifest(folder: Path) -> dict | None:
+    """What a finished artifact says of itself; None for anything else."""
+    try:
+        return read_json(folder / MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def is_done(folder: Path, kind: str, fingerprint: str, settings: dict) -> bool:
+    """Whether `folder` already holds this artifact. UsageError, with the differences, if it holds another one."""
+    found = manifest(folder)
+    if found is None:
+        if folder.is_dir() and any(folder.iterdir()) and not folder.with_name(f"{folder.name}.partial").exists():
+            raise UsageError(f"{folder}: is not empty and not {article(kind)}; choose a new --out")
+        return False
+    if found["kind"] != kind:
+        raise UsageError(f"{folder}: already holds {article(found['kind'])}; choose a new --out for {article(kind)}")
+    if found["fingerprint"] != fingerprint:
+        what = "; ".join(differences(found["settings"], settings)) or "the images or the backbone it was made from"
+        raise UsageError(f"{folder}: was made with other settings ({what}); choose a new --out, or remove it")
+    return True
+
+
+def article(kind: str) -> str:
+    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
+
+
+def environment() -> dict:
+    """The versions and the machine that a result depends on."""
+    from importlib import metadata
+
+    def version(name: str) -> str | None:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    return {
+        "troodon": version("troodon"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "packages": {n: version(n) for n in ("torch", "numpy", "pillow", "simplejpeg", "pyarrow", "scipy")},
+    }
+
+
+class Metrics:
+    """metrics.jsonl: one line per record, appended and flushed; the truth about a run."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def append(self, record: dict) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def read(self) -> list[dict]:
+        """All whole records; a last line cut short by a kill is left out."""
+        if not self.path.exists():
+            return []
+        records = []
+        for line in self.path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+        return records
+
+    def rewind(self, step: int) -> None:
+        """Forget records of steps from `step` on: a resumed run writes them again."""
+        kept = [json.dumps(r) for r in self.read() if r.get("step", -1) < step]
+        write_bytes(self.path, "".join(f"{line}\n" for line in kept).encode())
+
+
+def say(message: str = "") -> None:
+    """One line of progress, on standard error."""
+    print(message, file=sys.stderr, flush=True)
