@@ -122,6 +122,8 @@ class Metrics:
 
     def rewind(self, step: int) -> None:
         """Forget records of steps from `step` on: a resumed run writes them again."""
+        if not self.path.exists():
+            return
         kept = [json.dumps(r) for r in self.read() if r.get("step", -1) < step]
         write_bytes(self.path, "".join(f"{line}\n" for line in kept).encode())
 

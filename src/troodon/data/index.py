@@ -76,6 +76,9 @@ class Index:
     def concat(parts: Sequence["Index"]) -> "Index":
         return Index(pa.concat_tables([p.table.select(SCHEMA.names) for p in parts]).combine_chunks())
 
+    def __reduce__(self) -> tuple:
+        return Index, (self.table,)  # open files and locks do not travel to other processes
+
     def _open(self, container: str) -> int:
         with self._lock:
             if container not in self._files:

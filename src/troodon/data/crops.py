@@ -1,0 +1,110 @@
+"""Multi-crop geometry on the CPU: which boxes of an image the network sees, resampled (sections 3.2 and 5.1 of
+https://arxiv.org/abs/2006.09882).
+
+Everything is a pure function of the image, the settings and a random generator, so threads may share it. Pixels
+stay uint8, channels last until the very end: that is the layout in which torch resamples fastest.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from troodon.config import UsageError
+from troodon.data.config import CropsConfig
+
+# Shape suffixes: G the two global crops, V local crops, C colours, H and W pixels.
+# A box is (top, left, height, width) in whole pixels of the image.
+
+Box = tuple[int, int, int, int]
+TRIES = 10  # boxes to draw before the central one is taken
+NUMBERS = 2 * TRIES + 3  # random numbers of one crop: area and aspect of every try, two of position, one of flip
+WIDEST = 4  # sides of an image whose long ends are cut before an evaluation view is resized; see center_view
+WORD = 2**64 - 1
+
+
+def generator(seed: int, image: int, visit: int) -> np.random.Generator:
+    """The random numbers of one visit to one image; no two (seed, image, visit) share any.
+
+    A counter-based generator with these three as its key and counter: about ten microseconds, no state to save.
+    What belongs to no image may take image -1. Integers are taken modulo 2^64.
+    """
+    key = np.array([seed & WORD, image & WORD], np.uint64)
+    counter = np.array([0, 0, visit & WORD, 0], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def multi_crop(image_HWC: np.ndarray, config: CropsConfig, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Two global and `config.locals` local crops of one uint8 image of any size from 1x1 up.
+
+    Returns uint8 (2, C, global_px, global_px) and (V, C, local_px, local_px), contiguous. Global crops come first
+    in the stream of random numbers and every crop takes as many, so the number of local crops changes no other crop.
+    """
+    numbers = random.random((2 + config.locals, NUMBERS)).tolist()
+    globals_GCHW = _crops(image_HWC, numbers[:2], config.global_scale, config.global_px, config)
+    locals_VCHW = _crops(image_HWC, numbers[2:], config.local_scale, config.local_px, config)
+    return globals_GCHW, locals_VCHW
+
+
+def center_view(image_HWC: np.ndarray, resize: int, px: int) -> Tensor:
+    """The evaluation view of one uint8 image: shorter side resized to `resize` pixels, central square of `px`.
+
+    Returns uint8 (C, px, px). Of images longer than four times their width only the middle is resized: the view
+    shows no more than that, and a 1 x 10,000 image would otherwise become 650 million pixels at 256.
+    UsageError if the square does not fit.
+    """
+    if not 1 <= px <= resize:
+        raise UsageError(f"a central crop of {px} pixels: it must lie within 1 and the shorter side, {resize}")
+    height, width = image_HWC.shape[:2]
+    shorter = min(height, width)
+    top, left = (max(0, side - WIDEST * shorter) // 2 for side in (height, width))
+    image_HWC = image_HWC[top : height - top, left : width - left]
+    height, width = (resize * side // shorter for side in image_HWC.shape[:2])
+    resized_HWC = _resized(image_HWC, height, width)
+    top, left = round((height - px) / 2), round((width - px) / 2)
+    view_HWC = resized_HWC[top : top + px, left : left + px]
+    return torch.from_numpy(np.ascontiguousarray(view_HWC.transpose(2, 0, 1)))
+
+
+def random_box(height: int, width: int, scale: tuple[float, float], aspect: tuple[float, float], u: list[float]) -> Box:
+    """A box whose share of the area is uniform in `scale` and whose aspect is log-uniform in `aspect`.
+
+    `u` holds NUMBERS uniform random numbers. If no try fits into the image, the largest central box whose aspect
+    (width over height) lies in the range.
+    """
+    low, high = math.log(aspect[0]), math.log(aspect[1])
+    for area, shape in zip(u[0 : 2 * TRIES : 2], u[1 : 2 * TRIES : 2]):
+        pixels = height * width * (scale[0] + (scale[1] - scale[0]) * area)
+        ratio = math.exp(low + (high - low) * shape)
+        h, w = round(math.sqrt(pixels / ratio)), round(math.sqrt(pixels * ratio))
+        if 0 < h <= height and 0 < w <= width:
+            return int(u[-3] * (height - h + 1)), int(u[-2] * (width - w + 1)), h, w
+    h = min(height, max(1, round(width / aspect[0])))
+    w = min(width, max(1, round(height * aspect[1])))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _crops(
+    image_HWC: np.ndarray, numbers: list[list[float]], scale: tuple[float, float], px: int, config: CropsConfig
+) -> Tensor:
+    crops_VCHW = np.empty((len(numbers), image_HWC.shape[2], px, px), np.uint8)
+    height, width = image_HWC.shape[:2]
+    for crop_CHW, u in zip(crops_VCHW, numbers):
+        top, left, h, w = random_box(height, width, scale, config.aspect, u)
+        crop_HWC = _resized(image_HWC[top : top + h, left : left + w], px, px)
+        if u[-1] < config.flip:
+            crop_HWC = crop_HWC[:, ::-1]
+        np.copyto(crop_CHW, crop_HWC.transpose(2, 0, 1))  # the flip costs nothing here
+    return torch.from_numpy(crops_VCHW)
+
+
+def _resized(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Bicubic with antialiasing, as Pillow does it, in uint8 throughout."""
+    assert image_HWC.dtype == np.uint8, image_HWC.dtype
+    # A dense copy of the box first, and the leading axis before the others change places: torch then knows the
+    # strides for channels last. Otherwise it unpacks the pixels, a fifth slower, and refuses some arrays.
+    box_1HWC = torch.from_numpy(np.array(image_HWC, order="C"))[None]
+    resized_1CHW = F.interpolate(box_1HWC.permute(0, 3, 1, 2), (height, width), mode="bicubic", antialias=True)
+    return resized_1CHW[0].permute(1, 2, 0).numpy()

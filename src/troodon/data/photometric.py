@@ -1,0 +1,175 @@
+"""Colour, blur, solarisation and normalisation of crops: drawn per image on the CPU, applied to whole batches on
+the training device (appendix B of https://arxiv.org/abs/2104.14294, as the released DINOv2 models had it).
+
+`draw` says what happens to each crop, in eight numbers; `apply` does it and draws nothing. What a crop is spared
+is neither computed nor felt: neutral numbers leave its pixels untouched to the last bit.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from troodon.data.config import PhotometricConfig
+
+# Shape suffixes: N crops, P parameters of a crop, C colours (red, green, blue), H and W pixels,
+#                 n the crops of a batch that one operation concerns, K taps of the blur.
+# Pixels are float32 in [0, 1], and are brought back into it after every operation that can leave it.
+
+FIRST, SECOND, LOCAL = 0, 1, 2  # the roles of a crop, in the order of PhotometricConfig.blur
+
+# The columns of the parameters. The first five are the jitter; ORDER is a row of ORDERS.
+BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GREY, SIGMA, SOLARISE = range(8)
+NEUTRAL = (1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+ORDERS = np.array(list(itertools.permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE))))
+
+TAPS = 9  # of the blur, in pixels
+LUMA = (0.299, 0.587, 0.114)  # grey of red, green, blue (ITU-R BT.601), as in Pillow's "L"
+AT_ONCE = 1 << 17  # pixels that one operation takes at a time on a CPU, to stay in its cache: a third faster
+
+
+def draw(config: PhotometricConfig, views: Sequence[int], random: np.random.Generator) -> np.ndarray:
+    """What is done to each crop of one image: float32 (views, 8), columns as named above.
+
+    `views` are the roles of the crops, for example `(FIRST, SECOND) + (LOCAL,) * 8`. Every crop takes as many random
+    numbers, so those after it change nothing for it. What does not happen to a crop is NEUTRAL there, exactly.
+    """
+    probability_RP, low_P, high_P = _settings(config)
+    gate_NP, u_NP = np.moveaxis(random.random((len(views), 2, len(NEUTRAL))), 1, 0)
+    gate_NP[:, :GREY] = gate_NP[:, :1]  # the jitter happens as a whole
+    value_NP = low_P + (high_P - low_P) * u_NP
+    value_NP[:, ORDER] = np.floor(value_NP[:, ORDER])
+    return np.where(gate_NP < probability_RP[list(views)], value_NP, NEUTRAL).astype(np.float32)
+
+
+@functools.lru_cache
+def _settings(config: PhotometricConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For every column: the probability that it happens, by role, and the range of its value if it does."""
+    strength = (config.brightness, config.contrast, config.saturation)
+    ranges = [(max(0.0, 1.0 - s), 1.0 + s) for s in strength]
+    ranges += [(-config.hue, config.hue), (0, len(ORDERS)), (1, 1), config.blur_sigma, (1, 1)]
+    probability = [
+        (*(config.jitter,) * 5, config.grey, blur, config.solarise if role == SECOND else 0.0)
+        for role, blur in enumerate(config.blur)
+    ]
+    return np.array(probability), *np.array(ranges, dtype=np.float64).T
+
+
+def apply(crops_NCHW: Tensor, parameters_NP: np.ndarray | Tensor, config: PhotometricConfig) -> Tensor:
+    """The crops as the network sees them: float32 (N, 3, H, W), jittered, greyed, blurred, solarised, normalised.
+
+    `crops_NCHW` is uint8 on the training device. `parameters_NP` stays in host memory: it decides which crops each
+    operation concerns, and a device would have to be waited for. Deterministic.
+    """
+    parameters_NP = np.asarray(parameters_NP, dtype=np.float32)
+    assert crops_NCHW.dtype == torch.uint8, crops_NCHW.dtype
+    assert parameters_NP.shape == (len(crops_NCHW), len(NEUTRAL)), parameters_NP.shape
+    x_NCHW = crops_NCHW.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    at_once = max(1, AT_ONCE // math.prod(x_NCHW.shape[2:])) if x_NCHW.device.type == "cpu" else len(x_NCHW)
+    for operation, rows, values in _sent(_plan(parameters_NP), x_NCHW.device):
+        for rows_n, values_n in zip(rows.split(at_once), values.split(at_once)):
+            part_nCHW = operation(x_NCHW.index_select(0, rows_n), values_n[:, None, None, None])
+            x_NCHW.index_copy_(0, rows_n, part_nCHW)
+    for c, (mean, std) in enumerate(zip(config.mean, config.std)):
+        x_NCHW[:, c].sub_(mean).div_(std)
+    return x_NCHW
+
+
+Operation = Callable[[Tensor, Tensor], Tensor]  # (n, C, H, W), which it may overwrite, and (n, 1, 1, 1)
+
+
+def _plan(parameters_NP: np.ndarray) -> list[tuple[Operation, np.ndarray, np.ndarray]]:
+    """The operations in the order they are applied, each with the crops it concerns and their parameters."""
+    jitter = {BRIGHTNESS: _brightness, CONTRAST: _contrast, SATURATION: _saturation, HUE: _hue}
+    order_N4 = ORDERS[parameters_NP[:, ORDER].astype(np.int64)]
+    steps = [
+        (column, operation, order_N4[:, turn] == column) for turn in range(4) for column, operation in jitter.items()
+    ]
+    steps += [(GREY, _grey, True), (SIGMA, _blur, True), (SOLARISE, _solarise, True)]
+    work: list[tuple[Operation, np.ndarray, np.ndarray]] = []
+    for column, operation, due in steps:
+        rows = np.flatnonzero(due & (parameters_NP[:, column] != NEUTRAL[column]))
+        if len(rows):
+            work.append((operation, rows, parameters_NP[rows, column]))
+    return work
+
+
+def _sent(
+    work: list[tuple[Operation, np.ndarray, np.ndarray]], device: torch.device
+) -> list[tuple[Operation, Tensor, Tensor]]:
+    """The plan with its arrays on the device: in two transfers, which wait for nothing that the device is doing."""
+    if not work:
+        return []
+    operations, *arrays = zip(*work)
+    tensors = [torch.from_numpy(np.concatenate(parts)) for parts in arrays]
+    if device.type == "cuda":
+        tensors = [tensor.pin_memory() for tensor in tensors]
+    sizes = [len(rows) for rows in arrays[0]]
+    return list(zip(operations, *(tensor.to(device, non_blocking=True).split(sizes) for tensor in tensors)))
+
+
+def _brightness(x_nCHW: Tensor, factor: Tensor) -> Tensor:
+    return x_nCHW.mul_(factor).clamp_(0, 1)
+
+
+def _contrast(x_nCHW: Tensor, factor: Tensor) -> Tensor:
+    mean_nC11 = x_nCHW.mean((2, 3), keepdim=True)
+    return x_nCHW.mul_(factor).add_((1 - factor) * _luma(mean_nC11)).clamp_(0, 1)
+
+
+def _saturation(x_nCHW: Tensor, factor: Tensor) -> Tensor:
+    away = _luma(x_nCHW).mul_(1 - factor)
+    return x_nCHW.mul_(factor).add_(away).clamp_(0, 1)
+
+
+def _hue(x_nCHW: Tensor, turns: Tensor) -> Tensor:
+    """Hue shifted by some of a turn in HSV, value and chroma kept.
+
+    In sixths of a turn the hue lies 1 + (g + b - r - least) / chroma from red, towards green where g > b: one
+    formula for all six sectors, several times faster than choosing among them.
+    """
+    r, g, b = x_nCHW.unbind(1)
+    chroma, least = torch.maximum(r, g), torch.minimum(r, g)
+    torch.minimum(least, b, out=least)
+    torch.maximum(chroma, b, out=chroma).sub_(least)
+    hue = (g + b).sub_(r).sub_(least).div_(chroma.clamp(min=1e-12)).add_(1)  # of a grey, anything: its chroma is 0
+    hue.copysign_(g - b).add_(6 * turns[:, 0])
+    hue.sub_(torch.floor(hue / 6), alpha=6)  # now in [0, 6]
+    for c, (middle, slope, offset) in enumerate(((3, 1, -1), (2, -1, 2), (4, -1, 2))):
+        share = (hue - middle).abs_().mul_(slope).add_(offset).clamp_(0, 1)
+        torch.addcmul(least, chroma, share, out=x_nCHW[:, c])
+    return x_nCHW
+
+
+def _grey(x_nCHW: Tensor, _: Tensor) -> Tensor:
+    return _luma(x_nCHW).expand_as(x_nCHW)
+
+
+def _blur(x_nCHW: Tensor, sigma: Tensor) -> Tensor:
+    """A Gaussian of TAPS x TAPS pixels, mirrored at the border; one axis, then the other, as sums of shifted crops."""
+    reach = TAPS // 2
+    tap_K = torch.arange(-reach, reach + 1, device=sigma.device)
+    weight_nK = torch.exp(-0.5 * (tap_K / sigma.flatten()[:, None]) ** 2)
+    weight_Kn111 = (weight_nK / weight_nK.sum(1, keepdim=True)).T[..., None, None, None]
+    for axis, padding in ((2, (0, 0, reach, reach)), (3, (reach, reach, 0, 0))):
+        side, padded = x_nCHW.shape[axis], F.pad(x_nCHW, padding, mode="reflect")
+        x_nCHW.mul_(weight_Kn111[reach])
+        for k in range(reach):  # both taps at one distance share their weight
+            pair = padded.narrow(axis, k, side) + padded.narrow(axis, TAPS - 1 - k, side)
+            x_nCHW.addcmul_(pair, weight_Kn111[k])
+    return x_nCHW
+
+
+def _solarise(x_nCHW: Tensor, _: Tensor) -> Tensor:
+    """What is brighter than half, inverted: of 8-bit pixels, 128 and above."""
+    return torch.minimum(x_nCHW, 1 - x_nCHW)
+
+
+def _luma(x_nCHW: Tensor) -> Tensor:
+    r, g, b = x_nCHW.split(1, 1)
+    return (r * LUMA[0]).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2])

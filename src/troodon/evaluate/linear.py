@@ -1,0 +1,163 @@
+"""Linear classifiers on frozen features: every setting trained at once, in closed form (paper, appendix B.3).
+
+A classifier is a slice of the features (which blocks, with or without the mean patch token) and a learning rate.
+Classifiers with the same slice are one wide matrix: a step is two matrix products for each slice, and the
+gradient of softmax regression is short enough to write down.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from troodon.evaluate.config import LinearConfig
+from troodon.evaluate.features import FrozenFeatures
+from troodon.evaluate.split import stratified
+
+# Shape suffixes: N training images, M validation images, B images of a step, F channels of all features joined,
+#                 S channels of a slice, L blocks, D channels of a token, R learning rates, H classifiers, C classes.
+
+MOMENTUM = 0.9
+INITIAL = 0.01  # standard deviation of the initial weights
+CHUNK = 4096  # images classified at a time
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The channels [first, last) of the joined features, and what they are."""
+
+    blocks: int
+    pooling: str
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What the H classifiers of one seed say. `settings` are (blocks, pooling, learning rate), in order."""
+
+    settings: list[tuple[int, str, float]]
+    held_out_H: Tensor  # accuracy on the held-out training images, trained without them
+    predicted_HM: Tensor  # on the validation images, trained on all training images
+    chosen: int  # best on the held-out images
+    chosen_on: str
+    steps: int
+    batch: int
+
+
+def probe(
+    train: FrozenFeatures, labels_N: np.ndarray, val: FrozenFeatures, classes: int, config: LinearConfig, seed: int
+) -> Probes:
+    """Train every classifier twice: without the held-out images, to choose one, and on all, to classify.
+
+    `labels_N` are in [0, classes). A function of its arguments only. Where no class has two images, the choice is
+    made on the training images themselves and `chosen_on` says so.
+    """
+    slices = list_slices(train, config)
+    x_NF, x_MF = join(train), join(val)
+    if config.scale == "standardise":
+        x_NF, x_MF = standardise(x_NF, x_MF)
+    labels = torch.from_numpy(labels_N).long()
+    held_N = torch.from_numpy(stratified(labels_N, config.held_out, seed))
+    chosen_on = "held-out training images" if held_N.any() else "the training images (too few to hold any out)"
+
+    kept_N = ~held_N
+    judged_N = held_N if held_N.any() else kept_N
+    model, _, _ = fit(x_NF[kept_N], labels[kept_N], slices, classes, config, seed)
+    held_out_H, loss_H = judge(x_NF[judged_N], labels[judged_N], slices, model, config)
+    model, steps, batch = fit(x_NF, labels, slices, classes, config, seed)
+    best = held_out_H == held_out_H.max()  # many classifiers tie on few images: then the surest of them
+    return Probes(
+        settings=[(s.blocks, s.pooling, rate) for s in slices for rate in config.rates],
+        held_out_H=held_out_H,
+        predicted_HM=torch.cat([h.argmax(-1) for h in logits(x_MF, slices, model, config)], dim=1),
+        chosen=int(torch.where(best, loss_H, math.inf).argmin()),
+        chosen_on=chosen_on,
+        steps=steps,
+        batch=batch,
+    )
+
+
+def list_slices(features: FrozenFeatures, config: LinearConfig) -> list[Slice]:
+    """The slices that these features have: no more blocks than there are, and a mean only of patches."""
+    _, L, D = features.cls_NLD.shape
+    width = features.mean_NLD.shape[-1]
+    blocks = sorted({min(b, L) for b in config.blocks})
+    pooling = [p for p in config.pooling if p == "cls" or width] or ["cls"]
+    return [Slice(b, p, (L - b) * D, L * D + (width if p == "cls+mean" else 0)) for b in blocks for p in pooling]
+
+
+def join(features: FrozenFeatures) -> Tensor:
+    """Class tokens oldest first, then the mean patch of the last block, so that every slice is in one piece."""
+    cls_NF = torch.from_numpy(features.cls_NLD).float().flatten(1)
+    return torch.cat([cls_NF, torch.from_numpy(features.mean_NLD[:, -1]).float()], dim=1)
+
+
+def standardise(x_NF: Tensor, x_MF: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with the mean and the deviation of the first; a channel that is constant there becomes 0 in both."""
+    x_NF, mean_F = x_NF.double(), x_NF.double().mean(0)
+    deviation_F = (x_NF - mean_F).square().mean(0).sqrt()
+    # What is left of a constant channel is rounding: one part in ten million of its size.
+    factor_F = torch.where(deviation_F > 1e-7 * mean_F.abs(), 1 / deviation_F.clamp_min(1e-300), 0.0)
+    return ((x_NF - mean_F) * factor_F).float(), ((x_MF.double() - mean_F) * factor_F).float()
+
+
+def fit(
+    x_NF: Tensor, labels_N: Tensor, slices: list[Slice], classes: int, config: LinearConfig, seed: int
+) -> tuple[list[tuple[Tensor, Tensor]], int, int]:
+    """Weights (S, R * C) and biases (R * C,) for each slice, the steps taken and the images of each.
+
+    SGD with momentum, no weight decay, learning rates on a cosine from rate * batch / 256 to 0.
+    """
+    images, rates = len(x_NF), len(config.rates)
+    batch = min(config.batch, images)
+    steps = min(max(config.epochs * images // batch, config.least_steps), config.most_steps)
+    random = torch.Generator().manual_seed(seed)
+    model = [(INITIAL * torch.randn(s.last - s.first, rates * classes, generator=random)) for s in slices]
+    model = [(w_SH, w_SH.new_zeros(rates * classes)) for w_SH in model]
+    # Momentum is linear in the gradient, so each classifier's own rate can go in before it, and the cosine after.
+    momentum = [(torch.zeros_like(w), torch.zeros_like(b)) for w, b in model]
+    rate_R1 = torch.tensor(config.rates)[:, None] * (batch / 256)
+    epochs = -(-steps * batch // images)
+    order = torch.cat([torch.randperm(images, generator=random) for _ in range(epochs)])
+    for step in range(steps):
+        rows_B = order[step * batch : (step + 1) * batch]
+        x_BF, target_B1C = x_NF[rows_B], F.one_hot(labels_N[rows_B], classes).float()[:, None]
+        now = 0.5 * (1 + math.cos(math.pi * step / steps))
+        for s, (w, b), (mw, mb) in zip(slices, model, momentum, strict=True):
+            x_BS = x_BF[:, s.first : s.last]
+            p_BRC = torch.addmm(b, x_BS, w).unflatten(1, (rates, classes)).softmax(-1)
+            gradient_BH = ((p_BRC - target_B1C) * (rate_R1 / batch)).flatten(1)
+            torch.addmm(mw, x_BS.T, gradient_BH, beta=MOMENTUM, out=mw)
+            mb.mul_(MOMENTUM).add_(gradient_BH.sum(0))
+            w.sub_(mw, alpha=now)
+            b.sub_(mb, alpha=now)
+    return model, steps, batch
+
+
+def logits(x_NF: Tensor, slices: list[Slice], model: list, config: LinearConfig) -> list[Tensor]:
+    """Chunks of (H, images, C), classifiers in the order of slices, then rates; a diverged one says 0 everywhere."""
+    rates = len(config.rates)
+    return [
+        torch.cat(
+            [
+                torch.addmm(b, x[:, s.first : s.last], w).unflatten(1, (rates, -1)).transpose(0, 1).nan_to_num(0, 0, 0)
+                for s, (w, b) in zip(slices, model, strict=True)
+            ]
+        )
+        for x in x_NF.split(CHUNK)
+    ]
+
+
+def judge(
+    x_NF: Tensor, labels_N: Tensor, slices: list[Slice], model: list, config: LinearConfig
+) -> tuple[Tensor, Tensor]:
+    """Accuracy and cross-entropy of each classifier (H,)."""
+    right, loss = 0.0, 0.0
+    for z_HNC, labels in zip(logits(x_NF, slices, model, config), labels_N.split(CHUNK), strict=True):
+        right = right + (z_HNC.argmax(-1) == labels).float().sum(1)
+        loss = loss - z_HNC.log_softmax(-1)[:, torch.arange(len(labels)), labels].sum(1)
+    return right / len(x_NF), loss / len(x_NF)

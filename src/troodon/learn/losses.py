@@ -1,0 +1,84 @@
+"""The losses of DINOv2, as functions of tensors: no state, no config, no device, no logging.
+
+`Ranks` reduces a tensor over every rank that shares the batch. `ALONE` is the identity of one rank, which
+is what makes each of these testable in a plain process.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Shape suffixes: V student views, G teacher (global) views, B images, K prototypes,
+#                 M rows: masked patches or class tokens of the whole batch, D channels.
+
+
+class Ranks(NamedTuple):
+    """Sum and maximum of a tensor over all ranks."""
+
+    total: Callable[[Tensor], Tensor]
+    largest: Callable[[Tensor], Tensor]
+
+
+ALONE = Ranks(lambda x: x, lambda x: x)
+
+
+@torch.no_grad()
+def sinkhorn(logits_MK: Tensor, temperature: float, ranks: Ranks, rounds: int = 3) -> Tensor:
+    """Teacher targets with every prototype used equally (https://arxiv.org/abs/2006.09882, section 3.1).
+
+    Columns and rows of exp(logits / temperature) are normalised in turn. In the log domain, so that no
+    logit is too large. Ranks may hold different numbers of rows. Rows of the result sum to one.
+    """
+    log_q_MK = logits_MK.float() / temperature
+    for _ in range(rounds):
+        here_K = log_q_MK.logsumexp(0)
+        highest_K = ranks.largest(here_K)
+        column_K = highest_K + ranks.total((here_K - highest_K).exp()).log()
+        log_q_MK = (log_q_MK - column_K).log_softmax(1)
+    return log_q_MK.exp()
+
+
+@torch.no_grad()
+def centred(logits_MK: Tensor, temperature: float, centre_K: Tensor) -> Tensor:
+    """Teacher targets centred and sharpened (https://arxiv.org/abs/2104.14294, section 3.1)."""
+    return F.softmax((logits_MK.float() - centre_K) / temperature, dim=-1)
+
+
+def cross_entropy(logits_MK: Tensor, targets_MK: Tensor, temperature: float) -> Tensor:
+    """-sum_k target_k log softmax(logits / temperature)_k, one number per row."""
+    return -(targets_MK * F.log_softmax(logits_MK.float() / temperature, dim=-1)).sum(-1)
+
+
+def dino(student_VBK: Tensor, teacher_GBK: Tensor, temperature: float, *, same_views: bool) -> Tensor:
+    """Image-level loss: the mean over (student view, teacher view) pairs of the same image's cross-entropy.
+
+    When the students are the teacher's own views, a view is not asked to predict itself.
+    """
+    log_p_VBK = F.log_softmax(student_VBK.float() / temperature, dim=-1)
+    loss_VG = -torch.einsum("vbk,gbk->vg", log_p_VBK, teacher_GBK) / student_VBK.shape[1]
+    if same_views:
+        loss_VG = loss_VG.masked_fill(torch.eye(len(loss_VG), dtype=torch.bool, device=loss_VG.device), 0.0)
+        return loss_VG.sum() / (loss_VG.numel() - len(loss_VG))
+    return loss_VG.mean()
+
+
+def ibot(student_MK: Tensor, teacher_MK: Tensor, weight_M: Tensor, crops: int, temperature: float) -> Tensor:
+    """Patch-level loss on masked patches (https://arxiv.org/abs/2111.07832, section 3.1).
+
+    `weight_M` is one over the masked patches of each patch's crop; crops without a mask count as zero in `crops`.
+    """
+    return (cross_entropy(student_MK, teacher_MK, temperature) * weight_M).sum() / crops
+
+
+def koleo(features_BD: Tensor, eps: float = 1e-8) -> Tensor:
+    """Spread features: minus the log distance to the nearest neighbour (https://arxiv.org/abs/1806.03198).
+
+    Always in fp32: in fp16 both eps vanish and one duplicate image makes it infinite.
+    """
+    x_BD = F.normalize(features_BD.float(), dim=-1, eps=eps)
+    with torch.no_grad():
+        nearest_B = (x_BD @ x_BD.T).fill_diagonal_(-1.0).argmax(1)
+    return -torch.log(F.pairwise_distance(x_BD, x_BD[nearest_B], eps=eps) + eps).mean()

@@ -1,0 +1,59 @@
+"""Schedules: pure functions of the step, so that a resumed run needs nothing but its step. No torch here."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """From `start` linearly to `peak` over `warmup` steps, then to `end`: by a half cosine, or not at all."""
+
+    peak: float
+    end: float
+    warmup: int = 0
+    start: float = 0.0
+    shape: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up: a half cosine from peak to end, or peak for ever."""
+
+    def at(self, step: int, steps: int) -> float:
+        """The value at `step` of `steps`, counted from zero."""
+        if step < self.warmup:
+            return self.start + (self.peak - self.start) * step / self.warmup
+        if self.shape == "constant":
+            return self.peak
+        done = min(1.0, (step - self.warmup) / max(1, steps - self.warmup))
+        return self.end + (self.peak - self.end) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """The scheduled numbers of one step."""
+
+    lr: float
+    last_layer_lr: float
+    weight_decay: float
+    momentum: float
+    teacher_temperature: float
+
+
+@dataclass(frozen=True)
+class Schedules:
+    lr: Schedule = Schedule(peak=4e-3, end=1e-6, warmup=12_500)
+    """Learning rate of AdamW, before the factors of the parameter rules."""
+    weight_decay: Schedule = Schedule(peak=0.04, end=0.4)
+    momentum: Schedule = Schedule(peak=0.992, end=1.0)
+    """Share of the average that stays at each step."""
+    teacher_temperature: Schedule = Schedule(start=0.04, peak=0.07, end=0.07, warmup=37_500)
+    last_layer_frozen: int = 1_250
+    """Steps at the start in which the prototypes do not move."""
+
+    def at(self, step: int, steps: int) -> Knobs:
+        lr = self.lr.at(step, steps)
+        return Knobs(
+            lr=lr,
+            last_layer_lr=0.0 if step < self.last_layer_frozen else lr,
+            weight_decay=self.weight_decay.at(step, steps),
+            momentum=self.momentum.at(step, steps),
+            teacher_temperature=self.teacher_temperature.at(step, steps),
+        )

@@ -1,0 +1,255 @@
+"""A trained network as a folder: the one door between those that train and those that use.
+
+    model.safetensors   the weights, under the names of the released ones
+    backbone.json       the network's numbers and its preprocessing
+    manifest.json       kind and fingerprint
+
+`open_weights` also reads the released weights: the original .pth, or a Hugging Face folder.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from troodon.config import UsageError, fingerprint, to_dict
+from troodon.model.config import Preprocessing, ViTConfig
+from troodon.model.vit import ViT
+from troodon.run import manifest, publish, read_json, write_json
+
+# Shape suffixes: B images, C colours, H W pixels, D channels, R registers, h w rows and columns of patches.
+
+LONGEST = 4  # times the shorter side: the rest of a longer image is cut before resizing, and never shown anyway
+HEAD_CHANNELS = 64  # of every released model
+
+
+@dataclass(frozen=True)
+class Features:
+    """Frozen features of B images."""
+
+    cls: Tensor  # (B, D) class token after the last norm
+    patches: Tensor  # (B, h, w, D)
+    registers: Tensor  # (B, R, D)
+    blocks: list[tuple[Tensor, Tensor]]  # of the last blocks, oldest first: class token (B, D), mean patch (B, D)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A ViT that is used, not trained. `read` turns a path into pixels; whoever loads the backbone lends it."""
+
+    vit: ViT
+    preprocessing: Preprocessing
+    name: str
+    fingerprint: str
+    read: Callable[[str | Path], np.ndarray] | None = None
+
+    @property
+    def config(self) -> ViTConfig:
+        return self.vit.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.vit.cls_token.device
+
+    def to(self, device: str | torch.device) -> "Backbone":
+        return dataclasses.replace(self, vit=self.vit.to(device))
+
+    def prepare(self, images: Sequence[np.ndarray]) -> Tensor:
+        """uint8 (H, W, 3) arrays of any sizes -> (B, 3, crop, crop), resized, cropped and normalised."""
+        return torch.stack([_prepare(image, self.preprocessing) for image in images])
+
+    @torch.inference_mode()
+    def features(self, images: Tensor | Sequence[str | Path | np.ndarray], *, blocks: int = 1) -> Features:
+        """Features of images: paths, uint8 (H, W, 3) arrays, PIL images, or a prepared (B, 3, H, W) tensor.
+
+        A prepared tensor may have any height and width that patches divide. `blocks` is how many of the
+        last blocks to return class and mean patch tokens of.
+        """
+        if not isinstance(images, Tensor):
+            images = self.prepare([self._pixels(image) for image in images])
+        per_block = [tokens for (tokens,) in self.vit.last_blocks([images.to(self.device)], blocks)]
+        last, width = per_block[-1], images.shape[-1] // self.config.patch
+        return Features(
+            cls=last.cls_BD,
+            patches=last.patches_BPD.unflatten(1, (-1, width)),
+            registers=last.registers_BRD,
+            blocks=[(tokens.cls_BD, tokens.patches_BPD.mean(1)) for tokens in per_block],
+        )
+
+    def _pixels(self, image: str | Path | np.ndarray) -> np.ndarray:
+        if isinstance(image, str | Path):
+            if self.read is None:
+                raise UsageError(f"{image}: this backbone takes pixels; troodon.load gives one that reads paths")
+            return self.read(image)
+        return np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
+
+    def save(self, folder: Path) -> None:
+        """Write the folder, whole or not at all; one that is there is replaced."""
+        state = {name: tensor.detach().contiguous().cpu() for name, tensor in self.vit.state_dict().items()}
+        described = {"network": to_dict(self.config), "preprocessing": to_dict(self.preprocessing), "name": self.name}
+        with publish(folder, "backbone", _fingerprint(state, described), described) as partial:
+            save_file(state, partial / "model.safetensors")
+            write_json(partial / "backbone.json", described)
+
+    @staticmethod
+    def load(folder: Path) -> "Backbone":
+        """Read a backbone folder. UsageError when it is not one or was written for other code."""
+        if not (folder / "backbone.json").exists():
+            raise UsageError(f"{folder}: not a backbone folder (it has no backbone.json)")
+        described = read_json(folder / "backbone.json")
+        try:
+            config = ViTConfig(**described["network"])
+            preprocessing = Preprocessing(
+                **{k: tuple(v) if isinstance(v, list) else v for k, v in described["preprocessing"].items()}
+            )
+        except (TypeError, KeyError) as error:
+            raise UsageError(f"{folder / 'backbone.json'}: cannot be read by this version: {error}") from None
+        return of_state(
+            load_file(folder / "model.safetensors"),
+            config,
+            preprocessing,
+            name=described["name"],
+            known_as=manifest(folder)["fingerprint"],
+        )
+
+    @staticmethod
+    def random(config: ViTConfig, preprocessing: Preprocessing, seed: int = 0) -> "Backbone":
+        """An untrained network: what every trained one must beat."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            vit = ViT(config)
+            vit.initialize()
+        return of_state(vit.state_dict(), config, preprocessing, name="random")
+
+
+def of_state(
+    state: dict[str, Tensor], config: ViTConfig, preprocessing: Preprocessing, *, name: str, known_as: str | None = None
+) -> Backbone:
+    """A backbone from weights that must fit exactly. UsageError, naming what does not, otherwise."""
+    with torch.device("meta"):
+        vit = ViT(dataclasses.replace(config, drop_path=0.0))
+    try:
+        vit.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise UsageError(f"{name}: weights do not fit the network: {' '.join(str(error).split())}") from None
+    described = {"network": to_dict(config), "preprocessing": to_dict(preprocessing), "name": name}
+    known_as = known_as or _fingerprint(state, described)
+    return Backbone(vit.requires_grad_(False).eval(), preprocessing, name, known_as)
+
+
+def open_weights(path: Path) -> Backbone:
+    """A backbone folder, a run (its backbone), released DINOv2 weights (.pth), or a Hugging Face folder."""
+    if path.is_dir():
+        if (path / "backbone.json").exists():
+            return Backbone.load(path)
+        if (path / "backbone").is_dir():
+            return Backbone.load(path / "backbone")
+        if (path / "config.json").exists():
+            return _hugging_face(path)
+        raise UsageError(f"{path}: neither a run, a backbone folder nor a Hugging Face folder")
+    if path.suffix in (".pth", ".pt") and path.exists():
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return _released(state.get("teacher", state), path.stem)
+    if path.exists():
+        raise UsageError(f"{path}: not weights; expected a folder or a .pth file")
+    raise UsageError(f"{path}: no such run, backbone folder or weights")
+
+
+def config_of(state: dict[str, Tensor], *, heads: int) -> ViTConfig:
+    """The network that these weights (released names) belong to; only the number of heads leaves no trace."""
+    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+    dim, channels, patch, _ = state["patch_embed.proj.weight"].shape
+    return ViTConfig(
+        dim=dim,
+        depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        heads=heads,
+        patch=patch,
+        grid=round((state["pos_embed"].shape[1] - 1) ** 0.5),
+        registers=registers,
+        mlp="swiglu" if "blocks.0.mlp.w12.weight" in state else "gelu",
+        position_offset=0.0 if registers else 0.1,
+        position_antialias=bool(registers),
+        channels=channels,
+    )
+
+
+def _released(state: dict[str, Tensor], name: str) -> Backbone:
+    state = {re.sub(r"^(module\.)?(backbone\.)?", "", k): v.float() for k, v in state.items() if "head" not in k}
+    state = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in state.items()}  # blocks in chunks
+    if "cls_token" not in state or "pos_embed" not in state:
+        raise UsageError(f"{name}: these are not DINOv2 weights (no cls_token and pos_embed)")
+    config = config_of(state, heads=state["cls_token"].shape[-1] // HEAD_CHANNELS)
+    return of_state(state, config, Preprocessing(), name=name)
+
+
+HUGGING_FACE = [  # their name -> ours, applied in order; query, key and value are joined besides
+    (r"^(dinov2\w*\.)?embeddings\.(cls_token|mask_token|register_tokens)$", r"\2"),
+    (r"^(dinov2\w*\.)?embeddings\.position_embeddings$", "pos_embed"),
+    (r"^(dinov2\w*\.)?embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^(dinov2\w*\.)?encoder\.layer\.(\d+)\.", r"blocks.\2."),
+    (r"^(dinov2\w*\.)?layernorm\.", "norm."),
+    (r"\.attention\.attention\.", ".attn."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
+    (r"\.mlp\.weights_in\.", ".mlp.w12."),
+    (r"\.mlp\.weights_out\.", ".mlp.w3."),
+]
+
+
+def _hugging_face(folder: Path) -> Backbone:
+    described = json.loads((folder / "config.json").read_text())
+    if not str(described.get("model_type", "")).startswith("dinov2"):
+        raise UsageError(f"{folder}: a Hugging Face model of type {described.get('model_type')!r}, not dinov2")
+    state = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        for pattern, ours in HUGGING_FACE:
+            name = re.sub(pattern, ours, name)
+        state[name] = tensor.float()
+    for name in [n for n in state if ".attn.query." in n]:
+        parts = [state.pop(name.replace("query", part)) for part in ("query", "key", "value")]
+        state[name.replace("query", "qkv")] = torch.cat(parts)
+    state = {n: t for n, t in state.items() if not n.startswith("classifier")}
+    config = config_of(state, heads=described["num_attention_heads"])
+    preprocessing = Preprocessing()
+    if (folder / "preprocessor_config.json").exists():
+        p = json.loads((folder / "preprocessor_config.json").read_text())
+        preprocessing = Preprocessing(
+            resize=p.get("size", {}).get("shortest_edge", preprocessing.resize),
+            crop=p.get("crop_size", {}).get("height", preprocessing.crop),
+            mean=tuple(p.get("image_mean", preprocessing.mean)),
+            std=tuple(p.get("image_std", preprocessing.std)),
+        )
+    return of_state(state, config, preprocessing, name=folder.resolve().name)
+
+
+def _prepare(image_HWC: np.ndarray, p: Preprocessing) -> Tensor:
+    longest = LONGEST * min(image_HWC.shape[:2])
+    top, left = (max(0, side - longest) // 2 for side in image_HWC.shape[:2])
+    image_HWC = image_HWC[top : top + longest, left : left + longest]
+    height, width = image_HWC.shape[:2]
+    scale = p.resize / min(height, width)
+    size = [max(p.resize, round(height * scale)), max(p.resize, round(width * scale))]
+    x_CHW = torch.from_numpy(np.ascontiguousarray(image_HWC)).permute(2, 0, 1)
+    if size != [height, width]:
+        x_CHW = F.interpolate(x_CHW[None], size=size, mode="bicubic", antialias=True)[0]
+    top, left = (size[0] - p.crop) // 2, (size[1] - p.crop) // 2
+    x_CHW = x_CHW[:, top : top + p.crop, left : left + p.crop].float() / 255.0
+    mean, std = (torch.tensor(v)[:, None, None] for v in (p.mean, p.std))
+    return (x_CHW - mean) / std
+
+
+def _fingerprint(state: dict[str, Tensor], described: dict) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].detach().contiguous().cpu().numpy().tobytes())
+    return fingerprint(described["network"], described["preprocessing"], digest.hexdigest())

@@ -1,0 +1,72 @@
+"""What a network is made of, in numbers. No torch here."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """The vision transformer (https://arxiv.org/abs/2304.07193, appendix B)."""
+
+    dim: int = 384
+    """Channels of a token."""
+    depth: int = 12
+    """Transformer blocks."""
+    heads: int = 6
+    """Attention heads of a block."""
+    patch: int = 14
+    """Side of a patch, in pixels."""
+    grid: int = 37
+    """Patches on a side of the grid on which positions are learned (518 pixels / 14)."""
+    registers: int = 0
+    """Register tokens (https://arxiv.org/abs/2309.16588)."""
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    drop_path: float = 0.0
+    """Share of the sequences that skip a branch in training; the same for every block."""
+    layer_scale: float = 1e-5
+    """Initial value of LayerScale."""
+    position_offset: float = 0.0
+    """Added to the grid when positions are resized: 0.1 in the released models without registers."""
+    position_antialias: bool = True
+    """Antialias when positions are resized: no in the released models without registers."""
+    channels: int = 3
+    """Colours of an image."""
+
+    def __post_init__(self) -> None:
+        if self.dim % self.heads:
+            raise ValueError(f"vit.dim {self.dim} is not a multiple of vit.heads {self.heads}")
+        if not 0.0 <= self.drop_path < 1.0:
+            raise ValueError(f"vit.drop_path {self.drop_path} is not in [0, 1)")
+
+    @property
+    def mlp_hidden(self) -> int:
+        """Channels inside the MLP: 4 times the outside; two thirds of that, rounded up to 8, when it is gated."""
+        return 4 * self.dim if self.mlp == "gelu" else (int(4 * self.dim * 2 / 3) + 7) // 8 * 8
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The projection head: an MLP, a normalised bottleneck, and cosine prototypes."""
+
+    prototypes: int = 65536
+    hidden: int = 2048
+    bottleneck: int = 256
+    layers: int = 3
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From a decoded image to the network's input: shorter side to `resize`, centre `crop`, normalise."""
+
+    resize: int = 256
+    """Pixels of the shorter side."""
+    crop: int = 224
+    """Pixels on a side of what the network sees."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+
+SMALL = ViTConfig(dim=384, depth=12, heads=6)
+BASE = ViTConfig(dim=768, depth=12, heads=12)
+LARGE = ViTConfig(dim=1024, depth=24, heads=16)
+GIANT = ViTConfig(dim=1536, depth=40, heads=24, mlp="swiglu")

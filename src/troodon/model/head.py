@@ -1,0 +1,48 @@
+"""Projection head: an MLP, a normalised bottleneck, and cosine prototypes (https://arxiv.org/abs/2104.14294)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from troodon.model.config import HeadConfig
+
+# Shape suffixes: K prototypes, D channels of the bottleneck.
+
+
+class Prototypes(nn.Module):
+    """A linear layer whose rows are directions with a length of their own, both learned (weight normalisation)."""
+
+    def __init__(self, prototypes: int, bottleneck: int):
+        super().__init__()
+        self.weight_v = nn.Parameter(torch.empty(prototypes, bottleneck))  # the names of the released weights
+        self.weight_g = nn.Parameter(torch.empty(prototypes, 1))
+
+    def weight_KD(self) -> Tensor:
+        return self.weight_g * (self.weight_v / self.weight_v.norm(dim=1, keepdim=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight_KD())
+
+
+class Head(nn.Module):
+    def __init__(self, dim: int, config: HeadConfig):
+        super().__init__()
+        widths = [dim, *[config.hidden] * (config.layers - 1), config.bottleneck]
+        layers: list[nn.Module] = []
+        for a, b in zip(widths, widths[1:]):
+            layers += [nn.Linear(a, b), nn.GELU()]
+        self.mlp = nn.Sequential(*layers[:-1])
+        self.last_layer = Prototypes(config.prototypes, config.bottleneck)
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        nn.init.kaiming_uniform_(self.last_layer.weight_v, a=5**0.5)
+        nn.init.ones_(self.last_layer.weight_g)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) -> (..., K) logits: cosines with the prototypes, times their lengths."""
+        return self.last_layer(F.normalize(self.mlp(x), dim=-1))

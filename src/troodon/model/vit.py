@@ -1,0 +1,199 @@
+"""The vision transformer of DINOv2 (https://arxiv.org/abs/2304.07193, appendix B).
+
+Pre-norm blocks with layer scale, learned positions resized to the crop, optional register
+tokens (https://arxiv.org/abs/2309.16588). All crops of a batch run as one pack. Parameters carry the
+names of the released weights, so that those load as they are.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from troodon.model.config import ViTConfig
+from troodon.model.packing import Layout, attend, pack, residual, unpack
+
+# Shape suffixes, besides those of packing.py: B images, C colours, P patches, R registers,
+#                                              h w rows and columns of patches.
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What the transformer says of one group of same-sized images, after the last norm."""
+
+    cls_BD: Tensor
+    registers_BRD: Tensor
+    patches_BPD: Tensor
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.proj = nn.Linear(config.dim, config.dim)
+
+    def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
+        q_TNH, k_TNH, v_TNH = self.qkv(x_TD).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        return self.proj(attend(q_TNH, k_TNH, v_TNH, layout).flatten(1))
+
+
+class Mlp(nn.Module):
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.dim, config.mlp_hidden)
+        self.fc2 = nn.Linear(config.mlp_hidden, config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    """The gated MLP of the giant model (https://arxiv.org/abs/2002.05202): gate first, then value."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.w12 = nn.Linear(config.dim, 2 * config.mlp_hidden)
+        self.w3 = nn.Linear(config.mlp_hidden, config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel (https://arxiv.org/abs/2103.17239)."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.initial = config.layer_scale
+        self.gamma = nn.Parameter(torch.empty(config.dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.drop_path = config.drop_path
+        self.norm1 = nn.LayerNorm(config.dim, eps=1e-6)
+        self.attn = Attention(config)
+        self.ls1 = LayerScale(config)
+        self.norm2 = nn.LayerNorm(config.dim, eps=1e-6)
+        self.mlp = {"gelu": Mlp, "swiglu": SwiGLU}[config.mlp](config)
+        self.ls2 = LayerScale(config)
+
+    def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
+        drop = self.drop_path if self.training else 0.0
+        x_TD = residual(x_TD, lambda x, layout: self.ls1(self.attn(self.norm1(x), layout)), layout, drop)
+        return residual(x_TD, lambda x, layout: self.ls2(self.mlp(self.norm2(x))), layout, drop)
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.patch = config.patch
+        self.proj = nn.Conv2d(config.channels, config.dim, config.patch, config.patch)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """(B, h * w, D), rows first. A matrix product: patches do not overlap."""
+        p = self.patch
+        x_BhwCpp = images_BCHW.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5)
+        return F.linear(x_BhwCpp.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
+
+
+class ViT(nn.Module):
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.config = config
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.grid**2, config.dim))
+        if config.registers:
+            self.register_tokens = nn.Parameter(torch.empty(1, config.registers, config.dim))
+        self.mask_token = nn.Parameter(torch.empty(1, config.dim))
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.dim, eps=1e-6)
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Set every parameter, in one place, so that a model built on the meta device is whole."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm | nn.Conv2d):
+                module.reset_parameters()
+            elif isinstance(module, LayerScale):
+                module.gamma.fill_(module.initial)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        if self.config.registers:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        nn.init.zeros_(self.mask_token)
+
+    def forward(self, groups: list[Tensor], masks: list[Tensor | None] | None = None) -> list[Tokens]:
+        """One (B, C, height, width) tensor per crop size; a mask (B, P) hides patches, None hides none."""
+        return self.last_blocks(groups, 1, masks)[0]
+
+    def last_blocks(
+        self, groups: list[Tensor], count: int, masks: list[Tensor | None] | None = None
+    ) -> list[list[Tokens]]:
+        """The tokens after each of the last `count` blocks, oldest first, each through the last norm."""
+        if not 1 <= count <= len(self.blocks):
+            raise ValueError(f"asked for the last {count} blocks of a network of {len(self.blocks)}")
+        x_TD, layout = pack([self.embed(x, m) for x, m in zip(groups, masks or [None] * len(groups), strict=True)])
+        outputs = []
+        for done, block in enumerate(self.blocks, start=1):
+            x_TD = block(x_TD, layout)
+            if done > len(self.blocks) - count:
+                outputs.append([self.split(x_BLD) for x_BLD in unpack(self.norm(x_TD), layout)])
+        return outputs
+
+    def embed(self, images_BCHW: Tensor, mask_BP: Tensor | None) -> Tensor:
+        """Class token, registers and patches of each image before the first block: (B, 1 + R + P, D)."""
+        patch, (height, width) = self.config.patch, images_BCHW.shape[-2:]
+        if height % patch or width % patch:
+            raise ValueError(f"an image of {width} x {height} pixels does not divide into patches of {patch}")
+        x_BPD = self.patch_embed(images_BCHW)
+        if mask_BP is not None:
+            x_BPD = torch.where(mask_BP[..., None], self.mask_token.to(x_BPD.dtype), x_BPD)
+        cls, positions = resize_positions(self.pos_embed, (height // patch, width // patch), self.config)
+        prefix = self.cls_token + cls
+        if self.config.registers:  # registers have no position
+            prefix = torch.cat([prefix, self.register_tokens], dim=1)
+        return torch.cat([prefix.expand(len(x_BPD), -1, -1), x_BPD + positions], dim=1)
+
+    def split(self, x_BLD: Tensor) -> Tokens:
+        registers = self.config.registers
+        cls, registers, patches = x_BLD.split([1, registers, x_BLD.shape[1] - 1 - registers], dim=1)
+        return Tokens(cls[:, 0], registers, patches)
+
+
+def resize_positions(positions: Tensor, grid: tuple[int, int], config: ViTConfig) -> tuple[Tensor, Tensor]:
+    """Positions for the class token (1, 1, D) and for a grid of patches (1, h * w, D), bicubic from the learned grid.
+
+    The released weights were trained with a scale of (grid + 0.1) / learned in place of the exact
+    one (facebookresearch/dino issue 8); `position_offset` reproduces it to the last bit.
+    """
+    cls, learned = positions[:, :1], positions[:, 1:]
+    if grid == (config.grid, config.grid):
+        return cls, learned
+    image = learned.float().unflatten(1, (config.grid, config.grid)).permute(0, 3, 1, 2)
+    if config.position_offset:
+        how = {"scale_factor": tuple((side + config.position_offset) / config.grid for side in grid)}
+    else:
+        how = {"size": tuple(grid)}
+    image = F.interpolate(image, mode="bicubic", antialias=config.position_antialias, **how)
+    return cls, image.flatten(2).transpose(1, 2).to(positions.dtype)
+
+
+def flops(config: ViTConfig, grid: tuple[int, int]) -> int:
+    """Floating-point operations of one image's forward pass: two per multiply-add of every matrix product."""
+    patches = grid[0] * grid[1]
+    tokens = 1 + config.registers + patches
+    mlp = (2 if config.mlp == "gelu" else 3) * config.dim * config.mlp_hidden
+    per_token = 4 * config.dim**2 + 2 * tokens * config.dim + mlp
+    return 2 * (config.depth * tokens * per_token + patches * config.dim * config.channels * config.patch**2)

@@ -1,0 +1,217 @@
+"""HTML that cannot be broken by what is put into it, and numbers and tables for people.
+
+Every string that is not `Markup` is escaped where it enters a page, so a file may be called <script>.
+"""
+
+import base64
+import html
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias, TypeGuard
+
+import numpy as np
+
+SPACE = "\N{NO-BREAK SPACE}"
+MISSING = "\N{EN DASH}"
+MINUS = "\N{MINUS SIGN}"
+FORBIDDEN = re.compile("[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x9f\\ud800-\\udfff\\u202a-\\u202e\\u2066-\\u2069]")
+VOID = {"img", "meta", "br", "link"}  # elements without an end
+
+
+class Markup(str):
+    """HTML as it goes into the page; any other string is text."""
+
+    __slots__ = ()
+
+
+Content: TypeAlias = "str | int | float | Iterable[Content] | None"
+
+
+@dataclass(frozen=True)
+class Card:
+    """A number worth seeing first."""
+
+    label: str
+    value: str
+    note: str = ""
+    strong: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """One section of the page."""
+
+    anchor: str
+    title: str
+    body: Markup
+    cards: tuple[Card, ...] = ()
+    clause: str = ""  # what it adds to the sentence at the head of the page
+
+
+def h(element: str, /, *content: Content, **attributes: object) -> Markup:
+    """One element. `class_` and `for_` lose their underscore, others become hyphens; None and False are left out."""
+    words = [element]
+    for key, value in attributes.items():
+        if value is None or value is False:
+            continue
+        key = key.rstrip("_").replace("_", "-")
+        words.append(key if value is True else f'{key}="{html.escape(_plain(value))}"')
+    start = f"<{' '.join(words)}>"
+    return Markup(start if element in VOID else f"{start}{join(*content)}</{element}>")
+
+
+def join(*content: Content) -> Markup:
+    """Everything one after the other; None is nothing, a list is its elements."""
+    out: list[str] = []
+    for item in content:
+        if isinstance(item, Markup):
+            out.append(item)
+        elif isinstance(item, str):
+            out.append(html.escape(_visible(item), quote=False))
+        elif isinstance(item, Iterable):
+            out.append(join(*item))
+        elif item is not None:
+            out.append(html.escape(number(item)))
+    return Markup("".join(out))
+
+
+def table(caption: str, head: Sequence[Content], rows: Iterable[Sequence[Content]], *, text: int = 1) -> Markup:
+    """A captioned table whose first `text` columns are words and whose others are numbers, aligned right."""
+    kind = ["word" if i < text else "number" for i in range(len(head))]
+    first = h("tr", (h("th", cell, scope="col", class_=k) for cell, k in zip(head, kind)))
+    body = [
+        h("tr", (h("th" if i == 0 else "td", cell, class_=kind[i], scope=None if i else "row") for i, cell in
+                 enumerate(row)))
+        for row in rows
+    ]  # fmt: skip
+    whole = h("table", h("caption", caption), h("thead", first), h("tbody", body))
+    return h("div", whole, class_="scroll", role="region", tabindex="0", aria_label=caption)
+
+
+def figure(body: Markup, title: str, caption: Content = None) -> Markup:
+    return h("figure", h("p", title, class_="title"), body, h("figcaption", caption) if caption else None)
+
+
+def folded(title: str, *content: Content) -> Markup:
+    return h("details", h("summary", title), *content)
+
+
+def note(*content: Content) -> Markup:
+    return h("p", *content, class_="note")
+
+
+def legend(*entries: tuple[str, str]) -> Markup:
+    """(class of the colour, meaning) pairs."""
+    return h("p", (h("span", h("i", class_=f"swatch {colour}"), text) for colour, text in entries), class_="legend")
+
+
+def data_uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a finite number; True and False are not."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.number):
+        return False
+    return math.isfinite(value)
+
+
+def number(value: object, digits: int = 3) -> str:
+    """1,234 or 0.712 or 3.4e-4; a dash for what is missing or not finite; text as it is."""
+    if isinstance(value, bool | np.bool_):
+        return "yes" if value else "no"
+    if isinstance(value, str):
+        return value
+    if not is_number(value):
+        return MISSING
+    if isinstance(value, int | np.integer):
+        return f"{value:,}".replace("-", MINUS)
+    size = abs(float(value))
+    if size == 0:
+        text = "0"
+    elif size >= 1000:
+        text = f"{size:,.0f}" if size < 1e9 else _power(size)
+    elif size >= 1e-2:
+        whole = len(str(int(size))) if size >= 1 else 0
+        text = f"{size:.{max(0, digits - whole)}f}"
+    else:
+        text = _power(size)
+    return MINUS + text if value < 0 else text
+
+
+def share(value: object, decimals: int = 1) -> str:
+    """0.7123 is 71.2 %."""
+    return f"{100 * float(value):.{decimals}f}{SPACE}%".replace("-", MINUS) if is_number(value) else MISSING
+
+
+def seconds(value: object) -> str:
+    """12 s, 3 min 20 s, 1 h 5 min, 2 d 3 h."""
+    if not is_number(value):
+        return MISSING
+    if value < 60:
+        return f"{number(float(value), 2) if value < 10 else round(value)}{SPACE}s"
+    rest, words = round(value), []
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, rest = divmod(rest, length)
+        if count or words:
+            words.append(f"{count}{SPACE}{unit}")
+        if len(words) == 2:
+            break
+    return " ".join(w for w in words if not w.startswith("0"))
+
+
+def file_size(count: object) -> str:
+    """Bytes in kB, MB, GB of a thousand."""
+    if not is_number(count):
+        return MISSING
+    value = float(count)
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f}{SPACE}{unit}" if unit == "bytes" or value >= 100 else f"{value:.1f}{SPACE}{unit}"
+
+
+def plural(count: int, one: str, many: str | None = None) -> str:
+    return f"{number(count)} {one if count == 1 else many or one + 's'}"
+
+
+def sentence(clauses: Sequence[str]) -> str:
+    """Joined by commas and a last "and"; starts with a capital, ends with a full stop."""
+    last = {1: "", 2: " and "}.get(len(clauses), ", and ") + clauses[-1]
+    text = ", ".join(clauses[:-1]) + last
+    return text[:1].upper() + text[1:] + "."
+
+
+def flat(value: object, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested dictionaries as (name, value) rows."""
+    if not isinstance(value, dict):
+        return []
+    rows = []
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            rows += flat(inner, f"{prefix}{key} / ")
+        elif isinstance(inner, list):
+            rows.append((f"{prefix}{key}", ", ".join(str(v) for v in inner)))
+        elif inner is not None:
+            rows.append((f"{prefix}{key}", number(inner)))
+    return rows
+
+
+def _power(size: float) -> str:
+    mantissa, exponent = f"{size:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
+def _plain(value: object) -> str:
+    """An attribute: short numbers, so that drawings stay small."""
+    if isinstance(value, float):
+        return f"{value:.2f}".rstrip("0").rstrip(".")
+    return _visible(str(value))
+
+
+def _visible(text: str) -> str:
+    """Without what HTML forbids or what turns the text around it: controls, undecodable bytes of file names."""
+    return FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", text)

@@ -1,0 +1,75 @@
+"""Small copies of images, as they go into the page."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from troodon.data.decode import BadImage, decode
+from troodon.data.index import Index
+from troodon.report.markup import Content, Markup, data_uri, h
+
+SIDE = 96  # pixels of a thumbnail's longer side
+PICTURE = 1400  # pixels of an embedded picture's longer side, at most
+BUDGET = 400_000  # bytes of an embedded picture; more is recompressed
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How a thumbnail is shown: `kept` ones have a frame; `says` stands below."""
+
+    says: Content = None
+    kept: bool = False
+
+
+def thumbnail(index: Index, row: int, frame: Frame = Frame()) -> Markup:
+    """Row `row` of the index; a grey box where the image is gone or broken."""
+    path = index.path(row)
+    try:
+        source, side = jpeg(decode(index.read(row)))
+    except (OSError, BadImage) as error:
+        reason = error.reason if isinstance(error, BadImage) else "the file is gone or was cut short"
+        shown = h("span", class_="missing", role="img", aria_label=f"{path}: {reason}", title=f"{path}: {reason}")
+    else:
+        # Very small images are enlarged as they are, not blurred.
+        shown = h("img", src=source, alt=path, title=path, class_="tiny" if side <= 40 else None)
+    below = h("figcaption", frame.says) if frame.says is not None else None
+    return h("figure", h("span", shown, class_="box"), below, class_="thumb kept" if frame.kept else "thumb")
+
+
+def jpeg(pixels_HWC: np.ndarray) -> tuple[str, int]:
+    """A data URI of the image, at most SIDE pixels long, and the image's own longer side."""
+    image = Image.fromarray(pixels_HWC)
+    longest = max(image.size)
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=80, optimize=True)
+    return data_uri(out.getvalue(), "jpeg"), longest
+
+
+def picture(path: Path, alt: str) -> Markup | None:
+    """A picture from an artifact, whole; one that is very large is scaled or recompressed. None if there is none."""
+    try:
+        data = path.read_bytes()
+        if len(data) <= BUDGET:
+            decode(data)  # so that a broken one is not embedded
+            return h("img", src=data_uri(data, "png"), alt=alt, class_="picture")
+        image = Image.fromarray(decode(data))
+    except (OSError, BadImage):
+        return None
+    image.thumbnail((PICTURE, PICTURE), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    for quality in (88, 75, 60):
+        out = io.BytesIO()
+        image.save(out, "JPEG", quality=quality, optimize=True)
+        if out.tell() <= BUDGET:
+            break
+    return h("img", src=data_uri(out.getvalue(), "jpeg"), alt=alt, class_="picture")
+
+
+def spread(rows: list, count: int) -> list:
+    """`count` of them, evenly spaced, from the first to the last."""
+    if len(rows) <= count:
+        return list(rows)
+    return [rows[round(i * (len(rows) - 1) / max(1, count - 1))] for i in range(count)]

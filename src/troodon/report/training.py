@@ -1,0 +1,238 @@
+"""What happened in a run: its loss terms, schedules and speed over steps, its settings, and what it was shown."""
+
+import re
+from collections import Counter
+
+import numpy as np
+
+from troodon.report.artifacts import Artifact
+from troodon.report.charts import curve, from_to
+from troodon.report.markup import (
+    SPACE,
+    Card,
+    Content,
+    Markup,
+    Part,
+    flat,
+    folded,
+    h,
+    is_number,
+    join,
+    legend,
+    note,
+    number,
+    plural,
+    seconds,
+    table,
+)
+from troodon.report.thumbnails import picture
+
+# (key of metrics.jsonl, title, what it is)
+LEARNING = [
+    ("loss", "Total loss", "What is minimised: the sum of the terms."),
+    ("dino_global", "DINO, global crops", "Saying of one large crop what the teacher says of the other."),
+    ("dino_local", "DINO, local crops", "Saying of small crops what the teacher says of the large ones."),
+    ("ibot", "iBOT, masked patches", "Saying of hidden patches what the teacher, who sees them, says."),
+    ("koleo", "KoLeo, spread", "Lower is wider: images pushed apart from their nearest neighbour."),
+    ("knn", "Quick k-NN", "Accuracy of frozen features by their neighbours; labels serve only for this."),
+]
+KNOBS = [
+    ("lr", "Learning rate", None),
+    ("momentum", "Momentum of the average", "How much of the average stays at each step."),
+    ("teacher_temperature", "Teacher temperature", None),
+    ("weight_decay", "Weight decay", None),
+]
+MACHINE = [
+    ("grad_norm", "Gradient norm", "Before clipping."),
+    ("images_per_second", "Images per second", None),
+    ("data_wait", "Waiting for data", "Share of the time in which the device had nothing to do."),
+]
+SHARES = {"data_wait", "knn"}  # in [0, 1], shown in per cent
+EXACT = {"knn"} | {key for key, *_ in KNOBS}  # not noisy: drawn as they are
+FROM_ZERO = SHARES | {"images_per_second", "lr", "grad_norm"}
+COLOURS = {key: "c3" for key, *_ in KNOBS} | {key: "c2" for key, *_ in MACHINE} | {"knn": "c4"}
+KNOWN = {"step", "seconds", "event"} | {key for group in (LEARNING, KNOBS, MACHINE) for key, *_ in group}
+PICTURES = {"crops": "What the network was shown: augmented large and small crops."}
+EVENTS, QUARANTINED, OTHERS = 20, 10, 12
+
+
+def training(runs: list[Artifact]) -> Part | None:
+    """Curves, final numbers, pictures, settings and environment of each run. None without one."""
+    if not runs:
+        return None
+    body, most, went_on = [], 0, False
+    for run in runs:
+        body.append(h("h3", run.name) if len(runs) > 1 else None)
+        body.append(_one(run, "h4" if len(runs) > 1 else "h3"))
+        most, went_on = max(most, _done(run, _records(run)[0])), went_on or not _finished(run)
+    longest = max(runs, key=lambda run: _done(run, _records(run)[0]))
+    card = Card("steps", number(most), "still going" if not _finished(longest) else _time(_records(longest)[0]))
+    who = "a network" if len(runs) == 1 else f"{number(len(runs))} networks"
+    what = "has learned" if len(runs) == 1 and went_on else "learned"
+    clause = f"{who} {what} from the pixels alone for {plural(most, 'step')}" if most else f"{who} began to learn"
+    return Part("training", "Training", join(body), (card,) if most else (), clause)
+
+
+def _one(run: Artifact, heading: str) -> Markup:
+    records, events = _records(run)
+    return join(
+        h("p", _state(run, records), class_="prose"),
+        _pictures(run),
+        _curves(records, heading),
+        _final(records),
+        _quarantined(run),
+        _events(events),
+        _documents(run),
+    )
+
+
+def _records(run: Artifact) -> tuple[list[dict], list[dict]]:
+    """Records with a step, in order and each step once (the last counts), and those that tell of an event."""
+    by_step, events = {}, []
+    for record in run.lines("metrics.jsonl"):
+        if "event" in record:
+            events.append(record)
+        elif is_number(record.get("step")):
+            by_step[record["step"]] = record
+    return [by_step[step] for step in sorted(by_step)], events
+
+
+def _values(records: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and finite values of one quantity; shares in per cent."""
+    pairs = [(r["step"], r[key]) for r in records if is_number(r.get(key))]
+    scale = 100.0 if key in SHARES else 1.0
+    return np.array([x for x, _ in pairs]), np.array([y * scale for _, y in pairs], dtype=float)
+
+
+def _done(run: Artifact, records: list[dict]) -> int:
+    """Steps taken: all that were planned once there is a backbone, else up to the last record; the first is step 0."""
+    recorded = int(records[-1]["step"]) + 1 if records else 0
+    return max(recorded, _planned(run) or 0) if records and _finished(run) else recorded
+
+
+def _planned(run: Artifact) -> int | None:
+    found = re.search(r"^steps: *(\d+) *$", run.text("config.yaml") or "", re.MULTILINE)
+    return int(found[1]) if found else None
+
+
+def _finished(run: Artifact) -> bool:
+    return (run.folder / "backbone" / "backbone.json").is_file()
+
+
+def _time(records: list[dict]) -> str:
+    known = [r["seconds"] for r in records if is_number(r.get("seconds"))]
+    return f"in {seconds(known[-1])}" if known else ""
+
+
+def _state(run: Artifact, records: list[dict]) -> str:
+    done, planned = _done(run, records), _planned(run)
+    goal = f" of {number(planned)}" if planned else ""
+    if not records:
+        return f"Nothing recorded yet; {plural(planned, 'step')} to go." if planned else "Nothing recorded yet."
+    said = f"{number(done)}{goal} {'step' if done == 1 and not planned else 'steps'} {_time(records)}".strip()
+    bad = [r["step"] for r in records if "loss" in r and not is_number(r["loss"])]
+    warning = (
+        f" The loss was not finite in {plural(len(bad), 'record')}, first at step {number(bad[0])}." if bad else ""
+    )
+    if _finished(run):
+        return f"Finished: {said}.{warning}"
+    return f"Still going, or stopped: {said}, no backbone yet.{warning}"
+
+
+def _pictures(run: Artifact) -> Content:
+    out = []
+    for path in run.pictures():
+        caption = PICTURES.get(path.stem, path.stem.replace("_", " ").capitalize() + ".")
+        shown = picture(path, caption)
+        out.append(h("figure", shown, h("figcaption", caption)) if shown else None)
+    return out
+
+
+def _curves(records: list[dict], heading: str) -> Content:
+    extra = sorted({key for r in records for key, value in r.items() if is_number(value)} - KNOWN)[:OTHERS]
+    others = [(key, key.replace("_", " ").capitalize(), None) for key in extra]
+    key, out = legend(("c1", "running mean"), ("faint", "every record")), []
+    groups = [
+        ("Is it learning?", LEARNING),
+        ("Schedules, gradient and speed", KNOBS + MACHINE),
+        ("Also recorded", others),
+    ]
+    for title, group in groups:
+        drawn = [_curve(records, *entry) for entry in group]
+        if any(drawn):
+            out += [h(heading, title, class_="sub"), None if out else key, h("div", drawn, class_="grid")]
+    return out
+
+
+def _curve(records: list[dict], key: str, title: str, caption: str | None) -> Content:
+    x_N, y_N = _values(records, key)
+    if not len(x_N):
+        return None
+    unit = f"{SPACE}%" if key in SHARES else ""
+    drawing = curve(
+        x_N,
+        y_N,
+        label=from_to(title, x_N, y_N, unit),
+        colour=COLOURS.get(key, "c1"),
+        unit=unit,
+        smooth=key not in EXACT,
+        floor=0.0 if key in FROM_ZERO else None,
+    )
+    head = h("p", title, h("span", _shown(key, y_N[-1]), class_="last"), class_="title")
+    return h("figure", head, drawing, h("figcaption", caption) if caption else None)
+
+
+def _shown(key: str, value: float) -> str:
+    return f"{value:.1f}{SPACE}%" if key in SHARES else number(float(value), 4)
+
+
+def _final(records: list[dict]) -> Content:
+    rows = []
+    for key, title, _ in LEARNING + MACHINE:
+        x_N, y_N = _values(records, key)
+        if len(x_N):
+            tail = y_N[-max(1, len(y_N) // 10) :]
+            numbers = (y_N[0], y_N.min(), y_N.max(), tail.mean(), y_N[-1])
+            rows.append((title, *(_shown(key, v) for v in numbers)))
+    head = ("quantity", "first", "lowest", "highest", "mean of the last tenth", "last")
+    return table("Final numbers", head, rows) if rows else None
+
+
+def _quarantined(run: Artifact) -> Content:
+    records = run.lines("quarantine.jsonl")
+    if not records:
+        return None
+    kinds = Counter(str(r.get("status") or r.get("reason") or "unknown") for r in records).most_common(3)
+    said = f"{plural(len(records), 'file')} could not be used and {'was' if len(records) == 1 else 'were'} set aside"
+    rows = [(str(r.get("path", "?")), str(r.get("reason") or r.get("status") or "")) for r in records[:QUARANTINED]]
+    rest = (
+        note(f"and {number(len(records) - QUARANTINED)} more, in quarantine.jsonl.")
+        if len(records) > QUARANTINED
+        else None
+    )
+    told = f"{said} ({', '.join(f'{number(n)} {kind}' for kind, n in kinds)})."
+    title = "Files set aside in training"
+    return join(h("p", told, class_="prose"), folded(title, table(title, ("file", "reason"), rows, text=2), rest))
+
+
+def _events(events: list[dict]) -> Content:
+    if not events:
+        return None
+    rows = []
+    for event in events[-EVENTS:]:
+        rest = ", ".join(f"{k.replace('_', ' ')} {number(v)}" for k, v in event.items()
+                         if k not in ("event", "step", "seconds") and (isinstance(v, str) or is_number(v)))  # fmt: skip
+        rows.append((str(event["event"]), rest, number(event.get("step")), seconds(event.get("seconds"))))
+    title = "Events" if len(events) <= EVENTS else f"The last {EVENTS} of {number(len(events))} events"
+    return folded(title, table(title, ("event", "details", "step", "time"), rows, text=2))
+
+
+def _documents(run: Artifact) -> Content:
+    out = []
+    if settings := run.text("config.yaml"):
+        out.append(folded("Settings (config.yaml)", h("pre", settings)))
+    for name, title in (("environment.json", "Environment"), ("plan.json", "Plan")):
+        rows = flat(run.json(name))
+        if rows:
+            out.append(folded(f"{title} ({name})", table(title, ("what", "value"), rows, text=2)))
+    return out

@@ -1,0 +1,205 @@
+"""The geometry of crops: against Pillow, against its definition, and on images of every shape."""
+
+import dataclasses
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from troodon.config import UsageError
+from troodon.data.config import CropsConfig
+from troodon.data.crops import NUMBERS, center_view, generator, multi_crop, random_box
+
+SMALL = CropsConfig(global_px=56, local_px=28, locals=3)
+SHAPES = [(1, 1), (1, 50), (50, 1), (2, 3), (7, 7), (8, 2000), (2000, 8), (57, 40), (300, 301)]
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Smooth colours with hard black and white edges and some noise: bicubic overshoots on it."""
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width] / 9.0
+    smooth = np.stack([np.sin(x + y), np.cos(x - 2 * y), np.sin(3 * x)], -1) * 100 + 128
+    noisy = smooth + random.normal(0, 10, smooth.shape)
+    noisy[(y.astype(int) + x.astype(int)) % 5 == 0] = 255
+    noisy[(y.astype(int) + x.astype(int)) % 7 == 0] = 0
+    return noisy.clip(0, 255).astype(np.uint8)
+
+
+def boxes(config: CropsConfig, image: np.ndarray, random: np.random.Generator) -> list[tuple[tuple, bool]]:
+    """The boxes and flips that `multi_crop` draws from `random`, globals first."""
+    numbers = random.random((2 + config.locals, NUMBERS)).tolist()
+    scales = [config.global_scale] * 2 + [config.local_scale] * config.locals
+    return [
+        (random_box(*image.shape[:2], scale, config.aspect, u), u[-1] < config.flip)
+        for u, scale in zip(numbers, scales)
+    ]
+
+
+def test_generator_is_a_function_of_its_three_numbers() -> None:
+    names = [(s, i, v) for s in (0, 1, 2) for i in (-1, 0, 1, 2**40) for v in (0, 1, 2)]
+    draws = {generator(*name).random(4).tobytes() for name in names}
+    assert len(draws) == len(names)
+    assert all(generator(*name).random(4).tobytes() in draws for name in names)
+
+
+def test_streams_of_neighbouring_visits_share_no_number() -> None:
+    long = [set(generator(0, 5, visit).integers(2**63, size=5000).tolist()) for visit in range(4)]
+    assert len(set.union(*long)) == 4 * 5000
+
+
+def test_crops_are_pillows_crop_and_resize() -> None:
+    image, seen = picture(211, 333), set()
+    for visit in range(10):
+        globals_GCHW, locals_VCHW = multi_crop(image, SMALL, generator(0, 0, visit))
+        drawn = boxes(SMALL, image, generator(0, 0, visit))
+        for crop_CHW, ((top, left, h, w), flip) in zip([*globals_GCHW, *locals_VCHW], drawn, strict=True):
+            box = Image.fromarray(image[top : top + h, left : left + w])
+            wanted = np.asarray(box.resize(crop_CHW.shape[1:], Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+            got = crop_CHW.numpy()[:, :, ::-1] if flip else crop_CHW.numpy()
+            difference = np.abs(got.astype(int) - wanted)
+            assert difference.mean() < 0.1
+            assert difference.max() <= 2
+            seen.add(flip)
+    assert seen == {True, False}
+
+
+def test_flip_mirrors_the_same_box() -> None:
+    image = picture(60, 80)
+    never, always = (dataclasses.replace(SMALL, flip=p) for p in (0.0, 1.0))
+    for plain, mirrored in zip(
+        multi_crop(image, never, generator(0, 0, 0)), multi_crop(image, always, generator(0, 0, 0))
+    ):
+        assert torch.equal(plain.flip(-1), mirrored)
+        assert not torch.equal(plain, mirrored)
+
+
+def test_crops_are_contiguous_uint8_and_a_function_of_the_generator() -> None:
+    image = picture(90, 70)
+    globals_GCHW, locals_VCHW = multi_crop(image, SMALL, generator(3, 4, 5))
+    assert (globals_GCHW.shape, locals_VCHW.shape) == ((2, 3, 56, 56), (3, 3, 28, 28))
+    for x, again, other in zip(
+        (globals_GCHW, locals_VCHW),
+        multi_crop(image, SMALL, generator(3, 4, 5)),
+        multi_crop(image, SMALL, generator(3, 4, 6)),
+    ):
+        assert x.dtype == torch.uint8
+        assert x.is_contiguous()
+        assert torch.equal(x, again)
+        assert not torch.equal(x, other)
+
+
+def test_the_number_of_locals_changes_no_other_crop() -> None:
+    image = picture(90, 70)
+    globals_GCHW, locals_VCHW = multi_crop(image, dataclasses.replace(SMALL, locals=8), generator(0, 1, 2))
+    for count in (0, 1, 5):
+        fewer_GCHW, fewer_VCHW = multi_crop(image, dataclasses.replace(SMALL, locals=count), generator(0, 1, 2))
+        assert torch.equal(fewer_GCHW, globals_GCHW)
+        assert torch.equal(fewer_VCHW, locals_VCHW[:count])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_gives_crops_and_views_within_its_colours(shape: tuple[int, int]) -> None:
+    image = np.full((*shape, 3), (10, 130, 250), np.uint8)
+    for visit in range(5):
+        globals_GCHW, locals_VCHW = multi_crop(image, SMALL, generator(0, 0, visit))
+        for x in (globals_GCHW, locals_VCHW, center_view(image, 40, 32)[None]):
+            assert (x == torch.tensor([10, 130, 250], dtype=torch.uint8).view(3, 1, 1)).all()
+
+
+def test_arrays_that_are_read_only_or_mirrored_are_read_and_left_alone() -> None:
+    image = picture(40, 50)
+    before = image.copy()
+    wanted = multi_crop(image, SMALL, generator(0, 0, 0)), center_view(image, 30, 28)
+    image.flags.writeable = False
+    mirrored = np.ascontiguousarray(image[:, ::-1])[:, ::-1]
+    for same in (image, mirrored):
+        (globals_GCHW, locals_VCHW), view = multi_crop(same, SMALL, generator(0, 0, 0)), center_view(same, 30, 28)
+        assert torch.equal(globals_GCHW, wanted[0][0])
+        assert torch.equal(locals_VCHW, wanted[0][1])
+        assert torch.equal(view, wanted[1])
+    assert np.array_equal(image, before)
+
+
+def test_threads_give_what_one_thread_gives() -> None:
+    image = picture(120, 100)
+
+    def crops(visit: int) -> bytes:
+        return b"".join(x.numpy().tobytes() for x in multi_crop(image, SMALL, generator(0, 0, visit)))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(crops, range(40))) == [crops(visit) for visit in range(40)]
+
+
+def test_boxes_have_the_areas_aspects_and_places_of_the_definition() -> None:
+    count, side, scale, aspect = 4000, 4000, (0.05, 0.32), (3 / 4, 4 / 3)
+    drawn = [
+        random_box(side, side, scale, aspect, u) for u in np.random.default_rng(0).random((count, NUMBERS)).tolist()
+    ]
+    top, left, h, w = np.array(drawn, dtype=float).T
+    uniform = {
+        "area": (h * w / side**2 - scale[0]) / (scale[1] - scale[0]),
+        "aspect": (np.log(w / h) - math.log(aspect[0])) / (math.log(aspect[1]) - math.log(aspect[0])),
+        "top": top / (side - h),
+        "left": left / (side - w),
+    }
+    for name, values in uniform.items():
+        assert values.min() > -0.002, name
+        assert values.max() < 1.002, name
+        for moment in (1, 2, 3):  # of a uniform number: 1 / (moment + 1); four standard errors
+            error = 4 * math.sqrt((1 / (2 * moment + 1) - 1 / (moment + 1) ** 2) / count)
+            assert abs((values**moment).mean() - 1 / (moment + 1)) < error, (name, moment)
+    together = np.corrcoef(list(uniform.values())) - np.eye(4)
+    assert np.abs(together).max() < 4 / math.sqrt(count)
+
+
+def test_positions_reach_every_place() -> None:
+    numbers = np.random.default_rng(0).random((400, NUMBERS)).tolist()
+    places = {random_box(6, 6, (0.4, 0.5), (1.0, 1.0), u)[:2] for u in numbers}
+    assert places == {(top, left) for top in range(3) for left in range(3)}
+
+
+@pytest.mark.parametrize(
+    ("shape", "box"),
+    [
+        ((8, 2000), (0, 994, 8, 11)),  # 8 * 4/3 wide
+        ((2000, 8), (994, 0, 11, 8)),  # 8 / (3/4) high
+        ((1, 50), (0, 24, 1, 1)),
+        ((1, 1), (0, 0, 1, 1)),
+    ],
+)
+def test_when_nothing_fits_the_central_box_within_the_aspect_range_is_taken(
+    shape: tuple[int, int], box: tuple[int, ...]
+) -> None:
+    for u in np.random.default_rng(0).random((20, NUMBERS)).tolist():
+        assert random_box(*shape, (0.9, 1.0), (3 / 4, 4 / 3), u) == box
+
+
+@pytest.mark.parametrize(("shape", "resize", "px"), [((375, 500), 96, 84), ((500, 333), 64, 64), ((40, 57), 96, 84)])
+def test_center_view_is_pillows_resize_and_crop(shape: tuple[int, int], resize: int, px: int) -> None:
+    image = picture(*shape)
+    height, width = (int(resize * side / min(shape)) for side in shape)
+    resized = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+    top, left = round((height - px) / 2), round((width - px) / 2)
+    wanted = resized[top : top + px, left : left + px].transpose(2, 0, 1)
+    difference = np.abs(center_view(image, resize, px).numpy().astype(int) - wanted)
+    assert difference.mean() < 0.1
+    assert difference.max() <= 2
+
+
+def test_center_view_of_a_ribbon_is_its_middle() -> None:
+    ribbon = np.zeros((3, 9001, 3), np.uint8)
+    ribbon[:, 4500] = 255
+    view_CHW = center_view(ribbon, 60, 60).float()
+    assert view_CHW.shape == (3, 60, 60)
+    assert torch.allclose(view_CHW, view_CHW.flip(-1), atol=1)
+    assert view_CHW[:, :, 25:35].mean() > 200
+    assert view_CHW[:, :, :15].mean() < 10
+
+
+@pytest.mark.parametrize("px", [0, 65])
+def test_a_view_larger_than_the_resized_image_is_a_mistake_told(px: int) -> None:
+    with pytest.raises(UsageError, match=f"{px} pixels"):
+        center_view(picture(70, 90), 64, px)

@@ -1,0 +1,126 @@
+"""The stream of batches: a function of seed and step, whatever the threads, ranks and broken files."""
+
+import io
+import tarfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from troodon.config import UsageError
+from troodon.data.config import CropsConfig, MasksConfig, PhotometricConfig
+from troodon.data.loader import Loader, permute, stream
+from troodon.data.sources import open_source
+
+CROPS = CropsConfig(global_px=16, local_px=8, locals=3)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def index(tmp_path):
+    random = np.random.default_rng(0)
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        for i in range(13):
+            buffer = io.BytesIO()
+            Image.fromarray(random.integers(0, 255, (20 + i, 24, 3), dtype=np.uint8)).save(buffer, "PNG")
+            data = b"not an image" if i in (4, 5) else buffer.getvalue()
+            info = tarfile.TarInfo(f"{i:02d}.png")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return open_source(tmp_path / "images.tar")
+
+
+def loader(index, **changes) -> Loader:
+    settings = {"patch": 4, "images": 4, "seed": 7, "threads": 2}
+    return Loader(index, CROPS, PhotometricConfig(), MasksConfig(), **(settings | changes))
+
+
+def take(loader: Loader, first: int, count: int) -> list:
+    batches = loader.batches(first, CPU)
+    taken = [next(batches) for _ in range(count)]
+    batches.close()
+    return taken
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(getattr(a, n), getattr(b, n)) for n in ("globals_GBCHW", "locals_VBCHW", "masks_NP"))
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 64, 1009])
+def test_a_permutation_visits_everything_once(length):
+    for key in (0, 1, 2**63 + 5):
+        assert sorted(permute(i, length, key) for i in range(length)) == list(range(length))
+
+
+def test_permutations_differ_by_key_and_look_shuffled():
+    orders = [[permute(i, 1009, key) for i in range(1009)] for key in (0, 1)]
+    assert orders[0] != orders[1]
+    assert abs(np.corrcoef(orders[0], orders[1])[0, 1]) < 0.15
+    assert abs(np.corrcoef(orders[0], np.arange(1009))[0, 1]) < 0.15
+
+
+def test_batches_are_a_function_of_the_step(index):
+    six = take(loader(index), 0, 6)
+    assert all(same(a, b) for a, b in zip(six[3:], take(loader(index, threads=1), 3, 3), strict=True))
+    assert not same(six[0], six[1])
+    assert not same(six[0], take(loader(index, seed=8), 0, 1)[0])
+    assert six[0].globals_GBCHW.shape == (2, 4, 3, 16, 16)
+    assert six[0].locals_VBCHW.shape == (3, 4, 3, 8, 8)
+    assert six[0].masks_NP.shape == (8, 16)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_take_slices_of_the_same_batch(index, world):
+    (whole,) = take(loader(index), 5, 1)
+    parts = [take(loader(index, rank=r, world=world), 5, 1)[0] for r in range(world)]
+    assert torch.equal(torch.cat([p.globals_GBCHW for p in parts], 1), whole.globals_GBCHW)
+    assert torch.equal(torch.cat([p.locals_VBCHW for p in parts], 1), whole.locals_VBCHW)
+    masks = torch.cat([p.masks_NP.unflatten(0, (2, -1)) for p in parts], 1).flatten(0, 1)
+    assert torch.equal(masks, whole.masks_NP)
+
+
+def test_a_broken_file_is_named_and_replaced_by_the_next(index):
+    one = loader(index)
+    take(one, 0, 8)
+    assert sorted(one.broken) == [4, 5]
+    assert all(reason for reason in one.broken.values())
+    assert torch.equal(one.views(_position_of(one, 4))[0], _views_of_row(one, 6, visit=0))
+
+
+def _position_of(one: Loader, row: int) -> int:
+    return next(p for p in range(13) if permute(p, 13, hash((one.seed, 0)) & (2**64 - 1)) == row)
+
+
+def _views_of_row(one: Loader, row: int, visit: int):
+    from troodon.data.crops import generator, multi_crop
+    from troodon.data.decode import decode
+
+    return multi_crop(decode(one.index.read(row)), one.crops, generator(one.seed, row, visit))[0]
+
+
+def test_no_readable_image_at_all_is_an_error(index):
+    with pytest.raises(UsageError, match="none of the 2 images can be read"):
+        loader(index.take([4, 5])).views(0)
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(index):
+    with pytest.raises(UsageError, match="batch 4 does not divide over 3 ranks"):
+        loader(index, world=3)
+
+
+def test_no_local_crops(index):
+    (batch,) = take(replace(loader(index), crops=replace(CROPS, locals=0)), 0, 1)
+    assert batch.locals_VBCHW.shape == (0, 4, 3, 8, 8)
+    (with_locals,) = take(loader(index), 0, 1)
+    assert batch.globals_GBCHW.shape == with_locals.globals_GBCHW.shape
+
+
+def test_a_stream_gives_every_readable_image_once_in_order(index):
+    broken = {}
+    got = list(stream(index, 4, lambda images: torch.tensor([im.shape[0] for im in images]), broken=broken))
+    rows = [r for rows, _ in got for r in rows]
+    assert rows == [0, 1, 2, 3, 6, 7, 8, 9, 10, 11, 12]
+    assert torch.cat([x for _, x in got]).tolist() == [20 + r for r in rows]
+    assert sorted(broken) == [4, 5]

@@ -1,0 +1,106 @@
+"""Block masks: how many, how large, what shape, and that drawing them always ends."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from troodon.data.config import MasksConfig
+from troodon.data.crops import generator
+from troodon.data.masks import block_mask, collate
+
+GRID = (16, 16)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 64])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
+def test_exactly_the_share_of_crops_is_masked(count: int, share: float) -> None:
+    masks_NP = collate(count, GRID, MasksConfig(share=share), generator(0, 0, 0))
+    assert masks_NP.shape == (count, 256)
+    assert masks_NP.dtype == torch.bool
+    assert int(masks_NP.any(1).sum()) == int(count * share)
+
+
+def test_each_slice_of_the_ratios_gives_one_mask() -> None:
+    grid, masked = (37, 37), 20
+    edges = np.linspace(0.1, 0.5, masked + 1)
+    spread = []
+    for step in range(5):
+        masks_NP = collate(2 * masked, grid, MasksConfig(), generator(0, 0, step))
+        sizes = np.sort(masks_NP.sum(1).numpy())[-masked:]
+        assert (sizes >= (1369 * edges[:-1]).astype(int) - 4).all()  # the few patches by which some fall short
+        assert (sizes <= (1369 * edges[1:]).astype(int)).all()
+        spread += list((sizes / 1369 - edges[:-1]) / (edges[1] - edges[0]))
+    assert abs(np.mean(spread) - 0.5) < 4 * math.sqrt(1 / 12 / len(spread)) + 0.03  # uniform within its slice
+    assert np.std(spread) > 0.2
+
+
+def test_sizes_are_shuffled_over_the_crops() -> None:
+    sizes_SN = np.stack([collate(16, (8, 8), MasksConfig(), generator(0, 0, s)).sum(1).numpy() for s in range(300)])
+    share_N, mean = (sizes_SN > 0).mean(0), sizes_SN.mean()
+    assert np.abs(share_N - 0.5).max() < 4 * 0.5 / math.sqrt(300)
+    assert np.abs(sizes_SN.mean(0) - mean).max() < 4 * sizes_SN.std() / math.sqrt(300)
+
+
+def test_masks_are_a_function_of_the_generator() -> None:
+    first, again, other = (collate(8, GRID, MasksConfig(), generator(0, 0, step)) for step in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_few_masks_fall_short_and_by_little() -> None:
+    random, short = np.random.default_rng(0), []
+    for ratio in np.linspace(0.1, 0.5, 2000):
+        target = int(256 * ratio)
+        short.append(target - block_mask(GRID, target, random).sum())
+    short = np.array(short)
+    assert short.min() == 0
+    assert 0.055 < (short > 0).mean() < 0.10  # 7.6 % in 30,000 draws, and in a separate simulation
+    assert (short > 3).mean() < 0.002
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 8), (8, 1), (2, 2), (2, 3), (4, 4), (3, 20)])
+def test_drawing_ends_on_tiny_grids_and_never_exceeds_the_target(grid: tuple[int, int]) -> None:
+    random, patches = np.random.default_rng(0), grid[0] * grid[1]
+    for target in range(patches + 1):
+        for _ in range(20):
+            mask_hw = block_mask(grid, target, random)
+            assert mask_hw.shape == grid
+            assert mask_hw.sum() <= target
+    some = any(block_mask(grid, patches // 2, random).any() for _ in range(20))
+    assert some if patches >= 16 else min(grid) > 1 or not some
+    assert collate(6, grid, MasksConfig(), random).shape == (6, patches)
+
+
+def test_the_first_block_is_a_rectangle_of_the_drawn_size_and_shape() -> None:
+    """With a target of four patches and no overlap to use, most masks are one block of four: 2x2, 1x4 or 4x1."""
+    random, shapes = np.random.default_rng(0), []
+    for _ in range(600):
+        mask_hw = block_mask((12, 20), 4, random)
+        h, w = (np.flatnonzero(mask_hw.any(axis)) for axis in (1, 0))
+        if mask_hw.sum() == 4 and (h[-1] - h[0] + 1) * (w[-1] - w[0] + 1) == 4:
+            shapes.append((int(h[-1] - h[0] + 1), int(w[-1] - w[0] + 1)))
+    # |log aspect| below ln(25/16) rounds to 2x2, above ln(49/16) to 1x4 or 4x1; between them to 3 or 6 patches.
+    assert len(shapes) > 300
+    assert {(2, 2), (1, 4), (4, 1)} == set(shapes)
+    flat, tall = shapes.count((1, 4)), shapes.count((4, 1))
+    assert abs(flat - tall) < 4 * math.sqrt(flat + tall)
+
+
+def test_masked_patches_lie_together() -> None:
+    """Of the neighbours of a masked patch far more are masked than the ratio would have by chance."""
+    random = np.random.default_rng(0)
+    together = []
+    for _ in range(100):
+        mask_hw = block_mask(GRID, 64, random)
+        together.append((mask_hw[1:] & mask_hw[:-1]).sum() / mask_hw[:-1].sum())
+    assert np.mean(together) > 0.7  # by chance 0.25
+
+
+def test_every_patch_is_masked_at_times() -> None:
+    random = np.random.default_rng(0)
+    share_hw = np.mean([block_mask((8, 8), 20, random) for _ in range(400)], axis=0)
+    assert share_hw.min() > 0.03
+    assert share_hw[0].mean() == pytest.approx(share_hw[-1].mean(), abs=0.06)
+    assert share_hw[:, 0].mean() == pytest.approx(share_hw[:, -1].mean(), abs=0.06)

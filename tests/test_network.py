@@ -1,0 +1,151 @@
+"""The network: packs, stochastic depth, positions, numbers of parameters and of operations."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from troodon.model.config import BASE, GIANT, LARGE, SMALL, ViTConfig
+from troodon.model.packing import Layout, attend, pack, residual, unpack
+from troodon.model.vit import ViT, flops, resize_positions
+
+TINY = ViTConfig(dim=32, depth=3, heads=2, patch=4, grid=4, registers=2, layer_scale=0.5)
+
+
+def network(config: ViTConfig) -> ViT:
+    torch.manual_seed(0)
+    vit = ViT(config)
+    vit.initialize()
+    return vit
+
+
+def test_a_pack_gives_what_each_crop_size_alone_gives():
+    vit = network(TINY).eval()
+    wide, narrow = torch.randn(3, 3, 16, 16), torch.randn(5, 3, 8, 12)
+    together = vit([wide, narrow])
+    for tokens, images in zip(together, (wide, narrow), strict=True):
+        (alone,) = vit([images])
+        torch.testing.assert_close(tokens.cls_BD, alone.cls_BD)
+        torch.testing.assert_close(tokens.patches_BPD, alone.patches_BPD)
+        torch.testing.assert_close(tokens.registers_BRD, alone.registers_BRD)
+
+
+def test_attention_does_not_cross_sequences():
+    layout = Layout(((2, 3), (1, 4)))
+    q, k, v = (torch.randn(10, 2, 8) for _ in range(3))
+    before = attend(q, k, v, layout)
+    k[3:6], v[3:6] = 7.0, 7.0  # the second sequence
+    after = attend(q, k, v, layout)
+    torch.testing.assert_close(before[:3], after[:3])
+    torch.testing.assert_close(before[6:], after[6:])
+    assert (before[3:6] - after[3:6]).abs().max() > 0.1
+
+
+def test_pack_and_unpack_are_inverse():
+    groups = [torch.randn(2, 5, 3), torch.randn(4, 2, 3)]
+    for a, b in zip(groups, unpack(*pack(groups)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_stochastic_depth_works_on_few_sequences_and_keeps_the_expectation():
+    groups = [torch.randn(8, 3, 4), torch.randn(5, 2, 4)]
+    x, layout = pack(groups)
+    seen = []
+
+    def branch(y, inner):
+        seen.append((len(y), inner.groups))
+        return 2.0 * y
+
+    torch.manual_seed(0)
+    mean = torch.stack([residual(x, branch, layout, 0.4) for _ in range(4000)]).mean(0)
+    assert set(seen) == {(4 * 3 + 3 * 2, ((4, 3), (3, 2)))}  # max(int(b * 0.6), 1) of each group, whole sequences
+    torch.testing.assert_close(mean, 3.0 * x, atol=0.2, rtol=0.0)
+
+
+def test_stochastic_depth_of_one_kept_sequence_has_the_gradient_of_its_own_work():
+    x, layout = pack([torch.randn(4, 3, 2)])
+    x.requires_grad_()
+    residual(x, lambda y, _: 5.0 * y, layout, 0.75).sum().backward()
+    gained = x.grad.view(4, 3, 2)[:, 0, 0]
+    assert sorted(gained.tolist()) == [1.0, 1.0, 1.0, 1.0 + 5.0 * 4]  # one of four, scaled by 4 / 1
+
+
+def test_drop_path_is_for_training_only():
+    vit = network(dataclasses.replace(TINY, drop_path=0.5))
+    images = torch.randn(6, 3, 16, 16)
+    assert not torch.equal(vit([images])[0].cls_BD, vit([images])[0].cls_BD)
+    vit.eval()
+    assert torch.equal(vit([images])[0].cls_BD, vit([images])[0].cls_BD)
+
+
+def test_masked_patches_are_not_seen():
+    vit = network(TINY).eval()
+    images = torch.randn(1, 3, 16, 16)
+    mask = torch.zeros(1, 16, dtype=torch.bool)
+    mask[0, 5] = True
+    changed = images.clone()
+    changed[..., 4:8, 4:8] = 9.0  # patch 5: second row, second column
+    (a,), (b,) = vit([images], [mask]), vit([changed], [mask])
+    torch.testing.assert_close(a.cls_BD, b.cls_BD)
+    (c,) = vit([changed])
+    assert (a.cls_BD - c.cls_BD).abs().max() > 1e-4
+
+
+def test_positions_at_their_own_grid_are_untouched_and_otherwise_resized():
+    positions = torch.randn(1, 17, 32)
+    cls, patches = resize_positions(positions, (4, 4), TINY)
+    assert torch.equal(torch.cat([cls, patches], 1), positions)
+    assert resize_positions(positions, (3, 7), TINY)[1].shape == (1, 21, 32)
+    flat = resize_positions(torch.ones(1, 17, 32), (6, 5), TINY)[1]
+    torch.testing.assert_close(flat, torch.ones(1, 30, 32))
+
+
+def test_an_image_that_patches_do_not_divide_is_refused_by_name():
+    with pytest.raises(ValueError, match="18 x 16 pixels does not divide into patches of 4"):
+        network(TINY)([torch.randn(1, 3, 16, 18)])
+
+
+@pytest.mark.parametrize(
+    ("config", "millions"), [(SMALL, 22.1), (BASE, 86.6), (LARGE, 304.4), (dataclasses.replace(GIANT), 1136.5)]
+)
+def test_sizes_have_the_published_numbers_of_parameters(config, millions):
+    with torch.device("meta"):
+        vit = ViT(config)
+    assert sum(p.numel() for p in vit.parameters()) / 1e6 == pytest.approx(millions, rel=0.002)
+    assert config.dim // config.heads == 64
+
+
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+def test_flops_are_those_that_torch_counts(mlp):
+    config = dataclasses.replace(TINY, mlp=mlp)
+    vit = network(config).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        vit([torch.randn(1, 3, 20, 12)])
+    # Attention's products are counted by hand where the fused kernel hides them from the counter.
+    tokens = 1 + config.registers + 15
+    attention = 2 * config.depth * 2 * tokens * tokens * config.dim
+    resizing = 0
+    assert flops(config, (5, 3)) in (counter.get_total_flops(), counter.get_total_flops() + attention + resizing)
+
+
+def test_every_parameter_is_initialised():
+    with torch.device("meta"):
+        vit = ViT(TINY)
+    vit = vit.to_empty(device="cpu")
+    for p in vit.parameters():
+        torch.nn.init.constant_(p, float("nan"))
+    vit.initialize()
+    assert [n for n, p in vit.named_parameters() if not p.isfinite().all()] == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_varlen_kernel_equals_the_dense_form():
+    from troodon.model.packing import _attend_by_group
+
+    layout = Layout(((3, 65), (8, 17)))
+    tokens = sum(layout.lengths)
+    q, k, v = (torch.randn(tokens, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    for form in (attend, _attend_by_group):
+        torch.testing.assert_close(form(q, k, v, layout), _attend_by_group(q, k, v, layout), atol=2e-2, rtol=2e-2)
