@@ -42,6 +42,14 @@ def test_attention_does_not_cross_sequences():
     assert (before[3:6] - after[3:6]).abs().max() > 0.1
 
 
+def test_attention_in_bf16_is_that_of_fp32():
+    torch.manual_seed(0)
+    layout = Layout(((2, 30), (3, 7)))
+    q, k, v = (torch.randn(81, 2, 16) for _ in range(3))
+    half = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), layout)
+    torch.testing.assert_close(half.float(), attend(q, k, v, layout), atol=0.03, rtol=0.03)
+
+
 def test_pack_and_unpack_are_inverse():
     groups = [torch.randn(2, 5, 3), torch.randn(4, 2, 3)]
     for a, b in zip(groups, unpack(*pack(groups)), strict=True):

@@ -167,6 +167,13 @@ def test_a_tar_cut_short_gives_its_whole_files_and_says_so(tmp_path, capsys):
     (tmp_path / "cut.tar").write_bytes(damaged)
     assert len(open_source(tmp_path / "cut.tar")) == 4
     assert "the 4 files before that are whole" in capsys.readouterr().err
+    backwards = bytearray(data)
+    backwards[block + 124 : block + 136] = b"\xff" * 12  # a size of -1
+    header = bytes(backwards[block : block + 148]) + b" " * 8 + bytes(backwards[block + 156 : block + 512])
+    backwards[block + 148 : block + 156] = b"%06o\0 " % sum(header)
+    (tmp_path / "cut.tar").write_bytes(backwards)
+    assert len(open_source(tmp_path / "cut.tar")) == 1
+    assert "the 1 files before that are whole" in capsys.readouterr().err
     open_source(whole)
     assert capsys.readouterr().err == ""
 

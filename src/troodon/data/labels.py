@@ -97,7 +97,7 @@ def assign(
                 used.add(home)
         labels.append(label)
         splits.append(part)
-    for home in sorted(set(homes.values()) & tables.keys() - used):
+    for home in sorted({home for home in homes.values() if home is not None} - used):
         say(f"{home}: its table of labels names none of the images beside it")
     return labels, splits
 

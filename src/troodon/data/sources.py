@@ -150,11 +150,9 @@ def _open(root: Path, inside: str, name: str) -> Index:
     shown = f"{root}/{inside}" if inside else str(root)
     _tell(shown, found)
     order = sorted(range(len(found.paths)), key=found.paths.__getitem__)
-    paths, containers, offsets, lengths = (
-        [column[i] for i in order] for column in (found.paths, found.containers, found.offsets, found.lengths)
-    )
-    labels, splits = assign(paths, prefix, found.tables, run.say)
-    return Index(pa.table([paths, containers, offsets, lengths, labels, splits], schema=SCHEMA))
+    paths = [found.paths[i] for i in order]
+    where = [[column[i] for i in order] for column in (found.containers, found.offsets, found.lengths)]
+    return Index(pa.table([paths, *where, *assign(paths, prefix, found.tables, run.say)], schema=SCHEMA))
 
 
 def _walk(root: Path, prefix: str, found: _Found) -> None:
@@ -235,19 +233,19 @@ def _members(container: str) -> dict[str, tuple[int, int]]:
     try:
         with tarfile.open(container, "r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # they would be kept, a kilobyte each
+                tar.members.clear()  # pyrefly: ignore[missing-attribute]  # it would keep them, a kilobyte each
+                if member.size < 0 or (member.isreg() and member.offset_data + member.size > size):
+                    whole = False  # a size below zero would send tarfile back to where it was, for ever
+                    break
                 name = posixpath.normpath(member.name).lstrip("/")
                 if not member.isreg() or member.issparse() or any(map(_hidden, name.split("/"))):
                     continue
-                if member.offset_data + member.size > size:
-                    whole = False
-                    break
                 name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
                 members[name] = (member.offset_data, member.size)
                 count += 1
             tar.fileobj.seek(tar.offset)
             whole = whole and tar.fileobj.read(512) == bytes(512)  # damage too makes tarfile stop without a word
-    except tarfile.ReadError as error:
+    except (tarfile.TarError, ValueError) as error:
         if not count:
             _refuse_compressed(container)
             raise UsageError(f"{container}: is not a tar ({error})") from None

@@ -82,6 +82,7 @@ class EvaluateConfig:
 
 SUITES = {
     "mine": EvaluateConfig(),
+    "paper": EvaluateConfig(suite="paper", linear=LinearConfig(scale="none", least_steps=12500)),
     "quick": EvaluateConfig(
         suite="quick",
         ks=(10, 20),

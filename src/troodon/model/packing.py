@@ -15,6 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention
 #                 B images in a group, L tokens per image of a group, K images kept.
 
 
+SHORT = 512  # tokens up to which attention may keep its whole matrix
+
+
 @dataclass(frozen=True)
 class Layout:
     """How the token axis is divided: `groups` of `count` sequences of `length` tokens each."""
@@ -59,9 +62,17 @@ def _attend_by_group(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, layout: Layout
     """The specification: one dense attention per group. Runs anywhere; the kernel is tested against it."""
     outputs = []
     for q, k, v in zip(*(unpack(x, layout) for x in (q_TNH, k_TNH, v_TNH)), strict=True):
-        out_BNLH = scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        out_BNLH = _dense(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         outputs.append(out_BNLH.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)
+
+
+def _dense(q_BNLH: Tensor, k_BNLH: Tensor, v_BNLH: Tensor) -> Tensor:
+    if q_BNLH.device.type == "cpu" and q_BNLH.dtype == torch.bfloat16 and q_BNLH.shape[2] <= SHORT:
+        # The fused kernel is two to six times slower than three products here; see docs/log.md.
+        scores_BNLL = q_BNLH @ k_BNLH.transpose(-1, -2) * q_BNLH.shape[-1] ** -0.5
+        return scores_BNLL.softmax(-1).to(v_BNLH.dtype) @ v_BNLH
+    return scaled_dot_product_attention(q_BNLH, k_BNLH, v_BNLH)
 
 
 def residual(x_TD: Tensor, branch: Branch, layout: Layout, drop: float) -> Tensor:

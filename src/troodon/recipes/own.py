@@ -1,6 +1,5 @@
 """Recipes for one's own images and small machines."""
 
-
 from troodon.data.config import CropsConfig, PhotometricConfig
 from troodon.learn.config import ObjectiveConfig, OptimConfig, PretrainConfig
 from troodon.learn.schedules import Schedule, Schedules

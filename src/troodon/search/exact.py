@@ -40,16 +40,16 @@ def above(
     x_ND: ndarray, threshold: float, y_MD: ndarray | None = None, *, block: int = 4096, device: Any = None
 ) -> Iterator[tuple[ndarray, ndarray, ndarray]]:
     """What `pairs_above` returns, one tile at a time (also the empty ones; there are `tiles` of them)."""
-    itself = y_MD is None
+    itself, threshold = y_MD is None, float(threshold)
     y_MD = x_ND if itself else y_MD
     assert x_ND.shape[1] == y_MD.shape[1]
     for p in range(0, len(x_ND), block):
-        a_PD = _unit(x_ND, p, p + block)
+        a_PD = unit(x_ND[p : p + block])
         for q in range(p if itself else 0, len(y_MD), block):
             if threshold >= 1:  # no cosine is above
                 yield _EMPTY
                 continue
-            b_BD = a_PD if itself and q == p else _unit(y_MD, q, q + block)
+            b_BD = a_PD if itself and q == p else unit(y_MD[q : q + block])
             i_C, j_C = _proposed(a_PD, b_BD, threshold - SLACK, device)
             if itself and q == p:
                 i_C, j_C = i_C[i_C < j_C], j_C[i_C < j_C]
@@ -72,17 +72,18 @@ def top_k(
     Best first; among equals the lower row. k is clipped to the size of the base. Each block improves on the k best
     so far: only scores that reach the worst of these are looked at.
     """
-    assert k > 0 and queries_QD.shape[1] == base_ND.shape[1]
+    assert k > 0
+    assert queries_QD.shape[1] == base_ND.shape[1]
     k = min(k, len(base_ND))
     score_Qk = np.full((len(queries_QD), k), -np.inf, np.float32)
     row_Qk = np.full((len(queries_QD), k), -1, np.int64)
     if not k:
         return score_Qk, row_Qk
     for p in range(0, len(queries_QD), block):
-        a_PD = _unit(queries_QD, p, p + block)
+        a_PD = unit(queries_QD[p : p + block])
         score_Pk, row_Pk = score_Qk[p : p + block], row_Qk[p : p + block]
         for q in range(0, len(base_ND), block):
-            b_BD = _unit(base_ND, q, q + block)
+            b_BD = unit(base_ND[q : q + block])
             i_C, j_C = _proposed(a_PD, b_BD, score_Pk[:, -1] - SLACK, device, k)
             _merge(score_Pk, row_Pk, i_C, q + j_C, _scores(a_PD, i_C, b_BD, j_C))
     return score_Qk, row_Qk
@@ -91,12 +92,19 @@ def top_k(
 _EMPTY = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
 
 
-def _unit(x_ND: ndarray, start: int, stop: int) -> ndarray:
-    """These rows in float32, of length one; rows of zeros stay what they are."""
-    x_PD = np.array(x_ND[start:stop], dtype=np.float32)
-    length_P1 = np.sqrt(np.einsum("pd,pd->p", x_PD, x_PD))[:, None]
-    assert np.isfinite(length_P1).all(), "embeddings must be finite"
-    return np.divide(x_PD, length_P1, out=x_PD, where=length_P1 > 0)
+def cosines(x_ND: ndarray, i_C: ndarray, j_C: ndarray) -> ndarray:
+    """The scores (C,) float32 of these pairs of rows, as `pairs_above` gives them."""
+    step = max(1, CACHED // max(1, x_ND.shape[1]))
+    parts = [_dots(unit(x_ND[i_C[c : c + step]]), unit(x_ND[j_C[c : c + step]])) for c in range(0, len(i_C), step)]
+    return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+
+
+def unit(x_ND: ndarray) -> ndarray:
+    """A copy in float32 with rows of length one; rows of zeros stay what they are."""
+    x_ND = np.array(x_ND, dtype=np.float32)
+    length_N1 = np.sqrt(np.einsum("nd,nd->n", x_ND, x_ND))[:, None]
+    assert np.isfinite(length_N1).all(), "embeddings must be finite"
+    return np.divide(x_ND, length_N1, out=x_ND, where=length_N1 > 0)
 
 
 def _proposed(
@@ -126,13 +134,17 @@ def _proposed(
 
 
 def _scores(a_PD: ndarray, i_C: ndarray, b_BD: ndarray, j_C: ndarray) -> ndarray:
-    """Row i of a times row j of b, for each pair: a function of these two rows and of nothing else."""
-    step = max(1, CACHED // a_PD.shape[1])
+    """Row i of a times row j of b, for each pair."""
+    step = max(1, CACHED // max(1, a_PD.shape[1]))
     score_C = np.empty(len(i_C), np.float32)
     for c in range(0, len(i_C), step):
-        pairs = slice(c, c + step)
-        np.einsum("cd,cd->c", a_PD[i_C[pairs]], b_BD[j_C[pairs]], out=score_C[pairs])
-    return np.clip(score_C, -1, 1, out=score_C)
+        score_C[c : c + step] = _dots(a_PD[i_C[c : c + step]], b_BD[j_C[c : c + step]])
+    return score_C
+
+
+def _dots(a_CD: ndarray, b_CD: ndarray) -> ndarray:
+    """Row by row: each number a function of its two rows and of nothing else."""
+    return np.clip(np.einsum("cd,cd->c", a_CD, b_CD), -1, 1)
 
 
 def _merge(score_Pk: ndarray, row_Pk: ndarray, i_C: ndarray, row_C: ndarray, score_C: ndarray) -> None:

@@ -1,0 +1,75 @@
+"""How embeddings are compared: as they are, centred, or whitened.
+
+Small or young networks give embeddings that all point one way: cosines of different images lie above 0.9, and those
+of copies among them. Whitened on the images at hand, copies stand out again. Measured, on 11,500 photographs of 64
+pixels, at a threshold that wrongly merges one image in fifty: copies found, plain -> whitened,
+
+    8 x 8 pixels                   0.59 -> 0.90
+    a small trained CNN            0.22 -> 0.26     (5,750 images)
+    an untrained ViT               0.10 -> 0.07     where nothing helps
+
+and, among the four nearest images, those of the same class (of 50): 0.065 -> 0.082, 0.194 -> 0.204, 0.057 -> 0.063.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy import ndarray
+
+from troodon.curate import config
+from troodon.search.exact import unit
+
+# Shape suffixes: N images, D channels of an embedding, K of the space, B images of one block.
+
+COMPONENTS = 128  # at most: enough to tell images apart, and the joins cost a third of what 384 channels do
+VARIANCE = 0.99  # share of the variance that they hold
+SHRINKAGE = 0.2  # of the variances towards their mean: few images leave the small ones badly known
+BLOCK = 8192
+
+
+@dataclass(frozen=True)
+class Space:
+    """A map from embeddings to vectors whose cosines are compared."""
+
+    mean_D: ndarray | None = None
+    matrix_DK: ndarray | None = None
+
+    def __call__(self, x_ND: ndarray) -> ndarray:
+        """(N, D) of any float type -> (N, K) float32, of length one; 4 K bytes an image."""
+        parts = [self._map(x_ND[start : start + BLOCK]) for start in range(0, len(x_ND), BLOCK)]
+        return np.concatenate(parts) if parts else self._map(x_ND[:0])
+
+    def _map(self, x_BD: ndarray) -> ndarray:
+        x_BD = unit(x_BD)
+        if self.mean_D is not None:
+            x_BD -= self.mean_D
+        return unit(x_BD if self.matrix_DK is None else x_BD @ self.matrix_DK)
+
+
+def fit(kind: config.Space, x_ND: ndarray) -> Space:
+    """The space of this kind for these embeddings: two passes over them, in float64 where they are summed up."""
+    if kind == "plain" or not len(x_ND):
+        return Space()
+    channels = x_ND.shape[1]
+    mean_D = sum((block_BD.sum(0, dtype=np.float64) for block_BD in _blocks(x_ND)), np.zeros(channels)) / len(x_ND)
+    mean_D = mean_D.astype(np.float32)
+    if kind == "centred":
+        return Space(mean_D)
+    covariance_DD = np.zeros((channels, channels))
+    for block_BD in _blocks(x_ND):
+        block_BD -= mean_D
+        covariance_DD += block_BD.T @ block_BD
+    variance_D, axes_DD = np.linalg.eigh(covariance_DD / len(x_ND))
+    variance_D, axes_DD = variance_D[::-1].clip(min=0), axes_DD[:, ::-1]
+    if variance_D.sum() < 1e-12:  # all embeddings are the same
+        return Space(mean_D)
+    needed = int(np.searchsorted(variance_D.cumsum() / variance_D.sum(), VARIANCE)) + 1
+    count = min(needed, COMPONENTS, max(1, len(x_ND) - 1))
+    variance_K = (1 - SHRINKAGE) * variance_D[:count] + SHRINKAGE * variance_D[:count].mean()
+    return Space(mean_D, (axes_DD[:, :count] / np.sqrt(variance_K)).astype(np.float32))
+
+
+def _blocks(x_ND: ndarray) -> Iterator[ndarray]:
+    for start in range(0, len(x_ND), BLOCK):
+        yield unit(x_ND[start : start + BLOCK])
