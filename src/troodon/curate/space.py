@@ -36,14 +36,14 @@ class Space:
     matrix_DK: ndarray | None = None
 
     def __call__(self, x_ND: ndarray) -> ndarray:
-        """(N, D) of any float type -> (N, K) float32, of length one; 4 K bytes an image."""
+        """(N, D) of any float type -> (N, K) float32 of length one; plain ones come back as they are."""
+        if self.mean_D is None:
+            return x_ND
         parts = [self._map(x_ND[start : start + BLOCK]) for start in range(0, len(x_ND), BLOCK)]
         return np.concatenate(parts) if parts else self._map(x_ND[:0])
 
     def _map(self, x_BD: ndarray) -> ndarray:
-        x_BD = unit(x_BD)
-        if self.mean_D is not None:
-            x_BD -= self.mean_D
+        x_BD = unit(x_BD) - self.mean_D
         return unit(x_BD if self.matrix_DK is None else x_BD @ self.matrix_DK)
 
 

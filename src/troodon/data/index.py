@@ -65,6 +65,11 @@ class Index:
         """The index of these rows, in this order."""
         return Index(self.table.take(pa.array(np.asarray(rows, dtype=np.int64))))
 
+    def unlabelled(self) -> "Index":
+        """The same images, their labels forgotten: folder names of a pool are no classes."""
+        place = self.table.schema.get_field_index("label")
+        return Index(self.table.set_column(place, "label", pa.nulls(len(self), pa.string())))
+
     def save(self, path: Path) -> None:
         pq.write_table(self.table, path, compression="zstd")
 

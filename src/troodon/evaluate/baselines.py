@@ -8,7 +8,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from troodon.config import fingerprint
+
 # Shape suffixes: B images, S pixels on a side, P pixels, K bins, D channels.
+
+VERSION = 1  # goes up when a descriptor changes, so that features kept from before do not serve it
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,13 @@ class Described:
 class ColourHistogram:
     """Histogram of hue, saturation and value, 8 x 4 x 4 bins, summing to one, then square roots (Hellinger)."""
 
-    name: str = "colour-histogram"
-    fingerprint: str = "colour-histogram-1"
     bins: tuple[int, int, int] = (8, 4, 4)
     side: int = 64
+    name: str = "colour-histogram"
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(VERSION, self)
 
     def prepare(self, images: Sequence[np.ndarray]) -> Tensor:
         """uint8 (H, W, 3) arrays -> (B, 3, S, S) hue, saturation and value, each in [0, 1]."""
@@ -39,7 +46,7 @@ class ColourHistogram:
     def features(self, images: Tensor, *, blocks: int = 1) -> Described:
         bins = torch.tensor(self.bins)[:, None]
         hue_BP, saturation_BP, value_BP = torch.minimum((images.flatten(2) * bins).long(), bins - 1).unbind(1)
-        code_BP = (hue_BP * self.bins[1] + saturation_BP) * self.bins[2] + value_BP
+        code_BP = (hue_BP * self.bins[0] + saturation_BP) * self.bins[2] + value_BP
         count_BK = torch.zeros(len(images), int(np.prod(self.bins)))
         count_BK.scatter_add_(1, code_BP, torch.ones_like(code_BP, dtype=torch.float32))
         return Described((count_BK / code_BP.shape[1]).sqrt())
@@ -49,9 +56,12 @@ class ColourHistogram:
 class RawPixels:
     """The image at 16 x 16 pixels, less its mean brightness (without which cosines say little else)."""
 
-    name: str = "raw-pixels"
-    fingerprint: str = "raw-pixels-1"
     side: int = 16
+    name: str = "raw-pixels"
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(VERSION, self)
 
     def prepare(self, images: Sequence[np.ndarray]) -> Tensor:
         """uint8 (H, W, 3) arrays -> (B, 3, S, S) in [0, 1]."""

@@ -122,7 +122,7 @@ def _write(path: Path, features: FrozenFeatures) -> None:
 def _read(path: Path, name: str) -> FrozenFeatures | None:
     """What was kept; None where there is nothing, or nothing whole."""
     try:
-        with np.load(path) as kept:
+        with open(path, "rb") as file, np.load(file) as kept:
             left_out = {str(p): str(reason) for p, reason in kept["left_out"]}
             return FrozenFeatures(name, kept["cls"], kept["mean"], kept["rows"], left_out)
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):

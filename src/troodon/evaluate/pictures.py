@@ -150,5 +150,5 @@ def _thumbnail(
 
 def _save(page: Image.Image, path: Path) -> None:
     data = io.BytesIO()
-    page.save(data, "PNG", optimize=True)
+    page.save(data, "PNG")
     write_bytes(path, data.getvalue())

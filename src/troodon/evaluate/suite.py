@@ -28,6 +28,7 @@ __all__ = ["evaluate", "how_split", "split"]
 
 # Shape suffixes: N training images, M validation images, S seeds.
 
+BLOCKS = 4  # of which features are kept, at least, so that other settings find them
 JUDGES = 5000  # training images, at most, that choose k
 
 
@@ -61,21 +62,21 @@ def evaluate(
     config: EvaluateConfig,
     out: Path,
     *,
-    split: str = "as given",
+    how: str = "as given",
     batch: int = 64,
     threads: int = 0,
     cache: Path | None = None,
 ) -> list[dict]:
     """Scores of every backbone, the one of interest first, written to the folder `out` and returned.
 
-    `split` says in words how the images were divided (`how_split`); it is recorded. Finished scores are returned as
+    `how` says in words how the images were divided (see `how_split`); it is recorded. Finished scores are returned as
     they are. UsageError for data without labels, with fewer than two classes, or with images on both sides, and for
     an `out` that holds other scores.
     """
     train, val = labelled(train), labelled(val)
     _check(train, val)
     named = _distinct(backbones)
-    settings = to_dict(config) | {"dataset": dataset, "split": split, "backbones": list(named)}
+    settings = to_dict(config) | {"dataset": dataset, "split": how, "backbones": list(named)}
     images = [images_fingerprint(index, "label") for index in (train, val)]
     made_of = fingerprint(settings, images, [b.fingerprint for b in named.values()])
     if run.is_done(out, "scores", made_of, settings):
@@ -83,7 +84,7 @@ def evaluate(
         return run.read_json(out / "scores.json")
 
     scores, details = [], []
-    blocks = max(config.linear.blocks) if "linear" in config.protocols else 1
+    blocks = max(BLOCKS, *config.linear.blocks)
     run.say(f"suite {config.suite}: {len(named)} backbones, {len(train)} images to learn from, {len(val)} to test on")
     with run.publish(out, "scores", made_of, settings) as folder:
         for place, (name, backbone) in enumerate(named.items()):
@@ -93,7 +94,7 @@ def evaluate(
             )
             task = _task(near, far, train, val)
             for outcome in _outcomes(task, config):
-                score, detail = _report(outcome, task, dataset, name, split, config)
+                score, detail = _report(outcome, task, dataset, name, how, config)
                 scores.append(score)
                 details.append(detail)
                 run.say(f"{name}: {outcome.protocol} {score['value']:.1%} ({score['low']:.1%} to {score['high']:.1%})")
@@ -189,7 +190,7 @@ def _classifier(blocks: int, pooling: str, rate: float) -> str:
 
 
 def _report(
-    outcome: Outcome, task: Task, dataset: str, name: str, split: str, config: EvaluateConfig
+    outcome: Outcome, task: Task, dataset: str, name: str, how: str, config: EvaluateConfig
 ) -> tuple[dict, dict]:
     """The entry of scores.json and that of details.json."""
     tried = []
@@ -203,7 +204,7 @@ def _report(
     settings = what | outcome.settings
     if len(tried) > 1:
         settings["best on val"] = {k: v for k, v in best.items() if k not in ("choice", "low", "high")}
-    settings |= {"train": len(task.labels_N), "val": len(task.labels_M), "classes": len(task.classes), "split": split}
+    settings |= {"train": len(task.labels_N), "val": len(task.labels_M), "classes": len(task.classes), "split": how}
     settings["interval"] = f"95 %, bootstrap over images, {config.resamples} resamples"
     if left_out := len(task.train.left_out) + len(task.val.left_out):
         settings["images left out"] = left_out

@@ -1,5 +1,6 @@
 """Recipes for one's own images and small machines."""
 
+from troodon.curate.config import CurateConfig
 from troodon.data.config import CropsConfig, PhotometricConfig
 from troodon.learn.config import ObjectiveConfig, OptimConfig, PretrainConfig
 from troodon.learn.schedules import Schedule, Schedules
@@ -38,3 +39,13 @@ def tiny(*, steps: int, batch: int) -> PretrainConfig:
         probe_every=100,
         checkpoint_every=200,
     )
+
+
+def curate_demo() -> CurateConfig:
+    """Curation of the embedded world with a small backbone trained on its own pool."""
+    return CurateConfig(tokens="cls+mean")
+
+
+def curate_small() -> CurateConfig:
+    """For ten thousand to a million images: exact search, the threshold calibrated on the images themselves."""
+    return CurateConfig()

@@ -115,22 +115,34 @@ def _proposed(
     With `k`, a row of a whose floor is still open (-inf) proposes its k best only.
     """
     if device is not None:
-        import torch
-
-        s_PB = torch.from_numpy(a_PD).to(device) @ torch.from_numpy(b_BD).to(device).T
-        if k is not None:
-            floor_P = torch.from_numpy(floor).to(device)
-            if k < len(b_BD) and torch.isinf(floor_P).any():
-                floor_P = torch.maximum(floor_P, s_PB.topk(k, dim=1).values[:, -1] - SLACK)
-            floor = floor_P[:, None]
-        i_C, j_C = (s_PB >= floor).nonzero().T.cpu().numpy()
-        return i_C, j_C
+        return _proposed_on(device, a_PD, b_BD, floor, k)
     s_PB = a_PD @ b_BD.T
     if k is not None:
         if k < len(b_BD) and np.isinf(floor).any():
             floor = np.maximum(floor, np.partition(s_PB, len(b_BD) - k, axis=1)[:, len(b_BD) - k] - SLACK)
         floor = floor[:, None]
     return np.divmod(np.flatnonzero(s_PB >= floor), len(b_BD))
+
+
+def _proposed_on(
+    device: Any, a_PD: ndarray, b_BD: ndarray, floor: float | ndarray, k: int | None
+) -> tuple[ndarray, ndarray]:
+    """`_proposed` by torch, in full float32 whatever the process has asked for elsewhere."""
+    import torch
+
+    asked = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        s_PB = torch.from_numpy(a_PD).to(device) @ torch.from_numpy(b_BD).to(device).T
+    finally:
+        torch.set_float32_matmul_precision(asked)
+    if k is not None:
+        floor_P = torch.from_numpy(floor).to(device)
+        if k < len(b_BD) and torch.isinf(floor_P).any():
+            floor_P = torch.maximum(floor_P, s_PB.topk(k, dim=1).values[:, -1] - SLACK)
+        floor = floor_P[:, None]
+    i_C, j_C = (s_PB >= floor).nonzero().T.cpu().numpy()
+    return i_C, j_C
 
 
 def _scores(a_PD: ndarray, i_C: ndarray, b_BD: ndarray, j_C: ndarray) -> ndarray:

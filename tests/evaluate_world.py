@@ -1,0 +1,59 @@
+"""A small labelled world on disk, and stand-ins for backbones, for the tests of evaluation."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+
+from troodon.data.index import SCHEMA, Index
+from troodon.evaluate.features import FrozenFeatures
+
+COLOURS = {"red": (200, 60, 60), "green": (60, 190, 70), "blue": (50, 80, 210), "grey": (128, 128, 128)}
+
+
+def make_index(folder: Path, labels: Sequence[str | None], splits: Sequence[str | None] | None = None) -> Index:
+    """One small noisy PNG per label, of the colour that the label names (any other label is grey)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i, label in enumerate(labels):
+        noise = np.random.default_rng(i).normal(0, 25, (24 + i % 3, 20, 3))
+        pixels = np.clip(np.array(COLOURS.get(label or "", COLOURS["grey"])) + noise, 0, 255).astype(np.uint8)
+        path = folder / f"{i:03d}.png"
+        Image.fromarray(pixels).save(path)
+        split = splits[i] if splits else None
+        rows.append((path.name, str(path), 0, path.stat().st_size, label, split))
+    return Index(pa.table([list(c) for c in zip(*rows, strict=True)], schema=SCHEMA))
+
+
+class Fake:
+    """A backbone of three blocks: the mean colour, with less and less noise that only the image decides."""
+
+    def __init__(self, name: str = "fake", fingerprint: str = "f1", sharpness: float = 1.0):
+        self.name, self.fingerprint, self.sharpness = name, fingerprint, sharpness
+        self.config = SimpleNamespace(depth=3)
+        self.batches = 0
+
+    def prepare(self, images: Sequence[np.ndarray]) -> torch.Tensor:
+        resized = [np.asarray(Image.fromarray(i).resize((16, 16))) for i in images]
+        return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2) / 255.0
+
+    def features(self, images: torch.Tensor, *, blocks: int = 1) -> SimpleNamespace:
+        assert blocks <= 3, "a network of three blocks was asked for more"
+        self.batches += 1
+        patches = images.unfold(2, 4, 4).unfold(3, 4, 4).mean((-2, -1)).permute(0, 2, 3, 1) - 0.5
+        noise = images[:, :, :3].flatten(1)[:, :3]
+        mean = patches.mean((1, 2))
+        per_block = [(self.sharpness * mean + noise * (3 - b) / 100, mean + b) for b in range(1, 4)]
+        return SimpleNamespace(cls=per_block[-1][0], patches=patches, blocks=per_block[-blocks:])
+
+
+def frozen(cls_ND: np.ndarray, mean_ND: np.ndarray | None = None, blocks: int = 1) -> FrozenFeatures:
+    """Features that no backbone made; with `blocks`, the channels are cut into so many of them."""
+    n = len(cls_ND)
+    mean_ND = np.zeros((n, 0)) if mean_ND is None else mean_ND
+    mean_NLD = np.repeat(mean_ND.astype(np.float32)[:, None], blocks, 1)
+    return FrozenFeatures("made", cls_ND.astype(np.float32).reshape(n, blocks, -1), mean_NLD, np.arange(n), {})

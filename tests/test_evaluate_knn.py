@@ -1,0 +1,104 @@
+"""k-NN against its definition, scikit-learn, and the sets that break others."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from troodon.evaluate.knn import knn, leave_one_out, quick, used_ks
+
+
+def made(images: int, dim: int = 8, classes: int = 5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, classes, images)
+    centres = np.random.default_rng(9).normal(size=(classes, dim))
+    return torch.from_numpy(centres[labels] + 1.5 * random.normal(size=(images, dim))).float(), torch.from_numpy(labels)
+
+
+def plain(train: torch.Tensor, labels: torch.Tensor, x: torch.Tensor, k: int, temperature: float) -> int:
+    """One image, in the words of the paper."""
+    cosines = [(float(torch.cosine_similarity(t, x, dim=0)), int(y)) for t, y in zip(train, labels)]
+    nearest = sorted(cosines, reverse=True)[:k]
+    total = sum(math.exp(s / temperature) for s, _ in nearest)
+    votes: dict[int, float] = {}
+    for s, y in nearest:
+        votes[y] = votes.get(y, 0.0) + math.exp(s / temperature) / total
+    return max(votes, key=lambda y: votes[y])
+
+
+def test_it_is_the_definition() -> None:
+    train, labels = made(60)
+    val, _ = made(40, seed=1)
+    found = knn(train, labels, val, (1, 5, 20), 0.07)
+    for k in (1, 5, 20):
+        assert found[k].tolist() == [plain(train, labels, x, k, 0.07) for x in val]
+
+
+@pytest.mark.parametrize("temperature", [0.07, 1.0])
+def test_it_is_scikit_learn_with_these_weights(temperature: float) -> None:
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    train, labels = made(300)
+    val, _ = made(150, seed=1)
+    found = knn(train, labels, val, (10, 20, 100), temperature)
+    for k in (10, 20, 100):
+        reference = neighbors.KNeighborsClassifier(
+            k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / temperature)
+        )
+        assert found[k].tolist() == reference.fit(train.numpy(), labels.numpy()).predict(val.numpy()).tolist()
+
+
+def test_the_temperature_decides_between_one_near_and_many_far() -> None:
+    angle = torch.tensor([0.1, 0.5, 0.5, 0.5])
+    train, labels = torch.stack([angle.cos(), angle.sin()], 1), torch.tensor([0, 1, 1, 1])
+    val = torch.tensor([[1.0, 0.0]])
+    assert knn(train, labels, val, [4], 0.07)[4].tolist() == [0]
+    assert knn(train, labels, val, [4], 10.0)[4].tolist() == [1]
+
+
+def test_the_length_of_a_feature_says_nothing() -> None:
+    train, labels = made(50)
+    val, _ = made(20, seed=1)
+    scale = torch.linspace(0.01, 100, 50)[:, None]
+    assert torch.equal(knn(train, labels, val, [7], 0.07)[7], knn(train * scale, labels, val * 5, [7], 0.07)[7])
+
+
+def test_labels_may_be_any_integers() -> None:
+    train, labels = made(50)
+    val, _ = made(20, seed=1)
+    names = torch.tensor([1000, -7, 3, 50, 12])
+    assert torch.equal(knn(train, names[labels], val, [5], 0.07)[5], names[knn(train, labels, val, [5], 0.07)[5]])
+
+
+def test_more_neighbours_than_images_are_all_images() -> None:
+    train, labels = made(3)
+    val, _ = made(4, seed=1)
+    found = knn(train, labels, val, (3, 200), 0.07)
+    assert torch.equal(found[200], found[3])
+    assert used_ks((10, 20, 100, 200), 60) == {10: [10], 20: [20], 60: [100, 200]}
+
+
+def test_leave_one_out_is_the_loop() -> None:
+    x, labels = made(40)
+    loop = []
+    for i in range(40):
+        others = torch.arange(40) != i
+        loop.append(int(knn(x[others], labels[others], x[i : i + 1], [5], 0.07)[5]) == int(labels[i]))
+    assert quick(x, labels, k=5) == pytest.approx(np.mean(loop))
+    rows = torch.tensor([3, 17, 30])
+    assert leave_one_out(x, labels, [5], 0.07, rows)[5] == pytest.approx(np.mean([loop[r] for r in rows]))
+
+
+def test_an_image_is_not_its_own_neighbour_even_among_copies() -> None:
+    x = torch.ones(6, 4)  # collapsed: every image is a copy of every other
+    labels = torch.tensor([0, 0, 0, 0, 0, 1])
+    assert quick(x, labels, k=5) == pytest.approx(5 / 6)
+    assert quick(x[:2], torch.tensor([0, 1]), k=20) == 0.0
+
+
+def test_quick_with_validation_images_is_knn() -> None:
+    train, labels = made(1500)
+    val, val_labels = made(1100, seed=1)  # more than one chunk
+    found = (knn(train, labels, val, [20], 0.07)[20] == val_labels).float().mean().item()
+    assert quick(train, labels, val, val_labels) == pytest.approx(found, abs=0.002)
+    assert 0.4 < found < 1.0

@@ -1,0 +1,167 @@
+"""The whole evaluation of a small world: what is written, what is refused, what is not done twice."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.evaluate_world import Fake, make_index
+from troodon import run
+from troodon.config import UsageError
+from troodon.evaluate.baselines import ColourHistogram
+from troodon.evaluate.config import EvaluateConfig, LinearConfig
+from troodon.evaluate.suite import evaluate, how_split, split
+
+LINEAR = LinearConfig(rates=(1e-2, 1e-1), blocks=(1, 2), epochs=1, least_steps=30)
+CONFIG = EvaluateConfig(ks=(1, 3, 200), linear=LINEAR, resamples=200)
+KEYS = ["protocol", "dataset", "metric", "value", "low", "high", "settings", "backbone"]
+
+
+def colours(tmp_path: Path) -> tuple:
+    return split(make_index(tmp_path / "images", ["red", "green", "blue"] * 10), 0)
+
+
+def test_scores_of_two_backbones(tmp_path: Path) -> None:
+    train, val = colours(tmp_path)
+    scores = evaluate([Fake(), ColourHistogram()], train, val, "colours", CONFIG, tmp_path / "scores", how="in halves")
+    assert [(s["backbone"], s["protocol"]) for s in scores] == [
+        ("fake", "knn"),
+        ("fake", "linear"),
+        ("colour-histogram", "knn"),
+        ("colour-histogram", "linear"),
+    ]
+    assert all(list(s) == KEYS and s["dataset"] == "colours" and s["metric"] == "accuracy" for s in scores)
+    assert scores == run.read_json(tmp_path / "scores" / "scores.json")
+    assert run.manifest(tmp_path / "scores")["kind"] == "scores"
+    nearest, linear = scores[0], scores[1]
+    assert nearest["value"] == linear["value"] == nearest["high"] == 1.0
+    assert 0.5 < nearest["low"] < 1.0
+    settings = nearest["settings"]
+    assert settings["k"] in (1, 3)
+    assert (settings["train"], settings["val"], settings["classes"], settings["split"]) == (24, 6, 3, "in halves")
+    assert linear["settings"]["choice"] == "held-out"
+    assert linear["settings"]["best on val"]["value"] >= linear["value"]
+    assert (linear["settings"]["scale"], linear["settings"]["chosen from"]) == ("standardise", 2 * 2 * 2)
+    assert scores[3]["settings"]["chosen from"] == 2
+    details = run.read_json(tmp_path / "scores" / "details.json")
+    assert [v["k"] for v in details[0]["variants"]] == [1, 3, 24]
+    assert details[0]["variants"][2]["k asked for"] == [200]
+    assert [v["choice"] for v in details[1]["variants"]] == ["held-out", "best on val"]
+    assert details[0]["per class"] == {"blue": 1.0, "green": 1.0, "red": 1.0}
+    for name in ("pca", "neighbours"):
+        with Image.open(tmp_path / "scores" / "pictures" / f"{name}.png") as picture:
+            assert picture.width == 1000
+
+
+def test_finished_scores_are_read_and_others_refused(tmp_path: Path) -> None:
+    train, val = colours(tmp_path)
+    fake, out, cache = Fake(), tmp_path / "scores", tmp_path / "cache"
+    scores = evaluate([fake], train, val, "colours", CONFIG, out, cache=cache)
+    ran = fake.batches
+    assert evaluate([fake], train, val, "colours", CONFIG, out, cache=cache) == scores
+    assert fake.batches == ran
+    with pytest.raises(UsageError, match=r"temperature: 0\.07 -> 0\.1"):
+        evaluate([fake], train, val, "colours", dataclasses.replace(CONFIG, temperature=0.1), out)
+    with pytest.raises(UsageError, match="the images or the backbone"):
+        evaluate([Fake(fingerprint="f2")], train, val, "colours", CONFIG, out)
+    with pytest.raises(UsageError, match="the images or the backbone"):
+        evaluate([fake], train.take(range(20)), val, "colours", CONFIG, out)
+    other = dataclasses.replace(CONFIG, ks=(5,))
+    evaluate([fake], train, val, "colours", other, tmp_path / "other", cache=cache)
+    assert fake.batches == ran + 1  # only to draw the patches: features came from the cache
+
+
+def test_k_is_chosen_without_the_validation_labels(tmp_path: Path) -> None:
+    """One validation image in three is given the wrong name: the choice stays, the value falls."""
+    train, val = colours(tmp_path)
+    labels = ["red" if label == "green" else label for label in val.column("label")]
+    spoiled = dataclasses.replace(val, table=val.table.set_column(4, "label", [labels]))
+    config = dataclasses.replace(CONFIG, protocols=("knn",))
+    (good,) = evaluate([Fake()], train, val, "colours", config, tmp_path / "a")
+    (bad,) = evaluate([Fake()], train, spoiled, "colours", config, tmp_path / "b")
+    assert good["settings"]["k"] == bad["settings"]["k"]
+    assert (good["value"], bad["value"]) == (1.0, pytest.approx(2 / 3))
+    (detail,) = json.loads((tmp_path / "b" / "details.json").read_text())
+    assert detail["mistakes"] == [{"class": "red", "taken for": "green", "images": 2}]
+    assert detail["per class"] == {"blue": 1.0, "red": 0.5}
+    assert detail["class mean"] == 0.75
+
+
+def test_a_class_that_training_lacks_counts_as_wrong(tmp_path: Path) -> None:
+    index = make_index(
+        tmp_path / "images",
+        ["red", "blue"] * 5 + ["red", "blue", "green", "green"],
+        ["train"] * 10 + ["val"] * 4,
+    )
+    for score in evaluate([Fake()], *split(index, 0), "colours", CONFIG, tmp_path / "scores"):
+        assert score["value"] == 0.5
+        assert score["settings"]["val images of classes without training images (counted as wrong)"] == 2
+        assert score["settings"]["classes"] == 3
+
+
+def test_a_broken_image_is_counted_out_not_wrong(tmp_path: Path) -> None:
+    train, val = colours(tmp_path)
+    broken = Path(val.column("container")[2])
+    broken.write_bytes(broken.read_bytes()[:90])
+    for score in evaluate([Fake()], train, val, "colours", CONFIG, tmp_path / "scores"):
+        assert (score["value"], score["settings"]["val"], score["settings"]["images left out"]) == (1.0, 5, 1)
+    details = run.read_json(tmp_path / "scores" / "details.json")
+    assert list(details[0]["left out"]["val"]) == [broken.name]
+
+
+def test_three_images(tmp_path: Path) -> None:
+    index = make_index(tmp_path / "images", ["red", "red", "blue"])
+    train, val = split(index, 0)
+    scores = evaluate([Fake()], train, val, "few", CONFIG, tmp_path / "scores", how=how_split(index, 0))
+    assert [s["value"] for s in scores] == [1.0, 1.0]
+    assert scores[0]["low"] == pytest.approx(0.025)
+
+
+def test_few_shot_and_seeds_are_means(tmp_path: Path) -> None:
+    train, val = colours(tmp_path)
+    config = dataclasses.replace(
+        CONFIG, shots=(1,), shot_seeds=3, linear=dataclasses.replace(LINEAR, seeds=2), resamples=50
+    )
+    knn, shot, linear = evaluate([Fake(sharpness=0.01)], train, val, "colours", config, tmp_path / "scores")
+    assert (knn["protocol"], shot["protocol"]) == ("knn", "knn_1_shot")
+    assert shot["settings"]["images of each class"] == 1
+    assert (shot["value"] * 6 * 3) % 1 == pytest.approx(0, abs=1e-9)
+    assert len(linear["settings"]["classifier"]) == linear["settings"]["seeds"] == 2
+
+
+def test_backbones_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    train, val = colours(tmp_path)
+    config = dataclasses.replace(CONFIG, protocols=("knn",))
+    twins = [Fake(fingerprint="aaaaaaaa"), Fake(fingerprint="bbbbbbbb"), Fake(fingerprint="aaaaaaaa")]
+    scores = evaluate(twins, train, val, "colours", config, tmp_path / "scores")
+    assert [s["backbone"] for s in scores] == ["fake aaaaaa", "fake bbbbbb"]
+
+
+def test_what_cannot_be_scored_is_said_before_anything_runs(tmp_path: Path) -> None:
+    fake, out = Fake(), tmp_path / "scores"
+    one = make_index(tmp_path / "one", ["red"] * 6)
+    with pytest.raises(UsageError, match="have the label 'red': two are needed"):
+        evaluate([fake], *split(one, 0), "one", CONFIG, out)
+    with pytest.raises(UsageError, match="has a label"):
+        evaluate([fake], make_index(tmp_path / "none", [None] * 4), one, "none", CONFIG, out)
+    train, _ = colours(tmp_path)
+    with pytest.raises(UsageError, match="2 of 2 images to test on are also images to learn from"):
+        evaluate([fake], train, train.take([0, 1]), "same", CONFIG, out)
+    assert fake.batches == 0
+    assert not out.exists()
+
+
+def test_real_photographs(tmp_path: Path, shared) -> None:
+    """The colour histogram on three classes of photographs: far above chance, far below perfect."""
+    sources = pytest.importorskip("troodon.data.sources")
+    index = sources.open_source(shared("cls_caltech20_112.tar"))
+    labels = np.asarray(index.column("label"), dtype=object)
+    index = index.take(np.flatnonzero(np.isin(labels, sorted(set(labels))[:3]))[::2])
+    train, val = split(index, 0)
+    assert how_split(index, 0) == "train and val, as the data says"
+    config = dataclasses.replace(CONFIG, ks=(10,))
+    for score in evaluate([ColourHistogram()], train, val, "caltech", config, tmp_path / "scores"):
+        assert 0.4 < score["low"] < score["value"] < 1.0
