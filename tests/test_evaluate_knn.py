@@ -102,3 +102,13 @@ def test_quick_with_validation_images_is_knn() -> None:
     found = (knn(train, labels, val, [20], 0.07)[20] == val_labels).float().mean().item()
     assert quick(train, labels, val, val_labels) == pytest.approx(found, abs=0.002)
     assert 0.4 < found < 1.0
+
+
+def test_where_there_is_nothing_to_learn_it_is_at_chance() -> None:
+    """The mean over 100 made worlds; a single small one may lie far off by luck."""
+    labels, val_labels, found = torch.arange(96) % 3, torch.arange(48) % 3, []
+    for seed in range(100):
+        x = torch.randn(144, 3, generator=torch.Generator().manual_seed(seed))
+        found.append((knn(x[:96], labels, x[96:], [8], 0.07)[8] == val_labels).float().mean().item())
+    assert abs(np.mean(found) - 1 / 3) < 4 * np.std(found) / 10
+    assert abs(np.mean(found) - 1 / 3) < 0.03

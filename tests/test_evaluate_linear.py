@@ -76,13 +76,16 @@ def test_it_is_as_good_as_scikit_learn() -> None:
     assert accuracy(probe(frozen(x), y, frozen(x_val), 4, LinearConfig(), seed=0), y_val) > reference - 0.02
 
 
-def test_random_labels_stay_at_chance() -> None:
+@pytest.mark.parametrize("dim", [32, 600])
+def test_random_labels_stay_at_chance(dim: int) -> None:
+    """Also where there are channels enough to learn every training image by heart: none may judge itself."""
     random = np.random.default_rng(0)
-    x, x_val = random.normal(size=(400, 32)), random.normal(size=(400, 32))
+    x, x_val = random.normal(size=(400, dim)), random.normal(size=(400, dim))
     y, y_val = random.integers(0, 4, 400), random.integers(0, 4, 400)
     found = probe(frozen(x), y, frozen(x_val), 4, FEW, seed=0)
     low, high = metrics.interval(found.predicted_HM[found.chosen].numpy() == y_val, 1000, 0)
     assert low <= 0.25 <= high
+    assert found.held_out_H.max() < 0.5
 
 
 def test_every_part_of_the_features_can_be_chosen() -> None:
@@ -161,3 +164,12 @@ def test_a_classifier_that_diverges_is_not_chosen() -> None:
     assert (found.predicted_HM[1] == 0).all()
     assert found.settings[found.chosen][2] == 1e-2
     assert accuracy(found, y_val) > 0.9
+
+
+def test_one_that_says_nothing_is_not_chosen_for_being_right_by_chance() -> None:
+    """Nothing can be learned here, so all classifiers tie; the one of NaNs is among them."""
+    x, y = 20 * np.ones((40, 2)), np.repeat([0, 1], [30, 10])  # large enough to overflow
+    config = LinearConfig(rates=(1e-2, 3e38), scale="none", least_steps=20, epochs=1)
+    found = probe(frozen(x), y, frozen(x), 2, config, seed=0)
+    assert found.held_out_H.tolist() == [0.75, 0.75]
+    assert found.chosen == 0

@@ -1,7 +1,6 @@
 """The whole evaluation of a small world: what is written, what is refused, what is not done twice."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from PIL import Image
 from tests.evaluate_world import Fake, make_index
 from troodon import run
 from troodon.config import UsageError
+from troodon.data.index import Index
 from troodon.evaluate.baselines import ColourHistogram
 from troodon.evaluate.config import EvaluateConfig, LinearConfig
 from troodon.evaluate.suite import evaluate, how_split, split
@@ -69,25 +69,43 @@ def test_finished_scores_are_read_and_others_refused(tmp_path: Path) -> None:
         evaluate([Fake(fingerprint="f2")], train, val, "colours", CONFIG, out)
     with pytest.raises(UsageError, match="the images or the backbone"):
         evaluate([fake], train.take(range(20)), val, "colours", CONFIG, out)
-    other = dataclasses.replace(CONFIG, ks=(5,))
+    other = dataclasses.replace(CONFIG, ks=(5,), linear=dataclasses.replace(LINEAR, blocks=(1,)))
     evaluate([fake], train, val, "colours", other, tmp_path / "other", cache=cache)
     assert fake.batches == ran + 1  # only to draw the patches: features came from the cache
 
 
-def test_k_is_chosen_without_the_validation_labels(tmp_path: Path) -> None:
-    """One validation image in three is given the wrong name: the choice stays, the value falls."""
+def relabelled(index: Index, names: dict[str, str]) -> Index:
+    labels = [names.get(label, label) for label in index.column("label")]
+    return Index(index.table.set_column(index.table.schema.get_field_index("label"), "label", [labels]))
+
+
+def test_other_labels_are_other_scores(tmp_path: Path) -> None:
     train, val = colours(tmp_path)
-    labels = ["red" if label == "green" else label for label in val.column("label")]
-    spoiled = dataclasses.replace(val, table=val.table.set_column(4, "label", [labels]))
     config = dataclasses.replace(CONFIG, protocols=("knn",))
-    (good,) = evaluate([Fake()], train, val, "colours", config, tmp_path / "a")
-    (bad,) = evaluate([Fake()], train, spoiled, "colours", config, tmp_path / "b")
-    assert good["settings"]["k"] == bad["settings"]["k"]
-    assert (good["value"], bad["value"]) == (1.0, pytest.approx(2 / 3))
-    (detail,) = json.loads((tmp_path / "b" / "details.json").read_text())
+    (score,) = evaluate([Fake()], train, val, "colours", config, tmp_path / "scores")
+    wrong = relabelled(val, {"green": "red"})
+    with pytest.raises(UsageError, match="the images or the backbone"):
+        evaluate([Fake()], train, wrong, "colours", config, tmp_path / "scores")
+    (worse,) = evaluate([Fake()], train, wrong, "colours", config, tmp_path / "worse")
+    assert (score["value"], worse["value"]) == (1.0, pytest.approx(2 / 3))
+    (detail,) = run.read_json(tmp_path / "worse" / "details.json")
     assert detail["mistakes"] == [{"class": "red", "taken for": "green", "images": 2}]
     assert detail["per class"] == {"blue": 1.0, "red": 0.5}
     assert detail["class mean"] == 0.75
+
+
+def test_choices_do_not_see_the_validation_labels(tmp_path: Path) -> None:
+    """Where there is nothing to learn, what is best on the validation images is best by luck alone."""
+    train, val = split(make_index(tmp_path / "images", ["this", "that", "other"] * 40), 0)
+    config = dataclasses.replace(CONFIG, ks=(1, 2, 4, 8, 16))
+    knn, linear = evaluate([Fake()], train, val, "noise", config, tmp_path / "scores")
+    details = run.read_json(tmp_path / "scores" / "details.json")
+    judged = {int(k): v for k, v in details[0]["leave-one-out"].items()}
+    assert knn["settings"]["k"] == max(judged, key=lambda k: (judged[k], -k))
+    assert knn["value"] < knn["settings"]["best on val"]["value"] == max(v["value"] for v in details[0]["variants"])
+    tried = {c["classifier"]: c for c in details[1]["classifiers"]}
+    assert tried[linear["settings"]["classifier"]]["held-out"] == max(c["held-out"] for c in tried.values())
+    assert linear["settings"]["best on val"]["value"] == max(c["val"] for c in tried.values())
 
 
 def test_a_class_that_training_lacks_counts_as_wrong(tmp_path: Path) -> None:
@@ -121,15 +139,17 @@ def test_three_images(tmp_path: Path) -> None:
 
 
 def test_few_shot_and_seeds_are_means(tmp_path: Path) -> None:
-    train, val = colours(tmp_path)
-    config = dataclasses.replace(
-        CONFIG, shots=(1,), shot_seeds=3, linear=dataclasses.replace(LINEAR, seeds=2), resamples=50
-    )
-    knn, shot, linear = evaluate([Fake(sharpness=0.01)], train, val, "colours", config, tmp_path / "scores")
-    assert (knn["protocol"], shot["protocol"]) == ("knn", "knn_1_shot")
-    assert shot["settings"]["images of each class"] == 1
-    assert (shot["value"] * 6 * 3) % 1 == pytest.approx(0, abs=1e-9)
-    assert len(linear["settings"]["classifier"]) == linear["settings"]["seeds"] == 2
+    train, val = split(make_index(tmp_path / "images", ["this", "that", "other"] * 40), 0)
+    linear = dataclasses.replace(LINEAR, seeds=5)
+    config = dataclasses.replace(CONFIG, shots=(2,), shot_seeds=5, linear=linear)
+    knn, shot, linear = evaluate([Fake()], train, val, "noise", config, tmp_path / "scores")
+    assert (knn["protocol"], shot["protocol"]) == ("knn", "knn_2_shot")
+    assert shot["settings"]["images of each class"] == 2
+    assert len(linear["settings"]["classifier"]) == linear["settings"]["seeds"] == 5
+    for score in (shot, linear):  # of five that differ: a whole number of fifths of an image, and not of images
+        images = score["value"] * len(val)
+        assert images * 5 == pytest.approx(round(images * 5))
+        assert images != pytest.approx(round(images))
 
 
 def test_backbones_of_one_name_are_told_apart(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ What is a near-duplicate depends on the network: 0.6 of one is 0.97 of another. 
   * compared with the other images of the pool, nearly all of them different pictures, which sets the threshold: it is
     where one image would be taken for a copy of `false_merges` others, on average;
   * attacked, as pictures are on the web, and compared with their copies, which tells what share it will find. Nor
-    is the threshold lower than where nine in ten of these copies are found: that matters in pools of a few images.
+    is the threshold lower than where 95 % of these copies are found: that matters in pools of a few images.
 
 The pool may hold true copies, and nobody knows how many. They are the highest scores, so the threshold is not read off
 there, but extrapolated from lower ones: from the scores that 50 and 5 others of an image exceed. Below these, copies
@@ -30,8 +30,8 @@ from troodon.search.exact import unit
 FAR, NEAR = 50, 5  # others above the two scores that the threshold is extrapolated from
 RATES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # of false merges, in the table
 COPIES = 4  # of each image, by attacks in turn
-STRENGTH = 0.5  # of the attacks: a bad JPEG, 83 % of the area, twenty degrees of ten ...
-FOUND = 0.9  # share of the copies: enough
+STRENGTH = 0.5  # of the attacks: a JPEG of quality 34, 83 % of the area, turned by ten degrees ...
+FOUND = 0.95  # share of the copies: enough
 OTHERS = 20_000  # to compare with, at most
 
 

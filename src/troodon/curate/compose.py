@@ -68,7 +68,7 @@ def ledger(config: CurateConfig, images: pa.Table, curated_N: ndarray, verdict: 
 def _balance(stage_N: ndarray, kept_N: ndarray, curated_N: ndarray, cause_N: ndarray) -> None:
     """Every image is kept or dropped by one stage, and whatever dropped it for another's sake names that other."""
     of = {stage: stage_N == stage for stage in ("curated", "decode", "exact", "duplicate", "retrieve")}
-    assert (sum(mask.astype(int) for mask in of.values()) == 1).all()
+    assert (np.sum(list(of.values()), axis=0) == 1).all()
     assert kept_N[of["curated"]].all()
     assert not kept_N[of["decode"] | of["exact"] | of["duplicate"]].any()
     assert not (of["retrieve"] & curated_N).any()

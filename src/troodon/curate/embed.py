@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -132,7 +133,7 @@ class _Part:
         index, broken = _Hashing(self.index.take(self.rows).table), dict[int, BadImage]()
         sizes, embeddings = dict[int, tuple[int, int]](), list[tuple[list[int], ndarray]]()
 
-        def prepare(images: Sequence[ndarray]) -> tuple:
+        def prepare(images: Sequence[ndarray]) -> Any:
             return [image.shape[:2] for image in images], self.backbone.prepare(images)
 
         for rows, (shapes, prepared) in stream(index, batch, prepare, threads=threads, broken=broken):
@@ -166,7 +167,7 @@ def _seen(index: _Hashing, sizes: dict[int, tuple[int, int]], broken: dict[int, 
     return table
 
 
-def _tokens(backbone: Backbone, prepared, tokens: str) -> ndarray:
+def _tokens(backbone: Backbone, prepared: Any, tokens: str) -> ndarray:
     features = backbone.features(prepared)
     parts = [features.cls] + ([features.patches.mean((1, 2))] if tokens == "cls+mean" else [])
     return np.concatenate([unit(part.float().cpu().numpy()) for part in parts], axis=1)

@@ -105,7 +105,7 @@ def _duplicates(
     """The stages "exact" and "duplicate": for every image whether it survives, and if not, for whose sake."""
     names = ("curated", "duplicate_space", "threshold", "false_merges", "calibration_images", "recheck_above", "seed")
     out, settings = work / "duplicates", {name: getattr(config, name) for name in names}
-    name = fingerprint(settings, run.manifest(work / "embeddings")["fingerprint"], int(curated_N.sum()))
+    name = fingerprint(settings, run.manifest(work / "embeddings"), int(curated_N.sum()))
     if run.is_done(out, "duplicates", name, settings):
         return out
     began = time.monotonic()
@@ -193,7 +193,7 @@ def _retrieve(
 ) -> Path:
     """The stage "retrieve": hits among the uncurated images that survive."""
     out, settings = work / "hits", {name: getattr(config, name) for name in ("retrieve_space", "k", "minimum")}
-    name = fingerprint(settings, run.manifest(duplicates)["fingerprint"])
+    name = fingerprint(settings, run.manifest(duplicates))
     if run.is_done(out, "hits", name, settings):
         return out
     began, rows = time.monotonic(), np.flatnonzero(survives_N)

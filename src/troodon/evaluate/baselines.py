@@ -46,7 +46,7 @@ class ColourHistogram:
     def features(self, images: Tensor, *, blocks: int = 1) -> Described:
         bins = torch.tensor(self.bins)[:, None]
         hue_BP, saturation_BP, value_BP = torch.minimum((images.flatten(2) * bins).long(), bins - 1).unbind(1)
-        code_BP = (hue_BP * self.bins[0] + saturation_BP) * self.bins[2] + value_BP
+        code_BP = (hue_BP * self.bins[1] + saturation_BP) * self.bins[2] + value_BP
         count_BK = torch.zeros(len(images), int(np.prod(self.bins)))
         count_BK.scatter_add_(1, code_BP, torch.ones_like(code_BP, dtype=torch.float32))
         return Described((count_BK / code_BP.shape[1]).sqrt())

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from troodon import run
 from troodon.config import UsageError, fingerprint
+from troodon.data.decode import BadImage
 from troodon.data.index import Index
 from troodon.data.loader import stream
 
@@ -90,7 +91,7 @@ def _extract(backbone: Extractor, index: Index, blocks: int, batch: int, threads
     rows: list[int] = []
     cls: list[Tensor] = []
     means: list[Tensor] = []
-    broken: dict[int, Exception] = {}
+    broken: dict[int, BadImage] = {}
     for rows_B, images in stream(index, batch, backbone.prepare, threads=threads, broken=broken):
         with torch.inference_mode():
             per_block = backbone.features(images, blocks=blocks).blocks

@@ -51,6 +51,7 @@ def quick(
     """
     if val_MD is None:
         return leave_one_out(train_ND, train_labels_N, [k], temperature)[k]
+    assert val_labels_M is not None, "validation images come with their labels"
     train_ND, val_MD, right = F.normalize(train_ND.float(), dim=-1), F.normalize(val_MD.float(), dim=-1), 0
     for x_MD, labels_M in zip(val_MD.split(CHUNK), val_labels_M.split(CHUNK), strict=True):
         score_MK, row_MK = (x_MD @ train_ND.T).topk(min(k, len(train_ND)), dim=1)

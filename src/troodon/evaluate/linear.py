@@ -156,7 +156,7 @@ def judge(
     x_NF: Tensor, labels_N: Tensor, slices: list[Slice], model: list, config: LinearConfig
 ) -> tuple[Tensor, Tensor]:
     """Accuracy and cross-entropy of each classifier (H,)."""
-    right, loss = 0.0, 0.0
+    right = loss = torch.zeros(len(slices) * len(config.rates))
     for z_HNC, labels in zip(logits(x_NF, slices, model, config), labels_N.split(CHUNK), strict=True):
         right = right + (z_HNC.argmax(-1) == labels).float().sum(1)
         loss = loss - z_HNC.log_softmax(-1)[:, torch.arange(len(labels)), labels].sum(1)

@@ -41,15 +41,15 @@ def above(
 ) -> Iterator[tuple[ndarray, ndarray, ndarray]]:
     """What `pairs_above` returns, one tile at a time (also the empty ones; there are `tiles` of them)."""
     itself, threshold = y_MD is None, float(threshold)
-    y_MD = x_ND if itself else y_MD
-    assert x_ND.shape[1] == y_MD.shape[1]
+    other_MD = x_ND if y_MD is None else y_MD
+    assert x_ND.shape[1] == other_MD.shape[1]
     for p in range(0, len(x_ND), block):
         a_PD = unit(x_ND[p : p + block])
-        for q in range(p if itself else 0, len(y_MD), block):
+        for q in range(p if itself else 0, len(other_MD), block):
             if threshold >= 1:  # no cosine is above
                 yield _EMPTY
                 continue
-            b_BD = a_PD if itself and q == p else unit(y_MD[q : q + block])
+            b_BD = a_PD if itself and q == p else unit(other_MD[q : q + block])
             i_C, j_C = _proposed(a_PD, b_BD, threshold - SLACK, device)
             if itself and q == p:
                 i_C, j_C = i_C[i_C < j_C], j_C[i_C < j_C]
@@ -84,7 +84,7 @@ def top_k(
         score_Pk, row_Pk = score_Qk[p : p + block], row_Qk[p : p + block]
         for q in range(0, len(base_ND), block):
             b_BD = unit(base_ND[q : q + block])
-            i_C, j_C = _proposed(a_PD, b_BD, score_Pk[:, -1] - SLACK, device, k)
+            i_C, j_C = _proposed(a_PD, b_BD, score_Pk[:, -1:] - SLACK, device, k)
             _merge(score_Pk, row_Pk, i_C, q + j_C, _scores(a_PD, i_C, b_BD, j_C))
     return score_Qk, row_Qk
 
@@ -108,24 +108,23 @@ def unit(x_ND: ndarray) -> ndarray:
 
 
 def _proposed(
-    a_PD: ndarray, b_BD: ndarray, floor: float | ndarray, device: Any, k: int | None = None
+    a_PD: ndarray, b_BD: ndarray, floor_P1: float | ndarray, device: Any, k: int | None = None
 ) -> tuple[ndarray, ndarray]:
-    """Pairs (i, j) of rows of a and b, in this order, whose product reaches `floor`, a number or one per row of a.
+    """Pairs (i, j) of rows of a and b, in this order, whose product reaches a floor, one for all or for each row of a.
 
-    With `k`, a row of a whose floor is still open (-inf) proposes its k best only.
+    With `k`, rows of a whose floor is still open (-inf) propose their k best.
     """
     if device is not None:
-        return _proposed_on(device, a_PD, b_BD, floor, k)
+        return _proposed_on(device, a_PD, b_BD, floor_P1, k)
     s_PB = a_PD @ b_BD.T
-    if k is not None:
-        if k < len(b_BD) and np.isinf(floor).any():
-            floor = np.maximum(floor, np.partition(s_PB, len(b_BD) - k, axis=1)[:, len(b_BD) - k] - SLACK)
-        floor = floor[:, None]
-    return np.divmod(np.flatnonzero(s_PB >= floor), len(b_BD))
+    if k is not None and k < len(b_BD) and np.isinf(floor_P1).any():
+        at = len(b_BD) - k
+        floor_P1 = np.maximum(floor_P1, np.partition(s_PB, at, axis=1)[:, at : at + 1] - SLACK)
+    return np.divmod(np.flatnonzero(s_PB >= floor_P1), len(b_BD))
 
 
 def _proposed_on(
-    device: Any, a_PD: ndarray, b_BD: ndarray, floor: float | ndarray, k: int | None
+    device: Any, a_PD: ndarray, b_BD: ndarray, floor_P1: float | ndarray, k: int | None
 ) -> tuple[ndarray, ndarray]:
     """`_proposed` by torch, in full float32 whatever the process has asked for elsewhere."""
     import torch
@@ -136,12 +135,10 @@ def _proposed_on(
         s_PB = torch.from_numpy(a_PD).to(device) @ torch.from_numpy(b_BD).to(device).T
     finally:
         torch.set_float32_matmul_precision(asked)
-    if k is not None:
-        floor_P = torch.from_numpy(floor).to(device)
-        if k < len(b_BD) and torch.isinf(floor_P).any():
-            floor_P = torch.maximum(floor_P, s_PB.topk(k, dim=1).values[:, -1] - SLACK)
-        floor = floor_P[:, None]
-    i_C, j_C = (s_PB >= floor).nonzero().T.cpu().numpy()
+    lowest_P1 = torch.as_tensor(floor_P1, dtype=torch.float32, device=device)
+    if k is not None and k < len(b_BD) and torch.isinf(lowest_P1).any():
+        lowest_P1 = torch.maximum(lowest_P1, s_PB.topk(k, dim=1).values[:, -1:] - SLACK)
+    i_C, j_C = torch.nonzero(s_PB >= lowest_P1).T.cpu().numpy()
     return i_C, j_C
 
 
