@@ -22,7 +22,7 @@ FLOORS = (
     {"config", "run", "dist"},
     {"model", "data", "search"},
     {"learn", "evaluate", "curate", "export", "report"},
-    {"verbs", "cli", "recipes", "__init__", "__main__"},
+    {"verbs", "demo", "doctor", "cli", "recipes", "__init__", "__main__"},
 )
 FREE_FLOORS = (0, 3)  # where neighbours may import each other
 

@@ -10,13 +10,12 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
 from troodon import recipes, verbs
-from troodon.config import UsageError, nearest, parse, to_dict, to_yaml
+from troodon.config import UsageError, nearest, parse, to_yaml
 from troodon.curate.config import CurateConfig
 from troodon.evaluate.config import SUITES, EvaluateConfig, suite
 from troodon.learn.config import PretrainConfig

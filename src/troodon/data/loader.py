@@ -128,7 +128,8 @@ class Loader:
         random = generator(self.seed, NO_IMAGE, step)
         masks_NP = masks.collate(2 * self.images, (side, side), self.masks, random)
         mine = masks_NP.unflatten(0, (2, self.world, -1))[:, self.rank].flatten(0, 1)
-        return Batch(*developed, mine.to(device, non_blocking=True))
+        globals_GBCHW, locals_VBCHW = developed
+        return Batch(globals_GBCHW, locals_VBCHW, mine.to(device, non_blocking=True))
 
 
 def stream(

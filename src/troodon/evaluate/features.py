@@ -25,8 +25,11 @@ from troodon.data.loader import stream
 class Extractor(Protocol):
     """What a backbone, or anything that stands in for one, must have. `features` returns `.blocks`."""
 
-    name: str
-    fingerprint: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def prepare(self, images: Sequence[np.ndarray]) -> Tensor: ...
 

@@ -13,6 +13,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -64,7 +65,7 @@ def load(checkpoint: Path, method: Method, optimizer: torch.optim.Optimizer) -> 
     return int(checkpoint.name)
 
 
-def whole(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+def whole(module: torch.nn.Module) -> dict[str, Any]:
     """The weights of a module that may be sharded, whole and on the CPU of rank zero. Every rank must call it."""
     return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 

@@ -1,5 +1,7 @@
 """Building a branch on its device, sharded when there is more than one rank."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -28,7 +30,7 @@ def first_weights(config: PretrainConfig, backbone: dict[str, Tensor] | None) ->
     return branch.state_dict()
 
 
-def build(config: PretrainConfig, weights: dict[str, Tensor], device: torch.device) -> Branch:
+def build(config: PretrainConfig, weights: dict[str, Any], device: torch.device) -> Branch:
     """A branch with these weights: meta device, shard, materialise, load. The device never holds more than a shard."""
     branch = empty(config)
     if dist.world() > 1:

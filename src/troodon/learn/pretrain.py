@@ -83,7 +83,7 @@ def _pretrain(config: PretrainConfig, index: Index, out: Path, init: Backbone | 
         say(planned.render())
     dist.barrier()
 
-    weights = first_weights(config, init and init.vit.state_dict())
+    weights = first_weights(config, None if init is None else init.vit.state_dict())
     student, average = (build(config, weights, device) for _ in range(2))
     method = Method(config.objective, student, average, ranks=Ranks(dist.total, dist.largest), compute=compute)
     optimizer = optim.adamw(student, config.vit.depth, config.optim)

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 from troodon.config import UsageError, fingerprint, to_dict
 from troodon.model.config import Preprocessing, ViTConfig
 from troodon.model.vit import ViT
-from troodon.run import manifest, publish, read_json, write_json
+from troodon.run import MANIFEST, publish, read_json, write_json
 
 # Shape suffixes: B images, C colours, H W pixels, D channels, R registers, h w rows and columns of patches.
 
@@ -108,9 +109,10 @@ class Backbone:
         described = read_json(folder / "backbone.json")
         try:
             config = ViTConfig(**described["network"])
-            preprocessing = Preprocessing(
-                **{k: tuple(v) if isinstance(v, list) else v for k, v in described["preprocessing"].items()}
-            )
+            numbers: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in described["preprocessing"].items()
+            }
+            preprocessing = Preprocessing(**numbers)
         except (TypeError, KeyError) as error:
             raise UsageError(f"{folder / 'backbone.json'}: cannot be read by this version: {error}") from None
         return of_state(
@@ -118,7 +120,7 @@ class Backbone:
             config,
             preprocessing,
             name=described["name"],
-            known_as=manifest(folder)["fingerprint"],
+            known_as=read_json(folder / MANIFEST)["fingerprint"],
         )
 
     @staticmethod

@@ -1,5 +1,7 @@
 """Projection head: an MLP, a normalised bottleneck, and cosine prototypes (https://arxiv.org/abs/2104.14294)."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,7 +31,7 @@ class Head(nn.Module):
         super().__init__()
         widths = [dim, *[config.hidden] * (config.layers - 1), config.bottleneck]
         layers: list[nn.Module] = []
-        for a, b in zip(widths, widths[1:]):
+        for a, b in pairwise(widths):
             layers += [nn.Linear(a, b), nn.GELU()]
         self.mlp = nn.Sequential(*layers[:-1])
         self.last_layer = Prototypes(config.prototypes, config.bottleneck)

@@ -54,7 +54,9 @@ def attend(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, layout: Layout) -> Tenso
         from torch.nn.attention.varlen import varlen_attn
 
         offsets, longest = layout.offsets(q_TNH.device), max(layout.lengths)
-        return varlen_attn(q_TNH, k_TNH, v_TNH, offsets, offsets, longest, longest)
+        out_TNH = varlen_attn(q_TNH, k_TNH, v_TNH, offsets, offsets, longest, longest)
+        assert isinstance(out_TNH, Tensor)
+        return out_TNH
     return _attend_by_group(q_TNH, k_TNH, v_TNH, layout)
 
 

@@ -6,6 +6,7 @@ names of the released weights, so that those load as they are.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -183,7 +184,7 @@ def resize_positions(positions: Tensor, grid: tuple[int, int], config: ViTConfig
         return cls, learned
     image = learned.float().unflatten(1, (config.grid, config.grid)).permute(0, 3, 1, 2)
     if config.position_offset:
-        how = {"scale_factor": tuple((side + config.position_offset) / config.grid for side in grid)}
+        how: dict[str, Any] = {"scale_factor": tuple((side + config.position_offset) / config.grid for side in grid)}
     else:
         how = {"size": tuple(grid)}
     image = F.interpolate(image, mode="bicubic", antialias=config.position_antialias, **how)
