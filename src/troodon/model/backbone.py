@@ -240,7 +240,7 @@ def _prepare(image_HWC: np.ndarray, p: Preprocessing) -> Tensor:
     height, width = image_HWC.shape[:2]
     scale = p.resize / min(height, width)
     size = [max(p.resize, round(height * scale)), max(p.resize, round(width * scale))]
-    x_CHW = torch.from_numpy(np.ascontiguousarray(image_HWC)).permute(2, 0, 1)
+    x_CHW = torch.from_numpy(np.array(image_HWC)).permute(2, 0, 1)  # a copy: some are read-only
     if size != [height, width]:
         x_CHW = F.interpolate(x_CHW[None], size=size, mode="bicubic", antialias=True)[0]
     top, left = (size[0] - p.crop) // 2, (size[1] - p.crop) // 2
