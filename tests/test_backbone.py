@@ -120,7 +120,7 @@ def test_weights_that_do_not_fit_are_refused(backbone, tmp_path):
     state = load_file(tmp_path / "b" / "model.safetensors")
     del state["norm.weight"]
     save_file(state, tmp_path / "b" / "model.safetensors")
-    with pytest.raises(UsageError, match="norm.weight"):
+    with pytest.raises(UsageError, match=r"norm\.weight"):
         Backbone.load(tmp_path / "b")
 
 

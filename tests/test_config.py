@@ -54,7 +54,7 @@ def test_a_wrong_setting_is_one_clear_line(changes, said):
 def test_what_is_no_yaml_of_settings_is_refused_by_name(tmp_path, text):
     path = tmp_path / "odd.yaml"
     path.write_text(text)
-    with pytest.raises(UsageError, match="odd.yaml"):
+    with pytest.raises(UsageError, match=r"odd\.yaml"):
         c.from_yaml(Whole(), path)
 
 

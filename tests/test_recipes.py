@@ -7,21 +7,26 @@ from troodon.learn.parallel import empty
 
 TABLE = {
     "vitl16_short": {
-        "vit": {"dim": 1024, "depth": 24, "heads": 16, "patch": 16, "mlp": "gelu", "drop_path": 0.3, "layer_scale": 1e-5},
+        "vit": {"dim": 1024, "depth": 24, "heads": 16, "patch": 16, "mlp": "gelu", "drop_path": 0.3,
+                "layer_scale": 1e-5},
         "heads": ("shared", 65_536, 256, 65_536, 256), "targets": "centring", "local_px": 96, "batch": 2048,
         "lr": 5.657e-3, "steps": 125_000, "warmup": 12_500, "decay": (0.04, 0.4), "momentum": 0.992, "layer_decay": 0.9,
         "millions": 303,
     },
     "vitl14": {
-        "vit": {"dim": 1024, "depth": 24, "heads": 16, "patch": 14, "mlp": "swiglu", "drop_path": 0.4, "layer_scale": 1e-5},
+        "vit": {"dim": 1024, "depth": 24, "heads": 16, "patch": 14, "mlp": "swiglu", "drop_path": 0.4,
+                "layer_scale": 1e-5},
         "heads": ("separate", 131_072, 384, 131_072, 256), "targets": "sinkhorn", "local_px": 98, "batch": 3072,
-        "lr": 3.464e-4, "steps": 625_000, "warmup": 100_000, "decay": (0.04, 0.2), "momentum": 0.994, "layer_decay": 1.0,
+        "lr": 3.464e-4, "steps": 625_000, "warmup": 100_000, "decay": (0.04, 0.2), "momentum": 0.994,
+        "layer_decay": 1.0,
         "millions": 303,
     },
     "vitg14": {
-        "vit": {"dim": 1536, "depth": 40, "heads": 24, "patch": 14, "mlp": "swiglu", "drop_path": 0.4, "layer_scale": 1e-5},
+        "vit": {"dim": 1536, "depth": 40, "heads": 24, "patch": 14, "mlp": "swiglu", "drop_path": 0.4,
+                "layer_scale": 1e-5},
         "heads": ("separate", 131_072, 384, 131_072, 256), "targets": "sinkhorn", "local_px": 98, "batch": 3072,
-        "lr": 3.464e-4, "steps": 625_000, "warmup": 100_000, "decay": (0.04, 0.2), "momentum": 0.994, "layer_decay": 1.0,
+        "lr": 3.464e-4, "steps": 625_000, "warmup": 100_000, "decay": (0.04, 0.2), "momentum": 0.994,
+        "layer_decay": 1.0,
         "millions": 1135,
     },
 }  # fmt: skip
