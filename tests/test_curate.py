@@ -226,7 +226,7 @@ def test_neither_batch_nor_threads_are_part_of_the_result(selection, pools, tmp_
 
 
 def test_settings_reach_the_result(pools, selection, tmp_path):
-    config = replace(QUICK, threshold=0.9, curated="unique", k=50, collisions="multiplicity", tokens="cls+mean")
+    config = replace(QUICK, threshold=0.9, within_curated="drop", k=50, collisions="multiplicity", tokens="cls+mean")
     out = pipeline.curate(replace(config, minimum=0.05), *pools, Pixels(), tmp_path / "a")
     ledger, hits = rows(out), pq.read_table(out / "hits.parquet")
     assert run.read_json(out / "summary.json")["threshold"] == 0.9
@@ -453,7 +453,7 @@ def test_real_near_duplicates_are_found_with_nothing_set_by_hand(shared, tmp_pat
         listed = list(csv.DictReader(io.TextIOWrapper(pack.extractfile("pairs.csv"))))
     pairs = [(row[Path(p["path_a"]).name], row[Path(p["path_b"]).name], p["judgment"]) for p in listed]
 
-    config = CurateConfig(curated="unique", threads=2)
+    config = CurateConfig(within_curated="drop", threads=2)
     out = pipeline.curate(config, index.take(range(200)), index.take(range(200, len(index))), Pixels(), tmp_path / "s")
     groups = pq.read_table(out / "groups.parquet").to_pydict()
     group = dict(zip(groups["row"], groups["group"], strict=True))

@@ -14,8 +14,8 @@ class CurateConfig:
 
     tokens: Literal["cls", "cls+mean"] = "cls"
     """What stands for an image: its class token, or that and the mean of its patches."""
-    curated: Literal["as-is", "unique"] = "as-is"
-    """Keep every readable curated image, or drop duplicates among them too."""
+    within_curated: Literal["keep", "drop"] = "keep"
+    """Duplicates among the curated images themselves: keep every readable one, or drop them too."""
     duplicate_space: Space = "whitened"
     """How embeddings are compared to find near-duplicates (see space.py)."""
     threshold: float | None = None

@@ -103,7 +103,15 @@ def _duplicates(
     work: Path,
 ) -> Path:
     """The stages "exact" and "duplicate": for every image whether it survives, and if not, for whose sake."""
-    names = ("curated", "duplicate_space", "threshold", "false_merges", "calibration_images", "recheck_above", "seed")
+    names = (
+        "within_curated",
+        "duplicate_space",
+        "threshold",
+        "false_merges",
+        "calibration_images",
+        "recheck_above",
+        "seed",
+    )
     out, settings = work / "duplicates", {name: getattr(config, name) for name in names}
     name = fingerprint(settings, run.manifest(work / "embeddings"), int(curated_N.sum()))
     if run.is_done(out, "duplicates", name, settings):
@@ -111,7 +119,7 @@ def _duplicates(
     began = time.monotonic()
     width_N, height_N, bytes_N = (images[c].fill_null(0).to_numpy() for c in ("width", "height", "length"))
     rank_N = dedup.keep_order(curated_N, width_N * height_N, bytes_N)
-    protected_N = curated_N if config.curated == "as-is" else np.zeros_like(curated_N)
+    protected_N = curated_N if config.within_curated == "keep" else np.zeros_like(curated_N)
 
     cause_N, score_N = np.full(len(x_ND), -1, np.int64), np.full(len(x_ND), np.nan, np.float32)
     rows = np.flatnonzero(readable_N)

@@ -1,0 +1,160 @@
+"""The commands: one clear line for a mistake, exit codes, nothing written; and the main job on real files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from troodon import cli
+
+TINY = [
+    "--vit.dim", "32", "--vit.depth", "2", "--vit.heads", "2", "--vit.patch", "8", "--vit.grid", "2",
+    "--crops.global-px", "16", "--crops.local-px", "8", "--crops.locals", "2", "--batch", "8", "--steps", "4",
+    "--log-every", "1", "--probe-every", "2", "--threads", "1", "--dino-head.prototypes", "32",
+    "--dino-head.hidden", "32", "--ibot-head.prototypes", "32", "--ibot-head.hidden", "32",
+]  # fmt: skip
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Two classes of pictures, train and val, a broken file and a text file."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 6)):
+        for label, level in (("dark", 40), ("light", 200)):
+            folder = tmp_path / "photos" / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(level + random.normal(0, 20, (24, 30, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    (tmp_path / "photos" / "train" / "dark" / "broken.png").write_bytes(b"no picture at all")
+    (tmp_path / "photos" / "notes.txt").write_text("notes")
+    return tmp_path / "photos"
+
+
+def run(*words: object, code: int = 0, capsys) -> tuple[str, str]:
+    assert cli.run([str(w) for w in words]) == code
+    out, err = capsys.readouterr()
+    return out, err
+
+
+def test_the_main_job(photos, tmp_path, capsys):
+    out, _ = run("scan", photos, "--out", tmp_path / "index", capsys=capsys)
+    assert "36" in out
+    out, err = run("pretrain", "small", "--data", photos, "--out", tmp_path / "run", *TINY, capsys=capsys)
+    assert Path(out.strip()) == tmp_path / "run" / "backbone"
+    assert "next:" in err
+    assert "k-NN" in err
+    curate = ["curate", "curate_small", "--curated", photos / "train" / "light", "--uncurated", photos / "val",
+              "--backbone", tmp_path / "run", "--out", tmp_path / "selection", "--k", "2"]  # fmt: skip
+    out, _ = run(*curate, capsys=capsys)
+    assert out.splitlines()[-1] == str(tmp_path / "selection")
+    run("pretrain", "small", "--data", tmp_path / "selection", "--out", tmp_path / "again", *TINY, "--init",
+        tmp_path / "run", capsys=capsys)  # fmt: skip
+    evaluate = ["evaluate", "quick", "--backbone", tmp_path / "again", "--data", photos, "--out", tmp_path / "scores"]
+    out, _ = run(*evaluate, "--json", capsys=capsys)
+    scores = json.loads(out)
+    assert {s["backbone"] for s in scores} == {"again", "random", "colour-histogram", "raw-pixels"}
+    assert scores == json.loads((tmp_path / "scores" / "scores.json").read_text())
+    out, _ = run("embed", "--backbone", tmp_path / "run", "--data", photos, "--out", tmp_path / "e", capsys=capsys)
+    assert np.load(tmp_path / "e" / "embeddings.npy").shape == (37, 32)
+    out, _ = run("report", tmp_path, "--out", tmp_path / "report.html", capsys=capsys)
+    assert (tmp_path / "report.html").read_text().count("<section") >= 4
+
+
+def test_a_dry_run_writes_nothing(photos, tmp_path, capsys):
+    _, err = run("pretrain", "small", "--data", photos, "--out", tmp_path / "run", *TINY, "--dry-run", capsys=capsys)
+    assert "parameters" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["pretrian"], "did you mean 'pretrain'"),
+        (["pretrain"], "say first which recipe"),
+        (["pretrain", "smal", "--data", "{photos}", "--out", "{out}"], "did you mean 'small'"),
+        (["pretrain", "small.yaml", "--data", "{photos}", "--out", "{out}"], "small.yaml: no such recipe file"),
+        (["pretrain", "small", "--data", "{photos}"], "--out"),
+        (["pretrain", "small", "--data", "{photos}s", "--out", "{out}"], "photos"),
+        (["pretrain", "small", "--data", "{photos}/notes.txt", "--out", "{out}"], "notes.txt"),
+        (["pretrain", "small", "--data", "{photos}", "--out", "{photos}"], "choose a new --out"),
+        (["pretrain", "small", "--data", "{photos}", "--out", "{out}", "--vit.dimm", "3"], "--vit.dim"),
+        (["pretrain", "small", "--data", "{photos}", "--out", "{out}", "--vit.dim", "x"], "'x'"),
+        (["pretrain", "small", "--data", "{photos}", "--out", "{out}", "--vit.dim", "100"], "not a multiple"),
+        (["pretrain", "small", "--data", "{photos}", "--out", "{out}", "--vit.mlp", "gela"], "gelu"),
+        (["pretrain", "small", "--data", "{photos}", "--out", "{out}", "--steps", "0"], "steps 0"),
+        (["pretrain", "small", "--data", "{photos}", "--out", "{out}", "--init", "{photos}"], "neither a run"),
+        (["pretrain", "small", "--data", "{photos}", "--out", "{out}", "--crops.global-px", "50"], "nearest is 48"),
+        (["scan"], "no images to scan"),
+        (["scan", "{photos}/nothing"], "nothing"),
+        (["scan", "{empty}"], "empty"),
+        (["scan", "{texts}"], "no images"),
+        (["evaluate", "mien", "--backbone", "{photos}", "--data", "{photos}", "--out", "{out}"], "did you mean 'mine'"),
+        (["evaluate", "mine", "--backbone", "{photos}x", "--data", "{photos}", "--out", "{out}"], "no such run"),
+        (["curate", "curate_smal", "--curated", "a"], "did you mean 'curate_small'"),
+        (["embed", "--backbone", "{photos}", "--data", "{photos}", "--out", "{out}", "--tokens", "clss"], "'cls'"),
+        (["report", "{empty}"], "empty"),
+        (["recipes", "dmo"], "did you mean 'demo'"),
+        (["demo"], "--out"),
+        (["demo", "--out", "{out}", "--steps", "many"], "'many'"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(photos, tmp_path, capsys, words, said):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a")
+    places = {"photos": photos, "out": tmp_path / "out", "empty": tmp_path / "empty", "texts": tmp_path / "texts"}
+    out, err = run(*(w.format(**places) for w in words), code=2, capsys=capsys)
+    assert out == ""
+    assert said in err
+    assert err.startswith("troodon")
+    assert len(err.splitlines()) == 1
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_edited_recipe_is_a_recipe(photos, tmp_path, capsys):
+    out, _ = run("recipes", "small", capsys=capsys)
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(out.replace("local_px:", "local_pxx:"))
+    run("pretrain", recipe, "--data", photos, "--out", tmp_path / "run", *TINY, code=2, capsys=capsys)
+    recipe.write_text(out.replace("global_px: 48", "global_px: 16"))
+    run("pretrain", recipe, "--data", photos, "--out", tmp_path / "run", *TINY, capsys=capsys)
+    assert "global_px: 16" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_debug_shows_where(capsys, tmp_path):
+    _, err = run("scan", tmp_path / "nothing", "--debug", code=2, capsys=capsys)
+    assert "Traceback" in err
+
+
+@pytest.mark.parametrize("verb", ["", *cli.VERBS])
+def test_help_is_quick_and_loads_no_torch(verb):
+    code = f"import sys; sys.argv = ['troodon', *{[verb] if verb else []!r}, '--help']; from troodon import cli\n"
+    code += "try: cli.main()\nfinally: assert 'torch' not in sys.modules"
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < 5  # half a second on a quiet machine
+    assert done.stdout.strip()
+    assert done.stderr == ""
+
+
+def test_ctrl_c_saves_and_says_so(photos, tmp_path):
+    command = [sys.executable, "-m", "troodon", "pretrain", "small", "--data", photos, "--out", tmp_path / "run", *TINY]
+    command += ["--steps", "100000"]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while child.poll() is None and not (tmp_path / "run" / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130, err
+    assert "everything is saved" in err
+    assert "Traceback" not in err
+    assert list((tmp_path / "run" / "checkpoints").iterdir())
