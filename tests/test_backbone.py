@@ -69,6 +69,16 @@ def test_preprocessing_resizes_crops_and_normalises(backbone):
     torch.testing.assert_close(x[0], expected[:, None, None].expand(3, 56, 56), atol=0.02, rtol=0)
 
 
+def test_a_ribbon_is_seen_by_its_middle(backbone):
+    ribbon = np.zeros((3, 9001, 3), np.uint8)
+    ribbon[:, 4500] = 255
+    plain = backbone.prepare([np.zeros((3, 3, 3), np.uint8)])
+    x = backbone.prepare([ribbon]) - plain
+    assert x.shape == (1, 3, 56, 56)
+    assert x[..., 20:36].mean() > 1
+    assert x[..., :10].abs().max() < 0.2
+
+
 def test_original_weights_load(backbone, images, tmp_path):
     vit = Backbone.random(ViTConfig(dim=128, depth=3, heads=2, patch=14, grid=4, position_offset=0.1,
                                     position_antialias=False), Preprocessing(), seed=3)  # fmt: skip

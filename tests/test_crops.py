@@ -9,9 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from troodon.config import UsageError
 from troodon.data.config import CropsConfig
-from troodon.data.crops import NUMBERS, center_view, generator, multi_crop, random_box
+from troodon.data.crops import NUMBERS, generator, multi_crop, random_box
 
 SMALL = CropsConfig(global_px=56, local_px=28, locals=3)
 SHAPES = [(1, 1), (1, 50), (50, 1), (2, 3), (7, 7), (8, 2000), (2000, 8), (57, 40), (300, 301)]
@@ -101,25 +100,24 @@ def test_the_number_of_locals_changes_no_other_crop() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_shape_gives_crops_and_views_within_its_colours(shape: tuple[int, int]) -> None:
+def test_every_shape_gives_crops_within_its_colours(shape: tuple[int, int]) -> None:
     image = np.full((*shape, 3), (10, 130, 250), np.uint8)
     for visit in range(5):
         globals_GCHW, locals_VCHW = multi_crop(image, SMALL, generator(0, 0, visit))
-        for x in (globals_GCHW, locals_VCHW, center_view(image, 40, 32)[None]):
+        for x in (globals_GCHW, locals_VCHW):
             assert (x == torch.tensor([10, 130, 250], dtype=torch.uint8).view(3, 1, 1)).all()
 
 
 def test_arrays_that_are_read_only_or_mirrored_are_read_and_left_alone() -> None:
     image = picture(40, 50)
     before = image.copy()
-    wanted = multi_crop(image, SMALL, generator(0, 0, 0)), center_view(image, 30, 28)
+    wanted = multi_crop(image, SMALL, generator(0, 0, 0))
     image.flags.writeable = False
     mirrored = np.ascontiguousarray(image[:, ::-1])[:, ::-1]
     for same in (image, mirrored):
-        (globals_GCHW, locals_VCHW), view = multi_crop(same, SMALL, generator(0, 0, 0)), center_view(same, 30, 28)
-        assert torch.equal(globals_GCHW, wanted[0][0])
-        assert torch.equal(locals_VCHW, wanted[0][1])
-        assert torch.equal(view, wanted[1])
+        globals_GCHW, locals_VCHW = multi_crop(same, SMALL, generator(0, 0, 0))
+        assert torch.equal(globals_GCHW, wanted[0])
+        assert torch.equal(locals_VCHW, wanted[1])
     assert np.array_equal(image, before)
 
 
@@ -175,31 +173,3 @@ def test_when_nothing_fits_the_central_box_within_the_aspect_range_is_taken(
 ) -> None:
     for u in np.random.default_rng(0).random((20, NUMBERS)).tolist():
         assert random_box(*shape, (0.9, 1.0), (3 / 4, 4 / 3), u) == box
-
-
-@pytest.mark.parametrize(("shape", "resize", "px"), [((375, 500), 96, 84), ((500, 333), 64, 64), ((40, 57), 96, 84)])
-def test_center_view_is_pillows_resize_and_crop(shape: tuple[int, int], resize: int, px: int) -> None:
-    image = picture(*shape)
-    height, width = (int(resize * side / min(shape)) for side in shape)
-    resized = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
-    top, left = round((height - px) / 2), round((width - px) / 2)
-    wanted = resized[top : top + px, left : left + px].transpose(2, 0, 1)
-    difference = np.abs(center_view(image, resize, px).numpy().astype(int) - wanted)
-    assert difference.mean() < 0.1
-    assert difference.max() <= 2
-
-
-def test_center_view_of_a_ribbon_is_its_middle() -> None:
-    ribbon = np.zeros((3, 9001, 3), np.uint8)
-    ribbon[:, 4500] = 255
-    view_CHW = center_view(ribbon, 60, 60).float()
-    assert view_CHW.shape == (3, 60, 60)
-    assert torch.allclose(view_CHW, view_CHW.flip(-1), atol=1)
-    assert view_CHW[:, :, 25:35].mean() > 200
-    assert view_CHW[:, :, :15].mean() < 10
-
-
-@pytest.mark.parametrize("px", [0, 65])
-def test_a_view_larger_than_the_resized_image_is_a_mistake_told(px: int) -> None:
-    with pytest.raises(UsageError, match=f"{px} pixels"):
-        center_view(picture(70, 90), 64, px)

@@ -108,7 +108,7 @@ def _arguments(changes: dict, prefix: str = "--") -> list[str]:
             head, dot, leaf = flag[2:].rpartition(".")
             words.append(flag if value else f"--{head}{dot}no-{leaf}")
         else:
-            words += [flag, *(str(v) for v in (value if isinstance(value, list) else [value]))]
+            words += [flag, *(str(v) for v in (value if isinstance(value, list | tuple) else [value]))]
     return words
 
 

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from troodon.config import UsageError
 from troodon.data.config import CropsConfig
 
 # Shape suffixes: G the two global crops, V local crops, C colours, H and W pixels.
@@ -21,7 +20,6 @@ from troodon.data.config import CropsConfig
 Box = tuple[int, int, int, int]
 TRIES = 10  # boxes to draw before the central one is taken
 NUMBERS = 2 * TRIES + 3  # random numbers of one crop: area and aspect of every try, two of position, one of flip
-WIDEST = 4  # sides of an image whose long ends are cut before an evaluation view is resized; see center_view
 WORD = 2**64 - 1
 
 
@@ -46,26 +44,6 @@ def multi_crop(image_HWC: np.ndarray, config: CropsConfig, random: np.random.Gen
     globals_GCHW = _crops(image_HWC, numbers[:2], config.global_scale, config.global_px, config)
     locals_VCHW = _crops(image_HWC, numbers[2:], config.local_scale, config.local_px, config)
     return globals_GCHW, locals_VCHW
-
-
-def center_view(image_HWC: np.ndarray, resize: int, px: int) -> Tensor:
-    """The evaluation view of one uint8 image: shorter side resized to `resize` pixels, central square of `px`.
-
-    Returns uint8 (C, px, px). Of images longer than four times their width only the middle is resized: the view
-    shows no more than that, and a 1 x 10,000 image would otherwise become 650 million pixels at 256.
-    UsageError if the square does not fit.
-    """
-    if not 1 <= px <= resize:
-        raise UsageError(f"a central crop of {px} pixels: it must lie within 1 and the shorter side, {resize}")
-    height, width = image_HWC.shape[:2]
-    shorter = min(height, width)
-    top, left = (max(0, side - WIDEST * shorter) // 2 for side in (height, width))
-    image_HWC = image_HWC[top : height - top, left : width - left]
-    height, width = (resize * side // shorter for side in image_HWC.shape[:2])
-    resized_HWC = _resized(image_HWC, height, width)
-    top, left = round((height - px) / 2), round((width - px) / 2)
-    view_HWC = resized_HWC[top : top + px, left : left + px]
-    return torch.from_numpy(np.ascontiguousarray(view_HWC.transpose(2, 0, 1)))
 
 
 def random_box(height: int, width: int, scale: tuple[float, float], aspect: tuple[float, float], u: list[float]) -> Box:
