@@ -6,8 +6,9 @@ The world knows which of its pictures are copies and which are off-topic, so the
 from dataclasses import replace
 from pathlib import Path
 
-from troodon import recipes, verbs
-from troodon.recipes.own import EMBEDDED_WORLD
+from troodon import verbs
+from troodon.config import UsageError
+from troodon.recipes import own
 from troodon.run import publish, say, write_json
 
 
@@ -15,22 +16,22 @@ def demo(out: str | Path, *, steps: int | None = None, seed: int = 0) -> Path:
     """Leaves `out`/report.html and `out`/scores.json; goes on where it stopped. `steps` are of the longer training."""
     from troodon.data import world
 
+    config = replace(own.demo() if steps is None else own.demo(steps), seed=seed)
+    if config.steps < 1:
+        raise UsageError(f"steps {steps}: must be at least 1")
     out = Path(out)
     say("1/6 world: pictures, drawn by rule")
-    world.write(out / "world", seed, EMBEDDED_WORLD)
+    world.write(out / "world", seed, own.EMBEDDED_WORLD)
     pool, curated = out / "world" / "uncurated", out / "world" / "curated"
 
     say("2/6 scan: what is in the pool")
     summary = verbs.scan(pool, out / "index")
     say(f"  {summary['images']:,} images, {len(summary['broken'])} broken")
 
-    config = replace(recipes.pretrain("demo"), seed=seed)
-    if steps is not None:
-        config = replace(config, steps=max(1, steps))
     say("3/6 curate: first a backbone to compare images by, trained for a short while on the whole pool")
-    short = replace(config, steps=max(1, config.steps // 4))
-    verbs.pretrain(short, out / "index", out / "first")
-    verbs.curate(recipes.curate("curate_demo"), curated, pool, out / "first", out / "selection")
+    first = replace(own.demo(max(1, config.steps // 4)), seed=seed)
+    verbs.pretrain(first, out / "index", out / "first")
+    verbs.curate(own.curate_demo(), curated, pool, out / "first", out / "selection")
 
     say("4/6 pretrain: on the selection, from there on")
     verbs.pretrain(config, out / "selection", out / "run", init=out / "first")
@@ -68,14 +69,14 @@ def check(out: Path) -> list[dict]:
     survivors = pool & (role != "broken") & ~dropped
     retrieved = np.array([row["kept"] for row in ledger]) & pool
     measured = {
-        ("duplicates", "precision"): right[dropped],
-        ("duplicates", "recall"): np.array(found, bool),
-        ("retrieval", "precision"): role[retrieved] != "off-topic",
-        ("retrieval", "share of the pool"): role[survivors] != "off-topic",
+        ("duplicates", "precision", "first"): right[dropped],
+        ("duplicates", "recall", "first"): np.array(found, bool),
+        ("retrieval", "precision", "first"): role[retrieved] != "off-topic",
+        ("retrieval", "precision", "whole pool"): role[survivors] != "off-topic",  # what no retrieval would give
     }
     scores = [
-        score(protocol, "planted", metric, hits.mean(), *interval(hits, 1000, 0), {"images": len(hits)}, "first")
-        for (protocol, metric), hits in measured.items()
+        score(protocol, "planted", metric, hits.mean(), *interval(hits, 1000, 0), {"images": len(hits)}, backbone)
+        for (protocol, metric, backbone), hits in measured.items()
         if len(hits)
     ]
     with publish(out / "truth", "scores", "planted", {}) as folder:

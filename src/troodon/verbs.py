@@ -133,6 +133,8 @@ def evaluate(
 ) -> list[dict]:
     """Measure frozen features on labelled images, beside a random network, a colour histogram and raw pixels."""
     config = configured(name, EvaluateConfig(), suite, settings)
+    import dataclasses
+
     from troodon.data.sources import open_source
     from troodon.evaluate.baselines import ColourHistogram, RawPixels
     from troodon.evaluate.suite import evaluate as evaluating
@@ -141,7 +143,9 @@ def evaluate(
 
     index = open_source(*_paths(data))
     ours = _backbone(backbone)
-    others = [Backbone.random(ours.config, ours.preprocessing, seed=config.seed), ColourHistogram(), RawPixels()]
+    # Layer scale 1: at the small values that training starts from, a random network hardly mixes its patches.
+    untrained = dataclasses.replace(ours.config, layer_scale=1.0)
+    others = [Backbone.random(untrained, ours.preprocessing, seed=config.seed), ColourHistogram(), RawPixels()]
     train, val = split(index, config.seed)
     return evaluating(
         [ours, *(others if baselines else [])],
