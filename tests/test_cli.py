@@ -87,7 +87,7 @@ def test_a_dry_run_writes_nothing(photos, tmp_path, capsys):
         (["pretrain", "small", "--data", "{photos}", "--out", "{photos}"], "choose a new --out"),
         (["pretrain", "small", "--data", "{photos}", "--out", "{out}", "--vit.dimm", "3"], "--vit.dim"),
         (["pretrain", "small", "--data", "{photos}", "--out", "{out}", "--vit.dim", "x"], "'x'"),
-        (["pretrain", "small", "--data", "{photos}", "--out", "{out}", "--vit.dim", "100"], "not a multiple"),
+        (["pretrain", "small", "--data", "{photos}", "--out", "{out}", "--vit.dim", "101"], "not a multiple"),
         (["pretrain", "small", "--data", "{photos}", "--out", "{out}", "--vit.mlp", "gela"], "gelu"),
         (["pretrain", "small", "--data", "{photos}", "--out", "{out}", "--steps", "0"], "steps 0"),
         (["pretrain", "small", "--data", "{photos}", "--out", "{out}", "--init", "{photos}"], "neither a run"),

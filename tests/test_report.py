@@ -1,9 +1,11 @@
 """The report: one page, complete, closed, and calm whatever the artifacts hold."""
 
+import contextlib
 import itertools
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,12 +18,23 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from troodon import run
 from troodon.config import UsageError
 from troodon.data.index import SCHEMA
 from troodon.report import charts, markup
 from troodon.report.markup import MINUS, MISSING, SPACE
 from troodon.report.page import report
-from troodon.run import publish, write_json
+from troodon.run import write_json
+
+
+@contextlib.contextmanager
+def publish(folder: Path, kind: str, fingerprint: str, settings: dict, command: str = "") -> Iterator[Path]:
+    """An artifact that a command made."""
+    run.doing[:] = shlex.split(command)
+    with run.publish(folder, kind, fingerprint, settings) as part:
+        yield part
+    run.doing.clear()
+
 
 HOSTILE = "<script>alert(1)</script>\"'&.jpg"
 TITLES = ["Images", "What was kept, and why", "Training", "What the features are worth", "How to repeat it"]
@@ -130,7 +143,7 @@ def make_index(folder: Path, columns: dict[str, list]) -> None:
         "height": [72 + 16 * (i % 5) if s == "ok" else None for i, s in enumerate(status)],
         "sha256": [f"{max(i, 4) % 50:064x}" for i in range(count)],
     }
-    with publish(folder, "index", "0123456789ab", {"command": "troodon scan photos/ --out index"}) as part:
+    with publish(folder, "index", "0123456789ab", {}, "troodon scan photos/ --out index") as part:
         pq.write_table(pa.table(columns | more), part / "images.parquet")
         write_json(part / "summary.json", {"images": count})
 
@@ -182,8 +195,8 @@ def make_selection(folder: Path, columns: dict[str, list]) -> None:
         },
     }
     summary = {"stages": stages, "threshold": 0.62, "calibration": calibration}
-    command = ["troodon", "curate", "--curated", "my photos", "--uncurated", "index", "--out", "selection"]
-    with publish(folder, "selection", "ba9876543210", {"command": command}) as part:
+    command = "troodon curate --curated 'my photos' --uncurated index --out selection"
+    with publish(folder, "selection", "ba9876543210", {}, command) as part:
         pq.write_table(pa.table(ledger), part / "images.parquet")
         names = ("group", "row", "kept", "score"), ("query", "rank", "row", "score")
         for name, rows, keys in zip(("groups", "hits"), (groups, hits), names):
@@ -227,9 +240,7 @@ def make_run(folder: Path, records: list, *, finished: bool = True) -> None:
         "processors": 2,
         "packages": {"torch": "2.13.0", "numpy": "2.4.6", "pillow": "13.0.0", "simplejpeg": None},
     }
-    with publish(
-        folder, "run", "00ff00ff00ff", {"command": "troodon pretrain small --data selection --out run"}
-    ) as part:
+    with publish(folder, "run", "00ff00ff00ff", {}, "troodon pretrain small --data selection --out run") as part:
         (part / "config.yaml").write_text("vit:\n  dim: 192\n  depth: 12\nsteps: 2000\nbatch: 64\nseed: 0\n")
         (part / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + '{"step": 99999, "lo')
         write_json(part / "environment.json", environment)
@@ -259,7 +270,7 @@ def make_scores(folder: Path, entries: list[dict] | None = None, px: int = 27) -
              "settings": {"k": 10} if protocol == "knn" else {"steps": 500}, "backbone": name}
             for name, protocol, value, low, high in SCORES
         ]  # fmt: skip
-    with publish(folder, "scores", "aaaabbbbcccc", {"command": "troodon evaluate quick --backbone run"}) as part:
+    with publish(folder, "scores", "aaaabbbbcccc", {}, "troodon evaluate quick --backbone run") as part:
         write_json(part / "scores.json", entries)
         (part / "pictures").mkdir()
         draw = np.random.default_rng(3)
@@ -555,7 +566,7 @@ def test_the_running_mean_neither_lags_nor_leans() -> None:
 
 
 def test_a_made_world_is_told(tmp_path: Path) -> None:
-    with publish(tmp_path / "world", "world", "0", {"species": 24, "seed": 0, "command": "troodon demo"}) as part:
+    with publish(tmp_path / "world", "world", "0", {"species": 24, "seed": 0}, "troodon demo") as part:
         (part / "pictures").mkdir()
         Image.fromarray(paint(0, np.random.default_rng(0))).save(part / "pictures" / "first_look.png")
     page = read(report([tmp_path], tmp_path))

@@ -19,7 +19,7 @@ from troodon.config import UsageError, nearest, parse, to_yaml
 from troodon.curate.config import CurateConfig
 from troodon.evaluate.config import SUITES, EvaluateConfig, suite
 from troodon.learn.config import PretrainConfig
-from troodon.run import say
+from troodon.run import doing, say
 
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
@@ -244,7 +244,9 @@ def run(words: list[str]) -> int:
         elif verb not in VERBS:
             raise nearest("command", verb, VERBS)
         else:
-            command(verb, words[1:]).run()
+            done = command(verb, words[1:])
+            doing[:] = ["troodon", *words]
+            done.run()
         return DONE
     except SystemExit as stop:  # --help of a verb
         return int(stop.code or 0)

@@ -1,6 +1,6 @@
 """Folders of artifacts: absent or complete, and saying of themselves what they are.
 
-    manifest.json    kind, fingerprint of what made it, settings; written last, so it also means "finished"
+    manifest.json    kind, fingerprint of what made it, settings, command; written last, so it also means "finished"
 
 Everything is written under another name, flushed to the disk, and renamed.
 """
@@ -19,6 +19,7 @@ from typing import Any
 from troodon.config import UsageError, differences
 
 MANIFEST = "manifest.json"
+doing: list[str] = []  # the words of the command that is being done; none where Python calls
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -47,10 +48,15 @@ def publish(folder: Path, kind: str, fingerprint: str, settings: dict) -> Iterat
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     yield partial
-    write_json(partial / MANIFEST, {"kind": kind, "fingerprint": fingerprint, "settings": settings})
+    write_manifest(partial, kind, fingerprint, settings)
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)
+
+
+def write_manifest(folder: Path, kind: str, fingerprint: str, settings: dict) -> None:
+    said = {"kind": kind, "fingerprint": fingerprint, "settings": settings}
+    write_json(folder / MANIFEST, said | ({"command": doing} if doing else {}))
 
 
 def manifest(folder: Path) -> dict | None:

@@ -113,7 +113,7 @@ def _duplicates(
         "seed",
     )
     out, settings = work / "duplicates", {name: getattr(config, name) for name in names}
-    name = fingerprint(settings, run.manifest(work / "embeddings"), int(curated_N.sum()))
+    name = fingerprint(settings, run.read_json(work / "embeddings" / run.MANIFEST)["fingerprint"], int(curated_N.sum()))
     if run.is_done(out, "duplicates", name, settings):
         return out
     began = time.monotonic()
@@ -201,7 +201,7 @@ def _retrieve(
 ) -> Path:
     """The stage "retrieve": hits among the uncurated images that survive."""
     out, settings = work / "hits", {name: getattr(config, name) for name in ("retrieve_space", "k", "minimum")}
-    name = fingerprint(settings, run.manifest(duplicates))
+    name = fingerprint(settings, run.read_json(duplicates / run.MANIFEST)["fingerprint"])
     if run.is_done(out, "hits", name, settings):
         return out
     began, rows = time.monotonic(), np.flatnonzero(survives_N)

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from itertools import chain
@@ -26,7 +25,7 @@ from troodon.learn.parallel import build, first_weights
 from troodon.learn.plan import plan
 from troodon.learn.recorder import Probe, Recorder
 from troodon.model.backbone import Backbone
-from troodon.run import Metrics, environment, manifest, say, write_bytes, write_json
+from troodon.run import Metrics, environment, manifest, say, write_bytes, write_json, write_manifest
 
 
 class Interrupted(Exception):
@@ -157,18 +156,18 @@ def _open(out: Path, config: PretrainConfig, index: Index, init: Backbone | None
     """Make the run folder, or see that what is in it is this run."""
     settings = {"config": to_dict(config), "images": len(index), "init": init and init.fingerprint}
     data = fingerprint(index.column("path"), index.column("length"))
-    ours = {"kind": "run", "fingerprint": fingerprint(settings, data), "settings": settings}
+    name = fingerprint(settings, data)
     found = manifest(out)
     if found is None:
         if out.exists() and any(out.iterdir()):
             raise UsageError(f"{out}: is not empty and not a run; choose a new --out")
         out.mkdir(parents=True, exist_ok=True)
         write_bytes(out / "config.yaml", to_yaml(config).encode())
-        write_json(out / "environment.json", environment() | {"argv": sys.argv})
+        write_json(out / "environment.json", environment())
         index.save(out / "images.parquet")
-        write_json(out / "manifest.json", ours)
+        write_manifest(out, "run", name, settings)
     elif found["kind"] != "run":
         raise UsageError(f"{out}: already holds an artifact of kind {found['kind']}; choose a new --out")
-    elif found["fingerprint"] != ours["fingerprint"]:
+    elif found["fingerprint"] != name:
         what = "; ".join(differences(found["settings"], settings)) or "other images"
         raise UsageError(f"{out}: a run with other settings ({what}); choose a new --out")

@@ -22,6 +22,7 @@ class Artifact:
     kind: str
     fingerprint: str | None
     settings: dict
+    command: list[str]  # its words; none where it was not made by one
 
     def json(self, name: str) -> Any:
         """The contents of a JSON file; None where it is missing or is not JSON."""
@@ -88,8 +89,9 @@ def _artifact(folder: Path, name: str) -> Artifact | None:
     except ValueError:
         said = None
     if isinstance(said, dict) and isinstance(said.get("kind"), str):
-        settings = said.get("settings")
-        return Artifact(folder, name, said["kind"], said.get("fingerprint"), settings if settings else {})
+        return Artifact(
+            folder, name, said["kind"], said.get("fingerprint"), said.get("settings") or {}, said.get("command") or []
+        )
     if (folder / "metrics.jsonl").is_file():
-        return Artifact(folder, name, "run", None, {})
+        return Artifact(folder, name, "run", None, {}, [])
     return None

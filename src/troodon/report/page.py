@@ -101,7 +101,7 @@ def _cards(cards: list[Card]) -> Markup:
 def _repeat(artifacts: list[Artifact]) -> Part:
     """The commands that were recorded, what every artifact is called by, and the versions behind them."""
     in_order = sorted(artifacts, key=lambda one: ORDER.index(one.kind) if one.kind in ORDER else len(ORDER))
-    commands = list(dict.fromkeys(text for one in in_order if (text := _command(one))))
+    commands = list(dict.fromkeys(shlex.join(one.command) for one in in_order if one.command))
     body: list[Content] = []
     if commands:
         body += [
@@ -119,10 +119,3 @@ def _repeat(artifacts: list[Artifact]) -> Part:
             versions.setdefault(str(flat(environment)), environment)
     body += [table("Versions and machine", ("what", "value"), flat(env), text=2) for env in versions.values()]
     return Part("repeat", "How to repeat it", join(body))
-
-
-def _command(one: Artifact) -> str | None:
-    command = one.settings.get("command")
-    if isinstance(command, list):
-        return shlex.join(str(word) for word in command)
-    return command if isinstance(command, str) else None
