@@ -3,7 +3,7 @@
 It lets the whole system be shown without any download. This file puts a world on the disk, as a crawl would find it:
 
     curated/<species>/*             few, labelled
-    uncurated/<two digits>/*        an anonymous pool, with near-duplicates, off-topic pictures and broken files
+    uncurated/*                     an anonymous pool, with near-duplicates, off-topic pictures and broken files
     evaluation/{train,val}/<species>/*
     dense/{images,masks,depth}/*    masks: 0 background, 1 body, 2 another thing; depth: 16-bit PNG, millimetres
     truth.parquet                   what every image file really is
@@ -34,11 +34,10 @@ from troodon.data.world_scene import DEFAULT, Picture, WorldConfig, render
 
 __all__ = ["DEFAULT", "TRUTH", "Picture", "WorldConfig", "render", "render_offtopic", "write"]
 
-_VERSION = 1  # of the generator; another one makes other pictures from the same seed
+_VERSION = 2  # of the generator; another one makes other pictures from the same seed
 _EXACT = "exact"  # a copy whose bytes are the original's
 _BROKEN = ("truncated", "text", "empty", "noise")
 _PNG_SHARE = 0.2
-_FOLDERS = 20  # of the anonymous pool
 _STRENGTH = (0.25, 0.75)  # of the attacks on planted copies
 
 TRUTH = pa.schema(
@@ -165,9 +164,8 @@ def _path(seed: int, role: str, k: int, species: str) -> str:
 
 
 def _anonymous(seed: int, role: str, k: int, suffix: str | None = None) -> str:
-    """A place in the flat pool that says nothing about what lies there."""
-    name = _name(seed, role, k, suffix)
-    return f"uncurated/{int(name[:6], 16) % _FOLDERS:02d}/{name}"
+    """A place in the flat pool, which says nothing about what lies there."""
+    return f"uncurated/{_name(seed, role, k, suffix)}"
 
 
 def _name(seed: int, role: str, k: int, suffix: str | None = None) -> str:

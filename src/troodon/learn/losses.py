@@ -5,6 +5,7 @@ is what makes each of these testable in a plain process.
 """
 
 from collections.abc import Callable
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -34,11 +35,15 @@ def sinkhorn(logits_MK: Tensor, temperature: float, ranks: Ranks, rounds: int = 
     """
     log_q_MK = logits_MK.float() / temperature
     for _ in range(rounds):
-        here_K = log_q_MK.logsumexp(0)
-        highest_K = ranks.largest(here_K)
-        column_K = highest_K + ranks.total((here_K - highest_K).exp()).log()
+        highest_K = ranks.largest(log_q_MK.amax(0) if len(log_q_MK) else log_q_MK.new_full(log_q_MK.shape[1:], -inf))
+        column_K = highest_K + ranks.total(_exp(log_q_MK - highest_K).sum(0)).log()
         log_q_MK = (log_q_MK - column_K).log_softmax(1)
-    return log_q_MK.exp()
+    return _exp(log_q_MK)
+
+
+def _exp(x: Tensor) -> Tensor:
+    """exp of what is at most zero. Not below e^-80, which adds nothing in fp32, but takes processors 50 times longer."""
+    return x.clamp(min=-80.0).exp()
 
 
 @torch.no_grad()

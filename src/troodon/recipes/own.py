@@ -19,8 +19,8 @@ from troodon.model.config import HeadConfig, ViTConfig
 EMBEDDED_WORLD = WorldConfig(texture_fidelity=0.95, habitat_fidelity=0.9, scale=(0.5, 0.9))
 
 
-def demo(steps: int = 1000) -> PretrainConfig:
-    """A ViT of 0.4 M parameters on the embedded world, in three minutes on two processor cores."""
+def demo(steps: int = 800) -> PretrainConfig:
+    """A ViT of 0.4 M parameters on the embedded world, in two to three minutes on two processor cores."""
     return PretrainConfig(
         vit=ViTConfig(dim=96, depth=3, heads=2, patch=8, grid=4, layer_scale=1.0),
         crops=CropsConfig(global_px=32, global_scale=(0.25, 1.0), local_px=16, locals=2),
@@ -30,7 +30,7 @@ def demo(steps: int = 1000) -> PretrainConfig:
     )
 
 
-def small(steps: int = 6000) -> PretrainConfig:
+def small(steps: int = 3000) -> PretrainConfig:
     """A ViT of 0.8 M parameters for some thousand images of 64 pixels or more, in half an hour on two cores."""
     return PretrainConfig(
         vit=ViTConfig(dim=128, depth=4, heads=2, patch=8, grid=6, layer_scale=1.0),
