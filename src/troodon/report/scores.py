@@ -205,12 +205,13 @@ def _settings(entries: list[dict]) -> Content:
 def _cards(groups: dict) -> tuple[Card, ...]:
     """The first dataset's protocols, at most three."""
     out = []
-    for (_, protocol, _), group in groups.items():
+    for (_, protocol, metric), group in groups.items():
         best, others = _ours(group), _against(group)
         random = next((e for e in others if "random" in e["backbone"].lower()), others[0] if others else None)
         if best is not None and len(out) < 3:
             against = f"{random['backbone']} {_value(random)}" if random else ""
-            out.append(Card(f"{_protocol(protocol)}, {best['backbone']}", _value(best), against, strong=True))
+            what = "" if protocol in PROTOCOLS else f" {METRICS.get(metric, metric)}"
+            out.append(Card(f"{_protocol(protocol)}{what}, {best['backbone']}", _value(best), against, strong=True))
     return tuple(out)
 
 
