@@ -92,6 +92,28 @@ def test_a_dry_run_writes_nothing(photos, tmp_path, capsys):
         (["pretrain", "small", "--data", "{photos}", "--out", "{out}", "--steps", "0"], "steps 0"),
         (["pretrain", "small", "--data", "{photos}", "--out", "{out}", "--init", "{photos}"], "neither a run"),
         (["pretrain", "small", "--data", "{photos}", "--out", "{out}", "--crops.global-px", "50"], "nearest is 48"),
+        *[
+            (["pretrain", "small", "--data", "{photos}", "--out", "{out}", f"--{name.replace('_', '-')}", *value], name)
+            for name, *value in (
+                ("batch", "1"),
+                ("threads", "-1"),
+                ("keep", "0"),
+                ("checkpoint_every", "0"),
+                ("vit.depth", "0"),
+                ("vit.drop_path", "1"),
+                ("crops.locals", "-1"),
+                ("crops.global_scale", "0.9", "0.3"),
+                ("photometric.hue", "3"),
+                ("photometric.blur", "0", "2", "0"),
+                ("masks.ratio", "0.5", "0.1"),
+                ("objective.student_temperature", "0"),
+                ("optim.betas", "0.9", "1.5"),
+                ("schedules.momentum.peak", "2"),
+                ("schedules.lr.warmup", "-1"),
+            )
+        ],
+        (["scan", "{photos}", "--threads", "-1"], "threads -1"),
+        (["embed", "--backbone", "{photos}", "--data", "{photos}", "--out", "{out}", "--batch", "0"], "batch 0"),
         (["scan"], "no images to scan"),
         (["scan", "{photos}/nothing"], "nothing"),
         (["scan", "{empty}"], "empty"),

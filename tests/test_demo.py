@@ -38,7 +38,7 @@ def test_the_demo_leaves_a_page_and_scores_and_goes_on_where_it_stopped(tmp_path
 
 def test_a_demo_of_no_steps_writes_nothing(tmp_path, capsys):
     assert cli.run(["demo", "--out", str(tmp_path / "x"), "--steps", "0"]) == cli.MISTAKE
-    assert "steps 0: must be at least 1" in capsys.readouterr().err
+    assert "steps 0: must be 1 or more" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 

@@ -31,6 +31,16 @@ def nearest(kind: str, name: object, known: Iterable[str]) -> UsageError:
     return UsageError(f"unknown {kind} {str(name)!r}: {hint}it is one of {', '.join(known) or '(none)'}")
 
 
+def within(config: object, section: str, low: float, high: float | None = None, *names: str) -> None:
+    """UsageError for a number, or one of several, of these fields of `config` outside [low, high]."""
+    for name in names:
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and not (low <= number and (high is None or number <= high)):
+                allowed = f"{low} or more" if high is None else f"from {low} to {high}"
+                raise UsageError(f"{section}{name} {number}: must be {allowed}")
+
+
 def parse(target: Any, arguments: list[str], *, prog: str, default: Any = None, description: str | None = None) -> Any:
     """Read command-line `arguments` into `target`, a dataclass or a function, which is then built or called.
 

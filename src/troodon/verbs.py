@@ -67,6 +67,8 @@ def embed(
 
     if tokens not in ("cls", "cls+mean"):
         raise nearest("tokens", tokens, ("cls", "cls+mean"))
+    if batch < 1:
+        raise UsageError(f"batch {batch}: must be 1 or more")
     return embedding(
         _backbone(backbone), open_source(*_paths(data)), Path(out), batch=batch, threads=threads, tokens=tokens
     )

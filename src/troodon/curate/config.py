@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from troodon.config import UsageError
+from troodon.config import UsageError, within
 
 Space = Literal["plain", "centred", "whitened"]
 
@@ -42,15 +42,8 @@ class CurateConfig:
     """Of the images drawn for calibration, and of the attacks on them."""
 
     def __post_init__(self) -> None:
-        _within("threshold", self.threshold, -1, 1)
-        _within("minimum", self.minimum, -1, 1)
-        for name in ("k", "batch", "recheck_above", "calibration_images"):
-            _within(name, getattr(self, name), 1, None)
-        _within("threads", self.threads, 0, None)
+        within(self, "", -1, 1, "threshold", "minimum")
+        within(self, "", 1, None, "k", "batch", "recheck_above", "calibration_images")
+        within(self, "", 0, None, "threads", "seed")
         if not self.false_merges > 0:
             raise UsageError(f"false_merges {self.false_merges}: must be above 0; 0.01 is one image in a hundred")
-
-
-def _within(name: str, value: float | None, low: float, high: float | None) -> None:
-    if value is not None and not (low <= value and (high is None or value <= high)):
-        raise UsageError(f"{name} {value}: must be " + (f"{low} or more" if high is None else f"from {low} to {high}"))

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from troodon.config import UsageError, within
+
 
 @dataclass(frozen=True)
 class CropsConfig:
@@ -21,6 +23,14 @@ class CropsConfig:
     """Range of a crop's width over its height, drawn log-uniformly."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
+
+    def __post_init__(self) -> None:
+        within(self, "crops.", 1, None, "global_px", "local_px")
+        within(self, "crops.", 0, None, "locals")
+        within(self, "crops.", 0, 1, "global_scale", "local_scale", "flip")
+        _ranges(self, "crops.", "global_scale", "local_scale", "aspect")
+        if min(self.aspect) <= 0:
+            raise UsageError(f"crops.aspect {min(self.aspect)}: must be above 0")
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,12 @@ class PhotometricConfig:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
+    def __post_init__(self) -> None:
+        within(self, "photometric.", 0, 1, "jitter", "brightness", "contrast", "saturation", "grey", "blur", "solarise")
+        within(self, "photometric.", 0, 0.5, "hue")
+        within(self, "photometric.", 0.01, None, "blur_sigma", "std")
+        _ranges(self, "photometric.", "blur_sigma")
+
 
 @dataclass(frozen=True)
 class MasksConfig:
@@ -54,3 +70,14 @@ class MasksConfig:
     """Share of the global crops that get a mask."""
     ratio: tuple[float, float] = (0.1, 0.5)
     """Range of the share of a crop's patches that are masked."""
+
+    def __post_init__(self) -> None:
+        within(self, "masks.", 0, 1, "share", "ratio")
+        _ranges(self, "masks.", "ratio")
+
+
+def _ranges(config: object, section: str, *names: str) -> None:
+    for name in names:
+        low, high = getattr(config, name)
+        if low > high:
+            raise UsageError(f"{section}{name} {low} {high}: the lower end comes first: {high} {low}")

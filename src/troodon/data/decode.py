@@ -17,6 +17,7 @@ second. It is as strict as Pillow about files that end too early, and whatever i
 
 import contextlib
 import io
+import os
 import re
 import struct
 import warnings
@@ -25,6 +26,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from troodon.config import UsageError
 
 try:
     import simplejpeg
@@ -218,3 +221,10 @@ def _boxes_missing(data: bytes) -> bool:
             return False
         at += size
     return at != len(data)
+
+
+def threads_or_all(threads: int) -> int:
+    """How many threads read images: as many as asked for, or one per processor, 16 at most."""
+    if threads < 0:
+        raise UsageError(f"threads {threads}: must be 0, which is one per processor, or more")
+    return threads or min(16, os.cpu_count() or 1)

@@ -4,7 +4,6 @@ A batch is a function of (seed, step): which images, which crops, which colours,
 number of ranks, which each take a slice of it, nor of threads, nor of where a run was interrupted.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,15 +18,11 @@ from troodon.data import masks, photometric
 from troodon.data.batch import Batch
 from troodon.data.config import CropsConfig, MasksConfig, PhotometricConfig
 from troodon.data.crops import generator, multi_crop
-from troodon.data.decode import BadImage, decode
+from troodon.data.decode import BadImage, decode, threads_or_all
 from troodon.data.index import Index
 
 AHEAD = 2  # batches prepared while one is used
 NO_IMAGE = -1  # whose random numbers draw the masks of a step
-
-
-def threads_or_all(threads: int) -> int:
-    return threads or min(16, os.cpu_count() or 1)
 
 
 def permute(position: int, length: int, key: int) -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from troodon import config, run
-from troodon.data.decode import BadImage, decode, probe
+from troodon.data.decode import BadImage, decode, probe, threads_or_all
 from troodon.data.index import SCHEMA, Index
 from troodon.data.sources import open_source
 
@@ -68,7 +68,7 @@ def scan(index: Index, threads: int, progress: Callable[[int, int], None] | None
     """The index with what reading every image once has found; `progress(done, total)` is told now and then."""
     starts = range(0, len(index), CHUNK)
     rows: list[tuple] = []
-    pool = ThreadPoolExecutor(max(1, threads))
+    pool = ThreadPoolExecutor(threads_or_all(threads))
     try:
         for part in pool.map(lambda at: [_examine(index, r) for r in range(at, min(at + CHUNK, len(index)))], starts):
             rows += part

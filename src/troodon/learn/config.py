@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from troodon.config import UsageError, within
 from troodon.data.config import CropsConfig, MasksConfig, PhotometricConfig
 from troodon.learn.schedules import Schedules
 from troodon.model.config import HeadConfig, ViTConfig
@@ -25,6 +26,11 @@ class ObjectiveConfig:
     centre_momentum: float = 0.9
     """Share of the centre that stays at each step, with centring."""
 
+    def __post_init__(self) -> None:
+        within(self, "objective.", 1e-4, None, "student_temperature")
+        within(self, "objective.", 0, None, "dino_weight", "ibot_weight", "koleo_weight", "koleo_group")
+        within(self, "objective.", 0, 1, "centre_momentum")
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -37,6 +43,10 @@ class OptimConfig:
     """Factor of the learning rate per block of distance from the output."""
     patch_embed: float = 0.2
     """Factor of the learning rate of the patch embedding."""
+
+    def __post_init__(self) -> None:
+        within(self, "optim.", 0, 1, "betas")
+        within(self, "optim.", 0, None, "clip", "layer_decay", "patch_embed")
 
 
 @dataclass(frozen=True)
@@ -70,3 +80,9 @@ class PretrainConfig:
     """Steps between checkpoints; one is always written at the end and on interruption."""
     keep: int = 2
     """Checkpoints kept, the newest."""
+
+    def __post_init__(self) -> None:
+        within(self, "", 1, None, "steps", "log_every", "checkpoint_every", "keep")
+        within(self, "", 0, None, "threads", "probe_every", "seed")
+        if self.batch < 2:
+            raise UsageError(f"batch {self.batch}: a step compares images, so it needs at least 2")

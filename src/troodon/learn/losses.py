@@ -42,7 +42,7 @@ def sinkhorn(logits_MK: Tensor, temperature: float, ranks: Ranks, rounds: int = 
 
 
 def _exp(x: Tensor) -> Tensor:
-    """exp of what is at most zero. Not below e^-80, which adds nothing in fp32, but takes processors 50 times longer."""
+    """exp of what is at most zero; e^-80 at least: less adds nothing in fp32, and takes processors 50 times longer."""
     return x.clamp(min=-80.0).exp()
 
 

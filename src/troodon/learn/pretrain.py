@@ -53,10 +53,6 @@ def check(config: PretrainConfig, index: Index, init: Backbone | None) -> None:
         if px % patch or px < patch:
             near = max(patch, round(px / patch) * patch)
             raise UsageError(f"crops.{name} {px} does not divide into patches of {patch}; the nearest is {near}")
-    if config.batch < 2:
-        raise UsageError(f"batch {config.batch}: a step compares images, so it needs at least 2")
-    if config.steps < 1:
-        raise UsageError(f"steps {config.steps}: must be at least 1")
     if not len(index):
         raise UsageError("no images to train on")
     if init is not None:

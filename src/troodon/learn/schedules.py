@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from troodon.config import within
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -47,6 +49,14 @@ class Schedules:
     teacher_temperature: Schedule = Schedule(start=0.04, peak=0.07, end=0.07, warmup=37_500)
     last_layer_frozen: int = 1_250
     """Steps at the start in which the prototypes do not move."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay", "momentum", "teacher_temperature"):
+            section, most = f"schedules.{name}.", 1 if name == "momentum" else None
+            within(getattr(self, name), section, 0, most, "start", "peak", "end")
+            within(getattr(self, name), section, 0, None, "warmup")
+        within(self.teacher_temperature, "schedules.teacher_temperature.", 1e-4, None, "peak", "end")
+        within(self, "schedules.", 0, None, "last_layer_frozen")
 
     def at(self, step: int, steps: int) -> Knobs:
         lr = self.lr.at(step, steps)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from troodon.config import UsageError, within
+
 
 @dataclass(frozen=True)
 class ViTConfig:
@@ -33,10 +35,13 @@ class ViTConfig:
     """Colours of an image."""
 
     def __post_init__(self) -> None:
+        within(self, "vit.", 1, None, "dim", "depth", "heads", "patch", "grid", "channels")
+        within(self, "vit.", 0, None, "registers", "layer_scale", "position_offset")
         if self.dim % self.heads:
-            raise ValueError(f"vit.dim {self.dim} is not a multiple of vit.heads {self.heads}")
+            near = max(1, round(self.dim / self.heads)) * self.heads
+            raise UsageError(f"vit.dim {self.dim} is not a multiple of vit.heads {self.heads}; the nearest is {near}")
         if not 0.0 <= self.drop_path < 1.0:
-            raise ValueError(f"vit.drop_path {self.drop_path} is not in [0, 1)")
+            raise UsageError(f"vit.drop_path {self.drop_path} is not in [0, 1)")
 
     @property
     def mlp_hidden(self) -> int:
@@ -52,6 +57,9 @@ class HeadConfig:
     hidden: int = 2048
     bottleneck: int = 256
     layers: int = 3
+
+    def __post_init__(self) -> None:
+        within(self, "head: ", 1, None, "prototypes", "hidden", "bottleneck", "layers")
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def _on_small_data(steps: int) -> dict:
         "ibot_head": head,
         "objective": ObjectiveConfig(koleo_weight=0.03, ibot_weight=0.3),
         "schedules": Schedules(
-            lr=Schedule(peak=1e-3, end=1e-6, warmup=steps // 10),
+            lr=Schedule(peak=1e-3, end=1e-6, warmup=max(0, steps // 10)),
             weight_decay=Schedule(peak=0.04, end=0.1),
             momentum=Schedule(peak=0.9, end=1.0),
             teacher_temperature=Schedule(peak=0.005, end=0.005, shape="constant"),
