@@ -123,6 +123,7 @@ def test_a_dry_run_writes_nothing(photos, tmp_path, capsys):
         (["curate", "curate_smal", "--curated", "a"], "did you mean 'curate_small'"),
         (["embed", "--backbone", "{photos}", "--data", "{photos}", "--out", "{out}", "--tokens", "clss"], "'cls'"),
         (["report", "{empty}"], "empty"),
+        (["pretrain", "small", "--data", "{photos}", "--out", "{photos}/notes.txt/run"], "not a directory"),
         (["recipes", "dmo"], "did you mean 'demo'"),
         (["demo"], "--out"),
         (["demo", "--out", "{out}", "--steps", "many"], "'many'"),

@@ -126,4 +126,4 @@ def _one_line(box: str) -> str:
     """The words inside the box that tyro draws around an error, without the pointer to --help."""
     rows = [row.strip(" │╭╮╰╯─") for row in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]]
     text = " ".join(row for row in rows if row)
-    return re.split(r" ?(?:For full helptext|Argument helptext)", text)[0].strip()
+    return re.split(r" ?(?:For full helptext|Argument helptext|Got errors:)", text)[0].strip()
