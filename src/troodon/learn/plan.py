@@ -11,7 +11,9 @@ from troodon.model.vit import flops
 
 STATE_BYTES = 4 * 5  # per parameter of the student: itself, its gradient, two moments, its average, in fp32
 SAVED_PER_TOKEN = 20  # numbers per token, channel and block that the backward pass needs; measured
-SHARE_OF_PEAK = {"cpu": 0.3, "cuda": 0.35}  # of the speed of one large product that a whole step reaches; measured
+# Of the speed of one large product, what a whole step reaches, its images included: on a processor as measured with the
+# small recipes, on an accelerator an estimate.
+SHARE_OF_PEAK = {"cpu": 0.1, "cuda": 0.35}
 
 
 @dataclass(frozen=True)

@@ -206,7 +206,7 @@ def _left_out(ledger: Index) -> Content:
         return None
     strip = h("div", (thumbnail(ledger, row) for row in spread(rows, OFF_TOPIC)), class_="strip")
     caption = f"{plural(len(rows), 'image')} not near enough to any curated one; evenly spaced examples."
-    return figure(strip, "Left out as off-topic", caption)
+    return figure(strip, "Not near enough", caption)
 
 
 def _reasons(ledger: Index) -> Content:
