@@ -56,7 +56,8 @@ class PhotometricConfig:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
-        within(self, "photometric.", 0, 1, "jitter", "brightness", "contrast", "saturation", "grey", "blur", "solarise")
+        within(self, "photometric.", 0, 1, "jitter", "grey", "blur", "solarise")
+        within(self, "photometric.", 0, None, "brightness", "contrast", "saturation")
         within(self, "photometric.", 0, 0.5, "hue")
         within(self, "photometric.", 0.01, None, "blur_sigma", "std")
         _ranges(self, "photometric.", "blur_sigma")
