@@ -7,18 +7,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from troodon import cli
-from troodon.demo import check
-from troodon.recipes import own
+from troodon import cli, demo
 
 SMALL = replace(
-    own.EMBEDDED_WORLD, classes=3, curated=6, clean=60, copies=30, off_topic=20, broken=4, train=8, val=6, dense=4
+    demo.EMBEDDED_WORLD, classes=3, curated=6, clean=60, copies=30, off_topic=20, broken=4, train=8, val=6, dense=4
 )
 ENTRY = {"protocol", "dataset", "metric", "value", "low", "high", "settings", "backbone"}
 
 
 def test_the_demo_leaves_a_page_and_scores_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(own, "EMBEDDED_WORLD", SMALL)
+    monkeypatch.setattr(demo, "EMBEDDED_WORLD", SMALL)
     words = ["demo", "--out", str(tmp_path / "a demo"), "--steps", "4"]
     assert cli.run(words) == cli.DONE
     scores = json.loads((tmp_path / "a demo" / "scores.json").read_text())
@@ -60,7 +58,7 @@ def test_the_selection_is_judged_by_what_the_world_knows(tmp_path):
     pq.write_table(pa.table({"path": path, "role": role, "original": original}), tmp_path / "world" / "truth.parquet")
     ledger = pa.table({"path": path, "pool": pool, "stage": stage, "cause": cause, "kept": kept})
     pq.write_table(ledger, tmp_path / "selection" / "images.parquet")
-    found = {(s["protocol"], s["metric"], s["backbone"]): s["value"] for s in check(tmp_path)}
+    found = {(s["protocol"], s["metric"], s["backbone"]): s["value"] for s in demo.check(tmp_path)}
     assert found == {
         ("duplicates", "precision", "first"): pytest.approx(2 / 3),
         ("duplicates", "recall", "first"): pytest.approx(2 / 3),

@@ -7,18 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from troodon import verbs
+from troodon.data import world
 from troodon.recipes import own
 from troodon.run import publish, say, write_json
+
+EMBEDDED_WORLD = world.WorldConfig(texture_fidelity=0.95, habitat_fidelity=0.9, scale=(0.5, 0.9))
 
 
 def demo(out: str | Path, *, steps: int | None = None, seed: int = 0) -> Path:
     """Leaves `out`/report.html and `out`/scores.json; goes on where it stopped. `steps` are of the longer training."""
-    from troodon.data import world
-
     config = replace(own.demo() if steps is None else own.demo(steps), seed=seed)
     out = Path(out)
     say("1/6 world: pictures, drawn by rule")
-    world.write(out / "world", seed, own.EMBEDDED_WORLD)
+    world.write(out / "world", seed, EMBEDDED_WORLD)
     pool, curated = out / "world" / "uncurated", out / "world" / "curated"
 
     say("2/6 scan: what is in the pool")

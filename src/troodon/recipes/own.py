@@ -11,12 +11,9 @@ Small networks on small data differ from the released ones in three numbers that
 
 from troodon.curate.config import CurateConfig
 from troodon.data.config import CropsConfig, PhotometricConfig
-from troodon.data.world import WorldConfig
 from troodon.learn.config import ObjectiveConfig, PretrainConfig
 from troodon.learn.schedules import Schedule, Schedules
 from troodon.model.config import HeadConfig, ViTConfig
-
-EMBEDDED_WORLD = WorldConfig(texture_fidelity=0.95, habitat_fidelity=0.9, scale=(0.5, 0.9))
 
 
 def demo(steps: int = 800) -> PretrainConfig:
