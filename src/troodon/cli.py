@@ -264,9 +264,8 @@ def verdict(error: BaseException) -> tuple[int, str]:
         return MISTAKE, str(error)
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Interrupted":
         return INTERRUPTED, f"{error or 'interrupted'}; the same command goes on"
-    if isinstance(
-        error, FileNotFoundError | FileExistsError | NotADirectoryError | IsADirectoryError | PermissionError
-    ):
+    misplaced = FileNotFoundError | FileExistsError | NotADirectoryError | IsADirectoryError | PermissionError
+    if isinstance(error, misplaced) and error.filename:
         return MISTAKE, f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"
     said = " ".join(str(error).split()) or "no reason given"
     return FAILED, f"{type(error).__name__}: {said} (--debug shows where)"
