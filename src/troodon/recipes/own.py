@@ -28,7 +28,7 @@ def demo(steps: int = 800) -> PretrainConfig:
 
 
 def small(steps: int = 3000) -> PretrainConfig:
-    """A ViT of 0.8 M parameters for some thousand images of 64 pixels; half of its steps took 20 minutes of one core."""
+    """A ViT of 0.8 M parameters for some thousand images of 64 pixels; half its steps took one core 20 minutes."""
     return PretrainConfig(
         vit=ViTConfig(dim=128, depth=4, heads=2, patch=8, grid=6, layer_scale=1.0),
         crops=CropsConfig(global_px=48, global_scale=(0.25, 1.0), local_px=24, locals=2),
