@@ -83,7 +83,12 @@ def _step(golden: dict[str, np.ndarray]) -> Iterator[Line]:
     method = _method(c)
     method.student.load_state_dict(_tensors(_under(golden, "student/")))
     method.average.load_state_dict(_tensors(_under(golden, "teacher/")))
-    config = OptimConfig(tuple(c["betas"]), c["clip_per_subnetwork"], c["layer_decay"], c["patch_embed_factor"])
+    config = OptimConfig(
+        betas=tuple(c["betas"]),
+        clip=c["clip_per_subnetwork"],
+        layer_decay=c["layer_decay"],
+        patch_embed=c["patch_embed_factor"],
+    )
     optimizer = optim.adamw(method.student, c["depth"], config)
 
     theirs = {_name(str(n)): i for i, n in enumerate(golden["groups/name"])}
@@ -98,7 +103,8 @@ def _step(golden: dict[str, np.ndarray]) -> Iterator[Line]:
     knobs = Knobs(c["lr"], c["lr"], c["weight_decay"], c["momentum"], c["teacher_temperature"])
     for step in range(c["steps"]):
         optim.apply(optimizer, knobs)
-        terms = method.losses(batch, knobs)
+        (targets,) = method.targets([batch], knobs)
+        terms = method.losses(batch, targets, knobs)
         for name, value in _under(golden, f"loss/{step}/").items():
             got = terms[name].item() if name in terms else 0.0
             yield Line(f"step {step} loss {name}", abs(got - float(value)) / max(abs(float(value)), 1e-12), 1e-5)
@@ -106,7 +112,7 @@ def _step(golden: dict[str, np.ndarray]) -> Iterator[Line]:
         if step == 0:
             gradients = {name: p.grad for name, p in method.student.named_parameters()}
             yield from _tensorwise("gradient", _under(golden, "grad/"), gradients, 1e-5)
-        optim.clip(method.student, config.clip)
+        optim.clip(method.student, config)
         optimizer.step()
         optimizer.zero_grad()
         method.after_step(knobs)
@@ -127,7 +133,8 @@ def _method(c: dict) -> Method:
         koleo_weight=c["koleo_weight"],
         centre_momentum=c["center_momentum"],
     )
-    student, average = (Branch(vit, head, head if c["separate_heads"] else None) for _ in range(2))
+    patches = head if c["separate_heads"] and c["ibot_weight"] else None
+    student, average = (Branch(vit, head, patches) for _ in range(2))
     return Method(objective, student, average)
 
 

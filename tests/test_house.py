@@ -19,17 +19,17 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "troodon"
 
 FLOORS = (
-    {"config", "run", "dist"},
+    {"config", "run", "dist", "launch"},
     {"model", "data", "search"},
     {"learn", "evaluate", "curate", "export", "report"},
-    {"verbs", "demo", "doctor", "cli", "recipes", "__init__", "__main__"},
+    {"verbs", "demo", "doctor", "cli", "slurm", "recipes", "__init__", "__main__"},
 )
 FREE_FLOORS = (0, 3)  # where neighbours may import each other
 
 # Modules that a mistake in a path or a setting passes through; waiting for torch (over a second) is not for them.
 LIGHT = re.compile(
     r"troodon(\.__main__|\.config|\.run|\.\w+\.config|\.data\.(index|sources|scan|decode|world|attacks)"
-    r"|\.(cli|verbs|recipes|report)(\.\w+)*)?"
+    r"|\.(cli|verbs|slurm|recipes|report)(\.\w+)*)?"
 )
 HEAVY = {"torch", "torchvision", "timm", "transformers"}
 

@@ -53,7 +53,7 @@ def test_sinkhorn_over_ranks_with_different_numbers_of_rows_equals_one():
         return reduce
 
     def work(rank, rows):
-        ranks = losses.Ranks(reduced(rank, lambda x: x.sum(0)), reduced(rank, lambda x: x.amax(0)))
+        ranks = losses.Ranks(reduced(rank, lambda x: x.sum(0)), reduced(rank, lambda x: x.amax(0)), lambda x: x)
         results[rank] = losses.sinkhorn(rows, 0.1, ranks)
 
     threads = [threading.Thread(target=work, args=(r, rows)) for r, rows in enumerate((logits[:3], logits[3:]))]

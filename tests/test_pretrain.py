@@ -1,6 +1,7 @@
 """A run is its config: resumed, interrupted, sharded or guarded, it is the same run or a clear stop."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,15 +17,18 @@ import torch
 from PIL import Image
 
 from tests.ranks import on_ranks
+from troodon import dist
 from troodon.config import UsageError
 from troodon.data.config import CropsConfig
 from troodon.data.sources import open_source
 from troodon.learn import checkpoint, loop
-from troodon.learn.config import ObjectiveConfig, PretrainConfig
+from troodon.learn.config import GuardConfig, ObjectiveConfig, ParallelConfig, PretrainConfig
 from troodon.learn.pretrain import Interrupted, pretrain
-from troodon.learn.schedules import Schedule, Schedules
+from troodon.learn.recorder import TERMS
+from troodon.learn.schedules import Anchor, Schedule, Schedules
 from troodon.model.backbone import Backbone
 from troodon.model.config import HeadConfig, ViTConfig
+from troodon.run import Metrics
 
 CONFIG = PretrainConfig(
     vit=ViTConfig(dim=32, depth=2, heads=2, patch=4, grid=4, layer_scale=0.1),
@@ -89,7 +93,7 @@ def test_a_resumed_run_is_the_same_run(images, tmp_path, objective, monkeypatch)
     index = open_source(images)
     pretrain(config, index, tmp_path / "whole")
 
-    monkeypatch.setattr(checkpoint, "save", _killed_after(3, checkpoint.save))
+    monkeypatch.setattr(checkpoint.Saver, "save", _killed_after(3, checkpoint.Saver.save))
     with pytest.raises(KeyboardInterrupt):
         pretrain(config, index, tmp_path / "cut")
     monkeypatch.undo()
@@ -103,9 +107,10 @@ def test_a_resumed_run_is_the_same_run(images, tmp_path, objective, monkeypatch)
 
 
 def _killed_after(step, save):
-    def saving(run, done, *rest):
-        save(run, done, *rest)
-        if done == step:
+    def saving(saver, progress, *rest):
+        save(saver, progress, *rest)
+        if progress.step == step:
+            saver.wait()
             raise KeyboardInterrupt
 
     return saving
@@ -137,13 +142,32 @@ def test_kept_checkpoints_are_the_newest(images, tmp_path):
 
 def test_sharded_equals_single(images, tmp_path):
     index = open_source(images)
-    config = replace(CONFIG, objective=ObjectiveConfig(koleo_group=4))
+    config = CONFIG  # KoLeo among all images of a step, whatever ranks hold them
     pretrain(config, index, tmp_path / "single")
     on_ranks(2, pretrain, config, index, tmp_path / "sharded")
     for a, b in zip(records(tmp_path / "single"), records(tmp_path / "sharded"), strict=True):
         assert a == pytest.approx(b, rel=2e-5)
     for name, tensor in weights(tmp_path / "single").items():
         torch.testing.assert_close(weights(tmp_path / "sharded")[name], tensor, rtol=1e-3, atol=2e-5)
+
+
+def test_sharded_equals_single_in_low_precision_too(images, tmp_path):
+    """Weights are gathered in bf16, and rounded once more than on one rank: near, and not equal."""
+    index, config = open_source(images), replace(CONFIG, compute="bf16", steps=3)
+    pretrain(config, index, tmp_path / "single")
+    on_ranks(2, pretrain, config, index, tmp_path / "sharded")
+    for a, b in zip(records(tmp_path / "single"), records(tmp_path / "sharded"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=5e-3)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=5e-2)
+
+
+def test_the_quick_knn_is_read_on_one_rank_of_two(images, tmp_path):
+    on_ranks(2, _probed, replace(CONFIG, steps=2), open_source(images), tmp_path / "run")
+    assert records(tmp_path / "run")[-1]["knn"] == 0.25
+
+
+def _probed(config, index, run):
+    pretrain(config, index, run, probe=lambda backbone: 0.25)
 
 
 def test_saved_on_two_ranks_resumes_on_one(images, tmp_path):
@@ -157,28 +181,217 @@ def test_saved_on_two_ranks_resumes_on_one(images, tmp_path):
 
 
 def _cut(config, index, run):
-    checkpoint.save = _killed_after(3, checkpoint.save)
+    checkpoint.Saver.save = _killed_after(3, checkpoint.Saver.save)
     with pytest.raises(KeyboardInterrupt):
         pretrain(config, index, run)
 
 
-def test_a_loss_that_is_not_finite_changes_nothing(images, tmp_path, monkeypatch):
-    real = loop.optim.clip
+def poison(monkeypatch, *clips):
+    """The gradient of these turns of the loop becomes infinite, in the middle of what the first rank holds."""
+    real, calls = loop.optim.clip, iter(range(10**6))
 
-    def poisoned(student, largest):
-        if poisoned.calls == 4:
-            next(student.parameters()).grad.fill_(float("inf"))
-        poisoned.calls += 1
-        return real(student, largest)
+    def poisoned(student, config):
+        if next(calls) in clips and dist.rank() == 0:
+            next(student.parameters()).grad.mul_(float("inf"))
+        return real(student, config)
 
-    poisoned.calls = 0
     monkeypatch.setattr(loop.optim, "clip", poisoned)
-    with pytest.raises(FloatingPointError, match="step 4: the loss or its gradient is not finite"):
-        pretrain(CONFIG, open_source(images), tmp_path / "run")
+
+
+def events(run: Path) -> list[dict]:
+    return [r for r in Metrics(run / "metrics.jsonl").read() if "event" in r]
+
+
+def guarded(policy, **changes):
+    return replace(CONFIG, guard=GuardConfig(policy, **changes))
+
+
+def test_a_loss_that_is_not_finite_changes_nothing(images, tmp_path, monkeypatch):
+    config = guarded("stop")
+    poison(monkeypatch, 4)
+    with pytest.raises(FloatingPointError, match="step 4: a loss or a gradient is not finite"):
+        pretrain(config, open_source(images), tmp_path / "run")
     assert [p.name for p in checkpoint.finished(tmp_path / "run")] == ["000003"]
+    (event,) = events(tmp_path / "run")
+    assert event["at"] == 4
+    assert "rank 0: grad_norm, grad_norm_backbone" in event["message"]
+    (said,) = (tmp_path / "run" / "trouble").iterdir()
+    (rank,) = json.loads(said.read_text())["ranks"]
+    assert len(rank["images"]) == 8
+    assert all((images.parent / image).is_file() for image in rank["images"])
+    assert math.isfinite(rank["terms"]["koleo"])
     monkeypatch.undo()
-    pretrain(CONFIG, open_source(images), tmp_path / "run")  # goes on from the last good step
+    pretrain(config, open_source(images), tmp_path / "run")  # goes on from the last good step
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
+
+
+def test_a_skipped_step_changes_nothing(images, tmp_path, monkeypatch):
+    poison(monkeypatch, 0, 4)
+    pretrain(guarded("skip"), open_source(images), tmp_path / "run")
+    assert [r["step"] for r in records(tmp_path / "run") if "step" in r] == [1, 2, 3, 5]
+    assert [e["at"] for e in events(tmp_path / "run")] == [0, 4]
+
+
+def test_a_rollback_goes_on_with_other_images(images, tmp_path, monkeypatch):
+    poison(monkeypatch, 4)
+    pretrain(guarded("rollback"), open_source(images), tmp_path / "run")
+    pretrain(CONFIG, open_source(images), tmp_path / "whole")
+    run, whole = ([r for r in records(tmp_path / name) if "step" in r] for name in ("run", "whole"))
+    assert [r["step"] for r in run] == list(range(6))
+    assert run[:3] == whole[:3]
+    assert run[3]["loss"] != whole[3]["loss"]  # of other images
+    last = json.loads((checkpoint.finished(tmp_path / "run")[-1] / "run.json").read_text())
+    assert last["progress"] == {"step": 6, "batch": 8, "rescues": 1}
+    assert events(tmp_path / "run")[0]["message"].endswith("going back to step 3, and on with the images that follow")
+
+
+@pytest.mark.parametrize(
+    ("config", "clips", "said"),
+    [
+        (guarded("skip", limit=1), (1, 2), "happened 2 times, and guard.limit is 1"),
+        (guarded("rollback"), (1,), "no checkpoint yet"),
+    ],
+)
+def test_a_guard_gives_up(images, tmp_path, monkeypatch, config, clips, said):
+    poison(monkeypatch, *clips)
+    with pytest.raises(FloatingPointError):
+        pretrain(config, open_source(images), tmp_path / "run")
+    assert said in events(tmp_path / "run")[-1]["message"]
+
+
+def test_trouble_of_one_rank_stops_all(images, tmp_path):
+    on_ranks(2, _poisoned, open_source(images), tmp_path / "run")
+    (event,) = events(tmp_path / "run")
+    assert "rank 0: " in event["message"]
+    assert [r["step"] for r in records(tmp_path / "run") if "step" in r] == [0, 1, 2, 3, 5]
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
+
+
+def _poisoned(index, run):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        poison(monkeypatch, 4)
+        pretrain(guarded("skip"), index, run)
+
+
+def test_a_full_disk_stops_nothing_but_the_checkpoint(images, tmp_path, monkeypatch):
+    real = Backbone.save
+
+    def full(backbone, folder):
+        if "000002" in str(folder):
+            raise OSError(28, "No space left on device")
+        real(backbone, folder)
+
+    monkeypatch.setattr(Backbone, "save", full)
+    pretrain(replace(CONFIG, checkpoint_every=2), open_source(images), tmp_path / "run")
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["000004", "000006"]
+    (event,) = events(tmp_path / "run")
+    assert "No space left on device" in event["message"]
+    assert "there is none yet" in event["message"]
+
+
+def test_a_run_whose_end_cannot_be_saved_fails(images, tmp_path, monkeypatch):
+    def full(backbone, folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Backbone, "save", full)
+    with pytest.raises(OSError, match=r"the last checkpoint could not be written: .*No space left"):
+        pretrain(CONFIG, open_source(images), tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    monkeypatch.undo()
+    pretrain(CONFIG, open_source(images), tmp_path / "run")
+    assert (tmp_path / "run" / "backbone").is_dir()
+
+
+def test_what_is_written_is_not_what_goes_on_learning(images, tmp_path, monkeypatch):
+    """A checkpoint is a copy: one that is written late equals one that is written at once."""
+    real = checkpoint.Saver._publish
+
+    def late(saver, *rest):
+        time.sleep(0.3)
+        real(saver, *rest)
+
+    config = replace(CONFIG, checkpoint_every=4)
+    monkeypatch.setattr(checkpoint.Saver, "_publish", late)
+    pretrain(config, open_source(images), tmp_path / "late")
+    monkeypatch.undo()
+    pretrain(replace(config, steps=6, keep=5), open_source(images), tmp_path / "soon")
+    states = []
+    for name in ("late", "soon"):
+        folder = checkpoint.finished(tmp_path / name)[0]
+        assert folder.name == "000004"
+        states.append(Backbone.load(folder / "backbone").vit.state_dict())
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
+
+
+def test_milestones_are_kept_for_ever(images, tmp_path):
+    pretrain(replace(CONFIG, checkpoint_every=1, keep=1, keep_every=2), open_source(images), tmp_path / "run")
+    assert [p.name for p in checkpoint.finished(tmp_path / "run")] == ["000002", "000004", "000006"]
+
+
+def test_a_step_in_parts_is_the_same_step(images, tmp_path):
+    """Sinkhorn and centres included: 4 parts of 2 images, and 2 ranks of 2 parts."""
+    index = open_source(images)
+    for targets in ("sinkhorn", "centring"):
+        config = replace(CONFIG, objective=ObjectiveConfig(targets=targets, koleo_group=2))
+        pretrain(config, index, tmp_path / targets)
+        pretrain(replace(config, parallel=ParallelConfig(accumulate=4)), index, tmp_path / f"{targets}-parts")
+        halves = replace(config, parallel=ParallelConfig(accumulate=2))
+        on_ranks(2, pretrain, halves, index, tmp_path / f"{targets}-ranks")
+        for other in ("parts", "ranks"):
+            for a, b in zip(records(tmp_path / targets), records(tmp_path / f"{targets}-{other}"), strict=True):
+                assert a == pytest.approx(b, rel=5e-5)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_what_is_computed_again_is_the_same(images, tmp_path, recompute):
+    config = replace(CONFIG, steps=3, vit=replace(CONFIG.vit, drop_path=0.3))
+    index = open_source(images)
+    pretrain(config, index, tmp_path / "kept")
+    again = replace(config, parallel=ParallelConfig(recompute=recompute))
+    pretrain(again, index, tmp_path / "again")
+    for a, b in zip(records(tmp_path / "kept"), records(tmp_path / "again"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    on_ranks(2, pretrain, replace(again, vit=CONFIG.vit), index, tmp_path / "sharded")
+    pretrain(replace(config, vit=CONFIG.vit), index, tmp_path / "single")
+    for a, b in zip(records(tmp_path / "single"), records(tmp_path / "sharded"), strict=True):
+        assert a == pytest.approx(b, rel=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("objective", "terms"),
+    [
+        (ObjectiveConfig(ibot_weight=0), {"dino_global", "dino_local", "koleo"}),
+        (ObjectiveConfig(dino_weight=0), {"ibot", "koleo"}),
+        (ObjectiveConfig(dino_weight=0, heads="shared", targets="centring", koleo_weight=0), {"ibot"}),
+        (ObjectiveConfig(gram_weight=2.0), {"dino_global", "dino_local", "ibot", "koleo", "gram"}),
+    ],
+)
+def test_an_objective_has_the_terms_that_it_weighs(images, tmp_path, objective, terms):
+    index, anchor = open_source(images), Anchor(start=2, refresh=2, refreshes=1)
+    config = replace(CONFIG, objective=objective, schedules=replace(CONFIG.schedules, anchor=anchor))
+    pretrain(config, index, tmp_path / "single")
+    on_ranks(2, pretrain, config, index, tmp_path / "sharded")
+    for a, b in zip(records(tmp_path / "single"), records(tmp_path / "sharded"), strict=True):
+        assert a == pytest.approx(b, rel=2e-5)
+    last = records(tmp_path / "single")[-1]
+    assert {name for name in last if name in TERMS} == terms
+    gram = [r.get("gram", 0.0) for r in records(tmp_path / "single")]
+    assert [value > 0 for value in gram] == [objective.gram_weight > 0 and step >= 2 for step in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parallel": ParallelConfig(accumulate=3)}, "batch 8 does not divide over 1 ranks of parallel.accumulate 3 "
+         "parts; the nearest is 9"),
+        ({"parallel": ParallelConfig(accumulate=2)}, "koleo_group 0 looks .* that can be exact is 4"),
+        ({"objective": ObjectiveConfig(koleo_group=3)}, "koleo_group 3 does not divide the batch of 8"),
+    ],
+)  # fmt: skip
+def test_a_step_that_cannot_be_cut_is_refused(images, tmp_path, change, message):
+    with pytest.raises(UsageError, match=message):
+        pretrain(replace(CONFIG, **change), open_source(images), tmp_path / "run")
 
 
 def test_broken_files_are_named(images, tmp_path):

@@ -5,6 +5,7 @@ Neither `--help` nor a mistake in a command loads torch.
 """
 
 import json
+import os
 import shlex
 import sys
 import traceback
@@ -19,7 +20,8 @@ from troodon.config import UsageError, nearest, parse, to_yaml
 from troodon.curate.config import CurateConfig
 from troodon.evaluate.config import SUITES, EvaluateConfig, suite
 from troodon.learn.config import PretrainConfig
-from troodon.run import doing, say
+from troodon.run import DOING, RENDEZVOUS, doing, say
+from troodon.slurm import SlurmConfig
 
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
@@ -108,12 +110,20 @@ class Pretrain:
     """The run's folder."""
     init: str | None = None
     """First weights: a run, a backbone folder or released weights of the same network."""
+    devices: str = "auto"
+    """Devices of this machine to train on, or processes where it has none; auto is all devices."""
     dry_run: bool = False
     """Tell what would happen, and stop."""
+    slurm: SlurmConfig = SlurmConfig()
     config: Annotated[PretrainConfig, arg(name="")] = PretrainConfig()
 
     def run(self) -> None:
-        folder = verbs.pretrain(self.config, self.data, self.out, init=self.init, dry_run=self.dry_run)
+        if self.slurm.nodes and not self.dry_run:
+            print(verbs.submit(self.config, self.data, self.out, self.slurm, init=self.init))
+            return
+        folder = verbs.pretrain(
+            self.config, self.data, self.out, init=self.init, devices=self.devices, dry_run=self.dry_run
+        )
         if folder is not None:
             print(folder)
             _next(
@@ -245,16 +255,21 @@ def run(words: list[str]) -> int:
             raise nearest("command", verb, VERBS)
         else:
             done = command(verb, words[1:])
-            doing[:] = ["troodon", *words]
+            doing[:] = json.loads(os.environ[DOING]) if DOING in os.environ else ["troodon", *words]
             done.run()
         return DONE
     except SystemExit as stop:  # --help of a verb
         return int(stop.code or 0)
     except (UsageError, KeyboardInterrupt, Exception) as error:
+        code, text = verdict(error)
+        if RENDEZVOUS in os.environ:
+            from troodon import launch
+
+            launch.last_words(text, traceback.format_exc())
+            return code
         if debug:
             traceback.print_exc()
-        code, text = verdict(error)
-        say(f"{prog}: {text}")
+        say(f"{prog}: {text}{'; the same command goes on' if code == INTERRUPTED else ''}")
         return code
 
 
@@ -263,7 +278,9 @@ def verdict(error: BaseException) -> tuple[int, str]:
     if isinstance(error, UsageError):
         return MISTAKE, str(error)
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Interrupted":
-        return INTERRUPTED, f"{error or 'interrupted'}; the same command goes on"
+        return INTERRUPTED, str(error) or "interrupted"
+    if type(error).__name__ == "RankLost":
+        return FAILED, str(error)
     misplaced = FileNotFoundError | FileExistsError | NotADirectoryError | IsADirectoryError | PermissionError
     if isinstance(error, misplaced) and error.filename:
         return MISTAKE, f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"
@@ -276,12 +293,24 @@ def command(verb: str, words: list[str]) -> Any:
     kind, default = VERBS[verb], None
     if verb in NAMED:
         named, config = NAMED[verb]
+        if verb == "pretrain":
+            named = verbs.beginning(value(words, "--init"))
         if words and not words[0].startswith("-"):
             config = verbs.configured(words[0], config, named)
         elif not {"--help", "-h"} & set(words):
             raise UsageError(f"say first which recipe: troodon {verb} NAME ...; one of {', '.join(known(verb))}")
         default = blank(kind, config)
     return parse(kind, words, prog=f"troodon {verb}", default=default)
+
+
+def value(words: list[str], option: str) -> str | None:
+    """What follows an option on a command line that is not read yet."""
+    for word, following in zip(words, [*words[1:], None]):
+        if word == option:
+            return following
+        if word.startswith(f"{option}="):
+            return word.partition("=")[2]
+    return None
 
 
 def blank(kind: type, config: Any) -> Any:
@@ -327,6 +356,8 @@ def _q(path: str) -> str:
 
 
 def _next(*commands: str) -> None:
+    if RENDEZVOUS in os.environ or os.environ.get("RANK", "0") != "0":
+        return  # one of several processes: whoever launched them says it, or the first of them
     say("next:" + "".join(f"\n  {c}" for c in commands))
 
 

@@ -3,10 +3,15 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from troodon.config import UsageError
+from troodon.launch import end_with_parent, first_to_fail
+from troodon.run import RENDEZVOUS
 
 
 def rank() -> int:
@@ -20,21 +25,32 @@ def world() -> int:
 def device() -> torch.device:
     """The device of this rank."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        # Modulo: some clusters show each process only its own device.
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     return torch.device("cpu")
 
 
 @contextlib.contextmanager
 def group() -> Iterator[None]:
-    """Join the processes that torchrun started, if it did; leave them at the end."""
-    if "RANK" not in os.environ or dist.is_initialized():
+    """Join the ranks that `launch`, torchrun or Slurm started, or be a group of one; leave it at the end."""
+    if dist.is_initialized():
         yield
         return
     if device().type == "cuda":
         torch.cuda.set_device(device())
-    dist.init_process_group()
+    if folder := os.environ.get(RENDEZVOUS):
+        end_with_parent()
+        number, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(store=dist.FileStore(f"{folder}/store", ranks), rank=number, world_size=ranks)
+    elif "RANK" in os.environ:
+        dist.init_process_group()
+    else:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
+    except BaseException:
+        first_to_fail()  # before the group ends: then the others fail too, for want of this one
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -49,9 +65,53 @@ def largest(x: Tensor) -> Tensor:
     return _reduced(x, dist.ReduceOp.MAX)
 
 
+def gather(x: Tensor) -> Tensor:
+    """The rows of all ranks, one rank after another; every rank holds as many.
+
+    For a loss that each rank computes whole: gradients flow to a rank's own rows only, times the number of ranks, so
+    that the mean over ranks, which sharding takes, is the gradient of that loss.
+    """
+    if world() == 1:
+        return x
+    rows = [torch.empty_like(x, requires_grad=False) for _ in range(world())]
+    dist.all_gather(rows, x.detach().contiguous())
+    rows[rank()] = own = x.view_as(x)
+    if own.requires_grad:
+        own.register_hook(lambda gradient: gradient * world())
+    return torch.cat(rows)
+
+
+def gather_objects(thing: Any) -> list[Any]:
+    """`thing` of every rank, in the order of ranks; it must be picklable."""
+    things = [thing] * world()
+    if world() > 1:
+        dist.all_gather_object(things, thing)
+    return things
+
+
+def new_group() -> Any:
+    """Another group of all ranks, over which a thread may talk beside the training; None on a single rank."""
+    return dist.new_group(backend="gloo") if world() > 1 else None
+
+
 def barrier() -> None:
     if world() > 1:
         dist.barrier()
+
+
+def to_start(devices: str | int, batch: int) -> int:
+    """How many ranks to start for `devices`, a number or "auto"; 1 inside a group. UsageError for what cannot be."""
+    if "RANK" in os.environ or world() > 1:
+        return 1
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    ranks = (there or 1) if devices == "auto" else int(devices)
+    if there and ranks > there:
+        raise UsageError(f"devices {ranks}: this machine has {there}")
+    if batch % ranks:
+        near = max(1, round(batch / ranks)) * ranks
+        fit = max(n for n in range(1, ranks) if batch % n == 0)
+        raise UsageError(f"batch {batch} does not divide over {ranks} devices: set batch {near}, or devices {fit}")
+    return ranks
 
 
 def _reduced(x: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:

@@ -20,6 +20,8 @@ from troodon.config import UsageError, differences
 
 MANIFEST = "manifest.json"
 doing: list[str] = []  # the words of the command that is being done; none where Python calls
+# For processes that do a part of a command, in their environment: its words, as JSON, and the folder where they meet.
+DOING, RENDEZVOUS = "TROODON_DOING", "TROODON_RENDEZVOUS"
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -109,12 +111,19 @@ class Metrics:
     """metrics.jsonl: one line per record, appended and flushed; the truth about a run."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.waiting = path, ""
 
     def append(self, record: dict) -> None:
+        """Add a line. What the disk has no room for waits, and is written with the next."""
+        self.waiting += json.dumps(record) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        with contextlib.suppress(OSError), open(self.path, "ab", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            line = self.waiting.encode()
+            if file.write(line) == len(line):
+                self.waiting = ""
+            else:
+                file.truncate(size)
 
     def read(self) -> list[dict]:
         """All whole records; a last line cut short by a kill is left out."""
@@ -127,7 +136,7 @@ class Metrics:
         return records
 
     def rewind(self, step: int) -> None:
-        """Forget records of steps from `step` on: a resumed run writes them again."""
+        """Forget records of steps from `step` on: a resumed run writes them again. Events stay: they have no step."""
         if not self.path.exists():
             return
         kept = [json.dumps(r) for r in self.read() if r.get("step", -1) < step]
@@ -135,5 +144,6 @@ class Metrics:
 
 
 def say(message: str = "") -> None:
-    """One line of progress, on standard error."""
-    print(message, file=sys.stderr, flush=True)
+    """One line of progress, on standard error; lost where nobody listens any more, such as a closed terminal."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)

@@ -4,7 +4,10 @@ Here, and only here, the parts that never import one another meet: a recipe beco
 an index or a backbone, training is lent a k-NN to watch itself by.
 """
 
+import os
+import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -13,6 +16,7 @@ from troodon.config import UsageError, from_dict, from_yaml, nearest
 from troodon.curate.config import CurateConfig
 from troodon.evaluate.config import EvaluateConfig, suite
 from troodon.learn.config import PretrainConfig
+from troodon.slurm import SlurmConfig
 
 if TYPE_CHECKING:
     from troodon.learn.recorder import Probe
@@ -99,27 +103,107 @@ def pretrain(
     *,
     init: "str | Path | Backbone | None" = None,
     settings: dict | None = None,
+    devices: str | int = "auto",
     dry_run: bool = False,
 ) -> Path | None:
     """Learn features from unlabelled images; goes on where the run in `out` stopped. Returns the backbone's folder.
 
     `settings` changes the recipe: {"steps": 1000, "schedules": {"lr": {"peak": 1e-3}}}. `dry_run` only tells the plan.
+    `devices` is how many of this machine's to train on, "auto" for all; on several, a process each, which read `data`
+    and `init` by their paths. There, learn.pretrain.Interrupted, UsageError or RuntimeError is what ended the first.
     """
-    config = configured(recipe, PretrainConfig(), recipes.pretrain, settings)
-    from troodon import dist
+    config = configured(recipe, PretrainConfig(), beginning(init), settings)
+    if devices != "auto" and not (str(devices).isdecimal() and int(devices)):
+        raise UsageError(f"devices {str(devices)!r}: a number or auto")
+    from troodon import dist, launch
     from troodon.data.sources import open_source
+    from troodon.learn import checkpoint
     from troodon.learn import pretrain as training
     from troodon.learn.plan import plan
     from troodon.run import say
 
+    ranks = dist.to_start(devices, config.batch)
+    if ranks > 1:
+        _by_path(data, init)
     index = open_source(*_paths(data))
     start = None if init is None else _backbone(init)
+    training.check(config, index, start, max(ranks, int(os.environ.get("WORLD_SIZE", 1))))
     if dry_run:
-        training.check(config, index, start)
         device = dist.device()
-        say(plan(config, len(index), device, training.compute_dtype(config, device), dist.world()).render())
+        say(plan(config, len(index), device, training.compute_dtype(config, device), max(ranks, dist.world())).render())
         return None
-    return training.pretrain(config, index, Path(out), init=start, probe=quick_knn(index, config))
+    if ranks > 1:
+        del index, start  # each rank has its own
+        with tempfile.TemporaryDirectory(prefix="troodon-") as folder:
+            ended = launch.launch(_words(config, data, out, init, Path(folder)), ranks)
+        if ended.code:
+            kinds = {launch.MISTAKE: UsageError, launch.STOPPED: training.Interrupted}
+            error = kinds.get(ended.code, launch.RankLost)(ended.said)
+            error.add_note(ended.trace)
+            raise error
+        return Path(out) / "backbone"
+    heads = None
+    if config.reuse == "whole":
+        if not isinstance(init, str | Path) or (first := start_of(init)).reuse != "whole":
+            raise UsageError("reuse whole: takes the heads of a run, so --init must be one")
+        heads = checkpoint.heads(Path(init), first)
+    return training.pretrain(config, index, Path(out), init=start, heads=heads, probe=quick_knn(index, config))
+
+
+def beginning(init: "str | Path | Backbone | None") -> Callable[[str], PretrainConfig]:
+    """The recipes of pretraining by name, those included that go on from `init`."""
+    return lambda name: recipes.pretrain(name, lambda: None if init is None else start_of(init))
+
+
+def start_of(init: "str | Path | Backbone") -> PretrainConfig:
+    """The config of a run, with reuse "whole"; of other weights only the network is known, and reuse is "backbone"."""
+    if not isinstance(init, str | Path):
+        return PretrainConfig(vit=init.config)
+    if (recorded := Path(init) / "config.yaml").is_file():
+        return replace(from_yaml(PretrainConfig(), recorded), reuse="whole")
+    return PretrainConfig(vit=load(init).config)
+
+
+def submit(
+    recipe: str | PretrainConfig,
+    data: Data,
+    out: str | Path,
+    slurm: SlurmConfig,
+    *,
+    init: str | Path | None = None,
+    settings: dict | None = None,
+) -> str:
+    """Have Slurm do what `pretrain` does, on `slurm.nodes` machines; returns the job's id. Mistakes are told first."""
+    config = configured(recipe, PretrainConfig(), beginning(init), settings)
+    from troodon.data.sources import open_source
+    from troodon.learn import pretrain as training
+    from troodon.slurm import check, logs, submit
+
+    check(slurm, config.batch)
+    _by_path(data, init)
+    ranks = slurm.nodes * slurm.gpus_per_node
+    training.check(config, open_source(*_paths(data)), None if init is None else _backbone(init), ranks)
+    return submit(_words(config, data, out, init, logs(out)), out, slurm)
+
+
+def _by_path(data: Data, init: object) -> None:
+    """UsageError for what other processes could not open."""
+    for name, values in (("data", _paths(data)), ("init", [] if init is None else [init])):
+        for value in values:
+            if not isinstance(value, str | Path):
+                kind = type(value).__name__
+                raise UsageError(f"{name}: several processes need its path, not a {kind}; save it, and give the folder")
+
+
+def _words(config: PretrainConfig, data: Data, out: str | Path, init: object, folder: Path) -> list[str]:
+    """The command line of a pretraining, for other processes; writes its settings, as they are now, into `folder`."""
+    from troodon.config import fingerprint, to_yaml
+    from troodon.run import write_bytes
+
+    settings = folder / f"{fingerprint(config)}.yaml"
+    write_bytes(settings, to_yaml(config).encode())
+    start = [] if init is None else ["--init", str(init)]
+    return ["pretrain", str(settings), "--data", *(str(path) for path in _paths(data)), "--out", str(out), *start]
 
 
 def evaluate(

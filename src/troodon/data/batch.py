@@ -20,6 +20,12 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
 
+    def parts(self, count: int) -> list["Batch"]:
+        """The batch cut into `count` smaller ones of as many images each."""
+        masks_GBP = self.masks_NP.unflatten(0, self.globals_GBCHW.shape[:2])
+        pieces = zip(*(x.chunk(count, 1) for x in (self.globals_GBCHW, self.locals_VBCHW, masks_GBP)), strict=True)
+        return [Batch(wide, narrow, masks.flatten(0, 1)) for wide, narrow, masks in pieces]
+
     def masked(self) -> tuple[Tensor, Tensor]:
         """(M,) indices of the masked patches in the flattened (N * P), and their (M,) weights."""
         count_N1 = self.masks_NP.sum(1, keepdim=True).clamp(min=1)

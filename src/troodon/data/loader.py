@@ -4,7 +4,7 @@ A batch is a function of (seed, step): which images, which crops, which colours,
 number of ranks, which each take a slice of it, nor of threads, nor of where a run was interrupted.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
@@ -63,8 +63,19 @@ class Loader:
         if self.images % self.world:
             raise UsageError(f"batch {self.images} does not divide over {self.world} ranks")
 
-    def batches(self, first_step: int, device: torch.device) -> Iterator[Batch]:
-        """Batches of steps `first_step`, `first_step` + 1, ..., on `device`, with colours applied there."""
+    def rows(self, batch: int) -> list[int]:
+        """Which images of the index this rank's share of a batch shows, before broken ones are replaced."""
+        per_rank = self.images // self.world
+        first = batch * self.images + self.rank * per_rank
+        return [self.row(position)[0] for position in range(first, first + per_rank)]
+
+    def row(self, position: int) -> tuple[int, int]:
+        """The image at a position of the endless stream, and how often it has been seen before."""
+        visit, place = divmod(position, len(self.index))
+        return permute(place, len(self.index), hash((self.seed, visit)) & (2**64 - 1)), visit
+
+    def batches(self, first_step: int, device: torch.device) -> Generator[Batch]:
+        """Batches number `first_step`, `first_step` + 1, ..., on `device`, with colours applied there."""
         per_rank = self.images // self.world
         with ThreadPoolExecutor(threads_or_all(self.threads), "loader") as pool:
             waiting: list[tuple[int, list[Future]]] = []
@@ -84,8 +95,7 @@ class Loader:
         In place of an image that cannot be read comes the next row that can.
         """
         length = len(self.index)
-        visit, place = divmod(position, length)
-        row = permute(place, length, hash((self.seed, visit)) & (2**64 - 1))
+        row, visit = self.row(position)
         for tried in range(length):
             image = self._decode((row + tried) % length)
             if image is not None:

@@ -22,14 +22,19 @@ class ObjectiveConfig:
     ibot_weight: float = 1.0
     koleo_weight: float = 0.1
     koleo_group: int = 0
-    """Images among which the nearest neighbour is looked for; 0 is all of a rank's."""
+    """Images, one after another in the step, among which the nearest neighbour is looked for; 0 is all of them."""
+    gram_weight: float = 0.0
+    """Of Gram anchoring: patches keep the similarities they had in an earlier average; 0 is none."""
     centre_momentum: float = 0.9
     """Share of the centre that stays at each step, with centring."""
 
     def __post_init__(self) -> None:
         within(self, "objective.", 1e-4, None, "student_temperature")
         within(self, "objective.", 0, None, "dino_weight", "ibot_weight", "koleo_weight", "koleo_group")
+        within(self, "objective.", 0, None, "gram_weight")
         within(self, "objective.", 0, 1, "centre_momentum")
+        if not (self.dino_weight or self.ibot_weight):
+            raise UsageError("objective.dino_weight 0 and objective.ibot_weight 0: nothing to learn from; set one to 1")
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,9 @@ class OptimConfig:
 
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = 3.0
-    """Largest norm of the gradient of each sub-network: backbone, head, head."""
+    """Largest norm of the gradient."""
+    clip_over: Literal["part", "whole"] = "part"
+    """Whether that is the norm of each part by itself (backbone, head, head), or of all of them together."""
     layer_decay: float = 1.0
     """Factor of the learning rate per block of distance from the output."""
     patch_embed: float = 0.2
@@ -47,6 +54,36 @@ class OptimConfig:
     def __post_init__(self) -> None:
         within(self, "optim.", 0, 1, "betas")
         within(self, "optim.", 0, None, "clip", "layer_decay", "patch_embed")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How a step is laid over memory and devices: it changes what a step costs, not what it computes."""
+
+    accumulate: int = 1
+    """Parts into which a rank's images are cut, to go through the networks one after another and save memory."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again: nothing; all but products and attention; whole blocks."""
+    compile: bool = False
+    """Compile every block (torch.compile)."""
+    reduce: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which the backbone's gradients are summed over ranks; those of heads always in fp32."""
+
+    def __post_init__(self) -> None:
+        within(self, "parallel.", 1, None, "accumulate")
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What happens when a loss or a gradient is not finite. Nothing is changed by such a step in any case."""
+
+    policy: Literal["rollback", "skip", "stop"] = "rollback"
+    """Go on from the last checkpoint with the images that follow; leave the step out; or stop."""
+    limit: int = 3
+    """Times in a run; then it stops."""
+
+    def __post_init__(self) -> None:
+        within(self, "guard.", 0, None, "limit")
 
 
 @dataclass(frozen=True)
@@ -63,6 +100,10 @@ class PretrainConfig:
     crops: CropsConfig = CropsConfig()
     photometric: PhotometricConfig = PhotometricConfig()
     masks: MasksConfig = MasksConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    guard: GuardConfig = GuardConfig()
+    reuse: Literal["backbone", "whole"] = "backbone"
+    """What is taken of the run given as --init: its backbone, or its heads as well."""
     steps: int = 125_000
     """Optimiser steps."""
     batch: int = 2048
@@ -74,15 +115,21 @@ class PretrainConfig:
     """Threads that read and crop images; 0 is one per processor, at most 16."""
     log_every: int = 10
     """Steps between records of metrics.jsonl."""
+    log_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where records go besides metrics.jsonl."""
+    health_every: int = 100
+    """Steps between readings of the run's health; 0 is never."""
     probe_every: int = 1000
     """Steps between quick k-NN readings, where the images have labels; 0 is never."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; one is always written at the end and on interruption."""
     keep: int = 2
     """Checkpoints kept, the newest."""
+    keep_every: int = 0
+    """Steps between checkpoints that are kept for ever; 0 is none."""
 
     def __post_init__(self) -> None:
         within(self, "", 1, None, "steps", "log_every", "checkpoint_every", "keep")
-        within(self, "", 0, None, "threads", "probe_every", "seed")
+        within(self, "", 0, None, "threads", "health_every", "probe_every", "keep_every", "seed")
         if self.batch < 2:
             raise UsageError(f"batch {self.batch}: a step compares images, so it needs at least 2")

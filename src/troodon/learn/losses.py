@@ -12,18 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Shape suffixes: V student views, G teacher (global) views, B images, K prototypes,
-#                 M rows: masked patches or class tokens of the whole batch, D channels.
+# Shape suffixes: V student views, G teacher (global) views, B images, K prototypes, D channels,
+#                 M rows: masked patches or class tokens of the whole batch, N crops, P patches.
 
 
 class Ranks(NamedTuple):
-    """Sum and maximum of a tensor over all ranks."""
+    """Over all ranks: the sum and the maximum of a tensor, and the rows of all, one rank after another."""
 
     total: Callable[[Tensor], Tensor]
     largest: Callable[[Tensor], Tensor]
+    gather: Callable[[Tensor], Tensor]
 
 
-ALONE = Ranks(lambda x: x, lambda x: x)
+ALONE = Ranks(lambda x: x, lambda x: x, lambda x: x)
 
 
 @torch.no_grad()
@@ -87,3 +88,10 @@ def koleo(features_BD: Tensor, eps: float = 1e-8) -> Tensor:
     with torch.no_grad():
         nearest_B = (x_BD @ x_BD.T).fill_diagonal_(-1.0).argmax(1)
     return -torch.log(F.pairwise_distance(x_BD, x_BD[nearest_B], eps=eps) + eps).mean()
+
+
+def gram(patches_NPD: Tensor, anchor_NPD: Tensor) -> Tensor:
+    """Patches keep the cosines with one another that the anchor gives them, within each of N crops: the mean squared
+    difference over pairs (https://arxiv.org/abs/2508.10104, section 4.2)."""
+    x_NPD, y_NPD = (F.normalize(p.float(), dim=-1) for p in (patches_NPD, anchor_NPD))
+    return (x_NPD @ x_NPD.mT - y_NPD @ y_NPD.mT).square().mean()

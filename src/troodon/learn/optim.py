@@ -2,9 +2,11 @@
 
 import re
 from collections import defaultdict
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from troodon.learn.config import OptimConfig
 from troodon.learn.schedules import Knobs
@@ -12,10 +14,19 @@ from troodon.learn.schedules import Knobs
 UNDECAYED = re.compile(r"\.bias$|norm|gamma")  # biases, LayerNorms, LayerScale
 
 
-def factors(name: str, depth: int, config: OptimConfig) -> tuple[float, float, bool]:
-    """Factor of the learning rate, factor of the weight decay, and whether it is a head's last layer."""
+class Factors(NamedTuple):
+    """The rule that governs a parameter."""
+
+    lr: float
+    weight_decay: float
+    last_layer: bool  # of a head
+    backbone: bool
+
+
+def factors(name: str, depth: int, config: OptimConfig) -> Factors:
     lr = config.layer_decay ** distance(name, depth) * (config.patch_embed if "patch_embed" in name else 1.0)
-    return lr, 0.0 if UNDECAYED.search(name) else 1.0, "last_layer" in name
+    decay = 0.0 if UNDECAYED.search(name) else 1.0
+    return Factors(lr, decay, "last_layer" in name, name.startswith("backbone."))
 
 
 def distance(name: str, depth: int) -> int:
@@ -38,12 +49,22 @@ def adamw(student: nn.Module, depth: int, config: OptimConfig) -> torch.optim.Ad
 def apply(optimizer: torch.optim.Optimizer, knobs: Knobs) -> None:
     """Set learning rate and weight decay of every group for this step."""
     for group in optimizer.param_groups:
-        lr, weight_decay, last_layer = group["factors"]
-        group["lr"] = lr * (knobs.last_layer_lr if last_layer else knobs.lr)
-        group["weight_decay"] = weight_decay * knobs.weight_decay
+        factors = Factors(*group["factors"])
+        frozen = factors.backbone and knobs.backbone_frozen
+        group["lr"] = 0.0 if frozen else factors.lr * (knobs.last_layer_lr if factors.last_layer else knobs.lr)
+        group["weight_decay"] = factors.weight_decay * knobs.weight_decay
 
 
-def clip(student: nn.Module, largest: float) -> Tensor:
-    """Scale the gradient of each sub-network to a norm of at most `largest`; the norm of all before that, ()."""
-    norms = [nn.utils.clip_grad_norm_(part.parameters(), largest) for part in student.children()]
-    return torch.stack([n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]).norm()
+def clip(student: nn.Module, config: OptimConfig) -> dict[str, Tensor]:
+    """Scale gradients to a norm of at most `config.clip`; the norms before that, of all and of each part, () each."""
+    norms = {name: _norm(part) for name, part in student.named_children()}
+    whole = torch.stack([*norms.values()]).norm()
+    for name, part in student.named_children():
+        norm = whole if config.clip_over == "whole" else norms[name]
+        nn.utils.clip_grads_with_norm_(part.parameters(), config.clip, norm)
+    return {"grad_norm": whole} | {f"grad_norm_{name}": norm for name, norm in norms.items()}
+
+
+def _norm(part: nn.Module) -> Tensor:
+    norm = nn.utils.get_total_norm([p.grad for p in part.parameters() if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

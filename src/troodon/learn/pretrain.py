@@ -2,30 +2,32 @@
 
 import contextlib
 import dataclasses
+import os
 import signal
 import threading
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from types import FrameType
 
 import torch
+from torch import Tensor
 
 from troodon import dist
 from troodon.config import UsageError, differences, fingerprint, to_dict, to_yaml
 from troodon.data import sheet
 from troodon.data.index import Index
 from troodon.data.loader import Loader
-from troodon.learn import checkpoint, optim
+from troodon.learn import checkpoint, guard, loggers, optim
+from troodon.learn.checkpoint import Progress, Saver
 from troodon.learn.config import PretrainConfig
-from troodon.learn.loop import train
+from troodon.learn.loop import NotFinite, train
 from troodon.learn.losses import Ranks
 from troodon.learn.method import Method
-from troodon.learn.parallel import build, first_weights
+from troodon.learn.parallel import build, build_anchor, first_weights
 from troodon.learn.plan import plan
-from troodon.learn.recorder import Probe, Recorder
+from troodon.learn.recorder import Probe, Recorder, preprocessing
 from troodon.model.backbone import Backbone
-from troodon.run import Metrics, environment, manifest, say, write_bytes, write_json, write_manifest
+from troodon.run import environment, manifest, say, write_bytes, write_json, write_manifest
 
 
 class Interrupted(Exception):
@@ -33,32 +35,60 @@ class Interrupted(Exception):
 
 
 def pretrain(
-    config: PretrainConfig, index: Index, out: Path, *, init: Backbone | None = None, probe: Probe | None = None
+    config: PretrainConfig,
+    index: Index,
+    out: Path,
+    *,
+    init: Backbone | None = None,
+    heads: dict[str, Tensor] | None = None,
+    probe: Probe | None = None,
 ) -> Path:
     """Train until `config.steps`, or go on where the run in `out` stopped; returns the backbone's folder.
 
-    `init` gives the first weights; `probe` reads how good the average is, as a k-NN accuracy.
+    `init` and `heads` give first weights; `probe` reads how good the average is, as a k-NN accuracy.
     Raises UsageError for what cannot work, before anything is written; Interrupted after SIGINT or SIGTERM,
-    when all is saved; FloatingPointError when the loss is not finite.
+    when all is saved; NotFinite when `config.guard` has no way on; OSError when the end cannot be saved.
     """
-    check(config, index, init)
     with dist.group():
-        return _pretrain(config, index, out, init, probe)
+        check(config, index, init, dist.world())
+        return _pretrain(config, index, out, init, heads, probe)
 
 
-def check(config: PretrainConfig, index: Index, init: Backbone | None) -> None:
-    """UsageError for a config that cannot train on these images."""
+def check(config: PretrainConfig, index: Index, init: Backbone | None, ranks: int) -> None:
+    """UsageError for a config that cannot train on these images, on so many ranks."""
     for name in ("global_px", "local_px"):
         px, patch = getattr(config.crops, name), config.vit.patch
         if px % patch or px < patch:
             near = max(patch, round(px / patch) * patch)
             raise UsageError(f"crops.{name} {px} does not divide into patches of {patch}; the nearest is {near}")
+    loggers.check(config.log_to)
     if not len(index):
         raise UsageError("no images to train on")
+    _check_cuts(config, ranks)
     if init is not None:
         ours, theirs = to_dict(dataclasses.replace(config.vit, drop_path=0.0)), to_dict(init.config)
-        if wrong := [d for d in differences(theirs, ours, "vit.") if not d.startswith(("vit.drop", "vit.layer_scale"))]:
+        free = ("vit.drop_path", "vit.layer_scale", "vit.grid")  # positions are resized to another grid
+        if wrong := [d for d in differences(theirs, ours, "vit.") if not d.startswith(free)]:
             raise UsageError(f"init {init.name}: another network ({'; '.join(wrong)}); set the same numbers")
+
+
+def _check_cuts(config: PretrainConfig, ranks: int) -> None:
+    """UsageError for a step that cannot be cut over ranks and parts, or into the groups of KoLeo."""
+    batch, parts, group = config.batch, config.parallel.accumulate, config.objective.koleo_group
+    if batch % (ranks * parts):
+        near = max(1, round(batch / (ranks * parts))) * ranks * parts
+        where = f"{ranks} ranks" + (f" of parallel.accumulate {parts} parts" if parts > 1 else "")
+        raise UsageError(f"batch {batch} does not divide over {where}; the nearest is {near}")
+    if not config.objective.koleo_weight:
+        return
+    if batch % max(group, 1):
+        raise UsageError(f"objective.koleo_group {group} does not divide the batch of {batch} images")
+    part = batch // ranks // parts
+    if parts > 1 and (not group or part % group):
+        raise UsageError(
+            f"objective.koleo_group {group} looks for neighbours beyond the {part} images that parallel.accumulate "
+            f"{parts} leaves in memory at once; the nearest that can be exact is {part}"
+        )
 
 
 def compute_dtype(config: PretrainConfig, device: torch.device) -> torch.dtype:
@@ -69,61 +99,93 @@ def compute_dtype(config: PretrainConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def _pretrain(config: PretrainConfig, index: Index, out: Path, init: Backbone | None, probe: Probe | None) -> Path:
-    device, rank = dist.device(), dist.rank()
+def _pretrain(
+    config: PretrainConfig, index: Index, out: Path, init: Backbone | None, heads: dict | None, probe: Probe | None
+) -> Path:
+    device, rank, world = dist.device(), dist.rank(), dist.world()
     compute = compute_dtype(config, device)
+    weights = first_weights(config, init, heads)
     if rank == 0:
         _open(out, config, index, init)
-        planned = plan(config, len(index), device, compute, dist.world())
-        say(planned.render())
+        say(plan(config, len(index), device, compute, world).render())
     dist.barrier()
 
-    weights = first_weights(config, None if init is None else init.vit.state_dict())
-    student, average = (build(config, weights, device) for _ in range(2))
-    method = Method(config.objective, student, average, ranks=Ranks(dist.total, dist.largest), compute=compute)
+    student, average = (build(config, weights, device, compute) for _ in range(2))
+    anchor = build_anchor(config, weights, device, compute) if config.objective.gram_weight else None
+    ranks = Ranks(dist.total, dist.largest, dist.gather)
+    method = Method(config.objective, student, average, anchor=anchor, ranks=ranks, compute=compute)
     optimizer = optim.adamw(student, config.vit.depth, config.optim)
-    first_step = 0
-    if saved := checkpoint.finished(out):
-        first_step = checkpoint.load(saved[-1], method, optimizer)
-        if rank == 0:
-            done = first_step >= config.steps
-            say(f"  {'finished' if done else 'going on'} at step {first_step:,} of {config.steps:,}")
-    if rank == 0:
-        Metrics(out / "metrics.jsonl").rewind(first_step)
-    if first_step >= config.steps:
-        return out / "backbone"
-
     loader = Loader(
         index, config.crops, config.photometric, config.masks, config.vit.patch, config.batch, config.seed,
-        threads=config.threads, rank=rank, world=dist.world(),
+        threads=config.threads or _share_of_processors(world), rank=rank, world=world,
     )  # fmt: skip
+    saver = Saver(out, config, preprocessing(config))
+    recorder = Recorder(config, method, optimizer, loader, out, saver, probe)
+
+    progress = Progress()
+    if saved := checkpoint.finished(out):
+        progress = checkpoint.load(saved[-1], method, optimizer)
+        if rank == 0:
+            done = progress.step >= config.steps
+            say(f"  {'finished' if done else 'going on'} at step {progress.step:,} of {config.steps:,}")
+            saver.restore(saved[-1])
+    if progress.step >= config.steps:
+        return out / "backbone"
+    if rank == 0 and progress.step == 0:
+        with contextlib.closing(loader.batches(0, device)) as batches:
+            sheet.draw(next(batches), config.photometric, out / "pictures" / "crops.png")
+
     with _asked_to_stop() as asked:
-        recorder = Recorder(
-            config, method, optimizer, loader, out, first_step, probe=probe, asked_to_stop=lambda: bool(asked)
-        )
-        batches = loader.batches(first_step, device)
-        if rank == 0 and first_step == 0:
-            sheet.draw(first := next(batches), config.photometric, out / "pictures" / "crops.png")
-            batches = chain([first], batches)
-        try:
-            train(
-                method,
-                recorder.timed(batches),
-                optimizer,
-                config.schedules,
-                first_step=first_step,
-                steps=config.steps,
-                clip=config.optim.clip,
-                seed=config.seed,
-                rank=rank,
-                after_step=recorder.after_step,
-            )
-        except FloatingPointError as error:
-            Metrics(out / "metrics.jsonl").append({"event": "not finite", "message": str(error)})
-            raise
-    if recorder.stopped_at is not None:
-        raise Interrupted(f"stopped after {recorder.stopped_at:,} of {config.steps:,} steps; everything is saved")
+        while True:
+            recorder.resume(progress)
+            if init is not None:
+                recorder.before()
+            try:
+                with contextlib.closing(loader.batches(progress.batch, device)) as batches:
+                    train(
+                        method,
+                        recorder.timed(batches),
+                        optimizer,
+                        config.schedules,
+                        config.optim,
+                        first_step=progress.step,
+                        steps=config.steps,
+                        accumulate=config.parallel.accumulate,
+                        seed=config.seed,
+                        rank=rank,
+                        asked_to_stop=lambda: bool(asked),
+                        after_step=recorder.after_step,
+                    )
+                progress = recorder.progress
+                break
+            except NotFinite as trouble:
+                progress = _rescue(trouble, config, recorder, loader)
+        recorder.finish()
+    if progress.step < config.steps:
+        raise Interrupted(f"stopped after {progress.step:,} of {config.steps:,} steps; everything is saved")
     return out / "backbone"
+
+
+def _share_of_processors(world: int) -> int:
+    """Threads to read with, where the ranks of one machine share its processors."""
+    return max(1, min(16, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
+
+
+def _rescue(trouble: NotFinite, config: PretrainConfig, recorder: Recorder, loader: Loader) -> Progress:
+    """Where to go on after a step that is not finite, with the method in that state; raises `trouble` if nowhere."""
+    recorder.flush()
+    recorder.saver.wait()
+    said = guard.report(trouble, recorder.progress.batch, loader, recorder.run)
+    saved = checkpoint.finished(recorder.run) if config.guard.policy == "rollback" else []
+    back = Progress(int(saved[-1].name)) if saved else None
+    progress, then = guard.where_to(config.guard, recorder.progress, back)
+    if dist.rank() == 0:
+        recorder.event("not finite", trouble.step, f"{said}; {then}")
+    if progress is None:
+        raise trouble
+    if saved:
+        checkpoint.load(saved[-1], recorder.method, recorder.optimizer)
+    return progress
 
 
 @contextlib.contextmanager

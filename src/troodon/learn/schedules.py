@@ -29,6 +29,24 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Anchor:
+    """When Gram anchoring takes the average as its anchor: before step `start`, then again every `refresh` steps."""
+
+    start: int = 0
+    refresh: int = 10_000
+    """0 is never again."""
+    refreshes: int = 3
+    """How often it is taken again, at most."""
+
+    def taken(self, step: int) -> bool:
+        """Whether the average becomes the anchor before this step."""
+        since = step - self.start
+        if not self.refresh:
+            return since == 0
+        return since >= 0 and since % self.refresh == 0 and since // self.refresh <= self.refreshes
+
+
+@dataclass(frozen=True)
 class Knobs:
     """The scheduled numbers of one step."""
 
@@ -37,6 +55,11 @@ class Knobs:
     weight_decay: float
     momentum: float
     teacher_temperature: float
+    backbone_frozen: bool = False
+    anchored: bool = False
+    """Whether Gram anchoring has begun."""
+    anchor: bool = False
+    """Whether the average becomes the anchor before this step."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +72,9 @@ class Schedules:
     teacher_temperature: Schedule = Schedule(start=0.04, peak=0.07, end=0.07, warmup=37_500)
     last_layer_frozen: int = 1_250
     """Steps at the start in which the prototypes do not move."""
+    backbone_frozen: int = 0
+    """Steps at the start in which only the heads move: new heads on a trained backbone."""
+    anchor: Anchor = Anchor()
 
     def __post_init__(self) -> None:
         for name in ("lr", "weight_decay", "momentum", "teacher_temperature"):
@@ -56,7 +82,8 @@ class Schedules:
             within(getattr(self, name), section, 0, most, "start", "peak", "end")
             within(getattr(self, name), section, 0, None, "warmup")
         within(self.teacher_temperature, "schedules.teacher_temperature.", 1e-4, None, "peak", "end")
-        within(self, "schedules.", 0, None, "last_layer_frozen")
+        within(self, "schedules.", 0, None, "last_layer_frozen", "backbone_frozen")
+        within(self.anchor, "schedules.anchor.", 0, None, "start", "refresh", "refreshes")
 
     def at(self, step: int, steps: int) -> Knobs:
         lr = self.lr.at(step, steps)
@@ -66,4 +93,7 @@ class Schedules:
             weight_decay=self.weight_decay.at(step, steps),
             momentum=self.momentum.at(step, steps),
             teacher_temperature=self.teacher_temperature.at(step, steps),
+            backbone_frozen=step < self.backbone_frozen,
+            anchored=step >= self.anchor.start,
+            anchor=self.anchor.taken(step),
         )

@@ -28,6 +28,14 @@ class Tokens:
     patches_BPD: Tensor
 
 
+class LayerNorm(nn.LayerNorm):
+    """In fp32 whatever precision its weights come in: sharding brings them as the products want them."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        wide = (self.weight.float(), self.bias.float())
+        return F.layer_norm(input.float(), self.normalized_shape, *wide, self.eps).to(input.dtype)
+
+
 class Attention(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -79,10 +87,10 @@ class Block(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.drop_path = config.drop_path
-        self.norm1 = nn.LayerNorm(config.dim, eps=1e-6)
+        self.norm1 = LayerNorm(config.dim, eps=1e-6)
         self.attn = Attention(config)
         self.ls1 = LayerScale(config)
-        self.norm2 = nn.LayerNorm(config.dim, eps=1e-6)
+        self.norm2 = LayerNorm(config.dim, eps=1e-6)
         self.mlp = {"gelu": Mlp, "swiglu": SwiGLU}[config.mlp](config)
         self.ls2 = LayerScale(config)
 
@@ -116,7 +124,7 @@ class ViT(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, config.dim))
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(config.dim, eps=1e-6)
+        self.norm = LayerNorm(config.dim, eps=1e-6)
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -189,6 +197,12 @@ def resize_positions(positions: Tensor, grid: tuple[int, int], config: ViTConfig
         how = {"size": tuple(grid)}
     image = F.interpolate(image, mode="bicubic", antialias=config.position_antialias, **how)
     return cls, image.flatten(2).transpose(1, 2).to(positions.dtype)
+
+
+def regrid(state: dict[str, Tensor], config: ViTConfig, grid: int) -> dict[str, Tensor]:
+    """The weights with positions learned on `grid` x `grid` patches in place of those of the network of `config`."""
+    cls, patches = resize_positions(state["pos_embed"], (grid, grid), config)
+    return state | {"pos_embed": torch.cat([cls, patches], dim=1)}
 
 
 def flops(config: ViTConfig, grid: tuple[int, int]) -> int:

@@ -1,0 +1,186 @@
+"""A run as a job: what is asked of Slurm, when a job goes back into the queue, and one that really does."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.test_launch import SHARED, images, records  # noqa: F401  images is a fixture
+from troodon import cli, verbs
+from troodon.config import UsageError, to_yaml
+from troodon.learn import checkpoint
+from troodon.slurm import SlurmConfig, Task, check, preempted
+
+pytest.importorskip("submitit", reason="needs submitit: pip install 'troodon[slurm]'")
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """`programs(name=lines)`: commands that print these lines, before others on the path."""
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+
+    def make(**said: str) -> None:
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        for name, lines in said.items():
+            (tmp_path / "bin" / name).write_text(f"#!/bin/sh\necho '{lines}'\n")
+            (tmp_path / "bin" / name).chmod(0o755)
+
+    return make
+
+
+def test_what_is_asked_of_slurm(images, tmp_path, programs, capsys):  # noqa: F811
+    programs(srun="", sbatch="Submitted batch job 42")
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "runs" / "first"
+    recipe.write_text(to_yaml(replace(SHARED, batch=32)))
+    words = ["pretrain", str(recipe), "--data", str(images), "--out", f"{out}/", "--slurm.nodes", "2"]
+    words += ["--slurm.partition", "gpus", "--slurm.hours", "1.5", "--seed", "3"]
+    assert cli.run(words) == 0
+    said, watch = capsys.readouterr()
+    assert said == "42\n"
+    assert f"tail -F {out}-logs/42_0_log.err\n  squeue -j 42\n  scancel 42" in watch
+    assert not out.exists()
+
+    asked = Path(f"{out}-logs", "42_submission.sh").read_text().splitlines()
+    for line in ("nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=8", "time=90", "partition=gpus",
+                 "signal=USR2@600", "requeue", "job-name=troodon-first"):  # fmt: skip
+        assert f"#SBATCH --{line}" in asked
+    assert not any("account" in line or "constraint" in line for line in asked)
+    assert any("--kill-on-bad-exit=1" in line for line in asked)
+
+    recipe.unlink()  # what the recipe says later is not what the job does
+    task = pickle.loads(Path(f"{out}-logs", "42_submitted.pkl").read_bytes()).function
+    assert task.recorded == ["troodon", *words]
+    meant = cli.command(task.words[0], task.words[1:])
+    assert meant.config == replace(SHARED, batch=32, seed=3)
+    assert (meant.data, meant.out, meant.slurm.nodes) == ((str(images),), f"{out}/", 0)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"nodes": 1}, "slurm: no srun here; .* --slurm.cluster local"),
+        ({"nodes": 2, "cluster": "local"}, "slurm.nodes 2: this machine is one"),
+        ({"nodes": 1, "cluster": "local", "gpus_per_node": 3}, "batch 8 does not divide over 3 devices; .* is 9"),
+        ({"nodes": -1}, "slurm.nodes -1"),
+        ({"nodes": 1, "hours": 0}, "slurm.hours 0"),
+        ({"nodes": 1, "cluster": "slrum"}, "did you mean 'slurm'"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_queued(images, tmp_path, monkeypatch, config, message):  # noqa: F811
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UsageError, match=message):
+        verbs.submit(SHARED, images, tmp_path / "run", SlurmConfig(**config))
+    assert not list(tmp_path.glob("run*"))
+
+
+def test_without_submitit_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(UsageError, match=r"pip install 'troodon\[slurm\]'"):
+        check(SlurmConfig(nodes=1), 8)
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        ("JobId=7 JobState=RUNNING PreemptTime=2026-01-01T00:00:00", True),
+        ("JobId=7 JobState=RUNNING PreemptTime=None", False),
+        ("JobId=7 JobState=CANCELLED PreemptTime=2026-01-01T00:00:00", False),
+        ("slurm_load_jobs error: Invalid job id specified", False),
+    ],
+)
+def test_who_took_the_place_away(programs, monkeypatch, shown, expected):
+    programs(scontrol=shown)
+    assert not preempted()  # not a job
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert preempted() is expected
+
+
+@pytest.fixture
+def in_a_job(monkeypatch):
+    """A task of a local job, and a list of the signals that would have queued it again."""
+    place = {"EXECUTOR": "local", "LOCAL_JOB_ID": "7", "LOCAL_NTASKS": "2", "LOCAL_JOB_NUM_NODES": "1",
+             "LOCAL_NODEID": "0", "LOCAL_GLOBALID": "1", "LOCAL_LOCALID": "1"}  # fmt: skip
+    for name, value in place.items():
+        monkeypatch.setenv(f"SUBMITIT_{name}", value)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TROODON_DOING"):
+        monkeypatch.setenv(name, "")  # so that it is put back at the end
+        del os.environ[name]
+    queued: list[int] = []
+    before = {n: signal.getsignal(n) for n in (signal.SIGUSR2, signal.SIGTERM)}
+    signal.signal(signal.SIGUSR2, lambda number, _: queued.append(number))
+    yield queued
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_task_is_a_rank_of_the_command(in_a_job, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(cli, "run", lambda words: seen.update(os.environ, words=words) or 0)
+    Task(["pretrain", "x"], ["troodon", "pretrain", "y"])()
+    assert seen["words"] == ["pretrain", "x"]
+    assert [seen[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TROODON_DOING")] == [
+        "1", "2", "1", '["troodon", "pretrain", "y"]',
+    ]  # fmt: skip
+    assert seen["MASTER_ADDR"]
+    assert int(seen["MASTER_PORT"]) > 1023
+    assert in_a_job == []
+
+
+@pytest.mark.parametrize("heard", [signal.SIGUSR2, signal.SIGTERM, None])
+def test_only_what_slurm_stopped_goes_back_into_the_queue(in_a_job, monkeypatch, heard):
+    def stopped(words: list[str]) -> int:
+        if heard is None:
+            return 1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(heard)
+        return 130
+
+    monkeypatch.setattr(cli, "run", stopped)
+    task = Task(["pretrain", "x"], [])
+    if heard == signal.SIGUSR2:
+        task()
+        assert in_a_job == [signal.SIGUSR2]
+        assert task.checkpoint().function is task
+    else:
+        with pytest.raises(SystemExit) as stop:
+            task()
+        assert stop.value.code == (1 if heard is None else 130)
+        assert in_a_job == []
+
+
+@pytest.mark.slow
+def test_a_job_that_runs_out_of_time_comes_back_and_finishes(images, tmp_path, monkeypatch, capfd):  # noqa: F811
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    controllers = []
+
+    class Noted(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            controllers.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Noted)
+    run = tmp_path / "run"
+    config = replace(SHARED, steps=60, checkpoint_every=1000)
+    job = verbs.submit(config, images, run, SlurmConfig(nodes=1, gpus_per_node=2, hours=1, cluster="local"))
+    log = Path(f"{run}-logs", f"{job}_0_log.out")
+    (controller,) = controllers
+    try:
+        while controller.poll() is None and not (run / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        tasks = subprocess.run(["pgrep", "-P", job], capture_output=True, text=True, check=True).stdout.split()
+        assert len(tasks) == 2
+        for task in tasks:
+            os.kill(int(task), signal.SIGUSR2)
+        assert controller.wait(120) == 0
+    finally:
+        controller.terminate()
+    assert "Requeued job" in log.read_text(), log.with_suffix(".err").read_text()
+    assert "going on at step" in log.with_suffix(".err").read_text()
+    assert [r["step"] for r in records(run)] == list(range(60))
+    assert checkpoint.finished(run)[-1].name == "000060"
