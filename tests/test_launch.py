@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -39,9 +40,12 @@ def fake(tmp_path, monkeypatch) -> Callable[[str], None]:
 
     def stand_in(code: str) -> None:
         script = tmp_path / "rank"
-        head = f"#!{sys.executable}\nimport os, pathlib, signal, sys, time\n"
+        head = "import os, pathlib, signal, sys, time\n"
         place = f"rank, folder = int(os.environ['RANK']), pathlib.Path({str(tmp_path)!r})\n"
-        script.write_text(head + place + code)
+        (tmp_path / "rank.py").write_text(head + place + code)
+        # Through a shell: the first line of a script may not name an interpreter whose path has a space.
+        words = " ".join(map(shlex.quote, (sys.executable, str(tmp_path / "rank.py"))))
+        script.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
         script.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(script))
 
