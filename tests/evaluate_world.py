@@ -32,6 +32,8 @@ def make_index(folder: Path, labels: Sequence[str | None], splits: Sequence[str 
 class Fake:
     """A backbone of three blocks: the mean colour, with less and less noise that only the image decides."""
 
+    channels = 3
+
     def __init__(self, name: str = "fake", fingerprint: str = "f1", sharpness: float = 1.0):
         self.name, self.fingerprint, self.sharpness = name, fingerprint, sharpness
         self.config = SimpleNamespace(depth=3)

@@ -38,6 +38,7 @@ class Pixels:
     """A backbone that sees eight by eight pixels, and counts what it sees."""
 
     name: str = "pixels"
+    channels: int = 3
     fingerprint: str = "0"
     seen: list = field(default_factory=list)
 

@@ -41,6 +41,11 @@ def within(config: object, section: str, low: float, high: float | None = None, 
                 raise UsageError(f"{section}{name} {number}: must be {allowed}")
 
 
+def pair(side: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width of what a setting says by one side, where both are the same, or by both."""
+    return side if isinstance(side, tuple) else (side, side)
+
+
 def parse(target: Any, arguments: list[str], *, prog: str, default: Any = None, description: str | None = None) -> Any:
     """Read command-line `arguments` into `target`, a dataclass or a function, which is then built or called.
 
@@ -118,8 +123,13 @@ def _arguments(changes: dict, prefix: str = "--") -> list[str]:
             head, dot, leaf = flag[2:].rpartition(".")
             words.append(flag if value else f"--{head}{dot}no-{leaf}")
         else:
-            words += [flag, *(str(v) for v in (value if isinstance(value, list | tuple) else [value]))]
+            words += [flag, *_flat(value)]
     return words
+
+
+def _flat(value: Any) -> list[str]:
+    """The words of a setting, without the brackets of lists of lists: a command line has none."""
+    return [word for v in value for word in _flat(v)] if isinstance(value, list | tuple) else [str(value)]
 
 
 def _one_line(box: str) -> str:

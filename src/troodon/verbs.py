@@ -31,7 +31,7 @@ PROBED = 1000  # labelled images, at most, that the quick k-NN of a training run
 def load(path: str | Path) -> "Backbone":
     """A backbone from a run, a backbone folder, released DINOv2 weights (.pth), or a Hugging Face folder.
 
-    Its `features(images)` takes paths, uint8 (H, W, 3) arrays, PIL images, or a prepared (B, 3, H, W) tensor, and
+    Its `features(images)` takes paths, uint8 (H, W, C) arrays, PIL images, or a prepared (B, C, H, W) tensor, and
     gives `.cls (B, D)`, `.patches (B, h, w, D)` and `.registers (B, R, D)`. UsageError for anything else.
     """
     import dataclasses
@@ -39,7 +39,8 @@ def load(path: str | Path) -> "Backbone":
     from troodon.data.decode import decode
     from troodon.model.backbone import open_weights
 
-    return dataclasses.replace(open_weights(Path(path)), read=lambda image: decode(Path(image).read_bytes()))
+    backbone = open_weights(Path(path))
+    return dataclasses.replace(backbone, read=lambda image: decode(Path(image).read_bytes(), backbone.channels))
 
 
 def scan(data: Data, out: str | Path | None = None, *, threads: int = 0) -> dict:
@@ -231,7 +232,8 @@ def evaluate(
     ours = _backbone(backbone)
     # Layer scale 1: at the small values that training starts from, a random network hardly mixes its patches.
     untrained = dataclasses.replace(ours.config, layer_scale=1.0)
-    others = [Backbone.random(untrained, ours.preprocessing, seed=config.seed), ColourHistogram(), RawPixels()]
+    trivial = [ColourHistogram(channels=ours.channels), RawPixels(channels=ours.channels)]
+    others = [Backbone.random(untrained, ours.preprocessing, seed=config.seed), *trivial]
     train, val = split(index, config.seed)
     return evaluating(
         [ours, *(others if baselines else [])],

@@ -63,7 +63,7 @@ def load(folder: Path) -> tuple[ndarray, pa.Table]:
 
 
 def describe(backbone: Backbone, images: Sequence[ndarray], tokens: str, batch: int = 64) -> ndarray:
-    """Embeddings (N, D) float32 of uint8 (H, W, 3) arrays, as `embed` stores them but for the rounding."""
+    """Embeddings (N, D) float32 of uint8 (H, W, C) arrays, as `embed` stores them but for the rounding."""
     starts = range(0, len(images), batch)
     parts = [_tokens(backbone, backbone.prepare(images[start : start + batch]), tokens) for start in starts]
     return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
@@ -136,7 +136,8 @@ class _Part:
         def prepare(images: Sequence[ndarray]) -> Any:
             return [image.shape[:2] for image in images], self.backbone.prepare(images)
 
-        for rows, (shapes, prepared) in stream(index, batch, prepare, threads=threads, broken=broken):
+        images = stream(index, batch, prepare, channels=self.backbone.channels, threads=threads, broken=broken)
+        for rows, (shapes, prepared) in images:
             sizes.update(zip(rows, shapes, strict=True))
             embeddings.append((rows, _tokens(self.backbone, prepared, self.tokens).astype(np.float16)))
             progress.add(len(rows))

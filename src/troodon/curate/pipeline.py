@@ -30,7 +30,7 @@ from troodon.curate.calibrate import OTHERS, Calibration, calibrate
 from troodon.curate.config import CurateConfig
 from troodon.curate.embed import Progress, describe, embed, load
 from troodon.curate.retrieve import retrieve
-from troodon.data.decode import decode
+from troodon.data.decode import decode, grey
 from troodon.data.index import Index
 from troodon.data.scan import contents
 from troodon.model.backbone import Backbone
@@ -43,11 +43,14 @@ SEEN_PX = (8, 512)  # about the shorter side of pictures that are attacked: less
 def curate(config: CurateConfig, curated: Index, uncurated: Index, backbone: Backbone, out: Path) -> Path:
     """Select from `uncurated` what resembles `curated`, without copies, and publish the selection `out`.
 
-    Does nothing where it is there already. UsageError when there is no readable curated image, and when `out` was
-    made with other settings or from other images.
+    Does nothing where it is there already. UsageError when there is no readable curated image, when `out` was made
+    with other settings or from other images, and without a threshold for a backbone that takes neither RGB nor grey.
     """
     if not len(curated):
         raise UsageError("no curated images: retrieval needs at least one to start from")
+    if config.threshold is None and backbone.channels not in (1, 3):
+        why = f"it is calibrated on copies of pictures, and {backbone.name} takes {backbone.channels} channels"
+        raise UsageError(f"threshold None: {why}; set it, for example to 0.9")
     settings = {k: v for k, v in to_dict(config).items() if k not in NOT_OF_THE_RESULT}
     settings |= {"backbone": backbone.name, "weights": backbone.fingerprint}
     name = fingerprint(settings, contents(curated), contents(uncurated))
@@ -169,8 +172,9 @@ def _calibrate(
     drawn = random.permutation(len(rows))[:OTHERS]
     images = [_picture(index, int(row)) for row in rows[drawn[: config.calibration_images]]]
     run.say(f"calibrate: attacking {len(images):,} images")
+    see = grey if backbone.channels == 1 else np.asarray
     result = calibrate(
-        lambda copies: fitted(describe(backbone, copies, config.tokens, config.batch)),
+        lambda copies: fitted(describe(backbone, [see(copy) for copy in copies], config.tokens, config.batch)),
         images,
         random,
         others_MD=x_MD[drawn],

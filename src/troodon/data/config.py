@@ -1,28 +1,36 @@
 """What can be set about what the network sees. No torch here."""
 
-from dataclasses import dataclass
+import math
+from bisect import bisect
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
-from troodon.config import UsageError, within
+from troodon.config import UsageError, pair, within
+
+Size = tuple[int, int]  # height and width, in pixels
 
 
 @dataclass(frozen=True)
 class CropsConfig:
     """Multi-crop views of one image (https://arxiv.org/abs/2006.09882, https://arxiv.org/abs/2304.07193)."""
 
-    global_px: int = 224
-    """Side of a global crop, in pixels."""
+    global_px: int | Size = 224
+    """Side of a global crop, in pixels; or its height and width."""
     global_scale: tuple[float, float] = (0.32, 1.0)
     """Share of the image's area that a global crop covers."""
-    local_px: int = 98
-    """Side of a local crop, in pixels."""
+    local_px: int | Size = 98
+    """Side of a local crop, in pixels; or its height and width."""
     local_scale: tuple[float, float] = (0.05, 0.32)
     """Share of the image's area that a local crop covers."""
     locals: int = 8
     """Local crops per image; there are always two global ones."""
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
-    """Range of a crop's width over its height, drawn log-uniformly."""
+    """Range of the width over the height of the box that is cut out, drawn log-uniformly; times the crop's own."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
+    mixed: tuple[tuple[int, int, float], ...] = ()
+    """Side of global crops, side of local crops, weight: each step draws one of these pairs by weight, in place of
+    global_px and local_px (high-resolution training, https://arxiv.org/abs/2508.10104). None if left out."""
 
     def __post_init__(self) -> None:
         within(self, "crops.", 1, None, "global_px", "local_px")
@@ -31,6 +39,24 @@ class CropsConfig:
         _ranges(self, "crops.", "global_scale", "local_scale", "aspect")
         if min(self.aspect) <= 0:
             raise UsageError(f"crops.aspect {min(self.aspect)}: must be above 0")
+        for wide, narrow, weight in self.mixed:
+            if min(wide, narrow) < 1 or not 0 < weight < math.inf:
+                said = "sides must be 1 or more, and the weight above 0"
+                raise UsageError(f"crops.mixed {wide} {narrow} {weight:g}: {said}")
+
+    def sizes(self) -> tuple[tuple[Size, Size, float], ...]:
+        """Every size that a step may have: of its global crops, of its local crops, and how probable it is."""
+        total = sum(weight for *_, weight in self.mixed)
+        mixed = tuple((pair(wide), pair(narrow), weight / total) for wide, narrow, weight in self.mixed)
+        return mixed or ((pair(self.global_px), pair(self.local_px), 1.0),)
+
+    def at(self, u: float) -> "CropsConfig":
+        """The settings of one step, all of one size: that which `u`, uniform in [0, 1), draws from `mixed`."""
+        if not self.mixed:
+            return self
+        edges = list(accumulate(weight for *_, weight in self.mixed))
+        wide, narrow, _ = self.mixed[bisect(edges[:-1], u * edges[-1])]
+        return replace(self, global_px=wide, local_px=narrow, mixed=())
 
 
 @dataclass(frozen=True)
@@ -52,8 +78,11 @@ class PhotometricConfig:
     """Standard deviation of the blur, in pixels of the crop."""
     solarise: float = 0.2
     """Probability of solarisation, of the second global crop only."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Of each channel, from 0 to 1, subtracted at the end. With other than 3 channels, saturation, hue and grey do
+    nothing, and contrast is about the mean of all channels."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    """Of each channel: what is left is divided by it."""
 
     def __post_init__(self) -> None:
         within(self, "photometric.", 0, 1, "jitter", "grey", "blur", "solarise")
@@ -61,6 +90,9 @@ class PhotometricConfig:
         within(self, "photometric.", 0, 0.5, "hue")
         within(self, "photometric.", 0.01, None, "blur_sigma", "std")
         _ranges(self, "photometric.", "blur_sigma")
+        if len(self.mean) != len(self.std):
+            counts = f"photometric.mean has {len(self.mean)} numbers and photometric.std {len(self.std)}"
+            raise UsageError(f"{counts}: give one of each for every channel")
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from troodon.data.config import CropsConfig
+from troodon.config import pair
+from troodon.data.config import CropsConfig, Size
 
 # Shape suffixes: G the two global crops, V local crops, C colours, H and W pixels.
 # A box is (top, left, height, width) in whole pixels of the image.
 
 Box = tuple[int, int, int, int]
+AT_ONCE = 4  # channels that torch resamples in 8 bits; more at a time it takes to floats and back, six times slower
 TRIES = 10  # boxes to draw before the central one is taken
 NUMBERS = 2 * TRIES + 3  # random numbers of one crop: area and aspect of every try, two of position, one of flip
 WORD = 2**64 - 1
@@ -35,14 +37,16 @@ def generator(seed: int, image: int, visit: int) -> np.random.Generator:
 
 
 def multi_crop(image_HWC: np.ndarray, config: CropsConfig, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Two global and `config.locals` local crops of one uint8 image of any size from 1x1 up.
+    """Two global and `config.locals` local crops of one uint8 image of any size from 1x1 up and any channels.
 
-    Returns uint8 (2, C, global_px, global_px) and (V, C, local_px, local_px), contiguous. Global crops come first
-    in the stream of random numbers and every crop takes as many, so the number of local crops changes no other crop.
+    Returns uint8 (2, C, *global size) and (V, C, *local size), contiguous. Global crops come first in the stream of
+    random numbers and every crop takes as many, so the number of local crops changes no other crop. `config` has one
+    size: of mixed ones, `config.at` picks it.
     """
+    assert not config.mixed, config.mixed
     numbers = random.random((2 + config.locals, NUMBERS)).tolist()
-    globals_GCHW = _crops(image_HWC, numbers[:2], config.global_scale, config.global_px, config)
-    locals_VCHW = _crops(image_HWC, numbers[2:], config.local_scale, config.local_px, config)
+    globals_GCHW = _crops(image_HWC, numbers[:2], config.global_scale, pair(config.global_px), config)
+    locals_VCHW = _crops(image_HWC, numbers[2:], config.local_scale, pair(config.local_px), config)
     return globals_GCHW, locals_VCHW
 
 
@@ -65,13 +69,14 @@ def random_box(height: int, width: int, scale: tuple[float, float], aspect: tupl
 
 
 def _crops(
-    image_HWC: np.ndarray, numbers: list[list[float]], scale: tuple[float, float], px: int, config: CropsConfig
+    image_HWC: np.ndarray, numbers: list[list[float]], scale: tuple[float, float], size: Size, config: CropsConfig
 ) -> Tensor:
-    crops_VCHW = np.empty((len(numbers), image_HWC.shape[2], px, px), np.uint8)
+    crops_VCHW = np.empty((len(numbers), image_HWC.shape[2], *size), np.uint8)
     height, width = image_HWC.shape[:2]
+    aspect = (config.aspect[0] * (size[1] / size[0]), config.aspect[1] * (size[1] / size[0]))
     for crop_CHW, u in zip(crops_VCHW, numbers):
-        top, left, h, w = random_box(height, width, scale, config.aspect, u)
-        crop_HWC = _resized(image_HWC[top : top + h, left : left + w], px, px)
+        top, left, h, w = random_box(height, width, scale, aspect, u)
+        crop_HWC = _resized(image_HWC[top : top + h, left : left + w], *size)
         if u[-1] < config.flip:
             crop_HWC = crop_HWC[:, ::-1]
         np.copyto(crop_CHW, crop_HWC.transpose(2, 0, 1))  # the flip costs nothing here
@@ -81,6 +86,9 @@ def _crops(
 def _resized(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
     """Bicubic with antialiasing, as Pillow does it, in uint8 throughout."""
     assert image_HWC.dtype == np.uint8, image_HWC.dtype
+    if (channels := image_HWC.shape[2]) > AT_ONCE:
+        parts = [image_HWC[:, :, c : c + AT_ONCE] for c in range(0, channels, AT_ONCE)]
+        return np.concatenate([_resized(part, height, width) for part in parts], axis=2)
     # A dense copy of the box first, and the leading axis before the others change places: torch then knows the
     # strides for channels last. Otherwise it unpacks the pixels, a fifth slower, and refuses some arrays.
     box_1HWC = torch.from_numpy(np.array(image_HWC, order="C"))[None]

@@ -1,7 +1,9 @@
 """Bytes to pixels: the only place that meets a broken or hostile file.
 
 Everything that can be wrong with a file comes out as `BadImage`, with a status that can be counted. What a file is
-called plays no part. Choices that change pixels, all made here:
+called plays no part. Pictures give RGB, grey, or four channels as they lie in the file (RGBA, CMYK); any number of
+channels comes from NumPy's .npy: uint8 or uint16, (H, W, C) or (H, W). No channel is invented or left out, but between
+pictures in grey and in colour. Choices that change pixels, all made here:
 
     orientation     the EXIF tag is applied
     animation       the first frame
@@ -10,6 +12,8 @@ called plays no part. Choices that change pixels, all made here:
     32-bit grey     integers in [0, 255] as they are, in [0, 65535] as 16-bit; floats in [0, 1] times 255;
                     any other range is stretched from its smallest to its largest value
     CMYK, LAB ...   Pillow's conversion; colour profiles are ignored, as by those who trained the released models
+    grey of colour  0.299, 0.587, 0.114 of red, green and blue: Pillow's "L"
+    16-bit arrays   the high byte
 
 JPEGs are decoded by simplejpeg where it is installed (extra `fast`): the same pixels, 1.2 to 1.9 times the images per
 second. It is as strict as Pillow about files that end too early, and whatever it refuses, Pillow is asked.
@@ -17,6 +21,7 @@ second. It is as strict as Pillow about files that end too early, and whatever i
 
 import contextlib
 import io
+import math
 import os
 import re
 import struct
@@ -45,7 +50,11 @@ FORMATS = (
 )
 # fmt: on
 
-_SHORT = re.compile(r"truncated|not enough|only got", re.IGNORECASE)  # how Pillow says that a file ends too early
+# How Pillow and NumPy say that a file ends too early.
+_SHORT = re.compile(r"truncated|not enough|only got|^EOF:", re.IGNORECASE)
+
+NPY = b"\x93NUMPY"
+NPY_HEADER = 1024  # characters, at most: what evaluates a header must not be made to work hard; 118 are usual
 
 # Pillow warns of what is decided here. Filters cannot be changed safely while threads decode, so both settings are
 # made once. Its own limit stays, for pictures inside pictures (an icon may hold a PNG of another size).
@@ -67,7 +76,10 @@ class BadImage(Exception):
 
 @dataclass(frozen=True)
 class Probe:
-    """What a header says: Pillow's names for format and mode, and the size of the upright picture in pixels."""
+    """What a header says: Pillow's names for format and mode, and the size of the upright picture in pixels.
+
+    Of an array the format is "NPY", and the mode the number of channels and their type: "5 x uint8".
+    """
 
     format: str
     mode: str
@@ -75,24 +87,48 @@ class Probe:
     height: int
 
 
-def decode(data: bytes) -> np.ndarray:
-    """The picture, uint8 (H, W, 3), RGB, upright, writable. Raises BadImage and nothing else. Thread-safe."""
-    with _refusing(data), _opened(data) as image:
-        pixels = _jpeg(data, image)
-        if pixels is None:
-            image.load()
-            pixels = _rgb(image)
-        return np.ascontiguousarray(_upright(pixels, _orientation(image)))
+def decode(data: bytes, channels: int | None = 3) -> np.ndarray:
+    """The picture, uint8 (H, W, channels), upright, writable: RGB if they are 3, grey if 1.
+
+    With None, pictures give RGB, and arrays as many channels as they have. Raises BadImage, also for a picture that
+    has not the channels, and nothing else. Thread-safe.
+    """
+    with _refusing(data):
+        if data.startswith(NPY):
+            return _array(data, channels)
+        with _opened(data) as image:
+            if channels not in (1, 3, None):
+                pixels = _bands(image, channels)
+            elif (pixels := _jpeg(data, image)) is None:
+                image.load()
+                pixels = _rgb(image)
+            if channels == 1:
+                pixels = grey(pixels)
+            return np.ascontiguousarray(_upright(pixels, _orientation(image)))
+
+
+def grey(pixels_HW3: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 1) of RGB."""
+    return np.array(Image.fromarray(pixels_HW3).convert("L"))[:, :, None]
+
+
+def shown(pixels_HWC: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) of any number of channels, to be looked at: the first three, or the first of fewer as grey."""
+    return pixels_HWC[:, :, :3] if pixels_HWC.shape[2] >= 3 else np.repeat(pixels_HWC[:, :, :1], 3, axis=2)
 
 
 def probe(data: bytes) -> Probe:
     """Format, mode and size, from the header only: a file can pass here and fail to decode. Raises BadImage."""
-    with _refusing(data), _opened(data) as image:
-        width, height = image.size
-        # Pillow turns the size of a TIFF when it opens it, that of other formats never.
-        if image.format != "TIFF" and _orientation(image) >= 5:
-            width, height = height, width
-        return Probe(image.format or "", image.mode, width, height)
+    with _refusing(data):
+        if data.startswith(NPY):
+            (height, width, channels), dtype, *_ = _header(data)
+            return Probe("NPY", f"{channels} x {dtype.name}", width, height)
+        with _opened(data) as image:
+            width, height = image.size
+            # Pillow turns the size of a TIFF when it opens it, that of other formats never.
+            if image.format != "TIFF" and _orientation(image) >= 5:
+                width, height = height, width
+            return Probe(image.format or "", image.mode, width, height)
 
 
 def _opened(data: bytes) -> Image.Image:
@@ -113,6 +149,46 @@ def _jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
     return pixels if pixels.shape == (image.height, image.width, 3) else None
 
 
+def _bands(image: Image.Image, channels: int) -> np.ndarray:
+    """uint8 (H, W, 4) of a picture that has them; nothing else has a meaning that is the same in every format."""
+    bands = len(image.getbands())
+    if not bands == channels == 4:
+        hint = "; convert it to .npy" if image.format == "TIFF" else ""
+        raise BadImage("decode error", f"channels: {bands} ({image.mode}), wanted: {channels}{hint}")
+    image.load()
+    return np.array(image)
+
+
+def _array(data: bytes, channels: int | None) -> np.ndarray:
+    """uint8 (H, W, C) of the bytes of a .npy file."""
+    shape, dtype, in_columns, start = _header(data)
+    if shape[2] != (channels or shape[2]):
+        raise BadImage("decode error", f"channels: {shape[2]}, wanted: {channels}")
+    count = math.prod(shape)
+    if (missing := start + count * dtype.itemsize - len(data)) > 0:
+        raise BadImage("truncated", f"the last {missing:,} bytes of an array of {count * dtype.itemsize:,} are missing")
+    pixels = np.frombuffer(data, dtype, count, start).reshape(shape, order="F" if in_columns else "C")
+    return np.array(_eight_bit(pixels) if dtype.itemsize == 2 else pixels, order="C")
+
+
+def _header(data: bytes) -> tuple[tuple[int, int, int], np.dtype, bool, int]:
+    """Of a .npy file: (H, W, C), the type of a number, whether columns lie together, and where the numbers start."""
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise BadImage("decode error", f"a .npy file of version {version[0]}.{version[1]}; 1.0 and 2.0 can be read")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, in_columns, dtype = read(file, max_header_size=NPY_HEADER)
+    if dtype.kind != "u" or dtype.itemsize > 2:
+        raise BadImage("decode error", f"an array of {dtype.name} where uint8 or uint16 is wanted")
+    if len(shape) not in (2, 3) or min(shape) < 1:
+        raise BadImage("decode error", f"an array of shape {shape} where (H, W) or (H, W, C) is wanted")
+    height, width, channels = (*shape, 1)[:3]
+    if height * width > MAX_PIXELS:
+        raise _too_large(height * width)
+    return (height, width, channels), dtype, in_columns, file.tell()
+
+
 def _rgb(image: Image.Image) -> np.ndarray:
     """uint8 (H, W, 3) of a loaded image of any mode."""
     if image.mode == "F" or image.mode.startswith("I"):
@@ -126,7 +202,7 @@ def _rgb(image: Image.Image) -> np.ndarray:
 
 
 def _eight_bit(grey: np.ndarray) -> np.ndarray:
-    """Grey values (H, W) of 16 or 32 bits, as 8 bits."""
+    """Values of 16 or 32 bits, grey (H, W), or of 16, as 8 bits."""
     if grey.dtype.kind == "u" and grey.dtype.itemsize == 2:
         return (grey >> 8).astype(np.uint8)
     finite = grey[np.isfinite(grey)]
@@ -148,7 +224,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _upright(x: np.ndarray, orientation: int) -> np.ndarray:
-    """Turn (H, W, 3) so that it looks as EXIF says (table 6 of the standard: where row 0 and column 0 lie)."""
+    """Turn (H, W, C) so that it looks as EXIF says (table 6 of the standard: where row 0 and column 0 lie)."""
     if orientation >= 5:
         x = x.swapaxes(0, 1)
     flip_rows, flip_columns = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
@@ -157,7 +233,7 @@ def _upright(x: np.ndarray, orientation: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def _refusing(data: bytes) -> Iterator[None]:
-    """Turns whatever a bad file makes Pillow raise into BadImage."""
+    """Turns whatever a bad file makes Pillow or NumPy raise into BadImage."""
     if not len(data):
         raise BadImage("empty", "0 bytes")
     try:
@@ -170,7 +246,7 @@ def _refusing(data: bytes) -> Iterator[None]:
         raise _too_large(int(re.findall(r"\d+", str(error))[0])) from None
     except MemoryError:
         raise BadImage("too large", "out of memory") from None
-    except Exception as error:  # Pillow's decoders raise nearly every exception there is
+    except Exception as error:  # they raise nearly every exception there is
         text = " ".join(str(error).split()) or type(error).__name__
         cut = isinstance(error, (EOFError, struct.error)) or _SHORT.search(text) or _announced(data)[1]
         raise BadImage("truncated" if cut else "decode error", text) from None
@@ -184,7 +260,8 @@ def _unidentified(data: bytes) -> BadImage:
     name, cut = _announced(data)
     if name is None:
         return BadImage("not an image", f"no known format; it starts with {bytes(data[:12])!r}")
-    return BadImage("truncated" if cut else "decode error", f"starts like {name}, but its header cannot be read")
+    hint = "; if it has bands that Pillow does not know, convert it to .npy" if name == "TIFF" else ""
+    return BadImage("truncated" if cut else "decode error", f"starts like {name}, but its header cannot be read{hint}")
 
 
 def _announced(data: bytes) -> tuple[str | None, bool]:

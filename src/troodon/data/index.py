@@ -33,6 +33,9 @@ SCHEMA = pa.schema(
 )
 
 
+LARGEST = 1 << 32  # bytes of an image: what is larger was named like one (arrays may be anything), and stays unread
+
+
 @dataclass(frozen=True)
 class Index:
     """A table of images that can be read by row number."""
@@ -51,9 +54,11 @@ class Index:
         return self.table[name].to_pylist()
 
     def read(self, row: int) -> bytes:
-        """The bytes of one image. Raises OSError when its container is gone or was cut short."""
+        """The bytes of one image. Raises OSError when its container is gone or was cut short, or it is too large."""
         container = self.table["container"][row].as_py()
         offset, length = self.table["offset"][row].as_py(), self.table["length"][row].as_py()
+        if length > LARGEST:
+            raise OSError(f"{length:,} bytes are more than the limit of {LARGEST:,}")
         if not container.endswith(".tar"):
             return Path(container).read_bytes()
         data = os.pread(self._open(container), length, offset)

@@ -1,7 +1,8 @@
 """The endless, shuffled, resumable stream of batches; and images in order, for those who only look.
 
-A batch is a function of (seed, step): which images, which crops, which colours, which masks. Not of the
-number of ranks, which each take a slice of it, nor of threads, nor of where a run was interrupted.
+A batch is a function of (seed, its number): which images, which crops, which colours, which masks, which size. Not
+of the number of ranks, which each take a slice of it, nor of threads, nor of where a run was interrupted. The number is
+that of the step, unless the run has left some out.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -22,7 +23,7 @@ from troodon.data.decode import BadImage, decode, threads_or_all
 from troodon.data.index import Index
 
 AHEAD = 2  # batches prepared while one is used
-NO_IMAGE = -1  # whose random numbers draw the masks of a step
+NO_IMAGE, NO_IMAGE_EITHER = -1, -2  # whose random numbers draw the masks of a batch, and its size
 
 
 def permute(position: int, length: int, key: int) -> int:
@@ -57,6 +58,7 @@ class Loader:
     threads: int = 0
     rank: int = 0
     world: int = 1
+    channels: int = 3
     broken: dict[int, str] = field(default_factory=dict)  # row -> why it cannot be read; a record, not an input
 
     def __post_init__(self) -> None:
@@ -74,15 +76,19 @@ class Loader:
         visit, place = divmod(position, len(self.index))
         return permute(place, len(self.index), hash((self.seed, visit)) & (2**64 - 1)), visit
 
-    def batches(self, first_step: int, device: torch.device) -> Generator[Batch]:
-        """Batches number `first_step`, `first_step` + 1, ..., on `device`, with colours applied there."""
+    def size(self, batch: int) -> CropsConfig:
+        """The crops of a batch, all of one size: the same on every rank."""
+        return self.crops.at(generator(self.seed, NO_IMAGE_EITHER, batch).random() if self.crops.mixed else 0.0)
+
+    def batches(self, first: int, device: torch.device) -> Generator[Batch]:
+        """Batches number `first`, `first` + 1, ..., on `device`, with colours applied there."""
         per_rank = self.images // self.world
         with ThreadPoolExecutor(threads_or_all(self.threads), "loader") as pool:
             waiting: list[tuple[int, list[Future]]] = []
             try:
-                for step in count(first_step):
-                    first = step * self.images + self.rank * per_rank
-                    waiting.append((step, [pool.submit(self.views, first + i) for i in range(per_rank)]))
+                for batch in count(first):
+                    start = batch * self.images + self.rank * per_rank
+                    waiting.append((batch, [pool.submit(self.views, start + i) for i in range(per_rank)]))
                     if len(waiting) > AHEAD:
                         ready, views = waiting.pop(0)
                         yield self._collate(ready, [v.result() for v in views], device)
@@ -94,13 +100,13 @@ class Loader:
 
         In place of an image that cannot be read comes the next row that can.
         """
-        length = len(self.index)
+        length, crops = len(self.index), self.size(position // self.images)
         row, visit = self.row(position)
         for tried in range(length):
             image = self._decode((row + tried) % length)
             if image is not None:
                 random = generator(self.seed, (row + tried) % length, visit)
-                wide, narrow = multi_crop(image, self.crops, random)
+                wide, narrow = multi_crop(image, crops, random)
                 return wide, narrow, photometric.draw(self.photometric, self._roles, random)
         raise UsageError(f"none of the {length} images can be read; the first: {self.broken[0]}")
 
@@ -111,12 +117,12 @@ class Loader:
     def _decode(self, row: int) -> np.ndarray | None:
         if row not in self.broken:
             try:
-                return decode(self.index.read(row))
+                return decode(self.index.read(row), self.channels)
             except (BadImage, OSError) as error:
                 self.broken[row] = str(error)
         return None
 
-    def _collate(self, step: int, views: Sequence[tuple], device: torch.device) -> Batch:
+    def _collate(self, batch: int, views: Sequence[tuple], device: torch.device) -> Batch:
         wide = torch.stack([v[0] for v in views], dim=1)
         narrow = torch.stack([v[1] for v in views], dim=1)
         colours_VBP = np.stack([v[2] for v in views], axis=1)
@@ -129,9 +135,9 @@ class Loader:
                 (narrow, colours_VBP[2:].reshape(-1, colours_VBP.shape[-1])),
             )
         ]
-        side = self.crops.global_px // self.patch
-        random = generator(self.seed, NO_IMAGE, step)
-        masks_NP = masks.collate(2 * self.images, (side, side), self.masks, random)
+        height, width = (side // self.patch for side in wide.shape[-2:])
+        random = generator(self.seed, NO_IMAGE, batch)
+        masks_NP = masks.collate(2 * self.images, (height, width), self.masks, random)
         mine = masks_NP.unflatten(0, (2, self.world, -1))[:, self.rank].flatten(0, 1)
         globals_GBCHW, locals_VBCHW = developed
         return Batch(globals_GBCHW, locals_VBCHW, mine.to(device, non_blocking=True))
@@ -142,18 +148,19 @@ def stream(
     batch: int,
     prepare: Callable[[Sequence[np.ndarray]], Tensor],
     *,
+    channels: int = 3,
     threads: int = 0,
     broken: dict[int, BadImage] | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Every readable image in order: rows and what `prepare` makes of their pixels, `batch` at a time.
 
-    Rows that cannot be read are left out and recorded in `broken`.
+    Rows that cannot be read, or not with so many `channels`, are left out and recorded in `broken`.
     """
     broken = {} if broken is None else broken
 
     def load(row: int) -> np.ndarray | None:
         try:
-            return decode(index.read(row))
+            return decode(index.read(row), channels)
         except BadImage as error:
             broken[row] = error
         except OSError as error:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from troodon.data.config import PhotometricConfig
 
-# Shape suffixes: N crops, P parameters of a crop, C colours (red, green, blue), H and W pixels,
+# Shape suffixes: N crops, P parameters of a crop, C channels (red, green, blue, if there are three), H and W pixels,
 #                 n the crops of a batch that one operation concerns, K taps of the blur.
 # Pixels are float32 in [0, 1], and are brought back into it after every operation that can leave it.
 
@@ -61,17 +61,20 @@ def _settings(config: PhotometricConfig) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def apply(crops_NCHW: Tensor, parameters_NP: np.ndarray | Tensor, config: PhotometricConfig) -> Tensor:
-    """The crops as the network sees them: float32 (N, 3, H, W), jittered, greyed, blurred, solarised, normalised.
+    """The crops as the network sees them: float32 (N, C, H, W), jittered, greyed, blurred, solarised, normalised.
 
     `crops_NCHW` is uint8 on the training device. `parameters_NP` stays in host memory: it decides which crops each
-    operation concerns, and a device would have to be waited for. Deterministic.
+    operation concerns, and a device would have to be waited for. Deterministic. Other than three channels are no
+    colours: they have no saturation, hue and grey to change, and their contrast is about the mean of all.
     """
+    channels = crops_NCHW.shape[1]
     parameters_NP = np.asarray(parameters_NP, dtype=np.float32)
     assert crops_NCHW.dtype == torch.uint8, crops_NCHW.dtype
     assert parameters_NP.shape == (len(crops_NCHW), len(NEUTRAL)), parameters_NP.shape
+    assert len(config.mean) == len(config.std) == channels, (config.mean, config.std, channels)
     x_NCHW = crops_NCHW.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
     at_once = max(1, AT_ONCE // math.prod(x_NCHW.shape[2:])) if x_NCHW.device.type == "cpu" else len(x_NCHW)
-    for operation, rows, values in _sent(_plan(parameters_NP), x_NCHW.device):
+    for operation, rows, values in _sent(_plan(parameters_NP, channels), x_NCHW.device):
         for rows_n, values_n in zip(rows.split(at_once), values.split(at_once)):
             part_nCHW = operation(x_NCHW.index_select(0, rows_n), values_n[:, None, None, None])
             x_NCHW.index_copy_(0, rows_n, part_nCHW)
@@ -83,7 +86,7 @@ def apply(crops_NCHW: Tensor, parameters_NP: np.ndarray | Tensor, config: Photom
 Operation = Callable[[Tensor, Tensor], Tensor]  # (n, C, H, W), which it may overwrite, and (n, 1, 1, 1)
 
 
-def _plan(parameters_NP: np.ndarray) -> list[tuple[Operation, np.ndarray, np.ndarray]]:
+def _plan(parameters_NP: np.ndarray, channels: int) -> list[tuple[Operation, np.ndarray, np.ndarray]]:
     """The operations in the order they are applied, each with the crops it concerns and their parameters."""
     jitter = {BRIGHTNESS: _brightness, CONTRAST: _contrast, SATURATION: _saturation, HUE: _hue}
     order_N4 = ORDERS[parameters_NP[:, ORDER].astype(np.int64)]
@@ -93,6 +96,8 @@ def _plan(parameters_NP: np.ndarray) -> list[tuple[Operation, np.ndarray, np.nda
     steps += [(GREY, _grey, True), (SIGMA, _blur, True), (SOLARISE, _solarise, True)]
     work: list[tuple[Operation, np.ndarray, np.ndarray]] = []
     for column, operation, due in steps:
+        if channels != 3 and column in (SATURATION, HUE, GREY):
+            continue
         rows = np.flatnonzero(due & (parameters_NP[:, column] != NEUTRAL[column]))
         if len(rows):
             work.append((operation, rows, parameters_NP[rows, column]))
@@ -171,5 +176,7 @@ def _solarise(x_nCHW: Tensor, _: Tensor) -> Tensor:
 
 
 def _luma(x_nCHW: Tensor) -> Tensor:
+    if x_nCHW.shape[1] != 3:
+        return x_nCHW.mean(1, keepdim=True)
     r, g, b = x_nCHW.split(1, 1)
     return (r * LUMA[0]).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2])

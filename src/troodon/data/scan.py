@@ -92,7 +92,7 @@ def _examine(index: Index, row: int) -> tuple:
     try:
         seen = probe(data)
         header = (seen.format, seen.mode, seen.width, seen.height)
-        decode(data)
+        decode(data, channels=None)
     except BadImage as bad:
         return (bad.status, bad.reason, *header, sha256)
     return ("ok", None, *header, sha256)

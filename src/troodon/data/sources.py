@@ -3,7 +3,7 @@
 What one finds:
 
     folder      every file below it whose name ends as images do, and every tar below it as if it were a folder.
-                Links are followed; hidden files and __MACOSX are left out
+                Links are followed; hidden files, __MACOSX and embeddings.npy are left out
     tar         uncompressed and named .tar: its images are read where they lie. `photos.tar/a/b` is the folder a/b
                 in it, whose last part may hold * and ?
     artifact    an index or embeddings: the rows that could be read; a selection: the rows it kept
@@ -38,7 +38,7 @@ from troodon.data.labels import TABLES, Table, assign, read_table
 ENDINGS = frozenset((
     "jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "gif", "tif", "tiff", "bmp", "dib", "avif",
     "jp2", "j2k", "jpc", "j2c", "jpf", "jpx", "ppm", "pgm", "pbm", "pnm", "pfm",
-    "qoi", "tga", "ico", "icns", "psd", "dds", "pcx", "sgi",
+    "qoi", "tga", "ico", "icns", "psd", "dds", "pcx", "sgi", "npy",
 ))
 FOREIGN = frozenset((
     "heic", "heif", "jxl", "svg", "eps", "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raf", "raw",
@@ -325,7 +325,7 @@ def _real(path: Path) -> str:
 
 
 def _hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+    return name.startswith(".") or name in ("__MACOSX", "embeddings.npy")  # the latter: of our own artifacts
 
 
 def _ending(name: str) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from troodon.config import fingerprint
 
-# Shape suffixes: B images, S pixels on a side, P pixels, K bins, D channels.
+# Shape suffixes: B images, C channels of an image, S pixels on a side, P pixels, K bins, D channels of a descriptor.
 
 VERSION = 1  # goes up when a descriptor changes, so that features kept from before do not serve it
 
@@ -28,10 +28,14 @@ class Described:
 
 @dataclass(frozen=True)
 class ColourHistogram:
-    """Histogram of hue, saturation and value, 8 x 4 x 4 bins, summing to one, then square roots (Hellinger)."""
+    """Histogram of hue, saturation and value, 8 x 4 x 4 bins, summing to one, then square roots (Hellinger).
+
+    Other than three channels are no colours: each has a histogram of its own, of as many bins as hue.
+    """
 
     bins: tuple[int, int, int] = (8, 4, 4)
     side: int = 64
+    channels: int = 3
     name: str = "colour-histogram"
 
     @property
@@ -39,15 +43,21 @@ class ColourHistogram:
         return fingerprint(VERSION, self)
 
     def prepare(self, images: Sequence[np.ndarray]) -> Tensor:
-        """uint8 (H, W, 3) arrays -> (B, 3, S, S) hue, saturation and value, each in [0, 1]."""
-        hsv = [np.asarray(_resized(image, self.side).convert("HSV")) for image in images]
-        return torch.from_numpy(np.stack(hsv)).permute(0, 3, 1, 2) / 255.0
+        """uint8 (H, W, C) arrays -> (B, C, S, S), in [0, 1]; of three, hue, saturation and value."""
+        x_BSSC = [_resized(image, self.side) for image in images]
+        if self.channels == 3:
+            x_BSSC = [np.asarray(Image.fromarray(x_SSC).convert("HSV")) for x_SSC in x_BSSC]
+        return torch.from_numpy(np.stack(x_BSSC)).permute(0, 3, 1, 2) / 255.0
 
     def features(self, images: Tensor, *, blocks: int = 1) -> Described:
-        bins = torch.tensor(self.bins)[:, None]
-        hue_BP, saturation_BP, value_BP = torch.minimum((images.flatten(2) * bins).long(), bins - 1).unbind(1)
-        code_BP = (hue_BP * self.bins[1] + saturation_BP) * self.bins[2] + value_BP
-        count_BK = torch.zeros(len(images), int(np.prod(self.bins)))
+        colours, hue = self.channels == 3, self.bins[0]
+        bins = torch.tensor(self.bins if colours else [hue])[:, None]
+        x_BCP = torch.minimum((images.flatten(2) * bins).long(), bins - 1)
+        if colours:
+            code_BP = (x_BCP[:, 0] * self.bins[1] + x_BCP[:, 1]) * self.bins[2] + x_BCP[:, 2]
+        else:
+            code_BP = (x_BCP + hue * torch.arange(self.channels)[:, None]).flatten(1)
+        count_BK = torch.zeros(len(images), int(np.prod(self.bins)) if colours else hue * self.channels)
         count_BK.scatter_add_(1, code_BP, torch.ones_like(code_BP, dtype=torch.float32))
         return Described((count_BK / code_BP.shape[1]).sqrt())
 
@@ -57,6 +67,7 @@ class RawPixels:
     """The image at 16 x 16 pixels, less its mean brightness (without which cosines say little else)."""
 
     side: int = 16
+    channels: int = 3
     name: str = "raw-pixels"
 
     @property
@@ -64,7 +75,7 @@ class RawPixels:
         return fingerprint(VERSION, self)
 
     def prepare(self, images: Sequence[np.ndarray]) -> Tensor:
-        """uint8 (H, W, 3) arrays -> (B, 3, S, S) in [0, 1]."""
+        """uint8 (H, W, C) arrays -> (B, C, S, S) in [0, 1]."""
         return torch.from_numpy(np.stack([_resized(i, self.side) for i in images])).permute(0, 3, 1, 2) / 255.0
 
     def features(self, images: Tensor, *, blocks: int = 1) -> Described:
@@ -74,6 +85,7 @@ class RawPixels:
 BASELINES = (ColourHistogram(), RawPixels())
 
 
-def _resized(image: np.ndarray, side: int) -> Image.Image:
-    """The whole image, squeezed to a square."""
-    return Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)
+def _resized(image: np.ndarray, side: int) -> np.ndarray:
+    """The whole image, squeezed to a square: uint8 (S, S, C)."""
+    bands = (Image.fromarray(band).resize((side, side), Image.Resampling.BILINEAR) for band in np.moveaxis(image, 2, 0))
+    return np.stack([np.asarray(band) for band in bands], axis=2)

@@ -29,6 +29,9 @@ class Extractor(Protocol):
     def name(self) -> str: ...
 
     @property
+    def channels(self) -> int: ...
+
+    @property
     def fingerprint(self) -> str: ...
 
     def prepare(self, images: Sequence[np.ndarray]) -> Tensor: ...
@@ -95,7 +98,8 @@ def _extract(backbone: Extractor, index: Index, blocks: int, batch: int, threads
     cls: list[Tensor] = []
     means: list[Tensor] = []
     broken: dict[int, BadImage] = {}
-    for rows_B, images in stream(index, batch, backbone.prepare, threads=threads, broken=broken):
+    found = stream(index, batch, backbone.prepare, channels=backbone.channels, threads=threads, broken=broken)
+    for rows_B, images in found:
         with torch.inference_mode():
             per_block = backbone.features(images, blocks=blocks).blocks
         rows += rows_B

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from troodon.data.decode import decode
+from troodon.data.decode import decode, shown
 from troodon.data.index import Index
 from troodon.evaluate.features import FrozenFeatures
 from troodon.run import write_bytes
@@ -34,17 +34,18 @@ def pca_picture(backbone: Any, images: Sequence[np.ndarray], path: Path, *, fore
     with torch.inference_mode():
         prepared = backbone.prepare(images)
         patches_BhwD = backbone.features(prepared).patches.float().cpu().numpy()
-    shown = _seen(backbone, prepared)
+    seen = _seen(backbone, prepared)
     colours_Bhw3 = pca_colours(patches_BhwD, foreground=foreground)
     gap, between = 4, 16
     cell = (WIDTH - between * (PAIRS + 1) - gap * PAIRS) // (2 * PAIRS)
+    size = (cell, round(cell * prepared.shape[2] / prepared.shape[3]))
     rows = -(-len(images) // PAIRS)
-    page = Image.new("RGB", (WIDTH, between + rows * (cell + between)), PAGE)
-    for place, (image, colours_hw3) in enumerate(zip(shown, colours_Bhw3, strict=True)):
+    page = Image.new("RGB", (WIDTH, between + rows * (size[1] + between)), PAGE)
+    for place, (image, colours_hw3) in enumerate(zip(seen, colours_Bhw3, strict=True)):
         row, column = divmod(place, PAIRS)
-        x, y = between + column * (2 * cell + gap + between), between + row * (cell + between)
-        page.paste(Image.fromarray(image).resize((cell, cell), Image.Resampling.BICUBIC), (x, y))
-        page.paste(Image.fromarray(colours_hw3).resize((cell, cell), Image.Resampling.BICUBIC), (x + cell + gap, y))
+        x, y = between + column * (2 * cell + gap + between), between + row * (size[1] + between)
+        page.paste(Image.fromarray(shown(image)).resize(size, Image.Resampling.BICUBIC), (x, y))
+        page.paste(Image.fromarray(colours_hw3).resize(size, Image.Resampling.BICUBIC), (x + cell + gap, y))
     _save(page, path)
 
 
@@ -87,14 +88,14 @@ def neighbours_picture(
     for place, (query, scores_K, rows_K) in enumerate(zip(queries, score_MK, row_MK, strict=True)):
         y, row = edge + place * (cell + line + gap), int(far.rows[query])
         mine = val.table["label"][row].as_py()
-        _thumbnail(page, (edge, y), cell, decode(val.read(row)), None, mine or "", INK)
+        _thumbnail(page, (edge, y), cell, decode(val.read(row), channels=None), None, mine or "", INK)
         for rank, (score, position) in enumerate(zip(scores_K, rows_K, strict=True)):
             row = int(near.rows[position])
             label = train.table["label"][row].as_py()
             frame = None if None in (mine, label) else RIGHT if label == mine else WRONG
             words = f"{score:.2f}" if label is None or label == mine else f"{score:.2f}  {label}"
             x = edge + cell + apart + rank * (cell + gap)
-            _thumbnail(page, (x, y), cell, decode(train.read(row)), frame, words, QUIET)
+            _thumbnail(page, (x, y), cell, decode(train.read(row), channels=None), frame, words, QUIET)
     _save(page, path)
 
 
@@ -115,7 +116,7 @@ def _components(x_TD: np.ndarray, count: int) -> np.ndarray:
 
 
 def _seen(backbone: Any, prepared: torch.Tensor) -> np.ndarray:
-    """uint8 (B, S, S, 3) of prepared images: without the normalisation that the backbone says it does."""
+    """uint8 (B, H, W, C) of prepared images: without the normalisation that the backbone says it does."""
     preprocessing = getattr(backbone, "preprocessing", None)
     x = prepared.float().cpu().permute(0, 2, 3, 1)
     if preprocessing is not None:
@@ -133,7 +134,7 @@ def _thumbnail(
     ink: tuple,
 ) -> None:
     """The central square of an image, in a frame, with one line of words below it."""
-    image, (x, y), draw = Image.fromarray(pixels), corner, ImageDraw.Draw(page)
+    image, (x, y), draw = Image.fromarray(shown(pixels)), corner, ImageDraw.Draw(page)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.resize((cell, cell), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))

@@ -260,4 +260,4 @@ def _draw(
     neighbours_picture(train, val, (near, far), folder / "neighbours.png")
     if far.mean_NLD.shape[-1]:
         rows = far.rows[spread([val.table["label"][int(row)].as_py() for row in far.rows], 3 * PAIRS)]
-        pca_picture(backbone, [decode(val.read(int(row))) for row in rows], folder / "pca.png")
+        pca_picture(backbone, [decode(val.read(int(row)), backbone.channels) for row in rows], folder / "pca.png")

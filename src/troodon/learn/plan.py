@@ -56,14 +56,20 @@ def plan(config: PretrainConfig, images: int, device: torch.device, compute: tor
     branch = empty(config)
     backbone, whole = (sum(p.numel() for p in part.parameters()) for part in (branch.backbone, branch))
 
-    sides = [config.crops.global_px // config.vit.patch, config.crops.local_px // config.vit.patch]
-    wide, narrow = ((1 + config.vit.registers + side * side) for side in sides)
-    tokens = config.batch * (2 * wide + config.crops.locals * narrow)
-    forward_wide, forward_narrow = (flops(config.vit, (side, side)) for side in sides)
-    student = (1 - config.vit.drop_path) * (2 * forward_wide + config.crops.locals * forward_narrow)
+    # Of crops of several sizes: the mean over steps, but as much memory as the largest takes.
+    patch, views = config.vit.patch, (2, config.crops.locals)
+    tokens = largest = forward_wide = student = patches = 0.0
+    for wide, narrow, share in config.crops.sizes():
+        grids = [(height // patch, width // patch) for height, width in (wide, narrow)]
+        of_image = sum(n * (1 + config.vit.registers + h * w) for n, (h, w) in zip(views, grids))
+        tokens, largest = tokens + share * config.batch * of_image, max(largest, config.batch * of_image)
+        forward = [flops(config.vit, grid) for grid in grids]
+        forward_wide += share * forward[0]
+        student += share * (1 - config.vit.drop_path) * sum(n * f for n, f in zip(views, forward))
+        patches += share * grids[0][0] * grids[0][1]
     rows = {
         "dino": 2 + config.crops.locals,
-        "ibot": 2 * config.masks.share * sum(config.masks.ratio) / 2 * sides[0] ** 2,
+        "ibot": 2 * config.masks.share * sum(config.masks.ratio) / 2 * patches,
     }
     head_flops = student_logits = 0.0
     for name, head in (("dino", config.dino_head), ("ibot", config.dino_head if shared else config.ibot_head)):
@@ -74,14 +80,14 @@ def plan(config: PretrainConfig, images: int, device: torch.device, compute: tor
     per_step = config.batch * (3 * student + 2 * forward_wide + head_flops)
 
     width = 2 if compute == torch.bfloat16 else 4
-    saved = tokens * config.vit.dim * config.vit.depth * SAVED_PER_TOKEN * width * (1 - config.vit.drop_path)
+    saved = largest * config.vit.dim * config.vit.depth * SAVED_PER_TOKEN * width * (1 - config.vit.drop_path)
     saved += 3 * 4 * student_logits * config.batch
     return Plan(
         images=images,
         steps=config.steps,
         batch=config.batch,
         passes=config.steps * config.batch / max(images, 1),
-        tokens_per_step=tokens,
+        tokens_per_step=round(tokens),
         parameters=backbone,
         head_parameters=whole - backbone,
         flops_per_step=per_step,

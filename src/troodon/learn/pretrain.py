@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from troodon import dist
-from troodon.config import UsageError, differences, fingerprint, to_dict, to_yaml
+from troodon.config import UsageError, differences, fingerprint, pair, to_dict, to_yaml
 from troodon.data import sheet
 from troodon.data.index import Index
 from troodon.data.loader import Loader
@@ -56,11 +56,17 @@ def pretrain(
 
 def check(config: PretrainConfig, index: Index, init: Backbone | None, ranks: int) -> None:
     """UsageError for a config that cannot train on these images, on so many ranks."""
-    for name in ("global_px", "local_px"):
-        px, patch = getattr(config.crops, name), config.vit.patch
-        if px % patch or px < patch:
-            near = max(patch, round(px / patch) * patch)
-            raise UsageError(f"crops.{name} {px} does not divide into patches of {patch}; the nearest is {near}")
+    patch, channels = config.vit.patch, config.vit.channels
+    sizes = [("global_px", pair(config.crops.global_px))]  # evaluation sees this one also of a run with mixed sizes
+    for wide, narrow, _ in config.crops.sizes():
+        sizes += [("mixed", wide), ("mixed", narrow)] if config.crops.mixed else [("local_px", narrow)]
+    for name, size in sizes:
+        if (near := tuple(max(patch, round(px / patch) * patch) for px in size)) != size:
+            px, nearest = (" ".join(map(str, s if size[0] != size[1] else s[:1])) for s in (size, near))
+            raise UsageError(f"crops.{name} {px} does not divide into patches of {patch}; the nearest is {nearest}")
+    if (known := len(config.photometric.mean)) != channels:
+        fix = f"set photometric.mean and photometric.std to {channels} numbers each"
+        raise UsageError(f"photometric.mean has {known} numbers for {channels} channels: {fix}")
     loggers.check(config.log_to)
     if not len(index):
         raise UsageError("no images to train on")
@@ -118,6 +124,7 @@ def _pretrain(
     loader = Loader(
         index, config.crops, config.photometric, config.masks, config.vit.patch, config.batch, config.seed,
         threads=config.threads or _share_of_processors(world), rank=rank, world=world,
+        channels=config.vit.channels,
     )  # fmt: skip
     saver = Saver(out, config, preprocessing(config))
     recorder = Recorder(config, method, optimizer, loader, out, saver, probe)

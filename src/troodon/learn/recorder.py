@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from troodon import dist
-from troodon.config import to_dict
+from troodon.config import pair, to_dict
 from troodon.data.batch import Batch
 from troodon.data.loader import Loader
 from troodon.learn import checkpoint, health
@@ -205,6 +205,9 @@ class Recorder:
 
 
 def preprocessing(config: PretrainConfig) -> Preprocessing:
-    """How images are shown to the trained network: the shorter side to 8/7 of the crop, as 256 is to 224."""
+    """How images are shown to the trained network: the shorter side to 8/7 of the crop, as 256 is to 224.
+
+    The crop is that of `crops.global_px`, also of a run with mixed sizes.
+    """
     crop = config.crops.global_px
-    return Preprocessing(round(crop * 8 / 7), crop, config.photometric.mean, config.photometric.std)
+    return Preprocessing(round(min(pair(crop)) * 8 / 7), crop, config.photometric.mean, config.photometric.std)

@@ -22,14 +22,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from troodon.config import UsageError, fingerprint, to_dict
+from troodon.config import UsageError, fingerprint, pair, to_dict
 from troodon.model.config import Preprocessing, ViTConfig
 from troodon.model.vit import ViT
 from troodon.run import MANIFEST, publish, read_json, write_json
 
 # Shape suffixes: B images, C colours, H W pixels, D channels, R registers, h w rows and columns of patches.
 
-LONGEST = 4  # times the shorter side: the rest of a longer image is cut before resizing, and never shown anyway
+LONGEST = 4  # times what the crop's shape needs of a side: the rest is cut before resizing, and never shown anyway
 HEAD_CHANNELS = 64  # of every released model
 
 
@@ -58,6 +58,10 @@ class Backbone:
         return self.vit.config
 
     @property
+    def channels(self) -> int:
+        return self.config.channels
+
+    @property
     def device(self) -> torch.device:
         return self.vit.cls_token.device
 
@@ -65,15 +69,26 @@ class Backbone:
         return dataclasses.replace(self, vit=self.vit.to(device))
 
     def prepare(self, images: Sequence[np.ndarray]) -> Tensor:
-        """uint8 (H, W, 3) arrays of any sizes -> (B, 3, crop, crop), resized, cropped and normalised."""
+        """uint8 (H, W, C) arrays of any sizes -> (B, C, *crop), resized, cropped and normalised.
+
+        UsageError for an image of other channels than the network's.
+        """
+        for image in images:
+            if image.shape[2:] != (self.channels,):
+                said = f"an image of shape {image.shape}: this network takes (height, width, {self.channels})"
+                raise UsageError(said)
+        if len(self.preprocessing.mean) != self.channels:
+            counts = f"its preprocessing has {len(self.preprocessing.mean)} means for {self.channels} channels"
+            raise UsageError(f"{self.name}: {counts}; give it prepared tensors")
         return torch.stack([_prepare(image, self.preprocessing) for image in images])
 
     @torch.inference_mode()
     def features(self, images: Tensor | Sequence[str | Path | np.ndarray], *, blocks: int = 1) -> Features:
-        """Features of images: paths, uint8 (H, W, 3) arrays, PIL images, or a prepared (B, 3, H, W) tensor.
+        """Features of images: paths, uint8 (H, W, C) arrays, PIL images, or a prepared (B, C, H, W) tensor.
 
-        A prepared tensor may have any height and width that patches divide. `blocks` is how many of the
-        last blocks to return class and mean patch tokens of.
+        C is the network's number of channels; PIL images become RGB where it is 3, and grey where it is 1. A prepared
+        tensor may have any height and width that patches divide. `blocks` is how many of the last blocks to return
+        class and mean patch tokens of.
         """
         if not isinstance(images, Tensor):
             images = self.prepare([self._pixels(image) for image in images])
@@ -91,7 +106,10 @@ class Backbone:
             if self.read is None:
                 raise UsageError(f"{image}: this backbone takes pixels; troodon.load gives one that reads paths")
             return self.read(image)
-        return np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
+        if hasattr(image, "convert") and self.channels in (1, 3):
+            image = image.convert("RGB" if self.channels == 3 else "L")
+        pixels = np.asarray(image)
+        return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
     def save(self, folder: Path) -> None:
         """Write the folder, whole or not at all; one that is there is replaced."""
@@ -224,9 +242,10 @@ def _hugging_face(folder: Path) -> Backbone:
     preprocessing = Preprocessing()
     if (folder / "preprocessor_config.json").exists():
         p = json.loads((folder / "preprocessor_config.json").read_text())
+        height, width = (p.get("crop_size", {}).get(side, preprocessing.crop) for side in ("height", "width"))
         preprocessing = Preprocessing(
             resize=p.get("size", {}).get("shortest_edge", preprocessing.resize),
-            crop=p.get("crop_size", {}).get("height", preprocessing.crop),
+            crop=height if height == width else (height, width),
             mean=tuple(p.get("image_mean", preprocessing.mean)),
             std=tuple(p.get("image_std", preprocessing.std)),
         )
@@ -234,17 +253,20 @@ def _hugging_face(folder: Path) -> Backbone:
 
 
 def _prepare(image_HWC: np.ndarray, p: Preprocessing) -> Tensor:
-    longest = LONGEST * min(image_HWC.shape[:2])
-    top, left = (max(0, side - longest) // 2 for side in image_HWC.shape[:2])
-    image_HWC = image_HWC[top : top + longest, left : left + longest]
+    crop_h, crop_w = pair(p.crop)
     height, width = image_HWC.shape[:2]
-    scale = p.resize / min(height, width)
-    size = [max(p.resize, round(height * scale)), max(p.resize, round(width * scale))]
+    tallest, widest = max(1, LONGEST * width * crop_h // crop_w), max(1, LONGEST * height * crop_w // crop_h)
+    top, left = max(0, height - tallest) // 2, max(0, width - widest) // 2
+    image_HWC = image_HWC[top : top + tallest, left : left + widest]
+    height, width = image_HWC.shape[:2]
+    cover = [side * p.resize / min(crop_h, crop_w) for side in (crop_h, crop_w)]
+    scale = max(cover[0] / height, cover[1] / width)
+    size = [max(round(cover[0]), round(height * scale)), max(round(cover[1]), round(width * scale))]
     x_CHW = torch.from_numpy(np.array(image_HWC)).permute(2, 0, 1)  # a copy: some are read-only
     if size != [height, width]:
         x_CHW = F.interpolate(x_CHW[None], size=size, mode="bicubic", antialias=True)[0]
-    top, left = (size[0] - p.crop) // 2, (size[1] - p.crop) // 2
-    x_CHW = x_CHW[:, top : top + p.crop, left : left + p.crop].float() / 255.0
+    top, left = (size[0] - crop_h) // 2, (size[1] - crop_w) // 2
+    x_CHW = x_CHW[:, top : top + crop_h, left : left + crop_w].float() / 255.0
     mean, std = (torch.tensor(v)[:, None, None] for v in (p.mean, p.std))
     return (x_CHW - mean) / std
 

@@ -64,12 +64,13 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From a decoded image to the network's input: shorter side to `resize`, centre `crop`, normalise."""
+    """From a decoded image to the network's input: resize, centre `crop`, normalise."""
 
     resize: int = 256
-    """Pixels of the shorter side."""
-    crop: int = 224
-    """Pixels on a side of what the network sees."""
+    """Pixels of the shorter side. If `crop` is not square, the image is made to cover a box of its shape whose shorter
+    side has as many."""
+    crop: int | tuple[int, int] = 224
+    """Pixels on a side of what the network sees; or its height and width."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 

@@ -5,6 +5,8 @@ Of a backbone alone only the network is known, and `start.reuse` is "backbone": 
 
 from dataclasses import replace
 
+from troodon.config import pair
+from troodon.data.config import Size
 from troodon.learn.config import ObjectiveConfig, OptimConfig, PretrainConfig
 from troodon.learn.schedules import Schedule, Schedules
 from troodon.model.config import HeadConfig
@@ -17,22 +19,28 @@ def high_resolution(start: PretrainConfig, steps: int = 10_000) -> PretrainConfi
     10,000 steps.
 
     Command: troodon pretrain high_resolution --init RUN --data SELECTION --out RUN-518
-    Positions are resized once, to the grid of the large crops. From a run its heads go on learning; a backbone alone
-    gets new ones, which learn by themselves first. The paper's learning rate was never published: a tenth of the
-    first phase's is ours. For mixed resolutions set crops.mixed. Not yet run at full size.
+    Positions are resized once, to the grid of the large crops (the longer side's, if they are not square). From a run
+    its heads go on learning; a backbone alone gets new ones, which learn by themselves first. The paper's learning
+    rate was never published: a tenth of the first phase's is ours. For mixed resolutions set crops.mixed. Not yet run
+    at full size.
     """
     vit, crops, s = start.vit, start.crops, start.schedules
-    wide = round(HIGH_RESOLUTION / vit.patch) * vit.patch
-    narrow = max(1, round(crops.local_px * wide / crops.global_px / vit.patch)) * vit.patch
-    share = steps / start.steps
+    larger, share = HIGH_RESOLUTION / min(pair(crops.global_px)), steps / start.steps
+
+    def enlarged(size: int | Size) -> int | Size:
+        if isinstance(size, int):
+            return max(1, round(size * larger / vit.patch)) * vit.patch
+        height, width = size
+        return enlarged(height), enlarged(width)
 
     def compressed(schedule: Schedule, factor: float = 1.0) -> Schedule:
         return replace(schedule, peak=schedule.peak * factor, warmup=round(schedule.warmup * share))
 
+    wide = enlarged(crops.global_px)
     return replace(
         start,
-        vit=replace(vit, grid=wide // vit.patch),
-        crops=replace(crops, global_px=wide, local_px=narrow),
+        vit=replace(vit, grid=max(pair(wide)) // vit.patch),
+        crops=replace(crops, global_px=wide, local_px=enlarged(crops.local_px), mixed=()),
         schedules=Schedules(
             lr=compressed(s.lr, 0.1),
             weight_decay=compressed(s.weight_decay),

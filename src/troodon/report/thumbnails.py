@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from troodon.data.decode import BadImage, decode
+from troodon.data.decode import BadImage, decode, shown
 from troodon.data.index import Index
 from troodon.report.markup import Content, Markup, data_uri, h
 
@@ -28,15 +28,15 @@ def thumbnail(index: Index, row: int, frame: Frame = Frame()) -> Markup:
     """Row `row` of the index; a grey box where the image is gone or broken."""
     path = index.path(row)
     try:
-        source, side = jpeg(decode(index.read(row)))
+        source, side = jpeg(shown(decode(index.read(row), channels=None)))
     except (OSError, BadImage) as error:
         reason = error.reason if isinstance(error, BadImage) else "the file is gone or was cut short"
-        shown = h("span", class_="missing", role="img", aria_label=f"{path}: {reason}", title=f"{path}: {reason}")
+        image = h("span", class_="missing", role="img", aria_label=f"{path}: {reason}", title=f"{path}: {reason}")
     else:
         # Very small images are enlarged as they are, not blurred.
-        shown = h("img", src=source, alt=path, title=path, class_="tiny" if side <= 40 else None)
+        image = h("img", src=source, alt=path, title=path, class_="tiny" if side <= 40 else None)
     below = h("figcaption", frame.says) if frame.says is not None else None
-    return h("figure", h("span", shown, class_="box"), below, class_="thumb kept" if frame.kept else "thumb")
+    return h("figure", h("span", image, class_="box"), below, class_="thumb kept" if frame.kept else "thumb")
 
 
 def jpeg(pixels_HWC: np.ndarray) -> tuple[str, int]:
