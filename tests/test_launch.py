@@ -270,16 +270,16 @@ def test_a_dry_run_starts_nothing(images, tmp_path, monkeypatch, capsys):  # noq
 
 def test_devices_are_those_there_are(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert dist.to_start("auto", 8) == 1
-    assert dist.to_start("4", 8) == 4
+    assert dist.to_start("auto") == 1
+    assert dist.to_start("4") == 4
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert dist.to_start("auto", 8) == 4
-    assert dist.to_start(2, 8) == 2
+    assert dist.to_start("auto") == 4
+    assert dist.to_start(2) == 2
     with pytest.raises(UsageError, match="devices 5: this machine has 4"):
-        dist.to_start("5", 10)
+        dist.to_start("5")
     assert dist.device() == torch.device("cuda", 0)
     monkeypatch.setenv("RANK", "1")  # started by others: by torchrun, by Slurm, by ourselves
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert dist.to_start("auto", 8) == 1
+    assert dist.to_start("auto") == 1
     assert dist.device() == torch.device("cuda", 1)

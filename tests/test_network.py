@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from troodon.model.config import BASE, GIANT, LARGE, SMALL, ViTConfig
+from troodon.model.config import BASE, GIANT, LARGE, SMALL, ViTConfig, flops
 from troodon.model.packing import Layout, attend, pack, residual, unpack
-from troodon.model.vit import ViT, flops, resize_positions
+from troodon.model.vit import ViT, resize_positions
 
 TINY = ViTConfig(dim=32, depth=3, heads=2, patch=4, grid=4, registers=2, layer_scale=0.5)
 

@@ -383,8 +383,8 @@ def test_an_objective_has_the_terms_that_it_weighs(images, tmp_path, objective, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"parallel": ParallelConfig(accumulate=3)}, "batch 8 does not divide over 1 ranks of parallel.accumulate 3 "
-         "parts; the nearest is 9"),
+        ({"parallel": ParallelConfig(accumulate=3)}, "batch 8 does not divide over 1 devices of parallel.accumulate 3 "
+         "parts: set batch 9"),
         ({"parallel": ParallelConfig(accumulate=2)}, "koleo_group 0 looks .* that can be exact is 4"),
         ({"objective": ObjectiveConfig(koleo_group=3)}, "koleo_group 3 does not divide the batch of 8"),
     ],

@@ -293,6 +293,6 @@ def test_a_run_of_such_crops_trains(images, tmp_path, crops, monkeypatch):  # no
     path = sorted(images.iterdir())[0]
     grid = (6, 6) if crops.mixed else (4, 8)
     assert troodon.load(tmp_path / "run").features([path]).patches.shape == (1, *grid, 32)
-    plan = planning.plan(config, 20, torch.device("cpu"), torch.float32, 1)
+    plan = planning.plan(config, 20, "cpu", 4, 1)
     of_mixed = 0.75 * (2 * 17 + 2 * 5) + 0.25 * (2 * 65 + 2 * 10)
-    assert plan.tokens_per_step == 8 * (of_mixed if crops.mixed else 2 * 33 + 3 * 7)
+    assert plan.tokens == 8 * (of_mixed if crops.mixed else 2 * 33 + 3 * 7)

@@ -66,7 +66,7 @@ def test_what_is_asked_of_slurm(images, tmp_path, programs, capsys):  # noqa: F8
     [
         ({"nodes": 1}, "slurm: no srun here; .* --slurm.cluster local"),
         ({"nodes": 2, "cluster": "local"}, "slurm.nodes 2: this machine is one"),
-        ({"nodes": 1, "cluster": "local", "gpus_per_node": 3}, "batch 8 does not divide over 3 devices; .* is 9"),
+        ({"nodes": 1, "cluster": "local", "gpus_per_node": 3}, "batch 8 does not divide over 3 devices: set batch 9"),
         ({"nodes": -1}, "slurm.nodes -1"),
         ({"nodes": 1, "hours": 0}, "slurm.hours 0"),
         ({"nodes": 1, "cluster": "slrum"}, "did you mean 'slurm'"),
@@ -82,7 +82,7 @@ def test_mistakes_are_told_before_anything_is_queued(images, tmp_path, monkeypat
 def test_without_submitit_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UsageError, match=r"pip install 'troodon\[slurm\]'"):
-        check(SlurmConfig(nodes=1), 8)
+        check(SlurmConfig(nodes=1))
 
 
 @pytest.mark.parametrize(

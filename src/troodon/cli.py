@@ -104,27 +104,34 @@ class Pretrain:
 
     recipe: Positional[str]
     """A recipe (see `troodon recipes`) or a YAML file."""
-    data: Images
-    """Folders, tars, paths inside tars, an index or a selection."""
-    out: str
-    """The run's folder."""
+    data: Images = ()
+    """Folders, tars, paths inside tars, an index or a selection. A dry run does without."""
+    out: str | None = None
+    """The run's folder. A dry run does without."""
     init: str | None = None
     """First weights: a run, a backbone folder or released weights of the same network."""
     devices: str = "auto"
-    """Devices of this machine to train on, or processes where it has none; auto is all devices."""
+    """Devices of this machine to train on, or processes where it has none; auto is all devices.
+    For a dry run, a number is one of accelerators, which need not be here."""
     dry_run: bool = False
-    """Tell what would happen, and stop."""
+    """Tell what the run would take, and stop."""
+    images_per_second: float | None = None
+    """For a dry run: what all devices together see, to tell the time by."""
     slurm: SlurmConfig = SlurmConfig()
     config: Annotated[PretrainConfig, arg(name="")] = PretrainConfig()
 
     def run(self) -> None:
-        if self.slurm.nodes and not self.dry_run:
-            print(verbs.submit(self.config, self.data, self.out, self.slurm, init=self.init))
+        devices, slurm = self.devices, self.slurm
+        if slurm.nodes and not self.dry_run:
+            print(verbs.submit(self.config, self.data, self.out, slurm, init=self.init))
             return
+        if slurm.nodes:
+            devices = slurm.nodes * slurm.gpus_per_node
         folder = verbs.pretrain(
-            self.config, self.data, self.out, init=self.init, devices=self.devices, dry_run=self.dry_run
-        )
-        if folder is not None:
+            self.config, self.data, self.out, init=self.init, devices=devices, dry_run=self.dry_run,
+            images_per_second=self.images_per_second,
+        )  # fmt: skip
+        if folder is not None and self.out is not None:
             print(folder)
             _next(
                 f"troodon evaluate mine --backbone {_q(self.out)} --data LABELLED --out {_q(self.out)}-scores",

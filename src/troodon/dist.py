@@ -30,6 +30,14 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
+    """What "fp32", "bf16" or "auto" mean on a device: auto is bf16 where it multiplies faster with that."""
+    if setting != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[setting]
+    fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
 @contextlib.contextmanager
 def group() -> Iterator[None]:
     """Join the ranks that `launch`, torchrun or Slurm started, or be a group of one; leave it at the end."""
@@ -99,7 +107,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def to_start(devices: str | int, batch: int) -> int:
+def to_start(devices: str | int) -> int:
     """How many ranks to start for `devices`, a number or "auto"; 1 inside a group. UsageError for what cannot be."""
     if "RANK" in os.environ or world() > 1:
         return 1
@@ -107,10 +115,6 @@ def to_start(devices: str | int, batch: int) -> int:
     ranks = (there or 1) if devices == "auto" else int(devices)
     if there and ranks > there:
         raise UsageError(f"devices {ranks}: this machine has {there}")
-    if batch % ranks:
-        near = max(1, round(batch / ranks)) * ranks
-        fit = max(n for n in range(1, ranks) if batch % n == 0)
-        raise UsageError(f"batch {batch} does not divide over {ranks} devices: set batch {near}, or devices {fit}")
     return ranks
 
 

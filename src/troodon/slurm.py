@@ -52,8 +52,8 @@ def logs(out: str | Path) -> Path:
     return Path(f"{Path(out)}-logs")
 
 
-def check(config: SlurmConfig, batch: int) -> None:
-    """UsageError for a job that could not be submitted, or not train with this batch."""
+def check(config: SlurmConfig) -> None:
+    """UsageError for a job that could not be submitted."""
     try:
         import submitit
     except ImportError:
@@ -64,10 +64,6 @@ def check(config: SlurmConfig, batch: int) -> None:
         )
     if config.cluster == "local" and config.nodes > 1:
         raise UsageError(f"slurm.nodes {config.nodes}: this machine is one; set it to 1, or slurm.cluster to slurm")
-    ranks = config.nodes * config.gpus_per_node
-    if batch % ranks:
-        near = max(1, round(batch / ranks)) * ranks
-        raise UsageError(f"batch {batch} does not divide over {ranks} devices; the nearest is {near}")
 
 
 def submit(words: list[str], out: str | Path, config: SlurmConfig) -> str:

@@ -99,40 +99,42 @@ def curate(
 
 def pretrain(
     recipe: str | PretrainConfig,
-    data: Data,
-    out: str | Path,
+    data: Data | None = None,
+    out: str | Path | None = None,
     *,
     init: "str | Path | Backbone | None" = None,
     settings: dict | None = None,
     devices: str | int = "auto",
     dry_run: bool = False,
+    images_per_second: float | None = None,
 ) -> Path | None:
     """Learn features from unlabelled images; goes on where the run in `out` stopped. Returns the backbone's folder.
 
-    `settings` changes the recipe: {"steps": 1000, "schedules": {"lr": {"peak": 1e-3}}}. `dry_run` only tells the plan.
+    `settings` changes the recipe: {"steps": 1000, "schedules": {"lr": {"peak": 1e-3}}}.
     `devices` is how many of this machine's to train on, "auto" for all; on several, a process each, which read `data`
     and `init` by their paths. There, learn.pretrain.Interrupted, UsageError or RuntimeError is what ended the first.
+    `dry_run` only tells the plan, also without `data` and `out`; as a number, `devices` then are accelerators that need
+    not be here, and the time is told if these see `images_per_second` together.
     """
     config = configured(recipe, PretrainConfig(), beginning(init), settings)
     if devices != "auto" and not (str(devices).isdecimal() and int(devices)):
         raise UsageError(f"devices {str(devices)!r}: a number or auto")
+    if images_per_second is not None and not (dry_run and 0 < images_per_second < float("inf")):
+        raise UsageError(f"images_per_second {images_per_second}: is above 0, and for a dry run")
+    if dry_run:
+        return _tell_plan(config, data, init, devices, images_per_second)
+    data, out = _given(data, out)
     from troodon import dist, launch
     from troodon.data.sources import open_source
     from troodon.learn import checkpoint
     from troodon.learn import pretrain as training
-    from troodon.learn.plan import plan
-    from troodon.run import say
 
-    ranks = dist.to_start(devices, config.batch)
+    ranks = dist.to_start(devices)
     if ranks > 1:
         _by_path(data, init)
     index = open_source(*_paths(data))
     start = None if init is None else _backbone(init)
     training.check(config, index, start, max(ranks, int(os.environ.get("WORLD_SIZE", 1))))
-    if dry_run:
-        device = dist.device()
-        say(plan(config, len(index), device, training.compute_dtype(config, device), max(ranks, dist.world())).render())
-        return None
     if ranks > 1:
         del index, start  # each rank has its own
         with tempfile.TemporaryDirectory(prefix="troodon-") as folder:
@@ -151,6 +153,37 @@ def pretrain(
     return training.pretrain(config, index, Path(out), init=start, heads=heads, probe=quick_knn(index, config))
 
 
+def _tell_plan(
+    config: PretrainConfig,
+    data: Data | None,
+    init: "str | Path | Backbone | None",
+    devices: str | int,
+    images_per_second: float | None,
+) -> None:
+    """Say what a run would take: on this machine, its speed measured; or on any number of accelerators."""
+    from troodon.data.sources import open_source
+    from troodon.learn.config import fits
+    from troodon.learn.plan import plan, timed
+    from troodon.run import say
+
+    images = len(open_source(*_paths(data))) if data else None
+    if init is not None:
+        from troodon.learn.pretrain import same_network
+
+        same_network(config, _backbone(init))
+    if devices != "auto":  # without torch, which takes longer to load than all of this
+        fits(config, int(devices))
+        width = 4 if config.compute == "fp32" else 2
+        return say(plan(config, images, "cuda", width, int(devices), images_per_second).render())
+    from troodon import dist
+
+    device, ranks = dist.device(), dist.to_start("auto")
+    fits(config, ranks)
+    compute = dist.compute_dtype(config.compute, device)
+    planned = plan(config, images, device.type, compute.itemsize, ranks, images_per_second)
+    return say((planned if images_per_second else timed(planned, device, compute)).render())
+
+
 def beginning(init: "str | Path | Backbone | None") -> Callable[[str], PretrainConfig]:
     """The recipes of pretraining by name, those included that go on from `init`."""
     return lambda name: recipes.pretrain(name, lambda: None if init is None else start_of(init))
@@ -167,8 +200,8 @@ def start_of(init: "str | Path | Backbone") -> PretrainConfig:
 
 def submit(
     recipe: str | PretrainConfig,
-    data: Data,
-    out: str | Path,
+    data: Data | None,
+    out: str | Path | None,
     slurm: SlurmConfig,
     *,
     init: str | Path | None = None,
@@ -176,15 +209,24 @@ def submit(
 ) -> str:
     """Have Slurm do what `pretrain` does, on `slurm.nodes` machines; returns the job's id. Mistakes are told first."""
     config = configured(recipe, PretrainConfig(), beginning(init), settings)
+    data, out = _given(data, out)
     from troodon.data.sources import open_source
     from troodon.learn import pretrain as training
     from troodon.slurm import check, logs, submit
 
-    check(slurm, config.batch)
+    check(slurm)
     _by_path(data, init)
     ranks = slurm.nodes * slurm.gpus_per_node
     training.check(config, open_source(*_paths(data)), None if init is None else _backbone(init), ranks)
     return submit(_words(config, data, out, init, logs(out)), out, slurm)
+
+
+def _given(data: Data | None, out: str | Path | None) -> tuple[Data, str | Path]:
+    """Both, or UsageError: only a dry run does without."""
+    if data in (None, ()) or out is None:
+        missing = [f"--{name}" for name, value in (("data", data), ("out", out)) if value in (None, ())]
+        raise UsageError(f"no {' and no '.join(missing)}; or give --dry-run to see what the run would take")
+    return data, out
 
 
 def _by_path(data: Data, init: object) -> None:

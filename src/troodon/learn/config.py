@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from troodon.config import UsageError, within
+from troodon.config import UsageError, pair, within
 from troodon.data.config import CropsConfig, MasksConfig, PhotometricConfig
 from troodon.learn.schedules import Schedules
 from troodon.model.config import HeadConfig, ViTConfig
@@ -133,3 +133,36 @@ class PretrainConfig:
         within(self, "", 0, None, "threads", "health_every", "probe_every", "keep_every", "seed")
         if self.batch < 2:
             raise UsageError(f"batch {self.batch}: a step compares images, so it needs at least 2")
+
+
+def fits(config: PretrainConfig, ranks: int) -> None:
+    """UsageError for numbers that do not go together: crops and patches, channels, a step and what it is cut into."""
+    patch, channels = config.vit.patch, config.vit.channels
+    sizes = [("global_px", pair(config.crops.global_px))]  # evaluation sees this one also of a run with mixed sizes
+    for wide, narrow, _ in config.crops.sizes():
+        sizes += [("mixed", wide), ("mixed", narrow)] if config.crops.mixed else [("local_px", narrow)]
+    for name, size in sizes:
+        if (near := tuple(max(patch, round(px / patch) * patch) for px in size)) != size:
+            px, nearest = (" ".join(map(str, s if size[0] != size[1] else s[:1])) for s in (size, near))
+            raise UsageError(f"crops.{name} {px} does not divide into patches of {patch}; the nearest is {nearest}")
+    if (known := len(config.photometric.mean)) != channels:
+        fix = f"set photometric.mean and photometric.std to {channels} numbers each"
+        raise UsageError(f"photometric.mean has {known} numbers for {channels} channels: {fix}")
+
+    batch, parts, group = config.batch, config.parallel.accumulate, config.objective.koleo_group
+    if batch % (ranks * parts):
+        near = max(1, round(batch / (ranks * parts))) * ranks * parts
+        fewer = [n for n in range(1, ranks) if batch % (n * parts) == 0]
+        where = f"{ranks} devices" + (f" of parallel.accumulate {parts} parts" if parts > 1 else "")
+        other = f", or devices {fewer[-1]}" if fewer else ""
+        raise UsageError(f"batch {batch} does not divide over {where}: set batch {near}{other}")
+    if not config.objective.koleo_weight:
+        return
+    if batch % max(group, 1):
+        raise UsageError(f"objective.koleo_group {group} does not divide the batch of {batch} images")
+    part = batch // ranks // parts
+    if parts > 1 and (not group or part % group):
+        raise UsageError(
+            f"objective.koleo_group {group} looks for neighbours beyond the {part} images that parallel.accumulate "
+            f"{parts} leaves in memory at once; the nearest that can be exact is {part}"
+        )

@@ -1,16 +1,17 @@
-"""What a run will take, told before its first step: images, steps, tokens, parameters, memory, time."""
+"""What a run will take, told before its first step: images, parameters, products, memory, time. No torch here: a plan
+takes no time, whatever it is of."""
 
 import time
-from dataclasses import asdict, dataclass
-
-import torch
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from troodon.learn.config import PretrainConfig
-from troodon.learn.parallel import empty
-from troodon.model.vit import flops
+from troodon.learn.cost import Cost, Grid
 
-STATE_BYTES = 4 * 5  # per parameter of the student: itself, its gradient, two moments, its average, in fp32
-SAVED_PER_TOKEN = 20  # numbers per token, channel and block that the backward pass needs; measured
+if TYPE_CHECKING:
+    import torch
+
 # Of the speed of one large product, what a whole step reaches, its images included: on a processor as measured with the
 # small recipes, on an accelerator an estimate.
 SHARE_OF_PEAK = {"cpu": 0.1, "cuda": 0.35}
@@ -18,90 +19,98 @@ SHARE_OF_PEAK = {"cpu": 0.1, "cuda": 0.35}
 
 @dataclass(frozen=True)
 class Plan:
-    images: int
-    steps: int
-    batch: int
-    passes: float  # over the images
-    tokens_per_step: int
-    parameters: int  # of the backbone
-    head_parameters: int
-    flops_per_step: float
-    state_bytes: int  # per rank
-    activation_bytes: int  # per rank, estimated
-    seconds: float  # estimated
+    """Of crops of several sizes: means over steps, and the memory of the largest."""
+
+    config: PretrainConfig
+    images: int | None  # to learn from; None where that is not known
     device: str
-    compute: str
+    width: int  # bytes of a number in products: 2 is bf16
     ranks: int
+    parameters: Mapping[str, int]  # of the student, by part
+    tokens: float  # a step, through the student
+    flops: Mapping[str, float]  # a step, over all ranks
+    state: Mapping[str, float]  # bytes of each rank after a step
+    phases: Mapping[str, Mapping[str, float]]  # bytes of each rank in each phase of a step, besides lasting state
+    images_per_second: float | None = None  # over all ranks; None where that is not known
+
+    @property
+    def busiest(self) -> str:
+        """The phase at the peak of memory."""
+        return max(self.phases, key=lambda name: total(self.phases[name]))
+
+    @property
+    def memory(self) -> dict[str, float]:
+        """Bytes of each rank at the peak of a step, by part. Gradients come as what is kept for them goes."""
+        return {name: n for name, n in self.state.items() if name != "gradients"} | self.phases[self.busiest]
+
+    @property
+    def seconds(self) -> float | None:
+        return self.config.steps * self.config.batch / self.images_per_second if self.images_per_second else None
 
     def render(self) -> str:
         """One screen for people."""
-        return "\n".join(
-            f"  {name:<11} {value}"
-            for name, value in {
-                "images": f"{self.images:,}, seen {self.passes:,.1f} times",
-                "steps": f"{self.steps:,} of {self.batch} images",
-                "tokens": f"{self.tokens_per_step:,} a step through the student",
-                "parameters": f"{people(self.parameters)} in the backbone, {people(self.head_parameters)} in the heads",
-                "memory": f"{people(self.state_bytes)}B of state + about {people(self.activation_bytes)}B of "
-                "activations per rank",
-                "time": f"about {duration(self.seconds)} ({people(self.flops_per_step)}FLOP a step)",
-                "on": f"{self.ranks} x {self.device}, {self.compute}",
-            }.items()
-        )
+        c, seen, rate = self.config, self.config.steps * self.config.batch, self.images_per_second
+        visits = f", each of {self.images:,} {seen / self.images:,.1f} times" if self.images else ""
+        each = " on each" if self.ranks > 1 else ""
+        lines = [
+            ("on", f"{self.ranks} x {self.device}, {'bf16' if self.width == 2 else 'fp32'}"),
+            ("steps", f"{c.steps:,} of {c.batch:,} images: {people(seen)} in all{visits}"),
+            ("tokens", f"{people(self.tokens)} a step through the student"),
+            ("parameters", summed(self.parameters)),
+            ("products", f"{summed(self.flops, 'FLOP')} a step"),
+            ("state", f"{summed(self.state, 'B')}{each}"),
+            ("memory", f"about {people(total(self.memory))}B of tensors{each} {self.busiest}:"),
+            *((f"  {name}", f"{people(size)}B") for name, size in self.memory.items()),
+        ]
+        peak = total(self.memory) - total(self.phases[self.busiest])
+        others = [(name, parts) for name, parts in self.phases.items() if name != self.busiest]
+        lines += [("", f"{people(peak + total(parts))}B {name}") for name, parts in others]
+        lines += [
+            ("time", "give --images-per-second for the time" if rate is None or self.seconds is None
+             else f"about {duration(self.seconds)} at {rate:,.4g} images/s")
+        ]  # fmt: skip
+        return "\n".join(f"  {name:<20} {value}" for name, value in lines)
 
 
-def plan(config: PretrainConfig, images: int, device: torch.device, compute: torch.dtype, ranks: int) -> Plan:
-    """The plan of a run; allocates nothing but one small product, to learn how fast this device is."""
-    shared = config.objective.heads == "shared"
-    branch = empty(config)
-    backbone, whole = (sum(p.numel() for p in part.parameters()) for part in (branch.backbone, branch))
-
-    # Of crops of several sizes: the mean over steps, but as much memory as the largest takes.
-    patch, views = config.vit.patch, (2, config.crops.locals)
-    tokens = largest = forward_wide = student = patches = 0.0
-    for wide, narrow, share in config.crops.sizes():
-        grids = [(height // patch, width // patch) for height, width in (wide, narrow)]
-        of_image = sum(n * (1 + config.vit.registers + h * w) for n, (h, w) in zip(views, grids))
-        tokens, largest = tokens + share * config.batch * of_image, max(largest, config.batch * of_image)
-        forward = [flops(config.vit, grid) for grid in grids]
-        forward_wide += share * forward[0]
-        student += share * (1 - config.vit.drop_path) * sum(n * f for n, f in zip(views, forward))
-        patches += share * grids[0][0] * grids[0][1]
-    rows = {
-        "dino": 2 + config.crops.locals,
-        "ibot": 2 * config.masks.share * sum(config.masks.ratio) / 2 * patches,
-    }
-    head_flops = student_logits = 0.0
-    for name, head in (("dino", config.dino_head), ("ibot", config.dino_head if shared else config.ibot_head)):
-        inner = config.vit.dim * head.hidden + (head.layers - 2) * head.hidden**2 + head.hidden * head.bottleneck
-        taught = 2 if name == "dino" else rows["ibot"]
-        head_flops += 2 * (inner + head.bottleneck * head.prototypes) * (3 * rows[name] + taught)
-        student_logits += (rows[name] + taught) * head.prototypes
-    per_step = config.batch * (3 * student + 2 * forward_wide + head_flops)
-
-    width = 2 if compute == torch.bfloat16 else 4
-    saved = largest * config.vit.dim * config.vit.depth * SAVED_PER_TOKEN * width * (1 - config.vit.drop_path)
-    saved += 3 * 4 * student_logits * config.batch
+def plan(
+    config: PretrainConfig,
+    images: int | None,
+    device: str,
+    width: int,
+    ranks: int,
+    images_per_second: float | None = None,
+) -> Plan:
+    """The plan of a run on `ranks` devices ("cpu" or "cuda"), whose products have numbers of `width` bytes."""
+    costs = [(Cost(config, wide, narrow, device, width, ranks), share) for wide, narrow, share in grids(config)]
+    largest = max((cost for cost, _ in costs), key=lambda cost: total(cost.student()))
+    steps = [(cost.flops(), share) for cost, share in costs]
+    state = largest.state()
+    gradients = {"gradients": state["gradients"]}
     return Plan(
-        images=images,
-        steps=config.steps,
-        batch=config.batch,
-        passes=config.steps * config.batch / max(images, 1),
-        tokens_per_step=round(tokens),
-        parameters=backbone,
-        head_parameters=whole - backbone,
-        flops_per_step=per_step,
-        state_bytes=whole * STATE_BYTES // ranks,
-        activation_bytes=int(saved / ranks),
-        seconds=config.steps * per_step / ranks / (SHARE_OF_PEAK[device.type] * product_rate(device, compute)),
-        device=device.type,
-        compute=str(compute).removeprefix("torch."),
-        ranks=ranks,
-    )
+        config, images, device, width, ranks,
+        parameters=largest.parameters,
+        tokens=sum(share * cost.tokens for cost, share in costs) * ranks * config.parallel.accumulate,
+        flops={name: sum(share * flops[name] for flops, share in steps) for name in steps[0][0]},
+        state=state,
+        phases={
+            "while the student learns": (gradients if config.parallel.accumulate > 1 else {}) | largest.student(),
+            "while the teacher answers": largest.teacher(),
+            "while the optimiser works": gradients | largest.update(),
+        },
+        images_per_second=images_per_second,
+    )  # fmt: skip
 
 
-def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+def timed(planned: Plan, device: "torch.device", dtype: "torch.dtype") -> Plan:
+    """The plan with the time that this device would take, if all ranks had one like it."""
+    rate = planned.ranks * SHARE_OF_PEAK[device.type] * product_rate(device, dtype)
+    return replace(planned, images_per_second=rate * planned.config.batch / total(planned.flops))
+
+
+def product_rate(device: "torch.device", dtype: "torch.dtype") -> float:
     """FLOP/s of one matrix product that fits the caches, the best of a few."""
+    import torch
+
     side = 4096 if device.type == "cuda" else 768
     a = torch.randn(side, side, device=device, dtype=dtype)
     best = float("inf")
@@ -112,10 +121,29 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / best
 
 
+def grids(config: PretrainConfig) -> list[tuple[Grid, Grid, float]]:
+    """Rows and columns of patches of global and of local crops, and the share of the steps that have these."""
+    patch = config.vit.patch
+    return [
+        ((wide[0] // patch, wide[1] // patch), (narrow[0] // patch, narrow[1] // patch), share)
+        for wide, narrow, share in config.crops.sizes()
+    ]
+
+
+def total(parts: Mapping[str, float]) -> float:
+    return sum(parts.values())
+
+
+def summed(parts: Mapping[str, float], unit: str = "") -> str:
+    """{"a": 1000, "b": 200} -> '1.2k: a 1k, b 200'."""
+    each = ", ".join(f"{name} {people(n)}{unit}" for name, n in parts.items())
+    return f"{people(total(parts))}{unit}: {each}"
+
+
 def people(number: float) -> str:
-    """1,234 -> '1.2k': a number with a prefix, for people."""
+    """1,234 -> '1.23k': a number with a prefix, for people."""
     for prefix in ("", "k", "M", "G", "T", "P"):
-        if abs(number) < 1000 or prefix == "P":
+        if abs(number) < 999.5 or prefix == "P":
             break
         number /= 1000
     return f"{number:.3g}{' ' if not prefix else ''}{prefix}"
@@ -131,7 +159,3 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
-
-
-def to_dict(plan: Plan) -> dict:
-    return asdict(plan)

@@ -9,22 +9,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-import torch
 from torch import Tensor
 
 from troodon import dist
-from troodon.config import UsageError, differences, fingerprint, pair, to_dict, to_yaml
+from troodon.config import UsageError, differences, fingerprint, to_dict, to_yaml
 from troodon.data import sheet
 from troodon.data.index import Index
 from troodon.data.loader import Loader
 from troodon.learn import checkpoint, guard, loggers, optim
 from troodon.learn.checkpoint import Progress, Saver
-from troodon.learn.config import PretrainConfig
+from troodon.learn.config import PretrainConfig, fits
 from troodon.learn.loop import NotFinite, train
 from troodon.learn.losses import Ranks
 from troodon.learn.method import Method
 from troodon.learn.parallel import build, build_anchor, first_weights
-from troodon.learn.plan import plan
+from troodon.learn.plan import plan, timed
 from troodon.learn.recorder import Probe, Recorder, preprocessing
 from troodon.model.backbone import Backbone
 from troodon.run import environment, manifest, say, write_bytes, write_json, write_manifest
@@ -56,64 +55,32 @@ def pretrain(
 
 def check(config: PretrainConfig, index: Index, init: Backbone | None, ranks: int) -> None:
     """UsageError for a config that cannot train on these images, on so many ranks."""
-    patch, channels = config.vit.patch, config.vit.channels
-    sizes = [("global_px", pair(config.crops.global_px))]  # evaluation sees this one also of a run with mixed sizes
-    for wide, narrow, _ in config.crops.sizes():
-        sizes += [("mixed", wide), ("mixed", narrow)] if config.crops.mixed else [("local_px", narrow)]
-    for name, size in sizes:
-        if (near := tuple(max(patch, round(px / patch) * patch) for px in size)) != size:
-            px, nearest = (" ".join(map(str, s if size[0] != size[1] else s[:1])) for s in (size, near))
-            raise UsageError(f"crops.{name} {px} does not divide into patches of {patch}; the nearest is {nearest}")
-    if (known := len(config.photometric.mean)) != channels:
-        fix = f"set photometric.mean and photometric.std to {channels} numbers each"
-        raise UsageError(f"photometric.mean has {known} numbers for {channels} channels: {fix}")
+    fits(config, ranks)
     loggers.check(config.log_to)
     if not len(index):
         raise UsageError("no images to train on")
-    _check_cuts(config, ranks)
     if init is not None:
-        ours, theirs = to_dict(dataclasses.replace(config.vit, drop_path=0.0)), to_dict(init.config)
-        free = ("vit.drop_path", "vit.layer_scale", "vit.grid")  # positions are resized to another grid
-        if wrong := [d for d in differences(theirs, ours, "vit.") if not d.startswith(free)]:
-            raise UsageError(f"init {init.name}: another network ({'; '.join(wrong)}); set the same numbers")
+        same_network(config, init)
 
 
-def _check_cuts(config: PretrainConfig, ranks: int) -> None:
-    """UsageError for a step that cannot be cut over ranks and parts, or into the groups of KoLeo."""
-    batch, parts, group = config.batch, config.parallel.accumulate, config.objective.koleo_group
-    if batch % (ranks * parts):
-        near = max(1, round(batch / (ranks * parts))) * ranks * parts
-        where = f"{ranks} ranks" + (f" of parallel.accumulate {parts} parts" if parts > 1 else "")
-        raise UsageError(f"batch {batch} does not divide over {where}; the nearest is {near}")
-    if not config.objective.koleo_weight:
-        return
-    if batch % max(group, 1):
-        raise UsageError(f"objective.koleo_group {group} does not divide the batch of {batch} images")
-    part = batch // ranks // parts
-    if parts > 1 and (not group or part % group):
-        raise UsageError(
-            f"objective.koleo_group {group} looks for neighbours beyond the {part} images that parallel.accumulate "
-            f"{parts} leaves in memory at once; the nearest that can be exact is {part}"
-        )
-
-
-def compute_dtype(config: PretrainConfig, device: torch.device) -> torch.dtype:
-    """bf16 where the device multiplies faster with it."""
-    if config.compute != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.compute]
-    fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
+def same_network(config: PretrainConfig, init: Backbone) -> None:
+    """UsageError, with the differences, for first weights of another network."""
+    ours, theirs = to_dict(dataclasses.replace(config.vit, drop_path=0.0)), to_dict(init.config)
+    free = ("vit.drop_path", "vit.layer_scale", "vit.grid")  # positions are resized to another grid
+    if wrong := [d for d in differences(theirs, ours, "vit.") if not d.startswith(free)]:
+        raise UsageError(f"init {init.name}: another network ({'; '.join(wrong)}); set the same numbers")
 
 
 def _pretrain(
     config: PretrainConfig, index: Index, out: Path, init: Backbone | None, heads: dict | None, probe: Probe | None
 ) -> Path:
     device, rank, world = dist.device(), dist.rank(), dist.world()
-    compute = compute_dtype(config, device)
+    compute = dist.compute_dtype(config.compute, device)
     weights = first_weights(config, init, heads)
     if rank == 0:
         _open(out, config, index, init)
-        say(plan(config, len(index), device, compute, world).render())
+        planned = plan(config, len(index), device.type, compute.itemsize, world)
+        say(timed(planned, device, compute).render())
     dist.barrier()
 
     student, average = (build(config, weights, device, compute) for _ in range(2))

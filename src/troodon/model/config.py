@@ -79,3 +79,15 @@ SMALL = ViTConfig(dim=384, depth=12, heads=6)
 BASE = ViTConfig(dim=768, depth=12, heads=12)
 LARGE = ViTConfig(dim=1024, depth=24, heads=16)
 GIANT = ViTConfig(dim=1536, depth=40, heads=24, mlp="swiglu")
+
+
+def flops(config: ViTConfig, grid: tuple[int, int], kept: float = 1.0) -> float:
+    """Floating-point operations of one image's forward pass: two per multiply-add of every matrix product.
+
+    `kept` is the share of the images that go through a branch, with stochastic depth.
+    """
+    patches = grid[0] * grid[1]
+    tokens = 1 + config.registers + patches
+    mlp = (2 if config.mlp == "gelu" else 3) * config.dim * config.mlp_hidden
+    per_token = 4 * config.dim**2 + 2 * tokens * config.dim + mlp
+    return 2 * (kept * config.depth * tokens * per_token + patches * config.dim * config.channels * config.patch**2)

@@ -203,12 +203,3 @@ def regrid(state: dict[str, Tensor], config: ViTConfig, grid: int) -> dict[str, 
     """The weights with positions learned on `grid` x `grid` patches in place of those of the network of `config`."""
     cls, patches = resize_positions(state["pos_embed"], (grid, grid), config)
     return state | {"pos_embed": torch.cat([cls, patches], dim=1)}
-
-
-def flops(config: ViTConfig, grid: tuple[int, int]) -> int:
-    """Floating-point operations of one image's forward pass: two per multiply-add of every matrix product."""
-    patches = grid[0] * grid[1]
-    tokens = 1 + config.registers + patches
-    mlp = (2 if config.mlp == "gelu" else 3) * config.dim * config.mlp_hidden
-    per_token = 4 * config.dim**2 + 2 * tokens * config.dim + mlp
-    return 2 * (config.depth * tokens * per_token + patches * config.dim * config.channels * config.patch**2)

@@ -1,0 +1,245 @@
+"""What a step costs, counted from the code of networks, losses and optimiser: products, and bytes of memory.
+
+A number has four bytes in fp32, and `width` bytes where products are computed. Of memory these are the tensors of one
+rank; what allocators and libraries hold besides is not in it. No torch here.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+from troodon.learn.config import PretrainConfig
+from troodon.model.config import HeadConfig, ViTConfig, flops
+
+FP32 = 4
+SHORT = 512  # tokens up to which a processor keeps attention's whole matrix in bf16: that of model/packing.py
+
+Grid = tuple[int, int]  # rows and columns of patches
+
+
+def backbone_parameters(vit: ViTConfig) -> int:
+    embedding = vit.dim * (vit.channels * vit.patch**2 + 1) + vit.dim * (3 + vit.grid**2 + vit.registers)
+    return embedding + vit.depth * block_parameters(vit) + 2 * vit.dim
+
+
+def block_parameters(vit: ViTConfig) -> int:
+    inner, outer = vit.mlp_hidden * (2 if vit.mlp == "swiglu" else 1), vit.mlp_hidden
+    products = vit.dim * (3 * vit.dim + vit.dim + inner + outer) + 3 * vit.dim + vit.dim + inner + vit.dim
+    return products + 2 * 2 * vit.dim + 2 * vit.dim  # two norms, two layer scales
+
+
+def inner(vit: ViTConfig) -> int:
+    """Channels that the first layer of the MLP gives."""
+    return vit.mlp_hidden * (2 if vit.mlp == "swiglu" else 1)
+
+
+def head_parameters(head: HeadConfig, dim: int) -> int:
+    return sum((a + 1) * b for a, b in pairwise(widths(head, dim))) + head.prototypes * (head.bottleneck + 1)
+
+
+def widths(head: HeadConfig, dim: int) -> list[int]:
+    return [dim, *[head.hidden] * (head.layers - 1), head.bottleneck]
+
+
+@dataclass(frozen=True)
+class Use:
+    """A head, and the rows that one part of a step sends through it: the student's, and the teacher's."""
+
+    head: HeadConfig
+    rows: float
+    taught: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a step of which global and local crops have these grids, on `ranks` devices of a kind ("cpu" or "cuda").
+
+    A part of a step is what goes through the networks at once: a rank's images over `parallel.accumulate`.
+    """
+
+    config: PretrainConfig
+    wide: Grid
+    narrow: Grid
+    device: str
+    width: int
+    ranks: int
+
+    @property
+    def parts(self) -> int:
+        return self.config.parallel.accumulate
+
+    @property
+    def images(self) -> int:
+        """Of one part."""
+        return max(1, self.config.batch // (self.ranks * self.parts))
+
+    @property
+    def groups(self) -> list[tuple[int, Grid]]:
+        """Crops of one part, and their grid."""
+        return [(2 * self.images, self.wide), (self.config.crops.locals * self.images, self.narrow)]
+
+    def length(self, grid: Grid) -> int:
+        return 1 + self.config.vit.registers + grid[0] * grid[1]
+
+    def kept(self, crops: int) -> int:
+        """Crops that go through a branch, as stochastic depth draws them (model/packing.py)."""
+        drop = self.config.vit.drop_path
+        return max(int(crops * (1.0 - drop)), min(crops, 1)) if drop else crops
+
+    @cached_property
+    def tokens(self) -> int:
+        return sum(crops * self.length(grid) for crops, grid in self.groups)
+
+    @cached_property
+    def kept_tokens(self) -> int:
+        return sum(self.kept(crops) * self.length(grid) for crops, grid in self.groups)
+
+    @cached_property
+    def masked(self) -> float:
+        """Masked patches of one part: the mean."""
+        masks = self.config.masks
+        return int(2 * self.images * masks.share) * sum(masks.ratio) / 2 * self.wide[0] * self.wide[1]
+
+    @cached_property
+    def uses(self) -> dict[str, Use]:
+        """Of heads, by the term of the loss that asks."""
+        c = self.config
+        shared = c.objective.heads == "shared"
+        dino = Use(c.dino_head, (2 + c.crops.locals) * self.images, 2 * self.images)
+        ibot = Use(c.dino_head if shared else c.ibot_head, self.masked, self.masked)
+        return ({"dino": dino} if c.objective.dino_weight else {}) | ({"ibot": ibot} if c.objective.ibot_weight else {})
+
+    @cached_property
+    def parameters(self) -> dict[str, int]:
+        """Of the student, by part. A head that no term asks is not made."""
+        c = self.config
+        heads = {"head": c.dino_head} if c.objective.heads == "shared" else {n: u.head for n, u in self.uses.items()}
+        names = {"head": "head", "dino": "head of classes", "ibot": "head of patches"}
+        made = {names[name]: head_parameters(head, c.vit.dim) for name, head in heads.items()}
+        return {"backbone": backbone_parameters(c.vit)} | made
+
+    # Products
+
+    def flops(self) -> dict[str, float]:
+        """Of a whole step, over all ranks. A backward pass is twice a forward pass."""
+        vit, n = self.config.vit, self.ranks * self.parts
+        student = embedding = 0.0
+        for crops, grid in self.groups:
+            student += crops * flops(vit, grid, self.kept(crops) / max(crops, 1))
+            embedding += crops * flops(vit, grid, 0.0)
+        heads = 0.0
+        for use in self.uses.values():
+            head = use.head
+            products = sum(a * b for a, b in pairwise(widths(head, vit.dim))) + head.bottleneck * head.prototypes
+            heads += 2 * products * (3 * use.rows + use.taught)
+        again = {"full": student - embedding}.get(self.config.parallel.recompute, 0.0)
+        anchored = 2 if self.config.objective.gram_weight else 1
+        teacher = anchored * self.groups[0][0] * flops(vit, self.wide)
+        found = {"student": 3 * student, "recomputed": again, "teacher": teacher, "heads": heads}
+        return {name: n * count for name, count in found.items() if count}
+
+    # Memory of a rank
+
+    def state(self) -> dict[str, int]:
+        """After a step: parameters in fp32, and what has their shape."""
+        own = FP32 * sum(self.parameters.values()) // self.ranks
+        found = {"weights": own, "gradients": own, "moments": 2 * own, "average": own}
+        anchor = FP32 * self.parameters["backbone"] // self.ranks
+        return found | ({"anchor": anchor} if self.config.objective.gram_weight else {})
+
+    def block(self) -> tuple[float, float, float]:
+        """What the student's blocks keep for the backward pass: its input, results of products and attention, and
+        the rest, per block.
+        """
+        vit, w = self.config.vit, self.width
+        dim, hidden, gated = vit.dim, vit.mlp_hidden, vit.mlp == "swiglu"
+        whole = fused = 0  # numbers of attention's matrices; tokens of which they are not kept
+        for crops, grid in self.groups:
+            if self.device == "cpu" and w == 2 and self.length(grid) <= SHORT:
+                whole += vit.heads * self.kept(crops) * self.length(grid) ** 2
+            else:
+                fused += self.kept(crops) * self.length(grid)
+        # qkv, proj and the second layer of the MLP (inputs of layer scale), the first layer; attention, its log-sums
+        products = self.kept_tokens * w * (5 * dim + (2 if gated else 1) * hidden)
+        products += fused * (w * dim + FP32 * vit.heads) + whole * w
+        # inputs and statistics of two norms, and what they give; activation; what stochastic depth adds, and where
+        rest = self.kept_tokens * (2 * (FP32 * dim + 8) + 2 * w * dim + (2 if gated else 1) * hidden * w)
+        rest += self.kept_tokens * 2 * (FP32 * dim + 16) if vit.drop_path else 0
+        varlen = self.device == "cuda" and w == 2
+        rest += 0 if varlen else self.kept_tokens * w * dim  # attention of several groups, copied into one
+        return FP32 * self.tokens * dim, products, rest
+
+    def student(self) -> dict[str, float]:
+        """While the student learns, at the peak: in the losses, or as the backward pass enters the blocks."""
+        c, vit, w = self.config, self.config.vit, self.width
+        entering, products, rest = self.block()
+        kept, again = {
+            "none": (products + rest, 0.0),
+            "selective": (entering + products, rest),
+            "full": (entering, products + rest),
+        }[c.parallel.recompute]
+        pixels = vit.channels * vit.patch**2 * sum(crops * grid[0] * grid[1] for crops, grid in self.groups)
+        lasting = {
+            "blocks": vit.depth * kept,
+            "images": pixels * (FP32 * self.parts + w),
+            "targets": self.targets(),
+            **self.gathered(),
+        }
+        copied = w if w == 2 and self.ranks == 1 else 0  # by autocast, for the backward pass; shards are gathered so
+        if copied:
+            blocks = vit.depth if c.parallel.recompute == "none" else 1
+            lasting["weights in bf16"] = copied * blocks * block_parameters(vit)
+        heads = float(copied * self.of_heads())
+        logits = one = normalising = 0.0
+        for use in self.uses.values():
+            k, b = use.head.prototypes, use.head.bottleneck
+            heads += use.rows * w * (2 * sum(widths(use.head, vit.dim)) - vit.dim)
+            heads += k * b * (FP32 + w)  # directions, and the weights that follow from them
+            logits += k * use.rows * (w + FP32)  # and their log-softmax
+            one = max(one, k * use.rows * FP32)  # once more, of one head at a time
+            normalising = max(normalising, 3 * k * b * FP32)  # the gradient on its way through weight normalisation
+        last = self.tokens * 2 * FP32 * vit.dim
+        learning = {"last norm": last, "heads": heads, "logits": max(logits + one, normalising)}
+        entered = {
+            "gradients of heads": FP32 * self.of_heads() / self.ranks if self.parts == 1 else 0.0,  # else there already
+            "one block": again + self.tokens * FP32 * vit.dim + self.kept_tokens * w * inner(vit),
+        }
+        return lasting | max(learning, entered, key=lambda found: sum(found.values()))
+
+    def of_heads(self) -> int:
+        return sum(self.parameters.values()) - self.parameters["backbone"]
+
+    def targets(self) -> float:
+        """What the teacher said of all parts, in fp32; and the anchor."""
+        found = sum(FP32 * use.taught * use.head.prototypes for use in self.uses.values())
+        if self.config.objective.gram_weight:
+            found += FP32 * self.groups[0][0] * self.length(self.wide) * self.config.vit.dim
+        return self.parts * found
+
+    def gathered(self) -> dict[str, float]:
+        """Of sharded weights, what is whole at a time: a block and the next one, or a head, with its gradient."""
+        if self.ranks == 1:
+            return {}
+        vit = self.config.vit
+        heads = [head_parameters(use.head, vit.dim) for use in self.uses.values()]
+        return {"gathered": max(3 * self.width * block_parameters(vit), *((self.width + FP32) * n for n in heads))}
+
+    def teacher(self) -> dict[str, float]:
+        """While the teacher answers, at the peak: its logits of all parts, and what turns them into targets."""
+        vit, w = self.config.vit, self.width
+        copies = 5 if self.config.objective.targets == "sinkhorn" else 3
+        done = asked = 0.0
+        for use in self.uses.values():
+            answers = self.parts * use.taught * use.head.prototypes
+            asked = max(asked, done + answers * (w + copies * FP32))
+            done += answers * (w + FP32)
+        tokens = self.groups[0][0] * self.length(self.wide)
+        seeing = {"logits": done, "one block": tokens * (3 * FP32 * vit.dim + 2 * w * inner(vit))}
+        asking = {"logits, targets": asked}
+        return self.gathered() | max(asking, seeing, key=lambda found: sum(found.values()))
+
+    def update(self) -> dict[str, float]:
+        """In the optimiser: AdamW takes the roots of the second moments of a group of parameters at once."""
+        vit = self.config.vit
+        group = self.parameters["backbone"] if self.config.optim.layer_decay == 1.0 else block_parameters(vit)
+        return {"roots of moments": FP32 * max(group, self.of_heads()) / self.ranks}

@@ -1,0 +1,165 @@
+"""What a plan says a run will take, against what a step then takes: numbers of parameters, products, memory."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from troodon import recipes, verbs
+from troodon.config import UsageError
+from troodon.data.batch import Batch
+from troodon.data.config import CropsConfig
+from troodon.learn import optim
+from troodon.learn.config import ObjectiveConfig, ParallelConfig, PretrainConfig
+from troodon.learn.loop import train
+from troodon.learn.method import Method
+from troodon.learn.parallel import build, build_anchor, empty, first_weights
+from troodon.learn.plan import people, plan, timed, total
+from troodon.model.config import HeadConfig, ViTConfig
+
+CPU = torch.device("cpu")
+BASE = PretrainConfig(
+    vit=ViTConfig(dim=192, depth=6, heads=3, patch=8, grid=8),
+    dino_head=HeadConfig(2048, 512, 128),
+    ibot_head=HeadConfig(2048, 512, 128),
+    crops=CropsConfig(global_px=64, local_px=32, locals=4),
+    batch=8,
+    steps=100,
+)
+LARGE_HEADS = HeadConfig(16384, 1024, 256)
+CONFIGS = {
+    "plain": BASE,
+    "stochastic depth": replace(BASE, vit=replace(BASE.vit, drop_path=0.3)),
+    "selective": replace(BASE, parallel=ParallelConfig(recompute="selective")),
+    "full": replace(BASE, parallel=ParallelConfig(recompute="full")),
+    "full, stochastic depth": replace(
+        BASE, parallel=ParallelConfig(recompute="full"), vit=replace(BASE.vit, drop_path=0.3)
+    ),
+    "accumulate": replace(
+        BASE, parallel=ParallelConfig(accumulate=2), objective=ObjectiveConfig(koleo_group=4), batch=16
+    ),
+    "swiglu, registers": replace(BASE, vit=replace(BASE.vit, mlp="swiglu", registers=4)),
+    "gram": replace(BASE, objective=ObjectiveConfig(gram_weight=1.0)),
+    "centring, one head": replace(BASE, objective=ObjectiveConfig(targets="centring", heads="shared")),
+    "large heads": replace(BASE, dino_head=LARGE_HEADS, ibot_head=LARGE_HEADS, batch=4),
+    "long, not square": replace(
+        BASE,
+        vit=replace(BASE.vit, grid=28),
+        crops=CropsConfig(global_px=(192, 224), local_px=(96, 64), locals=2),
+        batch=2,
+    ),
+}
+
+
+def batch(config: PretrainConfig) -> Batch:
+    """One of which as many patches are masked as in the mean."""
+    ((wide, narrow, _),), (images, channels) = config.crops.sizes(), (config.batch, config.vit.channels)
+    masks = torch.zeros(2 * images, (wide[0] // config.vit.patch) * (wide[1] // config.vit.patch), dtype=torch.bool)
+    masked = round(masks.shape[1] * sum(config.masks.ratio) / 2)
+    masks[: int(len(masks) * config.masks.share), :masked] = True
+    return Batch(
+        torch.randn(2, images, channels, *wide), torch.randn(config.crops.locals, images, channels, *narrow), masks
+    )
+
+
+def method_of(config: PretrainConfig, compute: torch.dtype) -> Method:
+    weights = first_weights(config, None, None)
+    student, average = (build(config, weights, CPU, compute) for _ in range(2))
+    anchor = build_anchor(config, weights, CPU, compute) if config.objective.gram_weight else None
+    return Method(config.objective, student, average, anchor=anchor, compute=compute)
+
+
+def take_steps(config: PretrainConfig, compute: torch.dtype, steps: int) -> None:
+    method, seen = method_of(config, compute), batch(config)
+    train(
+        method, iter([seen] * steps), optim.adamw(method.student, config.vit.depth, config.optim), config.schedules,
+        config.optim, first_step=config.steps - steps, steps=config.steps, accumulate=config.parallel.accumulate,
+        seed=0, rank=0, asked_to_stop=lambda: False, after_step=lambda *_: None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_memory_is_that_of_the_tensors_of_a_step(name, compute):
+    config = CONFIGS[name]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        take_steps(config, compute, 2)
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    assert total(plan(config, None, "cpu", compute.itemsize, 1).memory) == pytest.approx(peak, rel=0.12)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_products_are_those_of_a_step(name):
+    config = CONFIGS[name]
+    with FlopCounterMode(display=False) as counter:
+        take_steps(config, torch.float32, 1)
+    # A backward pass of attention computes its matrix again, and the counter counts that; a plan does not.
+    assert total(plan(config, None, "cpu", 4, 1).flops) == pytest.approx(counter.get_total_flops(), rel=0.04)
+
+
+@pytest.mark.parametrize("recipe", ["vitl16_short", "vitl14", "vitg14", "vits14_reg", "small", "demo"])
+def test_parameters_are_those_of_the_student(recipe):
+    config = recipes.pretrain(recipe)
+    made, said = empty(config), plan(config, None, "cuda", 2, 8).parameters
+    assert total(said) == sum(p.numel() for p in made.parameters())
+    assert said["backbone"] == sum(p.numel() for p in made.backbone.parameters())
+
+
+def test_ranks_share_state_and_images():
+    one, eight = (plan(recipes.pretrain("vitl14"), None, "cuda", 2, ranks) for ranks in (1, 8))
+    assert total(eight.state) == pytest.approx(total(one.state) / 8, rel=1e-6)
+    assert (eight.tokens, total(eight.flops)) == (one.tokens, total(one.flops))
+    assert eight.memory["blocks"] == one.memory["blocks"] / 8
+
+
+def test_time_follows_from_images_a_second():
+    config = recipes.pretrain("vitl14")
+    told = plan(config, 1_000_000, "cuda", 2, 8, images_per_second=1000.0)
+    assert told.seconds == config.steps * config.batch / 1000
+    assert "at 1,000 images/s" in told.render()
+    assert "give --images-per-second" in plan(config, None, "cuda", 2, 8).render()
+    assert timed(plan(BASE, None, "cpu", 4, 1), CPU, torch.float32).seconds > 0
+
+
+def test_a_dry_run_of_any_recipe_needs_neither_images_nor_torch():
+    script = (
+        "import sys; from troodon import recipes, verbs\n"
+        "for name in ('vitg14', 'vitl14', 'vitl16_short', 'vits14_reg', 'small', 'demo'):\n"
+        "    verbs.pretrain(name, dry_run=True, devices=32)\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("32 x cuda, bf16") == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"devices": 0}, "devices '0': a number or auto"),
+        ({"devices": 3}, "batch 64 does not divide over 3 devices: set batch 63, or devices 2"),
+        ({"images_per_second": 0.0}, "images_per_second 0.0: is above 0"),
+        ({"images_per_second": float("nan")}, "images_per_second nan: is above 0"),
+        ({"images_per_second": 5.0, "dry_run": False}, "images_per_second 5.0: is above 0, and for a dry run"),
+        ({"settings": {"crops": {"global_px": 30}}}, "crops.global_px 30 does not divide"),
+        ({"dry_run": False}, "no --data and no --out; or give --dry-run"),
+    ],
+)
+def test_mistakes_in_a_dry_run(changes, message):
+    with pytest.raises(UsageError, match=message):
+        verbs.pretrain("small", **({"dry_run": True} | changes))
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0 "), (999.4, "999 "), (999.6, "1k"), (12_345, "12.3k"), (3e15, "3P")]
+)
+def test_numbers_for_people(number, text):
+    assert people(number) == text
