@@ -1,0 +1,219 @@
+"""What the training engine promises, tried: one run on 1, 2 and 4 ranks, resumed on others, and killed at random.
+
+    python benchmarks/engine.py [--quick] [--kills 20] [--seed 0] [--out FOLDER]
+
+Every part compares with the undisturbed run on one rank. `ours` and `rival` are both differences from it: of what is
+named, and of the same run in another order of sums (two ranks), which is what rounding alone does; for the kills, the
+steps that were done twice, and those that would have been without checkpoints.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from safetensors.torch import load_file
+
+from troodon.config import to_yaml
+from troodon.data.config import CropsConfig
+from troodon.learn.config import PretrainConfig
+from troodon.learn.schedules import Schedule, Schedules
+from troodon.model.config import HeadConfig, ViTConfig
+
+CONFIG = PretrainConfig(
+    vit=ViTConfig(dim=64, depth=3, heads=2, patch=4, grid=4, layer_scale=0.1, drop_path=0.0),
+    dino_head=HeadConfig(256, 64, 32),
+    ibot_head=HeadConfig(256, 64, 32),
+    crops=CropsConfig(global_px=16, local_px=8, locals=4),
+    schedules=Schedules(
+        lr=Schedule(peak=1e-3, end=1e-6, warmup=5),
+        teacher_temperature=Schedule(start=0.04, peak=0.07, end=0.07, warmup=4),
+        last_layer_frozen=1,
+    ),
+    batch=24,
+    steps=20,
+    log_every=1,
+    health_every=0,
+    checkpoint_every=10,
+    compute="fp32",
+    threads=1,
+)
+
+
+class Runs:
+    """Runs of the command line in one folder, on one set of images."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.images = folder / "images"
+        self.images.mkdir(parents=True)
+        noise = np.random.default_rng(0)
+        for i in range(100):
+            Image.fromarray(noise.integers(0, 255, (24, 20, 3), dtype=np.uint8)).save(self.images / f"{i:03d}.png")
+
+    def start(self, config: PretrainConfig, name: str, ranks: int = 1) -> subprocess.Popen:
+        recipe = self.folder / f"{name}.yaml"
+        recipe.write_text(to_yaml(config))
+        words = ["pretrain", str(recipe), "--data", str(self.images), "--out", str(self.folder / name)]
+        code = "import sys; from troodon.cli import run; sys.exit(run(sys.argv[1:]))"
+        return subprocess.Popen(
+            [sys.executable, "-c", code, *words, "--devices", str(ranks)],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    def finish(self, config: PretrainConfig, name: str, ranks: int = 1) -> Path:
+        child = self.start(config, name, ranks)
+        _, said = child.communicate()
+        if child.returncode:
+            raise RuntimeError(f"{name} ended with {child.returncode}: {said.decode()}")
+        return self.folder / name
+
+    def stopped(self, config: PretrainConfig, name: str, ranks: int, step: int) -> None:
+        """A run that is asked to stop once it has taken `step` steps."""
+        child = self.start(config, name, ranks)
+        while child.poll() is None and len(losses(self.folder / name)) < step:
+            time.sleep(0.005)
+        child.send_signal(signal.SIGTERM)
+        _, said = child.communicate()
+        if child.returncode not in (0, 130):
+            raise RuntimeError(f"{name} ended with {child.returncode}: {said.decode()}")
+
+
+def records(run: Path) -> list[dict]:
+    path = run / "metrics.jsonl"
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:  # a line that is being written
+            continue
+    return [r for r in found if r.get("step", -1) >= 0 and "loss" in r]
+
+
+def losses(run: Path) -> list[float]:
+    return [r["loss"] for r in records(run)]
+
+
+def apart(a: Path, b: Path) -> dict[str, float]:
+    """The largest relative differences of losses and of gradient norms over all steps, and of the weights at the end.
+
+    Of weights: the norm of the difference over the norm, of the backbone.
+    """
+    ours, theirs = records(a), records(b)
+    if [r["step"] for r in ours] != [r["step"] for r in theirs]:
+        raise AssertionError(f"{a} and {b} have other steps")
+    numbers = {"losses": "loss", "gradients": "grad_norm"}
+    found = {
+        name: max(abs(x[key] - y[key]) / abs(y[key]) for x, y in zip(ours, theirs, strict=True))
+        for name, key in numbers.items()
+    }
+    left, right = (load_file(run / "backbone" / "model.safetensors") for run in (a, b))
+    difference = sum(float((left[name] - right[name]).square().sum()) for name in right)
+    return found | {"weights": (difference / sum(float(t.square().sum()) for t in right.values())) ** 0.5}
+
+
+def size(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except FileNotFoundError:  # renamed meanwhile
+            continue
+    return total
+
+
+def ranks_and_resharding(runs: Runs, quick: bool) -> list[dict]:
+    one = runs.finish(CONFIG, "one")
+    found = {"2 ranks": apart(runs.finish(CONFIG, "two", 2), one)}
+    if not quick:
+        found["4 ranks"] = apart(runs.finish(CONFIG, "four", 4), one)
+        for ranks in (1, 3):
+            name = f"saved on 4 ranks and resumed on {ranks}"
+            runs.stopped(replace(CONFIG, steps=20), f"to{ranks}", 4, 8)
+            found[name] = apart(runs.finish(CONFIG, f"to{ranks}", ranks), one)
+    rounding = found["2 ranks"]
+    return [
+        row(f"{name}: {what}", value, rounding[what], "relative difference from 1 rank", CONFIG)
+        for name, values in found.items()
+        for what, value in values.items()
+    ]
+
+
+def kills(runs: Runs, count: int, seed: int) -> list[dict]:
+    """kill -9 at `count` moments, drawn from the time a run takes; then to the end."""
+    config = replace(CONFIG, vit=replace(CONFIG.vit, drop_path=0.3), steps=600, checkpoint_every=5)
+    start = time.monotonic()
+    whole = runs.finish(config, "whole")
+    took, draw = time.monotonic() - start, random.Random(seed)
+    clean, run, again, largest, begun = size(whole), runs.folder / "killed", 0, 0, 0
+    moments, writing = [], 0
+    for _ in range(count):
+        child = runs.start(config, "killed")
+        before = len(losses(run))
+        if draw.random() < 0.5:  # at once as a checkpoint is being written
+            while child.poll() is None and not list((run / "checkpoints").glob("*.partial")):
+                time.sleep(0.0005)
+            time.sleep(draw.uniform(0, 0.03))
+        else:
+            while child.poll() is None and len(losses(run)) <= before:
+                time.sleep(0.005)
+            time.sleep(draw.uniform(0, 1.5 * took / count))
+        if child.poll() is not None:
+            break
+        os.kill(child.pid, signal.SIGKILL)
+        child.communicate()
+        writing += bool(list((run / "checkpoints").glob("*.partial")))
+        steps = len(losses(run))
+        saved = max((int(p.name) for p in (run / "checkpoints").glob("[0-9]*") if p.name.isdigit()), default=0)
+        moments.append(steps)
+        again, begun = again + max(0, steps - saved), begun + steps
+        largest = max(largest, size(run))
+    finished = runs.finish(config, "killed")
+    equal = losses(finished) == losses(whole)
+    left = sorted(p.name for p in (finished / "checkpoints").iterdir())
+    difference = apart(finished, whole)
+    if not equal or difference["weights"] or left != sorted(p.name for p in (whole / "checkpoints").iterdir()):
+        raise AssertionError(f"killed at {moments}: {difference}, checkpoints {left}")
+    print(
+        f"  {len(moments)} kills at {moments} of {config.steps} steps, {writing} while a checkpoint was being written: "
+        f"losses and weights equal, at most {largest / clean:.2f} times the disk of an undisturbed run",
+        file=sys.stderr,
+    )
+    name = f"{len(moments)} kills, {writing} in a checkpoint: steps done twice"
+    return [row(name, again, begun, "steps", config)]
+
+
+def row(name: str, ours: float, rival: float, unit: str, config: PretrainConfig) -> dict:
+    settings = {"batch": config.batch, "steps": config.steps, "drop_path": config.vit.drop_path}
+    return {
+        "name": name, "ours": ours, "rival": rival, "ratio": rival / ours if ours else None, "unit": unit,
+        "settings": settings,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="two ranks and two kills: under a minute")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="a new folder that keeps the runs")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        runs = Runs(asked.out or Path(scratch) / "runs")
+        rows = ranks_and_resharding(runs, asked.quick) + kills(runs, 2 if asked.quick else asked.kills, asked.seed)
+    for line in rows:
+        print(f"  {line['name']:<60} {line['ours']:.3g} {line['unit']}", file=sys.stderr)
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
