@@ -223,10 +223,10 @@ def submit(
 
 def _given(data: Data | None, out: str | Path | None) -> tuple[Data, str | Path]:
     """Both, or UsageError: only a dry run does without."""
-    if data in (None, ()) or out is None:
-        missing = [f"--{name}" for name, value in (("data", data), ("out", out)) if value in (None, ())]
-        raise UsageError(f"no {' and no '.join(missing)}; or give --dry-run to see what the run would take")
-    return data, out
+    if data is not None and data != () and out is not None:
+        return data, out
+    missing = [f"--{name}" for name, value in (("data", data), ("out", out)) if value in (None, ())]
+    raise UsageError(f"no {' and no '.join(missing)}; or give --dry-run to see what the run would take")
 
 
 def _by_path(data: Data, init: object) -> None:

@@ -41,7 +41,7 @@ class Plan:
     @property
     def memory(self) -> dict[str, float]:
         """Bytes of each rank at the peak of a step, by part. Gradients come as what is kept for them goes."""
-        return {name: n for name, n in self.state.items() if name != "gradients"} | self.phases[self.busiest]
+        return {name: n for name, n in self.state.items() if name != "gradients"} | dict(self.phases[self.busiest])
 
     @property
     def seconds(self) -> float | None:

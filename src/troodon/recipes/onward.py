@@ -28,10 +28,10 @@ def high_resolution(start: PretrainConfig, steps: int = 10_000) -> PretrainConfi
     larger, share = HIGH_RESOLUTION / min(pair(crops.global_px)), steps / start.steps
 
     def enlarged(size: int | Size) -> int | Size:
-        if isinstance(size, int):
-            return max(1, round(size * larger / vit.patch)) * vit.patch
-        height, width = size
-        return enlarged(height), enlarged(width)
+        def one(px: int) -> int:
+            return max(1, round(px * larger / vit.patch)) * vit.patch
+
+        return one(size) if isinstance(size, int) else (one(size[0]), one(size[1]))
 
     def compressed(schedule: Schedule, factor: float = 1.0) -> Schedule:
         return replace(schedule, peak=schedule.peak * factor, warmup=round(schedule.warmup * share))
