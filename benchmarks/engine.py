@@ -150,7 +150,7 @@ def ranks_and_resharding(runs: Runs, quick: bool) -> list[dict]:
 
 def kills(runs: Runs, count: int, seed: int) -> list[dict]:
     """kill -9 at `count` moments, drawn from the time a run takes; then to the end."""
-    config = replace(CONFIG, vit=replace(CONFIG.vit, drop_path=0.3), steps=600, checkpoint_every=5)
+    config = replace(CONFIG, vit=replace(CONFIG.vit, drop_path=0.3), steps=30 * count, checkpoint_every=5)
     start = time.monotonic()
     whole = runs.finish(config, "whole")
     took, draw = time.monotonic() - start, random.Random(seed)

@@ -71,7 +71,7 @@ def test_a_collapsed_run_is_recognised(pool, tmp_path, changes, alarm, advice):
 def test_features_that_got_worse_are_told():
     config = own.demo()
     records = [{"step": -1, "knn": 0.5}, {"step": 99, "knn": 0.52}, {"step": 199, "knn": 0.3}]
-    assert "k-NN 30.0%, and 52.0% at step 99" in health.verdict(records, config)["worse"]
+    assert "k-NN 30.0%, and 52.0% at step 100" in health.verdict(records, config)["worse"]
     assert health.verdict(records[:2], config) == {}
     assert "before the first step" in health.verdict([records[0], records[2]], config)["worse"]
 

@@ -285,7 +285,7 @@ def make_all(folder: Path, px: int = 27) -> Path:
     make_selection(folder / "selection", columns)
     make_run(
         folder / "run",
-        [*metrics(2000), {"event": "finished", "step": 2000, "seconds": 740.2, "reason": "all steps done"}],
+        [*metrics(2000), {"event": "not saved", "at": 400, "message": "a checkpoint could not be written"}],
     )
     make_scores(folder / "scores", px=px)
     return folder
@@ -324,7 +324,7 @@ def test_a_full_set_has_every_section(whole: Page) -> None:
         "Finished: 2,000 of 2,000 steps in 12 min 16 s",
         "Total loss",
         "1 file could not be used and was set aside (1 truncated)",
-        "all steps done",
+        "a checkpoint could not be written",
         "dim: 192",
         "troodon curate --curated 'my photos' --uncurated index --out selection",
         "00ff00ff00ff",
@@ -417,7 +417,7 @@ def test_metrics_that_are_missing_or_not_finite(tmp_path: Path) -> None:
         record["made_up"] = record["step"] ** 2
     make_run(tmp_path / "run", records)
     page = read(report([tmp_path], tmp_path))
-    assert "The loss was not finite in 4 records, first at step 50." in page.text
+    assert "The loss was not finite in 4 records, first at step 51." in page.text
     assert "Waiting for data" not in page.text
     assert "Made up" in page.text
     assert all(re.fullmatch(r"[-\d., ]+", attrs["points"]) for attrs in page.of("polyline"))
@@ -440,6 +440,28 @@ def test_a_run_still_going_has_no_manifest(tmp_path: Path, records: list, said: 
     assert said in page.text
     assert "not finished" in page.text
     assert bool(page.of("polyline")) == bool(records and "step" in records[0])
+
+
+def test_the_health_of_a_run_is_told_first(tmp_path: Path) -> None:
+    readings = {"target_entropy": 0.97, "feature_cosine": 0.4, "effective_rank": 20.0, "grad_norm_dino_head": 1.0}
+    records = [{"step": -1, "knn": 0.25, "seconds": 0.0}, *(r | readings for r in metrics(600))]
+    make_run(tmp_path / "well", records)
+    page = read(report([tmp_path / "well"], tmp_path / "1"))
+    assert "60 readings of its health: no alarm." in page.text
+    assert all(title in page.text for title in ("Is it healthy?", "Effective rank", "Gradient norm, DINO head"))
+    assert "Also recorded" not in page.text
+    assert page.of("p").count({"class": "alarm"}) == 0
+
+    def event(name: str, at: int, message: str, **more: object) -> dict:
+        return {"event": "health", "alarm": name, "at": at, "message": message, **more}
+
+    over = [event("steep", 100, "gradients are long"), event("steep", 200, "steep: no longer", over=True)]
+    make_run(tmp_path / "ill", [*records, *over, event("flat", 300, f"the loss of {HOSTILE} is ln K")])
+    page = read(report([tmp_path / "ill"], tmp_path / "2"))
+    assert f"flat, since step 300: the loss of {HOSTILE} is ln K" in page.text
+    assert page.of("p").count({"class": "alarm"}) == 1
+    assert "for 591 steps (not healthy: flat)" in page.text or "for 2,000 steps (not healthy: flat)" in page.text
+    assert "gradients are long" in page.text  # in the table of events
 
 
 def test_scores_without_pictures_values_or_intervals(tmp_path: Path) -> None:

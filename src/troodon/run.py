@@ -143,7 +143,11 @@ class Metrics:
         write_bytes(self.path, "".join(f"{line}\n" for line in kept).encode())
 
 
-def say(message: str = "") -> None:
-    """One line of progress, on standard error; lost where nobody listens any more, such as a closed terminal."""
+def say(message: str = "", passing: bool = False) -> None:
+    """One line of progress, on standard error; lost where nobody listens any more, such as a closed terminal.
+
+    On a terminal, the next line takes the place of one that is `passing`.
+    """
     with contextlib.suppress(OSError):
-        print(message, file=sys.stderr, flush=True)
+        start, end = ("\r\x1b[2K", "" if passing else "\n") if sys.stderr.isatty() else ("", "\n")
+        print(start + message, end=end, file=sys.stderr, flush=True)

@@ -122,7 +122,7 @@ def _worse(records: list[dict]) -> str | None:
     (_, last), (step, best) = read[-1], max(read, key=lambda pair: pair[1])
     if last > 0.9 * best:
         return None
-    since = "before the first step" if step < 0 else f"at step {step:,}"
+    since = "before the first step" if step < 0 else f"at step {step + 1:,}"
     return (
         f"features got worse: k-NN {last:.1%}, and {best:.1%} {since}. Lower schedules.lr.peak, or optim.layer_decay "
         "towards 0.65 (earlier blocks move less), or stop where they were best"

@@ -133,13 +133,15 @@ class Recorder:
         self._show(record)
         if read or "knn" in known:
             alarms = health.verdict(self.records, self.config)
-            for name, words in alarms.items():
-                if name not in self.alarms:
-                    self.event("health", step, words, alarm=name)
+            for name in alarms.keys() - self.alarms.keys():
+                self.event("health", step + 1, alarms[name], alarm=name)
+            for name in self.alarms.keys() - alarms.keys():
+                self.event("health", step + 1, f"{name}: no longer", alarm=name, over=True)
             self.alarms = alarms
 
     def event(self, name: str, step: int, message: str, **more: object) -> None:
-        """Something that is not a number: to metrics.jsonl, which keeps it whatever is rewound, and to people."""
+        """Something that is not a number, after so many steps: to people, and to metrics.jsonl, which keeps it
+        whatever is rewound."""
         say(f"  step {step:,}: {message}")
         self.metrics.append({"event": name, "at": step, "message": message, **more})
 
@@ -198,10 +200,9 @@ class Recorder:
             f"{duration((steps - done) * rate)} left",
         ]
         line = "  " + " | ".join(parts)
-        if sys.stderr.isatty():
-            print(f"\r\x1b[2K{line}", end="" if done < steps else "\n", file=sys.stderr, flush=True)
-        elif done == steps or "knn" in record or done % (10 * self.config.log_every) == 0:
-            print(line, file=sys.stderr, flush=True)
+        told = done == steps or "knn" in record or done % (10 * self.config.log_every) == 0
+        if told or sys.stderr.isatty():
+            say(line, passing=done < steps)
 
 
 def preprocessing(config: PretrainConfig) -> Preprocessing:

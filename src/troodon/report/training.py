@@ -34,7 +34,16 @@ LEARNING = [
     ("dino_local", "DINO, local crops", "Saying of small crops what the teacher says of the large ones."),
     ("ibot", "iBOT, masked patches", "Saying of hidden patches what the teacher, who sees them, says."),
     ("koleo", "KoLeo, spread", "Lower is wider: images pushed apart from their nearest neighbour."),
+    ("gram", "Gram anchoring", "Keeping the cosines between patches that an earlier average had."),
     ("knn", "Quick k-NN", "Accuracy of frozen features by their neighbours; labels serve only for this."),
+]
+HEALTH = [
+    ("target_entropy", "Entropy of targets", "Of ln K. At 100 % targets tell no image from another."),
+    ("mean_target_entropy", "Entropy of the mean target", "Of ln K. Near 0 % all images get the same targets."),
+    ("prototypes_used", "Prototypes in use", "First choices that differ, of as many as could."),
+    ("feature_cosine", "Mean cosine of two images", "At 1 all images look the same to the network."),
+    ("effective_rank", "Effective rank of features", "Directions in which images differ, weighed by how much."),
+    ("nearest_distance", "Distance to the nearest image", "Of features on the unit sphere, within a batch."),
 ]
 KNOBS = [
     ("lr", "Learning rate", None),
@@ -44,14 +53,24 @@ KNOBS = [
 ]
 MACHINE = [
     ("grad_norm", "Gradient norm", "Before clipping."),
+    ("grad_norm_backbone", "Gradient norm, backbone", None),
+    ("grad_norm_dino_head", "Gradient norm, DINO head", None),
+    ("grad_norm_ibot_head", "Gradient norm, iBOT head", None),
     ("images_per_second", "Images per second", None),
     ("data_wait", "Waiting for data", "Share of the time in which the device had nothing to do."),
 ]
-SHARES = {"data_wait", "knn"}  # in [0, 1], shown in per cent
+GROUPS = [
+    ("Is it learning?", LEARNING),
+    ("Is it healthy?", HEALTH),
+    ("Schedules, gradient and speed", KNOBS + MACHINE),
+]
+# in [0, 1], shown in per cent
+SHARES = {"data_wait", "knn", "target_entropy", "mean_target_entropy", "prototypes_used"}
 EXACT = {"knn"} | {key for key, *_ in KNOBS}  # not noisy: drawn as they are
-FROM_ZERO = SHARES | {"images_per_second", "lr", "grad_norm"}
-COLOURS = {key: "c3" for key, *_ in KNOBS} | {key: "c2" for key, *_ in MACHINE} | {"knn": "c4"}
-KNOWN = {"step", "seconds", "event"} | {key for group in (LEARNING, KNOBS, MACHINE) for key, *_ in group}
+FROM_ZERO = SHARES | {"images_per_second", "lr", "grad_norm", "effective_rank"}
+COLOURS = {key: colour for colour, group in (("c3", KNOBS), ("c2", MACHINE), ("c4", HEALTH)) for key, *_ in group}
+COLOURS |= {"knn": "c4"}
+KNOWN = {"step", "seconds"} | {key for _, group in GROUPS for key, *_ in group}
 PICTURES = {"crops": "What the network was shown: augmented large and small crops."}
 EVENTS, QUARANTINED, OTHERS = 20, 10, 12
 
@@ -60,16 +79,20 @@ def training(runs: list[Artifact]) -> Part | None:
     """Curves, final numbers, pictures, settings and environment of each run. None without one."""
     if not runs:
         return None
-    body, most, went_on = [], 0, False
+    body, most, went_on, alarmed = [], 0, False, []
     for run in runs:
         body.append(h("h3", run.name) if len(runs) > 1 else None)
         body.append(_one(run, "h4" if len(runs) > 1 else "h3"))
-        most, went_on = max(most, _done(run, _records(run)[0])), went_on or not _finished(run)
+        records, events = _records(run)
+        most, went_on = max(most, _done(run, records)), went_on or not _finished(run)
+        alarmed += [name for name in _alarms(events) if name not in alarmed]
     longest = max(runs, key=lambda run: _done(run, _records(run)[0]))
     card = Card("steps", number(most), "still going" if not _finished(longest) else _time(_records(longest)[0]))
     who = "a network" if len(runs) == 1 else f"{number(len(runs))} networks"
     what = "has learned" if len(runs) == 1 and went_on else "learned"
     clause = f"{who} {what} from the pixels alone for {plural(most, 'step')}" if most else f"{who} began to learn"
+    if alarmed:
+        clause += f" (not healthy: {', '.join(alarmed)})"
     return Part("training", "Training", join(body), (card,) if most else (), clause)
 
 
@@ -77,6 +100,7 @@ def _one(run: Artifact, heading: str) -> Markup:
     records, events = _records(run)
     return join(
         h("p", _state(run, records), class_="prose"),
+        _health(records, events),
         _pictures(run),
         _curves(records, heading),
         _final(records),
@@ -87,13 +111,16 @@ def _one(run: Artifact, heading: str) -> Markup:
 
 
 def _records(run: Artifact) -> tuple[list[dict], list[dict]]:
-    """Records with a step, in order and each step once (the last counts), and those that tell of an event."""
+    """Records with a step, in order and each step once (the last counts), and those that tell of an event.
+
+    "step" becomes the number of steps taken: 0 for the weights that a run began with.
+    """
     by_step, events = {}, []
     for record in run.lines("metrics.jsonl"):
         if "event" in record:
             events.append(record)
         elif is_number(record.get("step")):
-            by_step[record["step"]] = record
+            by_step[record["step"]] = record | {"step": record["step"] + 1}
     return [by_step[step] for step in sorted(by_step)], events
 
 
@@ -105,8 +132,8 @@ def _values(records: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _done(run: Artifact, records: list[dict]) -> int:
-    """Steps taken: all that were planned once there is a backbone, else up to the last record; the first is step 0."""
-    recorded = int(records[-1]["step"]) + 1 if records else 0
+    """Steps taken: all that were planned once there is a backbone, else up to the last record."""
+    recorded = int(records[-1]["step"]) if records else 0
     return max(recorded, _planned(run) or 0) if records and _finished(run) else recorded
 
 
@@ -139,6 +166,22 @@ def _state(run: Artifact, records: list[dict]) -> str:
     return f"Still going, or stopped: {said}, no backbone yet.{warning}"
 
 
+def _alarms(events: list[dict]) -> dict[str, dict]:
+    """The last event of each alarm that is not over."""
+    last = {event.get("alarm"): event for event in events if event["event"] == "health"}
+    return {str(name): event for name, event in last.items() if not event.get("over")}
+
+
+def _health(records: list[dict], events: list[dict]) -> Content:
+    if alarms := _alarms(events):
+        return [
+            h("p", h("strong", f"{name}, since step {number(event.get('at'))}: "), event.get("message"), class_="alarm")
+            for name, event in alarms.items()
+        ]
+    read = sum(is_number(r.get("target_entropy")) for r in records)
+    return h("p", f"{plural(read, 'reading')} of its health: no alarm.", class_="prose") if read else None
+
+
 def _pictures(run: Artifact) -> Content:
     out = []
     for path in run.pictures():
@@ -152,12 +195,7 @@ def _curves(records: list[dict], heading: str) -> Content:
     extra = sorted({key for r in records for key, value in r.items() if is_number(value)} - KNOWN)[:OTHERS]
     others = [(key, key.replace("_", " ").capitalize(), None) for key in extra]
     key, out = legend(("c1", "running mean"), ("faint", "every record")), []
-    groups = [
-        ("Is it learning?", LEARNING),
-        ("Schedules, gradient and speed", KNOBS + MACHINE),
-        ("Also recorded", others),
-    ]
-    for title, group in groups:
+    for title, group in [*GROUPS, ("Also recorded", others)]:
         drawn = [_curve(records, *entry) for entry in group]
         if any(drawn):
             out += [h(heading, title, class_="sub"), None if out else key, h("div", drawn, class_="grid")]
@@ -218,13 +256,9 @@ def _quarantined(run: Artifact) -> Content:
 def _events(events: list[dict]) -> Content:
     if not events:
         return None
-    rows = []
-    for event in events[-EVENTS:]:
-        rest = ", ".join(f"{k.replace('_', ' ')} {number(v)}" for k, v in event.items()
-                         if k not in ("event", "step", "seconds") and (isinstance(v, str) or is_number(v)))  # fmt: skip
-        rows.append((str(event["event"]), rest, number(event.get("step")), seconds(event.get("seconds"))))
+    rows = [(str(e["event"]), str(e.get("message", "")), number(e.get("at"))) for e in events[-EVENTS:]]
     title = "Events" if len(events) <= EVENTS else f"The last {EVENTS} of {number(len(events))} events"
-    return folded(title, table(title, ("event", "details", "step", "time"), rows, text=2))
+    return table(title, ("event", "what happened", "after step"), rows, text=2)
 
 
 def _documents(run: Artifact) -> Content:
