@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent import futures
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from troodon.data.sources import open_source
 from troodon.learn import checkpoint, loop
 from troodon.learn.config import GuardConfig, ObjectiveConfig, ParallelConfig, PretrainConfig
 from troodon.learn.pretrain import Interrupted, pretrain
-from troodon.learn.recorder import TERMS
+from troodon.learn.recorder import TERMS, Recorder
 from troodon.learn.schedules import Anchor, Schedule, Schedules
 from troodon.model.backbone import Backbone
 from troodon.model.config import HeadConfig, ViTConfig
@@ -274,19 +275,31 @@ def _poisoned(index, run):
 
 
 def test_a_full_disk_stops_nothing_but_the_checkpoint(images, tmp_path, monkeypatch):
-    real = Backbone.save
+    real, saved, full, run = os.fsync, Recorder.save, [], tmp_path / "run"
 
-    def full(backbone, folder):
-        if "000002" in str(folder):
+    def fsync(descriptor):
+        if full:
             raise OSError(28, "No space left on device")
-        real(backbone, folder)
+        real(descriptor)
 
-    monkeypatch.setattr(Backbone, "save", full)
-    pretrain(replace(CONFIG, checkpoint_every=2), open_source(images), tmp_path / "run")
-    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["000004", "000006"]
-    (event,) = events(tmp_path / "run")
-    assert "No space left on device" in event["message"]
-    assert "there is none yet" in event["message"]
+    def save(recorder):
+        if recorder.saver.writing:  # full until the next checkpoint
+            futures.wait([recorder.saver.writing])
+        full[:] = [True] if recorder.progress.step == 2 else []
+        saved(recorder)
+
+    (images / "broken.jpg").write_bytes(b"no image")
+    monkeypatch.setattr(Recorder, "save", save)
+    monkeypatch.setattr(os, "fsync", fsync)
+    poison(monkeypatch, 2)
+    pretrain(replace(guarded("skip"), checkpoint_every=2), open_source(images), run)
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["000004", "000006"]
+    unsaved, poisoned = events(run)
+    assert "images and terms could not be written ([Errno 28]" in poisoned["message"]
+    assert "No space left on device" in unsaved["message"]
+    assert "there is none yet" in unsaved["message"]
+    assert [r["path"] for r in Metrics(run / "quarantine.jsonl").read()] == ["broken.jpg"]
+    assert not list(run.rglob("*.partial"))
 
 
 def test_a_run_whose_end_cannot_be_saved_fails(images, tmp_path, monkeypatch):

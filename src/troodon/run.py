@@ -28,11 +28,15 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Write `path` so that whoever reads it sees all of it or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -137,10 +141,9 @@ class Metrics:
 
     def rewind(self, step: int) -> None:
         """Forget records of steps from `step` on: a resumed run writes them again. Events stay: they have no step."""
-        if not self.path.exists():
-            return
-        kept = [json.dumps(r) for r in self.read() if r.get("step", -1) < step]
-        write_bytes(self.path, "".join(f"{line}\n" for line in kept).encode())
+        kept = "".join(f"{json.dumps(r)}\n" for r in self.read() if r.get("step", -1) < step)
+        if self.path.exists() and self.path.read_text() != kept:  # a full disk has no room for another file
+            write_bytes(self.path, kept.encode())
 
 
 def say(message: str = "", passing: bool = False) -> None:

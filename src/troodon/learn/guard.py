@@ -15,12 +15,15 @@ def report(trouble: NotFinite, batch: int, loader: Loader, run: Path) -> str:
     bad = [name for name, value in trouble.here.items() if not abs(value) < float("inf")]
     images = [loader.index.path(row) for row in loader.rows(batch)]
     ranks = dist.gather_objects({"not_finite": bad, "terms": trouble.here, "images": images})
-    path = run / "trouble" / f"step_{trouble.step:06d}_batch_{batch:06d}.json"
+    path, written = run / "trouble" / f"step_{trouble.step:06d}_batch_{batch:06d}.json", "are"
     if dist.rank() == 0:
-        write_json(path, {"step": trouble.step, "batch": batch, "ranks": ranks})
+        try:
+            write_json(path, {"step": trouble.step, "batch": batch, "ranks": ranks})
+        except OSError as error:  # a full disk must not end the run that the guard could go on with
+            written = f"could not be written ({error})"
     where = {f"rank {rank}": ", ".join(said["not_finite"]) for rank, said in enumerate(ranks) if said["not_finite"]}
     said = "; ".join(f"{rank}: {names}" for rank, names in where.items())
-    return f"not finite ({said}); images and terms are in {path.relative_to(run)}"
+    return f"not finite ({said}); images and terms {written} in {path.relative_to(run)}"
 
 
 def where_to(config: GuardConfig, now: Progress, saved: Progress | None) -> tuple[Progress | None, str]:

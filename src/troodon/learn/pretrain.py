@@ -147,8 +147,7 @@ def _share_of_processors(world: int) -> int:
 
 def _rescue(trouble: NotFinite, config: PretrainConfig, recorder: Recorder, loader: Loader) -> Progress:
     """Where to go on after a step that is not finite, with the method in that state; raises `trouble` if nowhere."""
-    recorder.flush()
-    recorder.saver.wait()
+    recorder.settle()
     said = guard.report(trouble, recorder.progress.batch, loader, recorder.run)
     saved = checkpoint.finished(recorder.run) if config.guard.policy == "rollback" else []
     back = Progress(int(saved[-1].name)) if saved else None

@@ -3,6 +3,7 @@
 Numbers leave the device on a thread of their own, which also writes them: the step that made them has gone on by then.
 """
 
+import contextlib
 import json
 import sys
 import time
@@ -156,19 +157,25 @@ class Recorder:
         if self.loader.broken and dist.rank() == 0:
             rows = sorted(self.loader.broken.items())
             lines = [json.dumps({"path": self.loader.index.path(row), "reason": reason}) for row, reason in rows]
-            write_bytes(self.run / "quarantine.jsonl", "".join(f"{line}\n" for line in lines).encode())
+            with contextlib.suppress(OSError):  # of a full disk; all of it is written again with the next checkpoint
+                write_bytes(self.run / "quarantine.jsonl", "".join(f"{line}\n" for line in lines).encode())
         self._tell(self.saver.save(self.progress, self.method, self.optimizer))
+
+    def settle(self) -> str | None:
+        """Wait until all that was begun is written; why the last checkpoint is not, on every rank."""
+        self.flush()
+        failed = self.saver.wait()
+        self._tell(failed)
+        return failed
 
     def finish(self) -> None:
         """Record and save what is not yet, and wait for it. OSError, on every rank, when it cannot be saved."""
         if self.since:
             self.record({}, {})
-        failed = self.saver.wait()
+        failed = self.settle()
         if failed or self.saver.step != self.progress.step:
-            self._tell(failed)
             self.save()
-            failed = self.saver.wait()
-        self.flush()
+            failed = self.settle()
         self.loggers.close()
         if failed:
             raise OSError(f"the last checkpoint could not be written: {failed}")
