@@ -298,7 +298,7 @@ def test_a_full_disk_stops_nothing_but_the_checkpoint(images, tmp_path, monkeypa
     assert "images and terms could not be written ([Errno 28]" in poisoned["message"]
     assert "No space left on device" in unsaved["message"]
     assert "there is none yet" in unsaved["message"]
-    assert [r["path"] for r in Metrics(run / "quarantine.jsonl").read()] == ["broken.jpg"]
+    assert [r["path"] for r in Metrics(run / "quarantine.jsonl").read()] == ["images/broken.jpg"]
     assert not list(run.rglob("*.partial"))
 
 

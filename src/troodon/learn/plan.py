@@ -102,8 +102,9 @@ def plan(
 
 
 def timed(planned: Plan, device: "torch.device", dtype: "torch.dtype") -> Plan:
-    """The plan with the time that this device would take, if all ranks had one like it."""
-    rate = planned.ranks * SHARE_OF_PEAK[device.type] * product_rate(device, dtype)
+    """The plan with the time that this device would take, if all ranks had one like it; processors are shared."""
+    devices = planned.ranks if device.type == "cuda" else 1
+    rate = devices * SHARE_OF_PEAK[device.type] * product_rate(device, dtype)
     return replace(planned, images_per_second=rate * planned.config.batch / total(planned.flops))
 
 
