@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,11 +25,13 @@ from troodon.data.config import CropsConfig
 from troodon.data.sources import open_source
 from troodon.learn import checkpoint, loop
 from troodon.learn.config import GuardConfig, ObjectiveConfig, ParallelConfig, PretrainConfig
+from troodon.learn.parallel import prepare
 from troodon.learn.pretrain import Interrupted, pretrain
 from troodon.learn.recorder import TERMS, Recorder
 from troodon.learn.schedules import Anchor, Schedule, Schedules
 from troodon.model.backbone import Backbone
 from troodon.model.config import HeadConfig, ViTConfig
+from troodon.model.vit import ViT
 from troodon.run import Metrics
 
 CONFIG = PretrainConfig(
@@ -354,6 +357,31 @@ def test_a_step_in_parts_is_the_same_step(images, tmp_path):
         for other in ("parts", "ranks"):
             for a, b in zip(records(tmp_path / targets), records(tmp_path / f"{targets}-{other}"), strict=True):
                 assert a == pytest.approx(b, rel=5e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which("c++") is None and shutil.which("g++") is None, reason="compiling needs a C++ compiler"
+)
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.filterwarnings("ignore")  # of the compiler about itself
+def test_compiled_blocks_have_the_same_gradients(recompute):
+    torch.manual_seed(0)
+    eager, compiled = (ViT(replace(CONFIG.vit, drop_path=0.3)) for _ in range(2))
+    eager.initialize()
+    compiled.load_state_dict(eager.state_dict())
+    for block in compiled.blocks:
+        prepare(block, ParallelConfig(recompute=recompute, compile=True))
+    crops, gradients = [torch.randn(8, 3, 16, 16), torch.randn(16, 3, 8, 8)], []
+    for network in (eager, compiled):
+        torch.manual_seed(1)  # of stochastic depth
+        wide, narrow = network.train()(crops)
+        (wide.cls_BD.square().sum() + narrow.patches_BPD.pow(3).sum()).backward()
+        gradients.append({name: p.grad for name, p in network.named_parameters() if p.grad is not None})
+    assert len(gradients[0]) > 10
+    for name, gradient in gradients[0].items():
+        difference = (gradients[1][name] - gradient).abs().max()
+        assert difference <= 1e-3 * gradient.abs().max().clamp(min=1e-6), name
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])

@@ -39,11 +39,11 @@ LEARNING = [
 ]
 HEALTH = [
     ("target_entropy", "Entropy of targets", "Of ln K. At 100 % targets tell no image from another."),
-    ("mean_target_entropy", "Entropy of the mean target", "Of ln K. Near 0 % all images get the same targets."),
+    ("mean_target_entropy", "Mean target's entropy", "Of ln K. Near 0 % all images get the same targets."),
     ("prototypes_used", "Prototypes in use", "First choices that differ, of as many as could."),
     ("feature_cosine", "Mean cosine of two images", "At 1 all images look the same to the network."),
     ("effective_rank", "Effective rank of features", "Directions in which images differ, weighed by how much."),
-    ("nearest_distance", "Distance to the nearest image", "Of features on the unit sphere, within a batch."),
+    ("nearest_distance", "Nearest distance", "To the nearest image of a batch, on the unit sphere."),
 ]
 KNOBS = [
     ("lr", "Learning rate", None),
@@ -101,9 +101,9 @@ def _one(run: Artifact, heading: str) -> Markup:
     return join(
         h("p", _state(run, records), class_="prose"),
         _health(records, events),
-        _pictures(run),
         _curves(records, heading),
         _final(records),
+        _pictures(run),
         _quarantined(run),
         _events(events),
         _documents(run),
