@@ -321,11 +321,11 @@ def test_the_fast_decoder_is_used_and_pillow_answers_when_it_fails(monkeypatch):
 
     class Spy:
         @staticmethod
-        def decode_jpeg(data):
+        def decode_jpeg(data, **size):
             calls.append(len(data))
             if len(calls) > 1:
                 raise ValueError("not today")
-            return fast.decode_jpeg(data)
+            return fast.decode_jpeg(data, **size)
 
     monkeypatch.setattr(module, "simplejpeg", Spy)
     data = packed(picture(), "JPEG")
@@ -352,3 +352,35 @@ def test_many_threads_agree():
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(outcome, files)) == [outcome(data) for data in files]
+
+
+# ---- smaller copies of JPEGs
+
+
+@pytest.mark.parametrize("times", [1, 2, 4, 8])
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("size", [(208, 168), (203, 161)])
+def test_a_jpeg_is_decoded_smaller_when_it_may(size, times, orientation, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.effect_mandelbrot(size, (-2, -1.5, 1, 1.5), 50).convert("RGB")
+    data, asked = packed(image, "JPEG", quality=95, exif=exif), []
+
+    def shrink(height, width):
+        asked.append((height, width))
+        return times
+
+    whole, small = decode(data), decode(data, shrink=shrink)
+    assert asked == [whole.shape[:2]]
+    assert small.shape == (*(-(-side // times) for side in whole.shape[:2]), 3)
+    monkeypatch.setattr(module, "simplejpeg", None)
+    assert np.array_equal(decode(data, shrink=lambda *_: times), small)
+    if not size[0] % times and not size[1] % times:
+        average = np.asarray(Image.fromarray(whole).reduce(times)).astype(float)
+        assert np.abs(small - average).mean() < 4  # of 255; an area average is nearly what it is
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP"])
+def test_other_formats_are_whole_whatever_they_may(format):
+    data = packed(picture(), format)
+    assert np.array_equal(decode(data, shrink=lambda *_: 8), decode(data))

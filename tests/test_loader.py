@@ -1,6 +1,7 @@
 """The stream of batches: a function of seed and step, whatever the threads, ranks and broken files."""
 
 import io
+import os
 import tarfile
 from dataclasses import replace
 
@@ -11,7 +12,10 @@ from PIL import Image
 
 from troodon.config import UsageError
 from troodon.data.config import CropsConfig, MasksConfig, PhotometricConfig
-from troodon.data.loader import Loader, permute, stream
+from troodon.data.crops import generator, multi_crop
+from troodon.data.decode import decode
+from troodon.data.loader import Loader, stream
+from troodon.data.order import deal, permute
 from troodon.data.sources import open_source
 
 CROPS = CropsConfig(global_px=16, local_px=8, locals=3)
@@ -94,9 +98,6 @@ def _position_of(one: Loader, row: int) -> int:
 
 
 def _views_of_row(one: Loader, row: int, visit: int):
-    from troodon.data.crops import generator, multi_crop
-    from troodon.data.decode import decode
-
     return multi_crop(decode(one.index.read(row)), one.crops, generator(one.seed, row, visit))[0]
 
 
@@ -124,3 +125,76 @@ def test_a_stream_gives_every_readable_image_once_in_order(index):
     assert rows == [0, 1, 2, 3, 6, 7, 8, 9, 10, 11, 12]
     assert torch.cat([x for _, x in got]).tolist() == [20 + r for r in rows]
     assert sorted(broken) == [4, 5]
+
+
+@pytest.mark.parametrize("length", [1, 13, 1009])
+def test_every_image_is_seen_once_a_pass_whatever_the_batch(index, length):
+    """Of a prime number of images no batch divides a pass; ranks share what there is."""
+    table = index.table.take([0] * length)
+    one = replace(loader(index, images=6), index=replace(index, table=table))
+    ranks = [replace(one, rank=rank, world=3) for rank in range(3)]
+    seen = [row for batch in range(length) for rank in ranks for row in rank.rows(batch)]  # six passes in all
+    for visit in range(6):
+        assert sorted(seen[visit * length : (visit + 1) * length]) == list(range(length))
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, 1.0), (3.0, 1.0), (0.1, 0.2, 0.7), (5.0, 0.001, 2.0)])
+def test_sources_are_dealt_by_weight_and_each_in_its_own_order(weights):
+    count = 3000
+    dealt = [deal(position, weights) for position in range(count)]
+    for source, weight in enumerate(weights):
+        places = [place for which, place in dealt if which == source]
+        assert places == list(range(len(places)))  # none left out, none twice
+        for end in (10, 100, count):
+            share = sum(which == source for which, _ in dealt[:end])
+            assert abs(share - end * weight / sum(weights)) < len(weights)
+
+
+def test_a_mixture_shows_every_source_as_its_weight_says(tmp_path):
+    for name, count in (("a", 5), ("b", 20)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            Image.new("RGB", (20, 20), (i, 0, 0)).save(tmp_path / name / f"{i:02d}.png")
+    both = open_source(tmp_path / "a", tmp_path / "b")
+    assert both.parts == (5, 20)
+    mixed = loader(both, weights=(1.0, 1.0))
+    rows = [row for batch in range(10) for row in mixed.rows(batch)]
+    assert sorted(row for row in rows if row < 5) == sorted(list(range(5)) * 4)
+    assert sorted(row for row in rows if row >= 5) == list(range(5, 25))
+    assert rows != [row for batch in range(10) for row in loader(both).rows(batch)]
+    halves = [replace(mixed, rank=rank, world=2).rows(7) for rank in range(2)]
+    assert halves[0] + halves[1] == mixed.rows(7)
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [((1.0,), "data names 2 sources, so give 2 weights"), ((1.0, 0.0), "weights 0: must be above 0")],
+)
+def test_weights_that_do_not_fit_are_refused(index, weights, said):
+    with pytest.raises(UsageError, match=said):
+        loader(replace(index, parts=(6, 7)), weights=weights)
+
+
+def test_processes_give_what_threads_give_and_tell_what_is_broken(index):
+    threads, processes = loader(index), loader(index, processes=2)
+    assert all(same(a, b) for a, b in zip(take(threads, 0, 5), take(processes, 0, 5), strict=True))
+    assert processes.broken == threads.broken
+
+
+def test_large_jpegs_are_read_smaller_and_cropped_as_they_would_be(tmp_path, monkeypatch):
+    random = np.random.default_rng(0)
+    rough = Image.fromarray(random.integers(0, 255, (30, 40, 3), dtype=np.uint8))
+    rough.resize((1600, 1200), Image.Resampling.BICUBIC).save(tmp_path / "large.jpg", quality=95)
+    one, sizes = loader(open_source(tmp_path), images=1), []
+    small = [one.views(position)[:2] for position in range(10)]
+    monkeypatch.setattr("troodon.data.crops.MARGIN", 1e9)
+    whole = [one.views(position)[:2] for position in range(10)]
+    for a, b in zip(small, whole, strict=True):
+        for x, y in zip(a, b, strict=True):
+            sizes.append((x.float() - y.float()).abs().mean().item())
+    assert 0 < np.mean(sizes) < 3  # of 255: boxes are rounded to pixels eight times as large
+
+
+def test_advice_names_what_is_known_to_help(index):
+    assert any("troodon pack --side" in line for line in loader(index).advice())
+    assert loader(index, threads=1, world=1).advice()[0].startswith("more threads") or os.cpu_count() == 1

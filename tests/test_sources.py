@@ -375,7 +375,7 @@ def test_what_does_not_exist_names_its_neighbour(tmp_path):
     assert "there is no 'notes.tx' in" in mistake(f"{tar}/notes.tx")
     assert "did you mean '3.jpg'?" in mistake(f"{tar}/b/4.jpg")
     assert "only 3.jpg, c" in mistake(f"{tar}/b/zzz")
-    assert "is a file, not a folder or a tar" in mistake(tmp_path / "photos/cats/1.jpg/x")
+    assert "is a file, not a folder, tar, zip or Parquet" in mistake(tmp_path / "photos/cats/1.jpg/x")
     assert "name a folder" in mistake()
 
 
@@ -384,7 +384,9 @@ def test_what_holds_no_images_says_what_it_holds(tmp_path):
     assert "notes: no images among 12 files (.txt 11, no ending 1); image files end in .jpg .png" in mistake(notes)
     (tmp_path / "empty").mkdir()
     assert "empty: is empty" in mistake(tmp_path / "empty")
-    assert "1.txt: is not an image by its name" in mistake(notes / "1.txt")
+    (notes / "12.txt").write_text("hello\nworld\n")
+    assert "12.txt: no images among 2 files (no ending 2)" in mistake(notes / "12.txt")
+    assert "LICENSE: is not an image by its name" in mistake(notes / "LICENSE")
     assert "no images among 1 files (.txt 1)" in mistake(pack(tmp_path / "x.tar", MEMBERS) / "notes.txt")
     fill(tmp_path / "phone", ["1.HEIC", "2.heic"])
     assert "no images among 2 files (.heic 2)" in mistake(tmp_path / "phone")
@@ -403,7 +405,7 @@ def test_tars_that_cannot_be_read_in_place_are_refused(tmp_path):
             tmp_path / name
         )
     (tmp_path / "x.zip").write_bytes(b"PK\x03\x04....")
-    assert "first unzip" in mistake(tmp_path / "x.zip")
+    assert "x.zip: is not a whole zip" in mistake(tmp_path / "x.zip")
     (tmp_path / "shard-0").write_bytes(tar.read_bytes())
     assert "is a tar, but its name does not end in .tar: rename it" in mistake(tmp_path / "shard-0")
     (tmp_path / "text.tar").write_text("hello" * 500)

@@ -6,10 +6,10 @@ an index or a backbone, training is lent a k-NN to watch itself by.
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from troodon import recipes
 from troodon.config import UsageError, from_dict, from_yaml, nearest
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from troodon.model.backbone import Backbone
 
 C = TypeVar("C")
-Data = str | Path | Sequence[str | Path]  # a folder, an image, a tar, a path inside a tar, an artifact; or several
+Data = Any  # a path or URL of any place that sources.py knows, a data set with len() and [row]; or a list of these
 
 PROBED = 1000  # labelled images, at most, that the quick k-NN of a training run looks at
 
@@ -281,7 +281,7 @@ def evaluate(
         [ours, *(others if baselines else [])],
         train,
         val,
-        " + ".join(Path(p).name for p in _paths(data)),
+        " + ".join(Path(p).name if isinstance(p, str | Path) else type(p).__name__ for p in _paths(data)),
         config,
         Path(out),
         how=how_split(index, config.seed),
@@ -305,10 +305,11 @@ def quick_knn(index, config: PretrainConfig) -> "Probe | None":
     from troodon.evaluate.features import extract
     from troodon.evaluate.knn import quick
 
-    labels = np.array([label or "" for label in index.column("label")])
-    rows = np.flatnonzero(labels != "")
+    if index.table["label"].null_count == len(index):  # of very many images, known without a look at them
+        return None
+    rows = np.flatnonzero(index.table["label"].is_valid().to_numpy())
     rows = np.sort(np.random.default_rng(config.seed).permutation(rows)[:PROBED])
-    classes, codes = np.unique(labels[rows], return_inverse=True)
+    classes, codes = np.unique(index.take(rows).column("label"), return_inverse=True)
     if not config.probe_every or not 2 <= len(classes) <= len(rows) // 2:
         return None
     held = index.take(rows)
@@ -335,8 +336,8 @@ def _backbone(backbone: "str | Path | Backbone") -> "Backbone":
     return load(backbone) if isinstance(backbone, str | Path) else backbone
 
 
-def _paths(data: Data) -> list[str | Path]:
-    return [data] if isinstance(data, str | Path) else list(data)
+def _paths(data: Data) -> list:
+    return list(data) if isinstance(data, list | tuple) else [data]
 
 
 def _progress(what: str):

@@ -21,6 +21,7 @@ from troodon.data.config import CropsConfig, Size
 Box = tuple[int, int, int, int]
 AT_ONCE = 4  # channels that torch resamples in 8 bits; more at a time it takes to floats and back, six times slower
 TRIES = 10  # boxes to draw before the central one is taken
+MARGIN = 1.5  # pixels, at least, of a smaller copy of the image for each of a crop: it then is 0.2 to 0.6 levels off
 NUMBERS = 2 * TRIES + 3  # random numbers of one crop: area and aspect of every try, two of position, one of flip
 WORD = 2**64 - 1
 
@@ -36,18 +37,57 @@ def generator(seed: int, image: int, visit: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
+class Views:
+    """The crops of one image: boxes, drawn once its size is known, and then cut out of its pixels.
+
+    Global crops come first in the stream of random numbers and every crop takes as many, so the number of local crops
+    changes no other crop. `config` has one size: of mixed ones, `config.at` picks it.
+    """
+
+    def __init__(self, config: CropsConfig, random: np.random.Generator):
+        assert not config.mixed, config.mixed
+        self.config, self.numbers = config, random.random((2 + config.locals, NUMBERS)).tolist()
+        wide, narrow = pair(config.global_px), pair(config.local_px)
+        self.kinds = [(config.global_scale, wide)] * 2 + [(config.local_scale, narrow)] * config.locals
+
+    def draw(self, height: int, width: int) -> int:
+        """Draw the boxes of an image of this size. How many times smaller its pixels may be: 1, 2, 4 or 8.
+
+        So much that every box keeps MARGIN times the pixels of its crop in either direction.
+        """
+        self.size = height, width
+        self.boxes = [self._box(u, *kind) for u, kind in zip(self.numbers, self.kinds)]
+        spare = min(min(h / size[0], w / size[1]) for (_, _, h, w), (_, size) in zip(self.boxes, self.kinds))
+        return next(times for times in (8, 4, 2, 1) if times == 1 or spare >= times * MARGIN)
+
+    def cut(self, image_HWC: np.ndarray) -> tuple[Tensor, Tensor]:
+        """uint8 (2, C, *global size) and (V, C, *local size), contiguous, of the image, or of a smaller copy of it."""
+        return self._cut(image_HWC, 0, 2, self.config.global_px), self._cut(image_HWC, 2, None, self.config.local_px)
+
+    def _box(self, u: list[float], scale: tuple[float, float], size: Size) -> Box:
+        low, high = self.config.aspect
+        return random_box(*self.size, scale, (low * (size[1] / size[0]), high * (size[1] / size[0])), u)
+
+    def _cut(self, image_HWC: np.ndarray, first: int, end: int | None, px: int | Size) -> Tensor:
+        boxes, size = self.boxes[first:end], pair(px)
+        crops_VCHW = np.empty((len(boxes), image_HWC.shape[2], *size), np.uint8)
+        for crop_CHW, box, u in zip(crops_VCHW, boxes, self.numbers[first:end]):
+            top, left, h, w = box if image_HWC.shape[:2] == self.size else _scaled(box, self.size, image_HWC.shape)
+            crop_HWC = _resized(image_HWC[top : top + h, left : left + w], *size)
+            if u[-1] < self.config.flip:
+                crop_HWC = crop_HWC[:, ::-1]
+            np.copyto(crop_CHW, crop_HWC.transpose(2, 0, 1))  # the flip costs nothing here
+        return torch.from_numpy(crops_VCHW)
+
+
 def multi_crop(image_HWC: np.ndarray, config: CropsConfig, random: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Two global and `config.locals` local crops of one uint8 image of any size from 1x1 up and any channels.
 
-    Returns uint8 (2, C, *global size) and (V, C, *local size), contiguous. Global crops come first in the stream of
-    random numbers and every crop takes as many, so the number of local crops changes no other crop. `config` has one
-    size: of mixed ones, `config.at` picks it.
+    Returns uint8 (2, C, *global size) and (V, C, *local size), contiguous.
     """
-    assert not config.mixed, config.mixed
-    numbers = random.random((2 + config.locals, NUMBERS)).tolist()
-    globals_GCHW = _crops(image_HWC, numbers[:2], config.global_scale, pair(config.global_px), config)
-    locals_VCHW = _crops(image_HWC, numbers[2:], config.local_scale, pair(config.local_px), config)
-    return globals_GCHW, locals_VCHW
+    views = Views(config, random)
+    views.draw(*image_HWC.shape[:2])
+    return views.cut(image_HWC)
 
 
 def random_box(height: int, width: int, scale: tuple[float, float], aspect: tuple[float, float], u: list[float]) -> Box:
@@ -68,19 +108,11 @@ def random_box(height: int, width: int, scale: tuple[float, float], aspect: tupl
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _crops(
-    image_HWC: np.ndarray, numbers: list[list[float]], scale: tuple[float, float], size: Size, config: CropsConfig
-) -> Tensor:
-    crops_VCHW = np.empty((len(numbers), image_HWC.shape[2], *size), np.uint8)
-    height, width = image_HWC.shape[:2]
-    aspect = (config.aspect[0] * (size[1] / size[0]), config.aspect[1] * (size[1] / size[0]))
-    for crop_CHW, u in zip(crops_VCHW, numbers):
-        top, left, h, w = random_box(height, width, scale, aspect, u)
-        crop_HWC = _resized(image_HWC[top : top + h, left : left + w], *size)
-        if u[-1] < config.flip:
-            crop_HWC = crop_HWC[:, ::-1]
-        np.copyto(crop_CHW, crop_HWC.transpose(2, 0, 1))  # the flip costs nothing here
-    return torch.from_numpy(crops_VCHW)
+def _scaled(box: Box, size: Size, shape: tuple[int, ...]) -> Box:
+    """The same box, to the nearest pixel, in a copy of the image of another size."""
+    (top, left, h, w), (y, x) = box, (shape[0] / size[0], shape[1] / size[1])
+    h, w = (min(max(1, round(side)), most) for side, most in ((h * y, shape[0]), (w * x, shape[1])))
+    return min(round(top * y), shape[0] - h), min(round(left * x), shape[1] - w), h, w
 
 
 def _resized(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -26,18 +26,20 @@ import os
 import re
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from troodon.config import UsageError
+from troodon.data.files import AT_ONCE
 
 try:
     import simplejpeg
 except ImportError:
     simplejpeg = None
+FAST = simplejpeg is not None
 
 MAX_PIXELS = 100_000_000
 
@@ -87,16 +89,26 @@ class Probe:
     height: int
 
 
-def decode(data: bytes, channels: int | None = 3) -> np.ndarray:
+def decode(data: bytes, channels: int | None = 3, shrink: Callable[[int, int], int] | None = None) -> np.ndarray:
     """The picture, uint8 (H, W, channels), upright, writable: RGB if they are 3, grey if 1.
 
     With None, pictures give RGB, and arrays as many channels as they have. Raises BadImage, also for a picture that
     has not the channels, and nothing else. Thread-safe.
+
+    `shrink` is told the height and width, and says how many times smaller the picture may be: 1, 2, 4 or 8. A JPEG then
+    is decoded so, from fewer of its frequencies and much faster, its sides rounded up; nothing else is.
     """
     with _refusing(data):
         if data.startswith(NPY):
-            return _array(data, channels)
+            array = _array(data, channels)
+            if shrink is not None:
+                shrink(*array.shape[:2])
+            return array
         with _opened(data) as image:
+            if shrink is not None:
+                times = shrink(*_upright_size(image)[::-1])
+                if times > 1 and image.format == "JPEG":
+                    image.draft(None, (image.width // times, image.height // times))
             if channels not in (1, 3, None):
                 pixels = _bands(image, channels)
             elif (pixels := _jpeg(data, image)) is None:
@@ -105,6 +117,12 @@ def decode(data: bytes, channels: int | None = 3) -> np.ndarray:
             if channels == 1:
                 pixels = grey(pixels)
             return np.ascontiguousarray(_upright(pixels, _orientation(image)))
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    """uint8 (H, W, 3) of an open image, upright. Raises whatever Pillow raises."""
+    image.load()
+    return np.ascontiguousarray(_upright(_rgb(image), _orientation(image)))
 
 
 def grey(pixels_HW3: np.ndarray) -> np.ndarray:
@@ -124,11 +142,7 @@ def probe(data: bytes) -> Probe:
             (height, width, channels), dtype, *_ = _header(data)
             return Probe("NPY", f"{channels} x {dtype.name}", width, height)
         with _opened(data) as image:
-            width, height = image.size
-            # Pillow turns the size of a TIFF when it opens it, that of other formats never.
-            if image.format != "TIFF" and _orientation(image) >= 5:
-                width, height = height, width
-            return Probe(image.format or "", image.mode, width, height)
+            return Probe(image.format or "", image.mode, *_upright_size(image))
 
 
 def _opened(data: bytes) -> Image.Image:
@@ -139,11 +153,14 @@ def _opened(data: bytes) -> Image.Image:
 
 
 def _jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
-    """The pixels of a plain colour or grey JPEG as it lies in the file; None where Pillow has to look."""
+    """The pixels of a plain colour or grey JPEG as it lies in the file; None where Pillow has to look.
+
+    At the size of `image`, which may be smaller than what lies there.
+    """
     if simplejpeg is None or image.format != "JPEG" or image.mode not in ("RGB", "L"):
         return None
     try:
-        pixels = simplejpeg.decode_jpeg(data)
+        pixels = simplejpeg.decode_jpeg(data, min_height=image.height, min_width=image.width, min_factor=1)
     except Exception:  # whatever it does not like, Pillow decides
         return None
     return pixels if pixels.shape == (image.height, image.width, 3) else None
@@ -223,6 +240,12 @@ def _orientation(image: Image.Image) -> int:
     return value if value in range(1, 9) else 1
 
 
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height. Pillow turns the size of a TIFF when it opens it, that of other formats never."""
+    width, height = image.size
+    return (height, width) if image.format != "TIFF" and _orientation(image) >= 5 else (width, height)
+
+
 def _upright(x: np.ndarray, orientation: int) -> np.ndarray:
     """Turn (H, W, C) so that it looks as EXIF says (table 6 of the standard: where row 0 and column 0 lie)."""
     if orientation >= 5:
@@ -300,8 +323,11 @@ def _boxes_missing(data: bytes) -> bool:
     return at != len(data)
 
 
-def threads_or_all(threads: int) -> int:
-    """How many threads read images: as many as asked for, or one per processor, 16 at most."""
+def threads_or_all(threads: int, distant: bool = False) -> int:
+    """How many threads read images: as many as asked for, or one per processor, 16 at most.
+
+    Of `distant` images it is more, for such threads mostly wait.
+    """
     if threads < 0:
         raise UsageError(f"threads {threads}: must be 0, which is one per processor, or more")
-    return threads or min(16, os.cpu_count() or 1)
+    return threads or (AT_ONCE if distant else min(16, os.cpu_count() or 1))

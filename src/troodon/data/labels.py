@@ -1,8 +1,9 @@
 """What a source says of its images: the class and the split, from a table if there is one, else from folder names.
 
     a table         labels.csv, or else index.csv, says it for the folder in which it lies and all below it. It has a
-                    column `path` (or image, file_name), relative to itself, and `label` (or class), `split`, or both.
-                    What it does not name has no label; what it has no column for is read off folder names
+                    column of PATHS, relative to itself, and one of LABELS, `split`, or both. What it does not name has
+                    no label; what it has no column for is read off folder names. Lists of images and the columns of
+                    Parquet files say it for themselves
     folder names    train, val, valid, validation and test give the split; the name right above the file is the class,
                     where it is neither a split nor one of GENERIC and the source holds at least two such names
 
@@ -11,6 +12,7 @@ A class is a string; nothing turns it into a number here.
 
 import csv
 import io
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,6 +37,19 @@ GENERIC = frozenset((
 # fmt: on
 
 
+# How the name of a file ends that is as good as a folder, the number of a shard included.
+CONTAINER = re.compile(r"([-_.]\d+([-_]of[-_]\d+)?)?\.(tar|zip|parquet|txt|csv|tsv)$", re.IGNORECASE)
+
+# What columns are called, by those who make such tables.
+# fmt: off
+PATHS = (
+    "path", "image", "file_name", "filename", "file", "filepath", "file_path", "image_path", "img", "url", "image_url",
+    "uri",
+)
+LABELS = ("label", "class", "labels", "class_name", "fine_label")
+# fmt: on
+
+
 @dataclass(frozen=True)
 class Table:
     """What a labels.csv says, by path relative to its folder; None where it has no such column."""
@@ -44,28 +59,59 @@ class Table:
     splits: dict[str, str | None] | None
 
 
-def read_table(data: bytes) -> Table | None:
-    """The table in the bytes of a CSV file; None where it has not the columns, or is no CSV."""
+def read_table(data: bytes, delimiter: str = ",") -> dict[str, list] | None:
+    """The columns in the bytes of a CSV file; None where it is no such file, or has no row."""
     try:
-        rows = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True))
-    except (UnicodeDecodeError, csv.Error):
+        text = io.StringIO(data.decode("utf-8-sig"), newline="")
+        header, *rows = csv.reader(text, delimiter=delimiter, strict=True)
+    except (UnicodeDecodeError, csv.Error, ValueError):
         return None
-    columns = rows[0].keys() if rows else ()
-    path = next((c for c in ("path", "image", "file_name") if c in columns), None)
-    label = next((c for c in ("label", "class") if c in columns), None)
-    if path is None or (label is None and "split" not in columns):
+    rows = [row for row in rows if row]
+    return {name: [row[i] if i < len(row) else "" for row in rows] for i, name in enumerate(header)} if rows else None
+
+
+def listed(columns: dict[str, list], classes: dict[str, list[str]]) -> tuple[list[str], Table] | None:
+    """The paths that a table names, and what it says of them; None where no column is one of PATHS."""
+    known = {name.strip().lower(): name for name in reversed(columns)}
+    column = next((known[name] for name in PATHS if name in known and _words(columns[known[name]])), None)
+    if column is None:
         return None
-    names = [(row[path] or "").removeprefix("./") for row in rows]
+    names = [(name or "").strip().removeprefix("./") for name in columns[column]]
+    if not all(names):
+        kept = [i for i, name in enumerate(names) if name]
+        names, columns = [names[i] for i in kept], {n: [c[i] for i in kept] for n, c in columns.items()}
+    return list(dict.fromkeys(names)), spoken(names, columns, classes)
+
+
+def spoken(names: list[str], columns: dict[str, list], classes: dict[str, list[str]]) -> Table:
+    """What the columns of a table say of the images `names`, one a row. `classes` names what numbers stand for."""
+    known = {name.strip().lower(): name for name in reversed(columns)}
+    label = next((known[name] for name in LABELS if name in known), None)
     return Table(
         names=frozenset(names),
-        labels=None if label is None else {n: row[label] or None for n, row in zip(names, rows)},
-        splits={n: split(row["split"] or "") for n, row in zip(names, rows)} if "split" in columns else None,
+        labels=None if label is None else dict(zip(names, _named(columns[label], classes.get(label)))),
+        splits={n: split(s or "") for n, s in zip(names, columns[known["split"]])} if "split" in known else None,
     )
+
+
+def _words(column: list) -> bool:
+    return any(isinstance(value, str) and value for value in column)
+
+
+def _named(column: list, names: list[str] | None) -> list[str | None]:
+    def name(value: object) -> str | None:
+        if value is None or value == "":
+            return None
+        if names is None or not isinstance(value, int):
+            return str(value)
+        return names[value] if 0 <= value < len(names) else None  # the sets of others write -1 for none
+
+    return [name(value) for value in column]
 
 
 def split(name: str) -> str | None:
     """The split that a folder or a cell of this name stands for."""
-    return SPLITS.get(name.strip().lower())
+    return SPLITS.get(str(name).strip().lower())
 
 
 def assign(
@@ -112,10 +158,10 @@ def _home(folder: str, tables: dict[str, Table]) -> str | None:
 def _class_of(folder: str) -> str | None:
     for name in reversed(folder.split("/")[:-1]):
         if name.lower() not in GENERIC:
-            return None if split(name) or name.endswith(".tar") else name
+            return None if split(name) or CONTAINER.search(name) else name
     return None
 
 
 def _split_of(folder: str) -> str | None:
     """The split that the folder nearest to the file stands for, of those that stand for one."""
-    return next((s for name in reversed(folder.split("/")) if (s := split(name.removesuffix(".tar")))), None)
+    return next((s for name in reversed(folder.split("/")) if (s := split(CONTAINER.sub("", name)))), None)

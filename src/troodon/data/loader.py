@@ -5,48 +5,51 @@ of the number of ranks, which each take a slice of it, nor of threads, nor of wh
 that of the step, unless the run has left some out.
 """
 
+import contextlib
+import functools
+import os
+import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 import numpy as np
 import torch
+import torch.multiprocessing
 from torch import Tensor
 
 from troodon.config import UsageError
-from troodon.data import masks, photometric
+from troodon.data import containers, masks, photometric
 from troodon.data.batch import Batch
 from troodon.data.config import CropsConfig, MasksConfig, PhotometricConfig
-from troodon.data.crops import generator, multi_crop
-from troodon.data.decode import BadImage, decode, threads_or_all
+from troodon.data.crops import Views, generator
+from troodon.data.decode import FAST, BadImage, decode, threads_or_all
 from troodon.data.index import Index
+from troodon.data.order import check_weights, deal, permute
 
 AHEAD = 2  # batches prepared while one is used
 NO_IMAGE, NO_IMAGE_EITHER = -1, -2  # whose random numbers draw the masks of a batch, and its size
 
 
-def permute(position: int, length: int, key: int) -> int:
-    """Where `position` goes in the permutation of range(length) that `key` names: a shuffle in constant memory.
+@dataclass(frozen=True)
+class Share:
+    """What one worker makes of some images: crops as bytes, what is to happen to their colours, what was broken."""
 
-    A Feistel network on the next power of four, walked until it lands inside (Black and Rogaway, 2002).
-    """
-    half = max(1, (max(length - 1, 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    while True:
-        left, right = position >> half, position & mask
-        for turn in range(4):
-            mixed = (right * 0x9E3779B97F4A7C15 + key * 0xBF58476D1CE4E5B9 + turn * 0x94D049BB133111EB) & (2**64 - 1)
-            mixed = ((mixed ^ (mixed >> 31)) * 0xD6E8FEB86659FD93) & (2**64 - 1)
-            left, right = right, left ^ ((mixed >> 32) & mask)
-        position = (left << half) | right
-        if position < length:
-            return position
+    globals_GBCHW: Tensor
+    locals_VBCHW: Tensor
+    colours_BVP: Tensor
+    broken: dict[int, str]
 
 
 @dataclass(frozen=True)
 class Loader:
-    """Batches of `images` views of the images of an index; `rank` of `world` gets its slice of each."""
+    """Batches of `images` views of the images of an index; `rank` of `world` gets its slice of each.
+
+    With `weights`, one for each source of the index, that many of every so many images come from each; without, all
+    images of all sources make one pass. With `processes`, these read and crop in place of threads.
+    """
 
     index: Index
     crops: CropsConfig
@@ -59,22 +62,32 @@ class Loader:
     rank: int = 0
     world: int = 1
     channels: int = 3
+    processes: int = 0
+    weights: tuple[float, ...] = ()
     broken: dict[int, str] = field(default_factory=dict)  # row -> why it cannot be read; a record, not an input
 
     def __post_init__(self) -> None:
         if self.images % self.world:
             raise UsageError(f"batch {self.images} does not divide over {self.world} ranks")
+        check_weights(self.weights, self.index.parts or (len(self.index),))
 
     def rows(self, batch: int) -> list[int]:
         """Which images of the index this rank's share of a batch shows, before broken ones are replaced."""
+        return [self.row(position)[0] for position in self.positions(batch)]
+
+    def positions(self, batch: int) -> range:
+        """Where this rank's share of a batch lies in the endless stream of images."""
         per_rank = self.images // self.world
         first = batch * self.images + self.rank * per_rank
-        return [self.row(position)[0] for position in range(first, first + per_rank)]
+        return range(first, first + per_rank)
 
     def row(self, position: int) -> tuple[int, int]:
         """The image at a position of the endless stream, and how often it has been seen before."""
-        visit, place = divmod(position, len(self.index))
-        return permute(place, len(self.index), hash((self.seed, visit)) & (2**64 - 1)), visit
+        source, place = deal(position, self.weights)
+        first, length = self._part(source)
+        visit, place = divmod(place, length)
+        key = (self.seed, visit, source) if self.weights else (self.seed, visit)
+        return first + permute(place, length, hash(key) & (2**64 - 1)), visit
 
     def size(self, batch: int) -> CropsConfig:
         """The crops of a batch, all of one size: the same on every rank."""
@@ -83,64 +96,139 @@ class Loader:
     def batches(self, first: int, device: torch.device) -> Generator[Batch]:
         """Batches number `first`, `first` + 1, ..., on `device`, with colours applied there."""
         per_rank = self.images // self.world
-        with ThreadPoolExecutor(threads_or_all(self.threads), "loader") as pool:
-            waiting: list[tuple[int, list[Future]]] = []
+        with self._workers() as (submit, workers), ThreadPoolExecutor(1, "collate") as collector:
+            each = max(1, min(16, per_rank // (4 * workers)))  # a few images at once: dealt evenly, handed over cheaply
+            waiting: list[tuple[int, Future]] = []
             try:
                 for batch in count(first):
-                    start = batch * self.images + self.rank * per_rank
-                    waiting.append((batch, [pool.submit(self.views, start + i) for i in range(per_rank)]))
+                    positions = self.positions(batch)
+                    shares = [submit(positions[i : i + each]) for i in range(0, per_rank, each)]
+                    waiting.append((batch, collector.submit(self._gather, batch, shares, device.type == "cuda")))
                     if len(waiting) > AHEAD:
                         ready, views = waiting.pop(0)
-                        yield self._collate(ready, [v.result() for v in views], device)
+                        yield self._develop(ready, views.result(), device)
             finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+                for _, views in waiting:
+                    views.cancel()
 
     def views(self, position: int) -> tuple[Tensor, Tensor, np.ndarray]:
         """Global crops, local crops and colours of the image at a position of the endless stream.
 
-        In place of an image that cannot be read comes the next row that can.
+        In place of an image that cannot be read comes the next row of its source that can.
         """
-        length, crops = len(self.index), self.size(position // self.images)
+        crops = self.size(position // self.images)
         row, visit = self.row(position)
+        first, length = self._part(deal(position, self.weights)[0])
         for tried in range(length):
-            image = self._decode((row + tried) % length)
-            if image is not None:
-                random = generator(self.seed, (row + tried) % length, visit)
-                wide, narrow = multi_crop(image, crops, random)
-                return wide, narrow, photometric.draw(self.photometric, self._roles, random)
-        raise UsageError(f"none of the {length} images can be read; the first: {self.broken[0]}")
+            other = first + (row - first + tried) % length
+            if other in self.broken:
+                continue
+            random = generator(self.seed, other, visit)
+            views = Views(crops, random)
+            try:
+                image = decode(self.index.read(other), self.channels, views.draw)
+            except (BadImage, OSError) as error:
+                self.broken[other] = str(error)
+                continue
+            return *views.cut(image), photometric.draw(self.photometric, self._roles, random)
+        raise UsageError(f"none of the {length} images can be read; the first: {self.broken[first]}")
+
+    def share(self, positions: range) -> Share:
+        """The views of the images at these positions, one beside the other."""
+        wide, narrow, colours = zip(*map(self.views, positions))
+        colours_BVP = torch.from_numpy(np.stack(colours))
+        return Share(torch.stack(wide, 1), torch.stack(narrow, 1), colours_BVP, dict(self.broken))
+
+    def advice(self) -> list[str]:
+        """What makes images come faster here, the most likely first; nothing if nothing is known to."""
+        said, processors = [], os.cpu_count() or 1
+        workers = self.processes or threads_or_all(self.threads, self.index.distant)
+        if workers * self.world < processors:
+            said.append(f"more threads (threads {workers} on {processors} processors)")
+        if self.index.distant or containers.COLUMN in str(self.index.table["container"][0]):
+            said.append("`troodon pack` puts the images on this machine's disk, each within reach")
+        if not FAST:
+            said.append('pip install "troodon[fast]" decodes JPEGs faster')
+        side = max(px for size in self.crops.sizes() for px in size[0])
+        return [
+            *said,
+            f"`troodon pack --side {round(1.5 * side / 64) * 64}` makes large pictures small once and for all",
+        ]
 
     @property
     def _roles(self) -> tuple[int, ...]:
         return (photometric.FIRST, photometric.SECOND) + (photometric.LOCAL,) * self.crops.locals
 
-    def _decode(self, row: int) -> np.ndarray | None:
-        if row not in self.broken:
-            try:
-                return decode(self.index.read(row), self.channels)
-            except (BadImage, OSError) as error:
-                self.broken[row] = str(error)
-        return None
+    def _part(self, source: int) -> tuple[int, int]:
+        """First row and length of a source; without weights all are one."""
+        if not self.weights:
+            return 0, len(self.index)
+        return sum(self.index.parts[:source]), self.index.parts[source]
 
-    def _collate(self, batch: int, views: Sequence[tuple], device: torch.device) -> Batch:
-        wide = torch.stack([v[0] for v in views], dim=1)
-        narrow = torch.stack([v[1] for v in views], dim=1)
-        colours_VBP = np.stack([v[2] for v in views], axis=1)
+    @contextlib.contextmanager
+    def _workers(self) -> Iterator[tuple[Callable[[range], Future], int]]:
+        """What hands positions to workers, and how many these are."""
+        if self.processes:
+            # Spawned, not forked: threads of this process may hold locks. Tensors come back through shared memory.
+            context = torch.multiprocessing.get_context("spawn")
+            pool: Executor = ProcessPoolExecutor(self.processes, context, _become, (replace(self, broken={}),))
+            submit, workers = functools.partial(pool.submit, _share), self.processes
+        else:
+            workers = threads_or_all(self.threads, self.index.distant)
+            pool = ThreadPoolExecutor(workers, "loader")
+            submit = functools.partial(pool.submit, self.share)
+        try:
+            yield submit, workers
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _gather(self, batch: int, shares: list[Future], pinned: bool) -> Share:
+        """The parts of a batch as one, in memory that a device can fetch from by itself."""
+        try:
+            parts = [share.result() for share in shares]
+        except BrokenProcessPool:
+            raise OSError(f"a process that reads images died at batch {batch}; its images are the suspects") from None
+        wide, narrow = (
+            torch.empty((len(first), self.images // self.world, *first.shape[2:]), dtype=torch.uint8, pin_memory=pinned)
+            for first in (parts[0].globals_GBCHW, parts[0].locals_VBCHW)
+        )
+        torch.cat([part.globals_GBCHW for part in parts], 1, out=wide)
+        torch.cat([part.locals_VBCHW for part in parts], 1, out=narrow)
+        for part in parts:
+            self.broken.update(part.broken)
+        return Share(wide, narrow, torch.cat([part.colours_BVP for part in parts]), {})
+
+    def _develop(self, batch: int, views: Share, device: torch.device) -> Batch:
+        """The batch on the device, its colours applied, its masks drawn."""
+        colours_VBP = views.colours_BVP.numpy().swapaxes(0, 1)
         developed = [
             photometric.apply(crops.flatten(0, 1).to(device, non_blocking=True), numbers, self.photometric).unflatten(
                 0, crops.shape[:2]
             )
             for crops, numbers in (
-                (wide, colours_VBP[:2].reshape(-1, colours_VBP.shape[-1])),
-                (narrow, colours_VBP[2:].reshape(-1, colours_VBP.shape[-1])),
+                (views.globals_GBCHW, colours_VBP[:2].reshape(-1, colours_VBP.shape[-1])),
+                (views.locals_VBCHW, colours_VBP[2:].reshape(-1, colours_VBP.shape[-1])),
             )
         ]
-        height, width = (side // self.patch for side in wide.shape[-2:])
+        height, width = (side // self.patch for side in views.globals_GBCHW.shape[-2:])
         random = generator(self.seed, NO_IMAGE, batch)
         masks_NP = masks.collate(2 * self.images, (height, width), self.masks, random)
         mine = masks_NP.unflatten(0, (2, self.world, -1))[:, self.rank].flatten(0, 1)
         globals_GBCHW, locals_VBCHW = developed
         return Batch(globals_GBCHW, locals_VBCHW, mine.to(device, non_blocking=True))
+
+
+_mine: list[Loader] = []  # of a process that works for a loader
+
+
+def _become(loader: Loader) -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the process that asked for this one
+    _mine[:] = [loader]
+
+
+def _share(positions: range) -> Share:
+    return _mine[0].share(positions)
 
 
 def stream(
@@ -167,7 +255,7 @@ def stream(
             broken[row] = BadImage("decode error", str(error))
         return None
 
-    with ThreadPoolExecutor(threads_or_all(threads), "stream") as pool:
+    with ThreadPoolExecutor(threads_or_all(threads, index.distant), "stream") as pool:
         starts = range(0, len(index), batch)
         waiting: list[tuple[range, list[Future]]] = []
         for start in [*starts, *[None] * AHEAD]:

@@ -111,8 +111,12 @@ class PretrainConfig:
     seed: int = 0
     compute: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of matrix products; auto is bf16 where the processor is faster with it."""
+    weights: tuple[float, ...] = ()
+    """How often each source of --data is shown, relative to the others; by its number of images if left out."""
     threads: int = 0
     """Threads that read and crop images; 0 is one per processor, at most 16."""
+    processes: int = 0
+    """Processes that read and crop images in their place, for data sets whose Python code holds threads up."""
     log_every: int = 10
     """Steps between records of metrics.jsonl."""
     log_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
@@ -130,7 +134,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         within(self, "", 1, None, "steps", "log_every", "checkpoint_every", "keep")
-        within(self, "", 0, None, "threads", "health_every", "probe_every", "keep_every", "seed")
+        within(self, "", 0, None, "threads", "processes", "health_every", "probe_every", "keep_every", "seed")
         if self.batch < 2:
             raise UsageError(f"batch {self.batch}: a step compares images, so it needs at least 2")
 

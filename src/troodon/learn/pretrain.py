@@ -16,6 +16,7 @@ from troodon.config import UsageError, differences, fingerprint, to_dict, to_yam
 from troodon.data import sheet
 from troodon.data.index import Index
 from troodon.data.loader import Loader
+from troodon.data.order import check_weights
 from troodon.learn import checkpoint, guard, loggers, optim
 from troodon.learn.checkpoint import Progress, Saver
 from troodon.learn.config import PretrainConfig, fits
@@ -59,6 +60,7 @@ def check(config: PretrainConfig, index: Index, init: Backbone | None, ranks: in
     loggers.check(config.log_to)
     if not len(index):
         raise UsageError("no images to train on")
+    check_weights(config.weights, index.parts or (len(index),))
     if init is not None:
         same_network(config, init)
 
@@ -91,7 +93,7 @@ def _pretrain(
     loader = Loader(
         index, config.crops, config.photometric, config.masks, config.vit.patch, config.batch, config.seed,
         threads=config.threads or _share_of_processors(world), rank=rank, world=world,
-        channels=config.vit.channels,
+        channels=config.vit.channels, processes=config.processes, weights=config.weights,
     )  # fmt: skip
     saver = Saver(out, config, preprocessing(config))
     recorder = Recorder(config, method, optimizer, loader, out, saver, probe)
@@ -186,7 +188,7 @@ def _asked_to_stop() -> Iterator[list[int]]:
 def _open(out: Path, config: PretrainConfig, index: Index, init: Backbone | None) -> None:
     """Make the run folder, or see that what is in it is this run."""
     settings = {"config": to_dict(config), "images": len(index), "init": init and init.fingerprint}
-    data = fingerprint(index.column("path"), index.column("length"))
+    data = index.name or fingerprint(index.column("path"), index.column("length"))
     name = fingerprint(settings, data)
     found = manifest(out)
     if found is None:
@@ -195,7 +197,8 @@ def _open(out: Path, config: PretrainConfig, index: Index, init: Backbone | None
         out.mkdir(parents=True, exist_ok=True)
         write_bytes(out / "config.yaml", to_yaml(config).encode())
         write_json(out / "environment.json", environment())
-        index.save(out / "images.parquet")
+        if index.mapped is None:
+            index.save(out / "images.parquet")
         write_manifest(out, "run", name, settings)
     elif found["kind"] != "run":
         raise UsageError(f"{out}: already holds an artifact of kind {found['kind']}; choose a new --out")

@@ -29,6 +29,8 @@ from troodon.model.config import Preprocessing
 from troodon.run import Metrics, say, write_bytes
 
 Probe = Callable[[Backbone], float]
+WAITING = 0.2  # share of the time that a device waits for images, from which it is said what to do, after
+WAITED = 3  # records in a row
 TERMS = ("dino_global", "dino_local", "ibot", "koleo", "gram")
 
 
@@ -50,6 +52,7 @@ class Recorder:
         self.metrics, self.thread = Metrics(run / "metrics.jsonl"), ThreadPoolExecutor(1, "metrics")
         self.writing: Future | None = None
         self.alarms: dict[str, str] = {}
+        self.advised = False
         self.loggers = Loggers({})
 
     def resume(self, progress: Progress) -> None:
@@ -132,6 +135,11 @@ class Recorder:
         self.metrics.append(record)
         self.loggers.write(record)
         self._show(record)
+        late = [r for r in self.records[-WAITED:] if r.get("data_wait", 0) > WAITING]
+        if len(late) == WAITED and not self.advised:
+            self.advised = True
+            helps = "; ".join(self.loader.advice())
+            say(f"  {known['data_wait']:.0%} of the time goes into waiting for images. What helps: {helps}")
         if read or "knn" in known:
             alarms = health.verdict(self.records, self.config)
             for name in alarms.keys() - self.alarms.keys():
