@@ -3,6 +3,7 @@
 import colorsys
 import itertools
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from troodon.data import photometric
 from troodon.data.config import PhotometricConfig
-from troodon.data.photometric import FIRST, LOCAL, NEUTRAL, ORDERS, SECOND, apply, draw
+from troodon.data.photometric import FIRST, HUE, LOCAL, NEUTRAL, ORDERS, SECOND, apply, draw
 
 COLUMNS = ("brightness", "contrast", "saturation", "hue", "order", "grey", "sigma", "solarise")
 PLAIN = PhotometricConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
@@ -253,6 +254,22 @@ def test_strength_zero_and_probability_zero_are_neutral() -> None:
     assert (drawn_NP == NEUTRAL).all()
     strong = draw(PhotometricConfig(brightness=1.5, jitter=1.0), VIEWS * 50, np.random.default_rng(0))
     assert strong[:, 0].min() >= 0  # never below black
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler about itself
+def test_compiled_operations_give_the_same() -> None:
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        pytest.skip("compiling needs a C++ compiler")
+    crops = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 3, 24, 24), dtype=np.uint8))
+    neutral = np.tile(np.array(NEUTRAL, np.float32), (6, 1))
+    neutral[:, HUE] = [0.1, -0.1, 0.05, 0.02, 0.3, 0.0]
+    eager = apply(crops, neutral, PhotometricConfig())
+    try:
+        compiled = apply(crops, neutral, PhotometricConfig(), compiled=True)
+    except torch._dynamo.exc.BackendCompilerFailed as error:  # as where torch lies in a path with a space
+        pytest.skip(f"torch cannot compile here: {str(error).splitlines()[0]}")
+    assert (eager - compiled).abs().max() < 1e-4
 
 
 @pytest.mark.gpu

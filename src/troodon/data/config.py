@@ -4,6 +4,7 @@ import math
 from bisect import bisect
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Literal
 
 from troodon.config import UsageError, pair, within
 
@@ -59,6 +60,9 @@ class CropsConfig:
         return replace(self, global_px=wide, local_px=narrow, mixed=())
 
 
+BLURS = {"released": (0.0, 0.9, 0.5), "paper": (1.0, 0.1, 0.5)}
+
+
 @dataclass(frozen=True)
 class PhotometricConfig:
     """Colour changes of a view. Defaults are what the released models were trained with."""
@@ -72,8 +76,9 @@ class PhotometricConfig:
     """Largest shift of the hue, in turns of the colour circle."""
     grey: float = 0.2
     """Probability of losing all colour."""
-    blur: tuple[float, float, float] = (0.0, 0.9, 0.5)
-    """Probability of a Gaussian blur: first global, second global, local crops. The paper says 1.0 0.1 0.5."""
+    blur: Literal["released", "paper"] | tuple[float, float, float] = "released"
+    """Probability of a Gaussian blur of the first global, the second global and local crops; or by name: 0 0.9 0.5,
+    with which the released models were trained, or 1 0.1 0.5, which the paper says."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Standard deviation of the blur, in pixels of the crop."""
     solarise: float = 0.2
@@ -85,7 +90,7 @@ class PhotometricConfig:
     """Of each channel: what is left is divided by it."""
 
     def __post_init__(self) -> None:
-        within(self, "photometric.", 0, 1, "jitter", "grey", "blur", "solarise")
+        within(self, "photometric.", 0, 1, "jitter", "grey", "solarise", *(["blur"] if self.blur not in BLURS else []))
         within(self, "photometric.", 0, None, "brightness", "contrast", "saturation")
         within(self, "photometric.", 0, 0.5, "hue")
         within(self, "photometric.", 0.01, None, "blur_sigma", "std")
@@ -93,6 +98,11 @@ class PhotometricConfig:
         if len(self.mean) != len(self.std):
             counts = f"photometric.mean has {len(self.mean)} numbers and photometric.std {len(self.std)}"
             raise UsageError(f"{counts}: give one of each for every channel")
+
+    @property
+    def blurs(self) -> tuple[float, float, float]:
+        """The probabilities that `blur` stands for."""
+        return self.blur if isinstance(self.blur, tuple) else BLURS[self.blur]
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,10 @@ own, and all processes of a machine share it.
 """
 
 import hashlib
+import itertools
+import mmap
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ SCHEMA = pa.schema(
 )
 MAPPED = 1_000_000  # images from which an index is also written to be mapped
 BATCH = 1 << 16  # rows that lie together there
+FORGOTTEN = 256  # rows asked for, after which a process lets its pages of the mapping go; the kernel may keep them
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Index:
     parts: tuple[int, ...] = ()  # how many rows come from each source; all from one if left out
     mapped: Path | None = None  # the file that the table is, whole, mapped from the disk
     name: str | None = None  # the fingerprint of the artifact that a mapped table belongs to
+    pages: mmap.mmap | None = field(default=None, compare=False, repr=False)  # the mapping
+    asked: Iterator[int] = field(default_factory=itertools.count, compare=False, repr=False)
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -72,10 +77,17 @@ class Index:
 
     def read(self, row: int) -> bytes:
         """The bytes of one image. Raises OSError when its container is gone or was cut short, or it is too large."""
-        container, offset, length = (self.table[name][row].as_py() for name in ("container", "offset", "length"))
+        container, offset, length = self.where(row)
         if container in self.objects:
             return containers.read_item(self.objects[container], offset)
         return containers.read(self._located(container), offset, length)
+
+    def where(self, row: int) -> tuple[str, int, int]:
+        """Container, offset and length, as they are listed."""
+        if self.pages is not None and next(self.asked) % FORGOTTEN == 0:
+            self.pages.madvise(mmap.MADV_DONTNEED)
+        container, offset, length = (self.table[name][row].as_py() for name in ("container", "offset", "length"))
+        return container, offset, length
 
     def rows(self) -> pa.Table:
         """The columns of SCHEMA, every container by its whole path."""
@@ -88,13 +100,13 @@ class Index:
     def take(self, rows: Sequence[int] | np.ndarray) -> "Index":
         """The index of these rows, in this order."""
         table = self.table.take(pa.array(np.asarray(rows, dtype=np.int64)))
-        return replace(self, table=table, parts=(), mapped=None, name=None)
+        return replace(self, table=table, parts=(), mapped=None, name=None, pages=None)
 
     def unlabelled(self) -> "Index":
         """The same images, their labels forgotten: folder names of a pool are no classes."""
         place = self.table.schema.get_field_index("label")
         table = self.table.set_column(place, "label", pa.nulls(len(self), pa.string()))
-        return replace(self, table=table, mapped=None, name=None)
+        return replace(self, table=table, mapped=None, name=None, pages=None)
 
     def contents(self) -> str:
         """A hash of what it lists: names, places, lengths, labels and splits. The pictures are not read."""
@@ -121,8 +133,11 @@ class Index:
     @staticmethod
     def map(path: Path, home: str = "", name: str | None = None) -> "Index":
         """The usable rows of a saved index, from its file that is to be mapped."""
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        return Index(table, home=home, mapped=path, name=name)
+        with open(path, "rb") as file:
+            pages = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        pages.madvise(mmap.MADV_RANDOM)  # rows are asked for all over it: what lies beside one is not wanted next
+        table = pa.ipc.open_file(pa.py_buffer(pages)).read_all()
+        return Index(table, home=home, mapped=path, name=name, pages=pages)
 
     @staticmethod
     def concat(parts: Sequence["Index"]) -> "Index":

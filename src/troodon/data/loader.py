@@ -64,6 +64,7 @@ class Loader:
     channels: int = 3
     processes: int = 0
     weights: tuple[float, ...] = ()
+    compiled: bool = False  # the colours: see photometric.apply
     broken: dict[int, str] = field(default_factory=dict)  # row -> why it cannot be read; a record, not an input
 
     def __post_init__(self) -> None:
@@ -201,15 +202,12 @@ class Loader:
     def _develop(self, batch: int, views: Share, device: torch.device) -> Batch:
         """The batch on the device, its colours applied, its masks drawn."""
         colours_VBP = views.colours_BVP.numpy().swapaxes(0, 1)
-        developed = [
-            photometric.apply(crops.flatten(0, 1).to(device, non_blocking=True), numbers, self.photometric).unflatten(
-                0, crops.shape[:2]
-            )
-            for crops, numbers in (
-                (views.globals_GBCHW, colours_VBP[:2].reshape(-1, colours_VBP.shape[-1])),
-                (views.locals_VBCHW, colours_VBP[2:].reshape(-1, colours_VBP.shape[-1])),
-            )
-        ]
+        developed = []
+        for crops, numbers in ((views.globals_GBCHW, colours_VBP[:2]), (views.locals_VBCHW, colours_VBP[2:])):
+            crops_NCHW, numbers_NP = crops.flatten(0, 1), numbers.reshape(-1, numbers.shape[-1])
+            sent_NCHW = crops_NCHW.to(device, non_blocking=True)
+            x_NCHW = photometric.apply(sent_NCHW, numbers_NP, self.photometric, self.compiled)
+            developed.append(x_NCHW.unflatten(0, crops.shape[:2]))
         height, width = (side // self.patch for side in views.globals_GBCHW.shape[-2:])
         random = generator(self.seed, NO_IMAGE, batch)
         masks_NP = masks.collate(2 * self.images, (height, width), self.masks, random)

@@ -55,17 +55,21 @@ def _settings(config: PhotometricConfig) -> tuple[np.ndarray, np.ndarray, np.nda
     ranges += [(-config.hue, config.hue), (0, len(ORDERS)), (1, 1), config.blur_sigma, (1, 1)]
     probability = [
         (*(config.jitter,) * 5, config.grey, blur, config.solarise if role == SECOND else 0.0)
-        for role, blur in enumerate(config.blur)
+        for role, blur in enumerate(config.blurs)
     ]
     return np.array(probability), *np.array(ranges, dtype=np.float64).T
 
 
-def apply(crops_NCHW: Tensor, parameters_NP: np.ndarray | Tensor, config: PhotometricConfig) -> Tensor:
+def apply(
+    crops_NCHW: Tensor, parameters_NP: np.ndarray | Tensor, config: PhotometricConfig, compiled: bool = False
+) -> Tensor:
     """The crops as the network sees them: float32 (N, C, H, W), jittered, greyed, blurred, solarised, normalised.
 
     `crops_NCHW` is uint8 on the training device. `parameters_NP` stays in host memory: it decides which crops each
     operation concerns, and a device would have to be waited for. Deterministic. Other than three channels are no
     colours: they have no saturation, hue and grey to change, and their contrast is about the mean of all.
+
+    `compiled` operations give the same but for rounding, nearly twice as fast on a CPU; making them takes a minute.
     """
     channels = crops_NCHW.shape[1]
     parameters_NP = np.asarray(parameters_NP, dtype=np.float32)
@@ -75,6 +79,8 @@ def apply(crops_NCHW: Tensor, parameters_NP: np.ndarray | Tensor, config: Photom
     x_NCHW = crops_NCHW.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
     at_once = max(1, AT_ONCE // math.prod(x_NCHW.shape[2:])) if x_NCHW.device.type == "cpu" else len(x_NCHW)
     for operation, rows, values in _sent(_plan(parameters_NP, channels), x_NCHW.device):
+        if compiled:
+            operation = _compiled(operation)
         for rows_n, values_n in zip(rows.split(at_once), values.split(at_once)):
             part_nCHW = operation(x_NCHW.index_select(0, rows_n), values_n[:, None, None, None])
             x_NCHW.index_copy_(0, rows_n, part_nCHW)
@@ -102,6 +108,11 @@ def _plan(parameters_NP: np.ndarray, channels: int) -> list[tuple[Operation, np.
         if len(rows):
             work.append((operation, rows, parameters_NP[rows, column]))
     return work
+
+
+@functools.cache
+def _compiled(operation: Operation) -> Operation:
+    return torch.compile(operation, dynamic=True)
 
 
 def _sent(

@@ -65,7 +65,7 @@ class ParallelConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again: nothing; all but products and attention; whole blocks."""
     compile: bool = False
-    """Compile every block (torch.compile)."""
+    """Compile every block, and what is done to colours (torch.compile)."""
     reduce: Literal["fp32", "bf16"] = "fp32"
     """Precision in which the backbone's gradients are summed over ranks; those of heads always in fp32."""
 

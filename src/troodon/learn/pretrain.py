@@ -94,6 +94,7 @@ def _pretrain(
         index, config.crops, config.photometric, config.masks, config.vit.patch, config.batch, config.seed,
         threads=config.threads or _share_of_processors(world), rank=rank, world=world,
         channels=config.vit.channels, processes=config.processes, weights=config.weights,
+        compiled=config.parallel.compile,
     )  # fmt: skip
     saver = Saver(out, config, preprocessing(config))
     recorder = Recorder(config, method, optimizer, loader, out, saver, probe)
