@@ -70,7 +70,7 @@ def test_a_released_recipe_has_the_released_numbers(name):
     assert s.last_layer_frozen == 1_250
     assert c.optim.betas == (0.9, 0.999)
     assert (c.optim.clip, c.optim.layer_decay, c.optim.patch_embed) == (3.0, t["layer_decay"], 0.2)
-    assert c.photometric.blur == (0.0, 0.9, 0.5)
+    assert c.photometric.blurs == (0.0, 0.9, 0.5)
 
 
 SIZES = {  # channels, blocks, attention heads, millions of parameters
