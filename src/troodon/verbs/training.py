@@ -1,100 +1,25 @@
-"""The verbs: what the command line and `import troodon` both call, with the same names and defaults.
-
-Here, and only here, the parts that never import one another meet: a recipe becomes a config, a path becomes
-an index or a backbone, training is lent a k-NN to watch itself by.
-"""
+"""The verb `pretrain`, on this machine or as a job: a recipe, images and first weights become a run."""
 
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import Positional, arg
 
 from troodon import recipes
-from troodon.config import UsageError, from_dict, from_yaml, nearest
-from troodon.curate.config import CurateConfig
-from troodon.evaluate.config import EvaluateConfig, suite
+from troodon.config import UsageError, from_yaml
 from troodon.learn.config import PretrainConfig
 from troodon.slurm import SlurmConfig
+from troodon.verbs.common import Data, Images, configured, load, opened, paths_of, quoted, suggest
 
 if TYPE_CHECKING:
     from troodon.learn.recorder import Probe
     from troodon.model.backbone import Backbone
 
-C = TypeVar("C")
-Data = Any  # a path or URL of any place that sources.py knows, a data set with len() and [row]; or a list of these
-
 PROBED = 1000  # labelled images, at most, that the quick k-NN of a training run looks at
-
-
-def load(path: str | Path) -> "Backbone":
-    """A backbone from a run, a backbone folder, released DINOv2 weights (.pth), or a Hugging Face folder.
-
-    Its `features(images)` takes paths, uint8 (H, W, C) arrays, PIL images, or a prepared (B, C, H, W) tensor, and
-    gives `.cls (B, D)`, `.patches (B, h, w, D)` and `.registers (B, R, D)`. UsageError for anything else.
-    """
-    import dataclasses
-
-    from troodon.data.decode import decode
-    from troodon.model.backbone import open_weights
-
-    backbone = open_weights(Path(path))
-    return dataclasses.replace(backbone, read=lambda image: decode(Path(image).read_bytes(), backbone.channels))
-
-
-def scan(data: Data, out: str | Path | None = None, *, threads: int = 0) -> dict:
-    """Look at every image once: formats, sizes, broken files with the reason, exact duplicates, label conflicts.
-
-    Returns the summary; with `out`, also writes an index artifact there, which other verbs take as data.
-    """
-    from troodon.data import scan as scanning
-    from troodon.data.sources import open_source
-
-    paths = _paths(data)
-    if out is not None:
-        return scanning.scan_to(paths, Path(out), threads, _progress("scan"))
-    return scanning.summarise(scanning.scan(open_source(*paths), threads, _progress("scan")))
-
-
-def embed(
-    backbone: "str | Path | Backbone",
-    data: Data,
-    out: str | Path,
-    *,
-    tokens: str = "cls",
-    batch: int = 64,
-    threads: int = 0,
-) -> Path:
-    """Write one vector per image: class tokens ("cls"), or these and mean patch tokens ("cls+mean")."""
-    from troodon.curate.embed import embed as embedding
-    from troodon.data.sources import open_source
-
-    if tokens not in ("cls", "cls+mean"):
-        raise nearest("tokens", tokens, ("cls", "cls+mean"))
-    if batch < 1:
-        raise UsageError(f"batch {batch}: must be 1 or more")
-    return embedding(
-        _backbone(backbone), open_source(*_paths(data)), Path(out), batch=batch, threads=threads, tokens=tokens
-    )
-
-
-def curate(
-    recipe: str | CurateConfig,
-    curated: Data,
-    uncurated: Data,
-    backbone: "str | Path | Backbone",
-    out: str | Path,
-    *,
-    settings: dict | None = None,
-) -> Path:
-    """Select from the uncurated images, without copies, those that resemble the curated ones; copies no image."""
-    from troodon.curate.pipeline import curate as curating
-    from troodon.data.sources import open_source
-
-    config = configured(recipe, CurateConfig(), recipes.curate, settings)
-    pool = open_source(*_paths(uncurated)).unlabelled()
-    return curating(config, open_source(*_paths(curated)), pool, _backbone(backbone), Path(out))
 
 
 def pretrain(
@@ -132,8 +57,8 @@ def pretrain(
     ranks = dist.to_start(devices)
     if ranks > 1:
         _by_path(data, init)
-    index = open_source(*_paths(data))
-    start = None if init is None else _backbone(init)
+    index = open_source(*paths_of(data))
+    start = None if init is None else opened(init)
     training.check(config, index, start, max(ranks, int(os.environ.get("WORLD_SIZE", 1))))
     if ranks > 1:
         del index, start  # each rank has its own
@@ -166,11 +91,11 @@ def _tell_plan(
     from troodon.learn.plan import plan, timed
     from troodon.run import say
 
-    images = len(open_source(*_paths(data))) if data else None
+    images = len(open_source(*paths_of(data))) if data else None
     if init is not None:
         from troodon.learn.pretrain import same_network
 
-        same_network(config, _backbone(init))
+        same_network(config, opened(init))
     if devices != "auto":  # without torch, which takes longer to load than all of this
         fits(config, int(devices))
         width = 4 if config.compute == "fp32" else 2
@@ -217,7 +142,7 @@ def submit(
     check(slurm)
     _by_path(data, init)
     ranks = slurm.nodes * slurm.gpus_per_node
-    training.check(config, open_source(*_paths(data)), None if init is None else _backbone(init), ranks)
+    training.check(config, open_source(*paths_of(data)), None if init is None else opened(init), ranks)
     return submit(_words(config, data, out, init, logs(out)), out, slurm)
 
 
@@ -231,7 +156,7 @@ def _given(data: Data | None, out: str | Path | None) -> tuple[Data, str | Path]
 
 def _by_path(data: Data, init: object) -> None:
     """UsageError for what other processes could not open."""
-    for name, values in (("data", _paths(data)), ("init", [] if init is None else [init])):
+    for name, values in (("data", paths_of(data)), ("init", [] if init is None else [init])):
         for value in values:
             if not isinstance(value, str | Path):
                 kind = type(value).__name__
@@ -246,55 +171,7 @@ def _words(config: PretrainConfig, data: Data, out: str | Path, init: object, fo
     settings = folder / f"{fingerprint(config)}.yaml"
     write_bytes(settings, to_yaml(config).encode())
     start = [] if init is None else ["--init", str(init)]
-    return ["pretrain", str(settings), "--data", *(str(path) for path in _paths(data)), "--out", str(out), *start]
-
-
-def evaluate(
-    name: str | EvaluateConfig,
-    backbone: "str | Path | Backbone",
-    data: Data,
-    out: str | Path,
-    *,
-    baselines: bool = True,
-    settings: dict | None = None,
-    threads: int = 0,
-    cache: str | Path | None = None,
-) -> list[dict]:
-    """Measure frozen features on labelled images, beside a random network, a colour histogram and raw pixels."""
-    config = configured(name, EvaluateConfig(), suite, settings)
-    import dataclasses
-
-    from troodon.data.sources import open_source
-    from troodon.evaluate.baselines import ColourHistogram, RawPixels
-    from troodon.evaluate.suite import evaluate as evaluating
-    from troodon.evaluate.suite import how_split, split
-    from troodon.model.backbone import Backbone
-
-    index = open_source(*_paths(data))
-    ours = _backbone(backbone)
-    # Layer scale 1: at the small values that training starts from, a random network hardly mixes its patches.
-    untrained = dataclasses.replace(ours.config, layer_scale=1.0)
-    trivial = [ColourHistogram(channels=ours.channels), RawPixels(channels=ours.channels)]
-    others = [Backbone.random(untrained, ours.preprocessing, seed=config.seed), *trivial]
-    train, val = split(index, config.seed)
-    return evaluating(
-        [ours, *(others if baselines else [])],
-        train,
-        val,
-        " + ".join(Path(p).name if isinstance(p, str | Path) else type(p).__name__ for p in _paths(data)),
-        config,
-        Path(out),
-        how=how_split(index, config.seed),
-        threads=threads,
-        cache=None if cache is None else Path(cache),
-    )
-
-
-def report(paths: Data, out: str | Path, *, title: str | None = None) -> Path:
-    """One HTML page, which opens without a network, of all artifacts in the given folders."""
-    from troodon.report.page import report as reporting
-
-    return reporting([Path(p) for p in _paths(paths)], Path(out), title)
+    return ["pretrain", str(settings), "--data", *(str(path) for path in paths_of(data)), "--out", str(out), *start]
 
 
 def quick_knn(index, config: PretrainConfig) -> "Probe | None":
@@ -321,35 +198,42 @@ def quick_knn(index, config: PretrainConfig) -> "Probe | None":
     return probe
 
 
-def configured(recipe: str | C, default: C, named: Callable[[str], C], settings: dict | None = None) -> C:
-    """A config, a YAML file or the name of a recipe, with `settings` changed."""
-    if isinstance(recipe, str) and recipe.endswith((".yaml", ".yml")):
-        if not Path(recipe).is_file():
-            raise UsageError(f"{recipe}: no such recipe file")
-        recipe = from_yaml(default, Path(recipe))
-    elif isinstance(recipe, str):
-        recipe = named(recipe)
-    return from_dict(recipe, settings, source="settings") if settings else recipe
+@dataclass(frozen=True)
+class Pretrain:
+    """Learn features from unlabelled images. The same command on the same folder goes on where it stopped."""
 
+    recipe: Positional[str]
+    """A recipe (see `troodon recipes`) or a YAML file."""
+    data: Images = ()
+    """Folders, tars, paths inside tars, an index or a selection. A dry run does without."""
+    out: str | None = None
+    """The run's folder. A dry run does without."""
+    init: str | None = None
+    """First weights: a run, a backbone folder or released weights of the same network."""
+    devices: str = "auto"
+    """Devices of this machine to train on, or processes where it has none; auto is all devices.
+    For a dry run, a number is one of accelerators, which need not be here."""
+    dry_run: bool = False
+    """Tell what the run would take, and stop."""
+    images_per_second: float | None = None
+    """For a dry run: what all devices together see, to tell the time by."""
+    slurm: SlurmConfig = SlurmConfig()
+    config: Annotated[PretrainConfig, arg(name="")] = PretrainConfig()
 
-def _backbone(backbone: "str | Path | Backbone") -> "Backbone":
-    return load(backbone) if isinstance(backbone, str | Path) else backbone
-
-
-def _paths(data: Data) -> list:
-    return list(data) if isinstance(data, list | tuple) else [data]
-
-
-def _progress(what: str):
-    import time
-
-    from troodon.run import say
-
-    last = [time.monotonic()]
-
-    def tell(done: int, total: int) -> None:
-        if time.monotonic() - last[0] > 5:
-            last[0] = time.monotonic()
-            say(f"{what}: {done:,} of {total:,} images")
-
-    return tell
+    def run(self) -> None:
+        devices, slurm = self.devices, self.slurm
+        if slurm.nodes and not self.dry_run:
+            print(submit(self.config, self.data, self.out, slurm, init=self.init))
+            return
+        if slurm.nodes:
+            devices = slurm.nodes * slurm.gpus_per_node
+        folder = pretrain(
+            self.config, self.data, self.out, init=self.init, devices=devices, dry_run=self.dry_run,
+            images_per_second=self.images_per_second,
+        )  # fmt: skip
+        if folder is not None and self.out is not None:
+            print(folder)
+            suggest(
+                f"troodon evaluate mine --backbone {quoted(self.out)} --data LABELLED --out {quoted(self.out)}-scores",
+                f"troodon report {quoted(self.out)}",
+            )

@@ -1,0 +1,14 @@
+"""Verbs: each a function, which `import troodon` gives, and beside it its command, with the same names and defaults.
+
+Here, and only here, the parts that never import one another meet: a recipe becomes a config, a path becomes
+an index or a backbone, training is lent a k-NN to watch itself by.
+"""
+
+from troodon.verbs.about import report
+from troodon.verbs.common import load
+from troodon.verbs.curation import curate
+from troodon.verbs.evaluation import evaluate
+from troodon.verbs.images import embed, scan
+from troodon.verbs.training import pretrain, submit
+
+__all__ = ["curate", "embed", "evaluate", "load", "pretrain", "report", "scan", "submit"]
