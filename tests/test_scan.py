@@ -4,21 +4,28 @@ import csv
 import hashlib
 import io
 import json
+import os
 import tarfile
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from troodon import run
 from troodon.config import UsageError
 from troodon.data import scan as module
-from troodon.data.index import SCHEMA
-from troodon.data.scan import FOUND, contents, render, scan, scan_to, summarise
+from troodon.data.index import SCHEMA, Index
+from troodon.data.inventory import render, summarise
+from troodon.data.scan import FOUND, MODIFIED, scan_to
 from troodon.data.sources import open_source
+
+
+def scan(index: Index, threads: int, **more) -> pa.Table:
+    return module.scan(index, threads, **more)[0]
 
 
 def picture(seed: int, width: int = 20, height: int = 10, mode: str = "RGB", format: str = "JPEG") -> bytes:
@@ -55,10 +62,11 @@ def by_name(table: pa.Table) -> dict[str, dict]:
 
 def test_every_image_is_described(photos):
     table = scan(open_source(photos), threads=2)
-    assert table.schema == pa.schema([*SCHEMA, *FOUND])
+    assert table.schema == pa.schema([*SCHEMA, *FOUND, MODIFIED])
     rows = by_name(table)
     fine = rows["train/dog/4.png"]
-    expected = {"status": "ok", "reason": None, "format": "PNG", "mode": "L", "width": 40, "height": 30}
+    expected = {"status": "ok", "reason": None, "format": "PNG", "mode": "L", "channels": 1,
+                "width": 40, "height": 30}  # fmt: skip
     assert {key: fine[key] for key in expected} == expected
     for name, row in rows.items():
         assert row["sha256"] == hashlib.sha256((photos / name).read_bytes()).hexdigest()
@@ -176,15 +184,84 @@ def test_an_index_is_published_once_and_opens_again(photos, tmp_path, monkeypatc
     assert scan_to([photos], out, threads=2) == summary
     with pytest.raises(UsageError, match="was made with other settings"):
         scan_to([photos / "train"], out, threads=2)
+
+
+def test_only_what_has_changed_is_read_again(photos, tmp_path, monkeypatch):
+    out = tmp_path / "index"
+    scan_to([photos], out, threads=2)
     (photos / "new.jpg").write_bytes(picture(9))
-    with pytest.raises(UsageError, match="the images"):
-        scan_to([photos], out, threads=2)
+    (photos / "train/cat/8.jpg").write_bytes(picture(10))  # was empty
+    (photos / "val/dog/6.jpg").unlink()
+    same = photos / "train/cat/1.jpg"  # another picture of the same length, seen by the time of its change
+    same.write_bytes(same.read_bytes()[:-20] + bytes(20))
+    os.utime(same, ns=(1, 1))
+    read, examine = [], module._examine
+    monkeypatch.setattr(module, "_examine", lambda index, row: read.append(index.path(row)) or examine(index, row))
+    summary = scan_to([photos], out, threads=2)
+    assert sorted(read) == ["photos/new.jpg", "photos/train/cat/1.jpg", "photos/train/cat/8.jpg"]
+    assert (summary["images"], summary["read"]) == (9, 3)
+    monkeypatch.undo()
+    fresh = scan_to([photos], tmp_path / "fresh", threads=1)
+    assert {k: v for k, v in summary.items() if k not in ("read", "seconds")} == {
+        k: v for k, v in fresh.items() if k not in ("read", "seconds")
+    }
+    one, other = (pq.read_table(folder / "images.parquet") for folder in (out, tmp_path / "fresh"))
+    assert one == other
+
+
+def test_a_scan_that_was_stopped_goes_on(photos, tmp_path, monkeypatch):
+    out, examine, read = tmp_path / "index", module._examine, []
+
+    def stopping(index, row):
+        read.append(index.path(row))
+        if len(read) == 6:
+            raise KeyboardInterrupt
+        return examine(index, row)
+
+    monkeypatch.setattr(module, "CHUNK", 1)
+    monkeypatch.setattr(module, "_examine", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        scan_to([photos], out, threads=1)
+    assert not out.exists()
+    first = set(read[:5])
+    read.clear()
+    monkeypatch.setattr(module, "_examine", lambda index, row: read.append(index.path(row)) or examine(index, row))
+    assert scan_to([photos], out, threads=1)["read"] == len(read)
+    assert not first & set(read)
+    assert scan(open_source(photos), threads=1) == pq.read_table(out / "images.parquet")
+    assert [p.name for p in tmp_path.iterdir() if p.name != "photos"] == ["index"]
+
+
+def test_what_could_not_be_read_is_tried_again(photos, tmp_path):
+    index = open_source(photos)
+    data = (photos / "train/cat/1.jpg").read_bytes()
+    (photos / "train/cat/1.jpg").unlink()
+    table, _ = module.scan(index, threads=1)
+    (photos / "train/cat/1.jpg").write_bytes(data)
+    again, read = module.scan(index, threads=1, known=[table])
+    assert read == 1
+    assert again["status"].to_pylist().count("ok") == 6
+
+
+def test_the_same_pixels_in_other_bytes(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    folders = {"train/a": ("PNG", pixels), "val/b": ("BMP", pixels), "val/c": ("PNG", pixels.transpose(1, 0, 2))}
+    for name, (format, shown) in folders.items():
+        (tmp_path / "x" / name).mkdir(parents=True)
+        Image.fromarray(np.ascontiguousarray(shown)).save(tmp_path / "x" / name / f"1.{format.lower()}", format)
+    summary = summarise(scan(open_source(tmp_path / "x"), threads=1))
+    assert summary["identical"]["groups"] == 0
+    assert summary["same_pixels"]["examples"] == [["x/train/a/1.png", "x/val/b/1.bmp"]]
+    assert summary["same_pixels"]["by_splits"] == {"train / val": 1}
+    assert summary["conflicts"]["examples"] == [
+        [{"path": "x/train/a/1.png", "label": "a"}, {"path": "x/val/b/1.bmp", "label": "b"}]
+    ]
 
 
 def test_contents_tell_indexes_apart(photos):
     index = open_source(photos)
-    assert contents(index) == contents(open_source(photos))
-    assert len({contents(index), contents(index.take(range(8))), contents(index.take(range(8, -1, -1)))}) == 3
+    assert index.contents() == open_source(photos).contents()
+    assert len({i.contents() for i in (index, index.take(range(8)), index.take(range(8, -1, -1)))}) == 3
 
 
 # ---- real images

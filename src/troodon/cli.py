@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from troodon import recipes
@@ -21,19 +21,21 @@ from troodon.verbs.about import Demo, Doctor, Recipes, Report
 from troodon.verbs.common import configured
 from troodon.verbs.curation import Curate
 from troodon.verbs.evaluation import Evaluate
-from troodon.verbs.images import Embed, Scan
+from troodon.verbs.images import Embed, Pack, Scan, ShowCrops
 from troodon.verbs.training import Pretrain, beginning
 
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
 VERBS: dict[str, type] = {
-    "doctor": Doctor, "demo": Demo, "scan": Scan, "embed": Embed, "curate": Curate, "pretrain": Pretrain,
-    "evaluate": Evaluate, "report": Report, "recipes": Recipes,
+    "doctor": Doctor, "demo": Demo, "scan": Scan, "pack": Pack, "show crops": ShowCrops, "embed": Embed,
+    "curate": Curate, "pretrain": Pretrain, "evaluate": Evaluate, "report": Report, "recipes": Recipes,
 }  # fmt: skip
-NAMED: dict[str, tuple[Callable[[str], Any], Any]] = {  # verbs whose settings start from a name; and shown by --help
-    "curate": (recipes.curate, CurateConfig()),
-    "pretrain": (recipes.pretrain, PretrainConfig()),
-    "evaluate": (suite, SUITES["mine"]),
+# Verbs whose settings start from a name: what a name means, what --help shows without one, and the names.
+NAMED: dict[str, tuple[Callable[[str], Any], Any, Iterable[str]]] = {
+    "curate": (recipes.curate, CurateConfig(), recipes.KNOWN["curate"]),
+    "pretrain": (recipes.pretrain, PretrainConfig(), recipes.KNOWN["pretrain"]),
+    "show crops": (recipes.pretrain, PretrainConfig(), recipes.KNOWN["pretrain"]),
+    "evaluate": (suite, SUITES["mine"], SUITES),
 }
 
 
@@ -46,7 +48,7 @@ def run(words: list[str]) -> int:
     """Do what a command line says; returns the exit code."""
     debug = "--debug" in words
     words = [w for w in words if w != "--debug"]
-    verb = words[0] if words else "--help"
+    verb = verb_of(words)
     prog = f"troodon {verb}" if verb in VERBS else "troodon"
     try:
         if verb in ("--help", "-h"):
@@ -58,7 +60,7 @@ def run(words: list[str]) -> int:
         elif verb not in VERBS:
             raise nearest("command", verb, VERBS)
         else:
-            done = command(verb, words[1:])
+            done = command(verb, words[len(verb.split()) :])
             doing[:] = json.loads(os.environ[DOING]) if DOING in os.environ else ["troodon", *words]
             done.run()
         return DONE
@@ -75,6 +77,16 @@ def run(words: list[str]) -> int:
             traceback.print_exc()
         say(f"{prog}: {text}{'; the same command goes on' if code == INTERRUPTED else ''}")
         return code
+
+
+def verb_of(words: list[str]) -> str:
+    """What a command line asks for: its first word, or its first two, as in `show crops`."""
+    if not words:
+        return "--help"
+    of_two = " ".join(words[:2])
+    if any(verb.startswith(f"{words[0]} ") for verb in VERBS) and words[0] not in VERBS:
+        return of_two
+    return of_two if of_two in VERBS else words[0]
 
 
 def verdict(error: BaseException) -> tuple[int, str]:
@@ -96,13 +108,13 @@ def command(verb: str, words: list[str]) -> Any:
     """The command that these words mean. UsageError in one line, SystemExit(0) after --help."""
     kind, default = VERBS[verb], None
     if verb in NAMED:
-        named, config = NAMED[verb]
+        named, config, known = NAMED[verb]
         if verb == "pretrain":
             named = beginning(value(words, "--init"))
         if words and not words[0].startswith("-"):
             config = configured(words[0], config, named)
         elif not {"--help", "-h"} & set(words):
-            raise UsageError(f"say first which recipe: troodon {verb} NAME ...; one of {', '.join(known(verb))}")
+            raise UsageError(f"say first which recipe: troodon {verb} NAME ...; one of {', '.join(known)}")
         default = blank(kind, config)
     return parse(kind, words, prog=f"troodon {verb}", default=default)
 
@@ -127,14 +139,10 @@ def blank(kind: type, config: Any) -> Any:
     return kind(**missing, config=config)
 
 
-def known(verb: str) -> list[str]:
-    return list(SUITES if verb == "evaluate" else recipes.KNOWN[verb])
-
-
 def overview() -> str:
     """What `troodon --help` prints."""
     lines = ["usage: troodon VERB ...", "", "General visual features from unlabelled images.", ""]
-    lines += [f"  {verb:<9} {(kind.__doc__ or '').splitlines()[0]}" for verb, kind in VERBS.items()]
+    lines += [f"  {verb:<10} {(kind.__doc__ or '').splitlines()[0]}" for verb, kind in VERBS.items()]
     lines += ["", "troodon VERB --help says more. --debug shows where an error came from."]
     return "\n".join(lines)
 

@@ -22,7 +22,6 @@ second. It is as strict as Pillow about files that end too early, and whatever i
 import contextlib
 import io
 import math
-import os
 import re
 import struct
 import warnings
@@ -31,9 +30,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-
-from troodon.config import UsageError
-from troodon.data.files import AT_ONCE
 
 try:
     import simplejpeg
@@ -78,7 +74,7 @@ class BadImage(Exception):
 
 @dataclass(frozen=True)
 class Probe:
-    """What a header says: Pillow's names for format and mode, and the size of the upright picture in pixels.
+    """What a header says: Pillow's names for format and mode, the size of the upright picture in pixels, its channels.
 
     Of an array the format is "NPY", and the mode the number of channels and their type: "5 x uint8".
     """
@@ -87,6 +83,7 @@ class Probe:
     mode: str
     width: int
     height: int
+    channels: int
 
 
 def decode(data: bytes, channels: int | None = 3, shrink: Callable[[int, int], int] | None = None) -> np.ndarray:
@@ -140,9 +137,9 @@ def probe(data: bytes) -> Probe:
     with _refusing(data):
         if data.startswith(NPY):
             (height, width, channels), dtype, *_ = _header(data)
-            return Probe("NPY", f"{channels} x {dtype.name}", width, height)
+            return Probe("NPY", f"{channels} x {dtype.name}", width, height, channels)
         with _opened(data) as image:
-            return Probe(image.format or "", image.mode, *_upright_size(image))
+            return Probe(image.format or "", image.mode, *_upright_size(image), len(image.getbands()))
 
 
 def _opened(data: bytes) -> Image.Image:
@@ -321,13 +318,3 @@ def _boxes_missing(data: bytes) -> bool:
             return False
         at += size
     return at != len(data)
-
-
-def threads_or_all(threads: int, distant: bool = False) -> int:
-    """How many threads read images: as many as asked for, or one per processor, 16 at most.
-
-    Of `distant` images it is more, for such threads mostly wait.
-    """
-    if threads < 0:
-        raise UsageError(f"threads {threads}: must be 0, which is one per processor, or more")
-    return threads or (AT_ONCE if distant else min(16, os.cpu_count() or 1))

@@ -25,9 +25,10 @@ from troodon.data import containers, masks, photometric
 from troodon.data.batch import Batch
 from troodon.data.config import CropsConfig, MasksConfig, PhotometricConfig
 from troodon.data.crops import Views, generator
-from troodon.data.decode import FAST, BadImage, decode, threads_or_all
+from troodon.data.decode import FAST, BadImage, decode
 from troodon.data.index import Index
 from troodon.data.order import check_weights, deal, permute
+from troodon.data.threads import in_turn, threads_or_all
 
 AHEAD = 2  # batches prepared while one is used
 NO_IMAGE, NO_IMAGE_EITHER = -1, -2  # whose random numbers draw the masks of a batch, and its size
@@ -112,8 +113,8 @@ class Loader:
                 for _, views in waiting:
                     views.cancel()
 
-    def views(self, position: int) -> tuple[Tensor, Tensor, np.ndarray]:
-        """Global crops, local crops and colours of the image at a position of the endless stream.
+    def seen(self, position: int) -> tuple[np.ndarray, Views, np.random.Generator]:
+        """The image at a position of the endless stream, its boxes, and the random numbers that come after these.
 
         In place of an image that cannot be read comes the next row of its source that can.
         """
@@ -127,18 +128,25 @@ class Loader:
             random = generator(self.seed, other, visit)
             views = Views(crops, random)
             try:
-                image = decode(self.index.read(other), self.channels, views.draw)
+                return decode(self.index.read(other), self.channels, views.draw), views, random
             except (BadImage, OSError) as error:
                 self.broken[other] = str(error)
-                continue
-            return *views.cut(image), photometric.draw(self.photometric, self._roles, random)
         raise UsageError(f"none of the {length} images can be read; the first: {self.broken[first]}")
+
+    def views(self, position: int) -> tuple[Tensor, Tensor, np.ndarray]:
+        """Global crops, local crops and colours of the image at a position of the endless stream."""
+        image, views, random = self.seen(position)
+        return *views.cut(image), photometric.draw(self.photometric, self._roles, random)
 
     def share(self, positions: range) -> Share:
         """The views of the images at these positions, one beside the other."""
         wide, narrow, colours = zip(*map(self.views, positions))
         colours_BVP = torch.from_numpy(np.stack(colours))
         return Share(torch.stack(wide, 1), torch.stack(narrow, 1), colours_BVP, dict(self.broken))
+
+    def preview(self, batch: int, images: int) -> Batch:
+        """The first images of a batch as they are in it, and no others made."""
+        return self._develop(batch, self.share(self.positions(batch)[:images]), torch.device("cpu"))
 
     def advice(self) -> list[str]:
         """What makes images come faster here, the most likely first; nothing if nothing is known to."""
@@ -211,7 +219,7 @@ class Loader:
         height, width = (side // self.patch for side in views.globals_GBCHW.shape[-2:])
         random = generator(self.seed, NO_IMAGE, batch)
         masks_NP = masks.collate(2 * self.images, (height, width), self.masks, random)
-        mine = masks_NP.unflatten(0, (2, self.world, -1))[:, self.rank].flatten(0, 1)
+        mine = masks_NP.unflatten(0, (2, self.world, -1))[:, self.rank, : views.globals_GBCHW.shape[1]].flatten(0, 1)
         globals_GBCHW, locals_VBCHW = developed
         return Batch(globals_GBCHW, locals_VBCHW, mine.to(device, non_blocking=True))
 
@@ -254,14 +262,9 @@ def stream(
         return None
 
     with ThreadPoolExecutor(threads_or_all(threads, index.distant), "stream") as pool:
-        starts = range(0, len(index), batch)
-        waiting: list[tuple[range, list[Future]]] = []
-        for start in [*starts, *[None] * AHEAD]:
-            if start is not None:
-                rows = range(start, min(start + batch, len(index)))
-                waiting.append((rows, [pool.submit(load, row) for row in rows]))
-            if waiting and (start is None or len(waiting) > AHEAD):
-                rows, futures = waiting.pop(0)
-                images = {row: image for row, f in zip(rows, futures, strict=True) if (image := f.result()) is not None}
-                if images:
-                    yield list(images), prepare(list(images.values()))
+        loaded = in_turn(pool, load, range(len(index)), (1 + AHEAD) * batch)
+        for start in range(0, len(index), batch):
+            rows = range(start, min(start + batch, len(index)))
+            images = {row: image for row, image in zip(rows, loaded) if image is not None}
+            if images:
+                yield list(images), prepare(list(images.values()))

@@ -5,23 +5,38 @@ The index that comes out has these columns more, and is what later stages read:
     status    "ok", what BadImage says ("empty", "not an image", "truncated", "too large", "decode error"), or
               "unreadable" where the file itself could not be read
     reason    why not, in one line; null where ok
-    format, mode, width, height    of the upright picture, from the header; null where there is none
+    format, mode, channels, width, height    of the upright picture, from the header; null where there is none
     sha256    of the bytes, in hexadecimal: equal for byte-identical files; null where unreadable
+    pixels    the first half of the sha256 of height, width, channels and pixels as they are decoded: equal for pictures
+              that look the same, however they were saved; null where not ok
+    modified  when the file that holds the image was last changed, in nanoseconds; -1 where nobody says
+
+What was found is written to a folder beside the index now and then, so that a scan that was killed goes on; and images
+that a finished index knows already, in files that have not changed since, are not read again.
 """
 
+import functools
 import hashlib
-import statistics
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from troodon import config, run
-from troodon.data.decode import BadImage, decode, probe, threads_or_all
+from troodon.config import UsageError
+from troodon.data import containers, files
+from troodon.data.decode import BadImage, decode, probe
 from troodon.data.index import SCHEMA, Index
+from troodon.data.inventory import summarise
 from troodon.data.sources import open_source
+from troodon.data.threads import in_turn, threads_or_all
 
 FOUND = pa.schema(
     [
@@ -29,202 +44,163 @@ FOUND = pa.schema(
         ("reason", pa.string()),
         ("format", pa.string()),
         ("mode", pa.string()),
+        ("channels", pa.int64()),
         ("width", pa.int64()),
         ("height", pa.int64()),
         ("sha256", pa.string()),
+        ("pixels", pa.string()),
     ]
 )
+MODIFIED = pa.field("modified", pa.int64())
+SAME = ["container", "offset", "length", "modified"]  # an image that agrees in these is as it was
 CHUNK = 32  # images per task: enough to make handing it over cheap
-SHOWN = 10  # broken files, or groups, in what people read
+KEPT_S = 20  # seconds, after which what was found is written down
 
-
-def scan_to(
-    paths: Sequence[str | Path], out: Path, threads: int, progress: Callable[[int, int], None] | None = None
-) -> dict:
-    """Scan these sources into the index artifact `out`, unless it is there already; the summary.
-
-    Raises UsageError for sources that cannot be opened and for an `out` that holds something else.
-    """
-    index = open_source(*paths)
-    settings = {"sources": [str(Path(p).absolute()) for p in paths]}
-    fingerprint = config.fingerprint(settings, contents(index))
-    if not run.is_done(out, "index", fingerprint, settings):
-        table = scan(index, threads, progress)
-        with run.publish(out, "index", fingerprint, settings) as folder:
-            Index(table).save(folder / "images.parquet")
-            run.write_json(folder / "summary.json", summarise(table))
-    return run.read_json(out / "summary.json")
+Progress = Callable[[int, int], None]
 
 
 def contents(index: Index) -> str:
-    """A hash of what an index lists: names, places, lengths, labels and splits. The pictures are not read."""
-    digest = hashlib.sha256()
-    for name in SCHEMA.names:
-        digest.update("\0".join(map(str, index.column(name))).encode() + b"\n")
-    return digest.hexdigest()
+    return index.contents()
 
 
-def scan(index: Index, threads: int, progress: Callable[[int, int], None] | None = None) -> pa.Table:
-    """The index with what reading every image once has found; `progress(done, total)` is told now and then."""
-    starts = range(0, len(index), CHUNK)
-    rows: list[tuple] = []
-    pool = ThreadPoolExecutor(threads_or_all(threads))
+def scan_to(paths: Sequence[str | Path], out: Path, threads: int, progress: Progress | None = None) -> dict:
+    """Scan these sources into the index artifact `out`; the summary.
+
+    An index of the same sources that is there already is brought up to date. Raises UsageError for sources that cannot
+    be opened and for an `out` that holds something else.
+    """
+    began = time.monotonic()
+    index = open_source(*paths)
+    if index.objects:
+        raise UsageError(
+            f"{next(iter(index.objects))}: a data set of Python's cannot be listed in a file; pack it first"
+        )
+    settings = {"sources": [str(p if files.REMOTE.match(str(p)) else Path(p).absolute()) for p in paths]}
+    modified = _modified(index)
+    fingerprint = config.fingerprint(settings, index.contents(), hashlib.sha256(modified.tobytes()).hexdigest())
+    there = run.manifest(out)
+    if there is None or there["kind"] != "index" or there["settings"] != settings:
+        run.is_done(out, "index", fingerprint, settings)  # tells what else is there
+    elif there["fingerprint"] == fingerprint:
+        return run.read_json(out / "summary.json")
+    parts = out.with_name(f"{out.name}.parts")
+    known = [*([pq.read_table(out / "images.parquet")] if there else []), *_parts(parts)]
+    table, read = scan(index, threads, progress, modified, known, functools.partial(_keep, parts))
+    with run.publish(out, "index", fingerprint, settings) as folder:
+        Index(table).save(folder / "images.parquet")
+        summary = summarise(table) | {"read": read, "seconds": round(time.monotonic() - began, 3)}
+        run.write_json(folder / "summary.json", summary)
+    shutil.rmtree(parts, ignore_errors=True)
+    return summary
+
+
+def scan(
+    index: Index,
+    threads: int,
+    progress: Progress | None = None,
+    modified: np.ndarray | None = None,
+    known: Sequence[pa.Table] = (),
+    keep: Callable[[pa.Table], None] | None = None,
+) -> tuple[pa.Table, int]:
+    """The index with what reading every image once has found, and how many were read.
+
+    `known` are results of earlier scans, whose images are not read again unless they changed. `keep` is given what was
+    found every KEPT_S seconds, and at the end, whatever ends it. `progress(done, total)` is told now and then.
+    """
+    modified = _modified(index) if modified is None else modified
+    table = index.rows().append_column(MODIFIED, pa.array(modified))
+    found, rows = _remembered(table, [part for part in known if set(part.column_names) >= {*SAME, *FOUND.names}])
+    parts = [found]
+    at, kept, since = 0, 1, time.monotonic()
+
+    def settle() -> None:
+        nonlocal kept, since
+        if keep is not None and kept < len(parts):
+            parts[kept:] = [fresh := pa.concat_tables(parts[kept:]).combine_chunks()]
+            keep(_beside(table.take(fresh["row"]), fresh))
+        kept, since = len(parts), time.monotonic()
+
+    workers = threads_or_all(threads, index.distant)
+    pool = ThreadPoolExecutor(workers)
+    chunks = (rows[start : start + CHUNK].tolist() for start in range(0, len(rows), CHUNK))
     try:
-        for part in pool.map(lambda at: [_examine(index, r) for r in range(at, min(at + CHUNK, len(index)))], starts):
-            rows += part
+        for part in in_turn(pool, lambda some: [_examine(index, row) for row in some], chunks, 4 * workers):
+            columns = [pa.array(column, field.type) for column, field in zip(zip(*part), FOUND)]
+            parts.append(pa.table([pa.array(rows[at : at + len(part)]), *columns], schema=found.schema))
+            at += len(part)
+            if time.monotonic() - since > KEPT_S:
+                settle()
             if progress is not None:
-                progress(len(rows), len(index))
+                progress(len(index) - len(rows) + at, len(index))
     finally:
         pool.shutdown(cancel_futures=True)
-    table = index.table.select(SCHEMA.names)
-    for field, column in zip(FOUND, zip(*rows) if rows else [()] * len(FOUND)):
-        table = table.append_column(field, pa.array(column, field.type))
-    return table
+        settle()
+    return _beside(table, pa.concat_tables(parts).sort_by("row")), len(rows)
+
+
+def _beside(table: pa.Table, found: pa.Table) -> pa.Table:
+    """The rows of an index with what was found of each, and when its file was changed last."""
+    columns = [*table.select(SCHEMA.names).columns, *found.select(FOUND.names).columns, table[MODIFIED.name]]
+    return pa.table(columns, schema=pa.schema([*SCHEMA, *FOUND, MODIFIED])).combine_chunks()
+
+
+def _remembered(table: pa.Table, known: Sequence[pa.Table]) -> tuple[pa.Table, np.ndarray]:
+    """What is known of the images of `table`, with a column `row`; and the rows of which nothing is."""
+    rows = pa.array(np.arange(table.num_rows))
+    schema = pa.schema([("row", pa.int64()), *FOUND])
+    if not known:
+        return schema.empty_table(), rows.to_numpy()
+    before = pa.concat_tables([part.select([*SAME, *FOUND.names]) for part in known])
+    once = before.group_by(SAME, use_threads=False).aggregate([(name, "first") for name in FOUND.names])
+    once = once.rename_columns([name.removesuffix("_first") for name in once.column_names])
+    joined = table.select(SAME).append_column("row", rows).join(once, SAME, join_type="inner")
+    # What could not be read may be readable now.
+    joined = joined.filter(pc.not_equal(joined["status"], "unreadable")).select(schema.names).cast(schema)
+    return joined, np.setdiff1d(rows.to_numpy(), joined["row"].to_numpy())
+
+
+def _modified(index: Index) -> np.ndarray:
+    """When the file that holds each image was last changed, in nanoseconds; -1 for what is read from afar, or gone."""
+    places = index.rows()["container"].combine_chunks().dictionary_encode()
+    places = places.combine_chunks() if isinstance(places, pa.ChunkedArray) else places
+    times = np.array([_changed(place) for place in places.dictionary.to_pylist()], np.int64)
+    return times[places.indices.to_numpy()] if len(times) else times
+
+
+def _changed(container: str) -> int:
+    path = container.rpartition(containers.COLUMN)[0] or container
+    try:
+        return -1 if files.REMOTE.match(container) else os.stat(path).st_mtime_ns
+    except OSError:
+        return -1
 
 
 def _examine(index: Index, row: int) -> tuple:
     """One row of FOUND."""
+    nothing = (None, None, None, None, None)
     try:
         data = index.read(row)
     except OSError as error:
-        return ("unreadable", error.strerror or str(error), None, None, None, None, None)
-    sha256, header = hashlib.sha256(data).hexdigest(), (None, None, None, None)
+        return ("unreadable", error.strerror or str(error), *nothing, None, None)
+    sha256, header = hashlib.sha256(data).hexdigest(), nothing
     try:
         seen = probe(data)
-        header = (seen.format, seen.mode, seen.width, seen.height)
-        decode(data, channels=None)
+        header = (seen.format, seen.mode, seen.channels, seen.width, seen.height)
+        pixels = decode(data, channels=None)
     except BadImage as bad:
-        return (bad.status, bad.reason, *header, sha256)
-    return ("ok", None, *header, sha256)
+        return (bad.status, bad.reason, *header, sha256, None)
+    digest = hashlib.sha256(np.array(pixels.shape, "<i8").tobytes())
+    digest.update(pixels.data)
+    return ("ok", None, *header, sha256, digest.hexdigest()[:32])
 
 
-def summarise(table: pa.Table) -> dict:
-    """What a scanned table says of the set: see `render` for each part in words. Plain numbers, strings and lists."""
-    column = {name: table[name].to_pylist() for name in table.column_names}
-    ok = [row for row, status in enumerate(column["status"]) if status == "ok"]
-    groups = defaultdict(list)
-    for row in ok:
-        groups[column["sha256"][row]].append(row)
-    identical = [group for group in groups.values() if len(group) > 1]
-    return {
-        "images": table.num_rows,
-        "ok": len(ok),
-        "bytes": sum(column["length"]),
-        "broken": [
-            {"path": path, "status": status, "reason": reason}
-            for path, status, reason in zip(column["path"], column["status"], column["reason"])
-            if status != "ok"
-        ],
-        "formats": _counts(column["format"][row] for row in ok),
-        "modes": _counts(column["mode"][row] for row in ok),
-        "sizes": {
-            "width": _range([column["width"][row] for row in ok]),
-            "height": _range([column["height"][row] for row in ok]),
-            "megapixels": _range([column["width"][row] * column["height"][row] / 1e6 for row in ok]),
-        },
-        "labels": _counts(column["label"]),
-        "splits": _counts(column["split"]),
-        "identical": _identical(identical, column["path"], column["split"]),
-        "conflicts": _conflicts(identical, column["path"], column["label"]),
-    }
+def _parts(folder: Path) -> list[pa.Table]:
+    """What was found before a scan was stopped."""
+    return [pq.read_table(path) for path in sorted(folder.glob("*.parquet"))]
 
 
-def _counts(values: Sequence[str | None] | Iterator[str | None]) -> dict[str, int]:
-    """How often each value occurs, the most frequent first; null is not one."""
-    return dict(sorted(Counter(v for v in values if v is not None).items(), key=lambda kv: (-kv[1], kv[0])))
-
-
-def _range(values: list) -> dict | None:
-    return {"min": min(values), "median": statistics.median(values), "max": max(values)} if values else None
-
-
-def _identical(groups: list[list[int]], paths: list[str], splits: list[str | None]) -> dict:
-    """Groups of byte-identical images. A pair is two images of one group; pairs across splits leak one into another."""
-    across: Counter[str] = Counter()
-    crossing = []
-    for group in groups:
-        sizes = sorted(Counter(splits[row] for row in group if splits[row] is not None).items())
-        crossing.append(len(sizes) > 1)
-        for at, (a, n) in enumerate(sizes):
-            for b, m in sizes[at + 1 :]:
-                across[f"{a} / {b}"] += n * m
-    shown = sorted(range(len(groups)), key=lambda g: (not crossing[g], paths[groups[g][0]]))[:SHOWN]
-    return {
-        "groups": len(groups),
-        "images": sum(map(len, groups)),
-        "pairs": sum(len(group) * (len(group) - 1) // 2 for group in groups),
-        "pairs_across_splits": across.total(),
-        "by_splits": dict(across),
-        "examples": [[paths[row] for row in groups[g]] for g in shown],
-    }
-
-
-def _conflicts(groups: list[list[int]], paths: list[str], labels: list[str | None]) -> dict:
-    """Groups of byte-identical images of which two have different labels."""
-    torn = [group for group in groups if len({labels[row] for row in group} - {None}) > 1]
-    examples = [[{"path": paths[row], "label": labels[row]} for row in group] for group in torn[:SHOWN]]
-    return {"groups": len(torn), "images": sum(map(len, torn)), "examples": examples}
-
-
-def render(summary: dict) -> str:
-    """The summary as a few lines of plain text."""
-    same, torn, labels = summary["identical"], summary["conflicts"], summary["labels"]
-    statuses = _counts(entry["status"] for entry in summary["broken"])
-    rows = [
-        ("images", f"{summary['images']:,}, {summary['bytes'] / 1e6:,.1f} MB"),
-        ("broken", f"{len(summary['broken']):,} ({_list(statuses)})" if statuses else "none: all of them decode"),
-        ("formats", _list(summary["formats"])),
-        ("modes", _list(summary["modes"])),
-    ]
-    for name, unit in (("width", "px"), ("height", "px"), ("megapixels", "MP")):
-        if size := summary["sizes"][name]:
-            low, median, high = (f"{size[key]:,.4g}" for key in ("min", "median", "max"))
-            rows.append((name, f"{low} {unit}" if low == high else f"{low} to {high} {unit}, median {median}"))
-    if summary["splits"]:
-        rows.append(("splits", _list(summary["splits"]) + _without(summary, "splits")))
-    if labels:
-        fewest, most = min(labels.values()), max(labels.values())
-        each = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
-        rows.append(
-            ("labels", f"{_many(len(labels), 'class', 'classes')} of {each} images{_without(summary, 'labels')}")
-        )
-    if same["groups"]:
-        text = f"{_many(same['pairs'], 'pair')} of byte-identical images"
-        text += f" ({same['images']:,} images in {_many(same['groups'], 'group')})"
-        if same["pairs_across_splits"]:
-            text += f"; across splits {_many(same['pairs_across_splits'], 'pair')} ({_list(same['by_splits'])})"
-        rows.append(("identical", text))
-    else:
-        rows.append(("identical", "no two files are byte-identical"))
-    if torn["groups"]:
-        rows.append(("conflicts", f"{_many(torn['groups'], 'group')} of identical images with different labels"))
-    lines = [f"{name:<11} {text}" for name, text in rows]
-    lines += _listing(
-        "broken files",
-        [f"{b['path']}: {b['status']}, {b['reason']}" for b in summary["broken"]],
-        len(summary["broken"]),
-    )
-    lines += _listing("byte-identical", [" = ".join(paths) for paths in same["examples"]], same["groups"])
-    pairs = [" = ".join(f"{one['path']} ({one['label']})" for one in group) for group in torn["examples"]]
-    return "\n".join(lines + _listing("identical, but labelled differently", pairs, torn["groups"]))
-
-
-def _many(count: int, one: str, more: str | None = None) -> str:
-    return f"{count:,} {one if count == 1 else more or one + 's'}"
-
-
-def _list(counts: dict[str, int]) -> str:
-    shown = ", ".join(f"{name} {n:,}" for name, n in list(counts.items())[:SHOWN])
-    return shown + (f", {len(counts) - SHOWN} more" if len(counts) > SHOWN else "") or "none"
-
-
-def _without(summary: dict, name: str) -> str:
-    missing = summary["images"] - sum(summary[name].values())
-    return f", none for {missing:,}" if missing else ""
-
-
-def _listing(title: str, lines: list[str], total: int) -> list[str]:
-    if not lines:
-        return []
-    more = [f"  ... and {total - SHOWN:,} more"] if total > SHOWN else []
-    return ["", title, *(f"  {line}" for line in lines[:SHOWN]), *more]
+def _keep(folder: Path, found: pa.Table) -> None:
+    buffer = pa.BufferOutputStream()
+    pq.write_table(found, buffer, compression="zstd")
+    number = len(list(folder.glob("*.parquet")))
+    run.write_bytes(folder / f"{number:06d}.parquet", buffer.getvalue().to_pybytes())

@@ -3,51 +3,81 @@
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-from troodon.data.batch import Batch
 from troodon.data.config import PhotometricConfig
+from troodon.data.crops import Views
 from troodon.data.decode import shown
+from troodon.data.loader import Loader
 from troodon.run import write_bytes
 
-GAP = 2  # pixels between pictures
+GAP = 6  # pixels between pictures
+WIDE = 900  # pixels of the sheet, about, if its crops are small
+COLOURS = ("#d62728", "#1f77b4", "#2ca02c")  # of the boxes of the first and the second global crop, and of local ones
 
 
-def draw(batch: Batch, colours: PhotometricConfig, path: Path, rows: int = 8) -> None:
-    """A PNG with a row per image: its global crops, their masked patches grey, then its local crops.
+def draw(loader: Loader, path: Path, batch: int = 0, rows: int = 8) -> None:
+    """A PNG of the first images of a batch, a row each: the image with its boxes, its global crops, their masked
+    patches grey, then its local crops.
 
     Of other than three channels it shows the first three, or the first as grey.
     """
-    mean, std = (torch.tensor(v)[:, None, None] for v in (colours.mean, colours.std))
-
-    def picture(crop_CHW: torch.Tensor, mask_P: torch.Tensor | None = None) -> Image.Image:
-        x_HWC = ((crop_CHW.float().cpu() * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
-        if mask_P is not None:
-            patch = round((x_HWC.shape[0] * x_HWC.shape[1] / len(mask_P)) ** 0.5)
-            mask_hw = mask_P.cpu().unflatten(0, (x_HWC.shape[0] // patch, -1))
-            hidden_HW = mask_hw.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
-            x_HWC[hidden_HW] = x_HWC[hidden_HW] // 4 + 96
-        return Image.fromarray(shown(x_HWC.numpy()))
-
-    views, images = batch.globals_GBCHW.shape[:2]
-    masks_GBP = batch.masks_NP.unflatten(0, (views, images))
-    (tall, big), (low, small) = (crops.shape[-2:] for crops in (batch.globals_GBCHW, batch.locals_VBCHW))
-    height = GAP + (max(tall, low) if len(batch.locals_VBCHW) else tall)
-    rows = min(rows, images)
-    width = views * (big + GAP) + len(batch.locals_VBCHW) * (small + GAP)
-    out = Image.new("RGB", (width, rows * height), "white")
-    for row in range(rows):
-        left, top = 0, row * height
-        for view in range(views):
-            out.paste(picture(batch.globals_GBCHW[view, row], masks_GBP[view, row]), (left, top))
-            left += big + GAP
-        for crop in batch.locals_VBCHW[:, row]:
-            out.paste(picture(crop), (left, top))
-            left += small + GAP
-    scale = max(1, round(900 / width))
-    if scale > 1:
-        out = out.resize((out.width * scale, out.height * scale), Image.Resampling.NEAREST)
+    rows = min(rows, loader.images // loader.world)
+    seen = loader.preview(batch, rows)
+    views, images = seen.globals_GBCHW.shape[:2]
+    masks_GBP = seen.masks_NP.unflatten(0, (views, images))
+    (tall, wide), (low, narrow) = (crops.shape[-2:] for crops in (seen.globals_GBCHW, seen.locals_VBCHW))
+    locals_ = len(seen.locals_VBCHW)
+    times = max(1, round(WIDE / (views * wide + locals_ * narrow + tall)))
+    height = times * (max(tall, low) if locals_ else tall)
+    columns = ["image", "global 1", "global 2", *(f"local {i + 1}" for i in range(locals_))]
+    pictures = [_boxed(*loader.seen(p)[:2], round(1.5 * height), height) for p in loader.positions(batch)[:rows]]
+    widths = [max(p.width for p in pictures), *[times * wide] * views, *[times * narrow] * locals_]
+    font = ImageFont.load_default(12)
+    top = 12 + 2 * GAP
+    out = Image.new("RGB", (sum(widths) + GAP * (len(widths) + 1), top + rows * (height + GAP)), "white")
+    pen = ImageDraw.Draw(out)
+    lefts = [GAP + sum(widths[:i]) + GAP * i for i in range(len(widths))]
+    for left, name, width in zip(lefts, columns, widths):
+        if pen.textlength(name, font) <= width + GAP:
+            pen.text((left, GAP), name, "black", font)
+    for row, picture in enumerate(pictures):
+        masked = zip(seen.globals_GBCHW[:, row], masks_GBP[:, row])
+        crops = [_crop(crop_CHW, loader.photometric, times, mask_P) for crop_CHW, mask_P in masked]
+        crops += [_crop(crop_CHW, loader.photometric, times) for crop_CHW in seen.locals_VBCHW[:, row]]
+        for left, one in zip(lefts, [picture, *crops]):
+            out.paste(one, (left, top + row * (height + GAP)))
     buffer = BytesIO()
     out.save(buffer, "PNG")
     write_bytes(path, buffer.getvalue())
+
+
+def _crop(
+    crop_CHW: torch.Tensor, colours: PhotometricConfig, times: int, mask_P: torch.Tensor | None = None
+) -> Image.Image:
+    """A view as a picture, `times` larger; its masked patches grey."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (colours.mean, colours.std))
+    x_HWC = ((crop_CHW.float() * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+    if mask_P is not None:
+        patch = round((x_HWC.shape[0] * x_HWC.shape[1] / len(mask_P)) ** 0.5)
+        mask_hw = mask_P.unflatten(0, (x_HWC.shape[0] // patch, -1))
+        hidden_HW = mask_hw.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
+        x_HWC[hidden_HW] = x_HWC[hidden_HW] // 4 + 96
+    picture = Image.fromarray(shown(x_HWC.numpy()))
+    return picture.resize((times * picture.width, times * picture.height), Image.Resampling.NEAREST)
+
+
+def _boxed(image_HWC: np.ndarray, views: Views, width: int, height: int) -> Image.Image:
+    """The image, as large as fits, with the boxes of its crops; thin ones are local."""
+    picture = Image.fromarray(shown(np.ascontiguousarray(image_HWC)))
+    scale = min(width / picture.width, height / picture.height)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    picture = picture.resize(size, Image.Resampling.BICUBIC)
+    pen, (tall, wide) = ImageDraw.Draw(picture), views.size
+    y, x = (size[1] - 1) / tall, (size[0] - 1) / wide
+    for number, (top, left, h, w) in reversed(list(enumerate(views.boxes))):
+        corners = (left * x, top * y, (left + w) * x, (top + h) * y)
+        pen.rectangle(corners, outline=COLOURS[min(number, 2)], width=2 if number < 2 else 1)
+    return picture

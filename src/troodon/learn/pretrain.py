@@ -109,8 +109,7 @@ def _pretrain(
     if progress.step >= config.steps:
         return out / "backbone"
     if rank == 0 and progress.step == 0:
-        with contextlib.closing(loader.batches(0, device)) as batches:
-            sheet.draw(next(batches), config.photometric, out / "pictures" / "crops.png")
+        sheet.draw(loader, out / "pictures" / "crops.png")
 
     with _asked_to_stop() as asked:
         while True:

@@ -8,7 +8,7 @@ from troodon.verbs.about import report
 from troodon.verbs.common import load
 from troodon.verbs.curation import curate
 from troodon.verbs.evaluation import evaluate
-from troodon.verbs.images import embed, scan
+from troodon.verbs.images import embed, pack, scan, show_crops
 from troodon.verbs.training import pretrain, submit
 
-__all__ = ["curate", "embed", "evaluate", "load", "pretrain", "report", "scan", "submit"]
+__all__ = ["curate", "embed", "evaluate", "load", "pack", "pretrain", "report", "scan", "show_crops", "submit"]
