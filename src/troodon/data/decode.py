@@ -224,7 +224,8 @@ def _eight_bit(grey: np.ndarray) -> np.ndarray:
     if grey.dtype.kind != "f" and low >= 0 and high <= 65535:
         return (grey if high <= 255 else grey >> 8).astype(np.uint8)
     if grey.dtype.kind != "f" or low < 0 or high > 1:
-        grey = (grey.astype(np.float64) - low) / max(high - low, np.finfo(np.float64).tiny)
+        with np.errstate(invalid="ignore"):  # of what is no number
+            grey = (grey.astype(np.float64) - low) / max(high - low, np.finfo(np.float64).tiny)
     return (np.nan_to_num(np.clip(grey, 0, 1)) * 255).round().astype(np.uint8)
 
 
