@@ -62,6 +62,13 @@ def test_the_main_job(photos, tmp_path, capsys):
     scores = json.loads(out)
     assert {s["backbone"] for s in scores} == {"again", "random", "colour-histogram", "raw-pixels"}
     assert scores == json.loads((tmp_path / "scores" / "scores.json").read_text())
+    sheet = tmp_path / "crops.png"
+    out, _ = run(
+        "show", "crops", "small", "--data", photos, "--out", sheet, "--images", "3", "--at", "1", capsys=capsys
+    )
+    assert out.strip() == str(sheet)
+    with Image.open(sheet) as picture:
+        assert picture.width > picture.height > 0
     out, _ = run("embed", "--backbone", tmp_path / "run", "--data", photos, "--out", tmp_path / "e", capsys=capsys)
     assert np.load(tmp_path / "e" / "embeddings.npy").shape == (37, 32)
     out, _ = run("report", tmp_path, "--out", tmp_path / "report.html", capsys=capsys)
@@ -115,6 +122,16 @@ def test_a_dry_run_writes_nothing(photos, tmp_path, capsys):
         (["scan", "{photos}", "--threads", "-1"], "threads -1"),
         (["embed", "--backbone", "{photos}", "--data", "{photos}", "--out", "{out}", "--batch", "0"], "batch 0"),
         (["scan"], "no images to scan"),
+        (["pack", "--out", "{out}"], "no images to pack"),
+        (["pack", "{photos}"], "--out"),
+        (["pack", "{photos}", "--out", "{photos}"], "choose a new --out"),
+        (["pack", "{photos}", "--out", "{out}", "--threads", "-2"], "threads -2"),
+        (["show"], "did you mean 'show crops'"),
+        (["show", "crop", "small"], "did you mean 'show crops'"),
+        (["show", "crops"], "say first which recipe"),
+        (["show", "crops", "smal", "--data", "{photos}"], "did you mean 'small'"),
+        (["show", "crops", "small", "--data", "{photos}", "--out", "{out}", "--images", "0"], "images 0"),
+        (["show", "crops", "small", "--data", "{photos}", "--out", "{out}", "--at", "-1"], "batch -1"),
         (["scan", "{photos}/nothing"], "nothing"),
         (["scan", "{empty}"], "empty"),
         (["scan", "{texts}"], "no images"),
@@ -160,7 +177,7 @@ def test_debug_shows_where(capsys, tmp_path):
 
 @pytest.mark.parametrize("verb", ["", *cli.VERBS])
 def test_help_is_quick_and_loads_nothing_heavy(verb):
-    code = f"import sys; sys.argv = ['troodon', *{[verb] if verb else []!r}, '--help']; from troodon import cli\n"
+    code = f"import sys; sys.argv = ['troodon', *{verb.split()!r}, '--help']; from troodon import cli\n"
     code += "try: cli.main()\nfinally: assert not {'torch', 'numpy', 'pyarrow', 'PIL'} & set(sys.modules)"
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

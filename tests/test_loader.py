@@ -85,6 +85,14 @@ def test_ranks_take_slices_of_the_same_batch(index, world):
     assert torch.equal(masks, whole.masks_NP)
 
 
+def test_a_preview_is_the_beginning_of_its_batch(index):
+    (whole,) = take(loader(index), 3, 1)
+    few = loader(index).preview(3, 2)
+    assert torch.equal(few.globals_GBCHW, whole.globals_GBCHW[:, :2])
+    assert torch.equal(few.locals_VBCHW, whole.locals_VBCHW[:, :2])
+    assert torch.equal(few.masks_NP, whole.masks_NP.unflatten(0, (2, -1))[:, :2].flatten(0, 1))
+
+
 def test_a_broken_file_is_named_and_replaced_by_the_next(index):
     one = loader(index)
     take(one, 0, 8)

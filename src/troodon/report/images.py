@@ -25,9 +25,10 @@ from troodon.report.markup import (
     share,
     table,
 )
-from troodon.report.thumbnails import picture, spread, thumbnail
+from troodon.report.thumbnails import Frame, picture, spread, thumbnail
 
-BROKEN, GROUPS, SHOWN = 20, 10, 22
+BROKEN, GROUPS, SHOWN = 20, 8, 48  # files, groups, images of the contact sheet
+CLASSES, OF_CLASS, MEMBERS, EXTREMES = 12, 5, 5, 5  # classes, images of each, of a group, of a kind of extreme
 
 
 def world(artifacts: list[Artifact]) -> Part | None:
@@ -70,8 +71,8 @@ def _one(index: Index, bad: list[int]) -> Markup:
     good = [row for row in range(len(index)) if row not in broken]
     if good:
         strip = h("div", (thumbnail(index, row) for row in spread(good, SHOWN)), class_="strip")
-        said.append(figure(strip, "A look at the images", "Evenly spaced over the index."))
-    said.append(h("div", _formats(index), _sides(index), class_="grid two"))
+        said.append(figure(strip, "Contact sheet", "Evenly spaced over the index."))
+    said += [h("div", _formats(index), _sides(index), class_="grid two"), _extremes(index, good), _classes(index, good)]
     if bad:
         rows = [(index.path(row), _cell(index, "status", row), _cell(index, "reason", row)) for row in bad[:BROKEN]]
         rest = f"; the first {BROKEN} of {number(len(bad))}" if len(bad) > BROKEN else ""
@@ -80,6 +81,46 @@ def _one(index: Index, bad: list[int]) -> Markup:
             said.append(note(f"and {number(len(bad) - BROKEN)} more."))
     said.append(_identical(index))
     return join(said)
+
+
+def _extremes(index: Index, good: list[int]) -> Content:
+    """The smallest, the largest and the most elongated: where what is no photograph is often found."""
+    if not (good and _known(index, "width") and _known(index, "height")):
+        return None
+    sides = np.array([(index.table["width"][r].as_py(), index.table["height"][r].as_py()) for r in good], float)
+    if np.isnan(sides).any() or (sides == sides[0]).all():
+        return None
+    area, long = sides.prod(1), sides.max(1) / sides.min(1)
+    kinds = {"smallest": np.argsort(area, kind="stable"), "largest": np.argsort(-area, kind="stable")}
+    if long.max() > 2:
+        kinds["most elongated"] = np.argsort(-long, kind="stable")
+    strips = []
+    for name, order in kinds.items():
+        cells = (
+            thumbnail(index, good[i], Frame(f"{number(int(sides[i, 0]))} x {number(int(sides[i, 1]))}"))
+            for i in order[:EXTREMES]
+        )
+        strips.append(h("div", h("p", name.capitalize(), class_="note"), h("div", cells, class_="strip")))
+    return figure(h("div", strips, class_="groups"), "Extremes", "Width by height in pixels.")
+
+
+def _classes(index: Index, good: list[int]) -> Content:
+    """Some images of some classes, the smallest and the largest among these."""
+    rows_of = defaultdict(list)
+    labels = index.column("label")
+    for row in good:
+        if labels[row] is not None:
+            rows_of[labels[row]].append(row)
+    if len(rows_of) < 2:
+        return None
+    by_size = sorted(rows_of, key=lambda name: (-len(rows_of[name]), name))
+    strips = []
+    for name in spread(by_size, CLASSES):
+        title = h("p", f"{name}, {plural(len(rows_of[name]), 'image')}", class_="note")
+        cells = (thumbnail(index, row) for row in spread(rows_of[name], OF_CLASS))
+        strips.append(h("div", title, h("div", cells, class_="strip")))
+    shown = f", {CLASSES} of them shown, from the largest to the smallest" if len(rows_of) > CLASSES else ""
+    return figure(h("div", strips, class_="groups"), "Classes", f"{plural(len(rows_of), 'class', 'classes')}{shown}.")
 
 
 def _summary(index: Index, bad: list[int]) -> str:
@@ -140,22 +181,55 @@ def _edges(low: float, high: float) -> list[float]:
 
 
 def _identical(index: Index) -> Content:
+    """Images that are there more than once: byte for byte, or the same pixels saved in another way."""
     if not _known(index, "sha256"):
         return None
+    by_bytes = _groups(index, "sha256")
+    alike = _groups(index, "pixels") if _known(index, "pixels") else by_bytes
+    if not alike:
+        return h("p", "No two files hold the same picture.", class_="prose")
+    copies, resaved = (sum(len(rows) - 1 for rows in groups) for groups in (by_bytes, alike))
+    resaved -= copies
+    said = []
+    if copies:
+        who = f"{plural(copies, 'file')} {'is' if copies == 1 else 'are'}"
+        said.append(f"{who} byte for byte a copy of another, in {plural(len(by_bytes), 'group')}.")
+    if resaved:
+        said.append(
+            f"{plural(resaved, 'more')} {'has' if resaved == 1 else 'have'} the pixels of another in other bytes."
+        )
+    labels, splits = index.column("label"), index.column("split")
+
+    def kinds(rows: list[int]) -> tuple[int, int]:
+        return len({labels[r] for r in rows} - {None}), len({splits[r] for r in rows} - {None})
+
+    torn = [rows for rows in alike if kinds(rows)[0] > 1]
+    leaking = [rows for rows in alike if kinds(rows)[1] > 1]
+    if torn:
+        said.append(f"In {plural(len(torn), 'group')} images have different labels.")
+    if leaking:
+        said.append(f"{plural(len(leaking), 'group')} {'lies' if len(leaking) == 1 else 'lie'} in more than one split.")
+    alike.sort(key=lambda rows: (*(-n for n in kinds(rows)), -len(rows), rows[0]))  # conflicts and leaks first
+    strips = []
+    for rows in alike[:GROUPS]:
+        cells = [thumbnail(index, r, Frame(" / ".join(filter(None, (splits[r], labels[r]))))) for r in rows[:MEMBERS]]
+        more = h("span", f"+ {number(len(rows) - MEMBERS)}", class_="more") if len(rows) > MEMBERS else None
+        strips.append(h("div", cells, more, class_="strip"))
+    caption = "Conflicting labels and splits come first." if torn or leaking else "The largest groups come first."
+    table_ = table("Files", ("files", "count"), [(_names(index, g), number(len(g))) for g in alike[:GROUPS]])
+    return join(
+        h("p", " ".join(said), class_="prose"),
+        figure(h("div", strips, class_="groups"), "The same picture more than once", caption),
+        folded("Their names", table_),
+    )
+
+
+def _groups(index: Index, column: str) -> list[list[int]]:
     rows_of = defaultdict(list)
-    for row, digest in enumerate(index.column("sha256")):
+    for row, digest in enumerate(index.column(column)):
         if digest:
             rows_of[digest].append(row)
-    groups = [rows for rows in rows_of.values() if len(rows) > 1]
-    if not groups:
-        return h("p", "No two files are byte for byte the same.", class_="prose")
-    copies = sum(len(rows) - 1 for rows in groups)
-    who = f"{plural(copies, 'file')} {'is' if copies == 1 else 'are'}"
-    said = f"{who} byte for byte a copy of another, in {plural(len(groups), 'group')}."
-    groups.sort(key=len, reverse=True)
-    rows = [(_names(index, g), number(len(g))) for g in groups[:GROUPS]]
-    title = "The largest groups of identical files" if len(groups) > GROUPS else "Groups of identical files"
-    return join(h("p", said, class_="prose"), folded(title, table(title, ("files", "count"), rows)))
+    return [rows for rows in rows_of.values() if len(rows) > 1]
 
 
 def _names(index: Index, rows: list[int]) -> str:

@@ -28,7 +28,7 @@ def thumbnail(index: Index, row: int, frame: Frame = Frame()) -> Markup:
     """Row `row` of the index; a grey box where the image is gone or broken."""
     path = index.path(row)
     try:
-        source, side = jpeg(shown(decode(index.read(row), channels=None)))
+        source, side = jpeg(shown(decode(index.read(row), None, _smaller)))
     except (OSError, BadImage) as error:
         reason = error.reason if isinstance(error, BadImage) else "the file is gone or was cut short"
         image = h("span", class_="missing", role="img", aria_label=f"{path}: {reason}", title=f"{path}: {reason}")
@@ -39,8 +39,12 @@ def thumbnail(index: Index, row: int, frame: Frame = Frame()) -> Markup:
     return h("figure", h("span", image, class_="box"), below, class_="thumb kept" if frame.kept else "thumb")
 
 
+def _smaller(height: int, width: int) -> int:
+    return next((times for times in (8, 4, 2) if max(height, width) >= 2 * times * SIDE), 1)
+
+
 def jpeg(pixels_HWC: np.ndarray) -> tuple[str, int]:
-    """A data URI of the image, at most SIDE pixels long, and the image's own longer side."""
+    """A data URI of the image, at most SIDE pixels long, and the longer side of what it was made from."""
     image = Image.fromarray(pixels_HWC)
     longest = max(image.size)
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=2.0)
