@@ -1,20 +1,19 @@
 """What a plan says a run will take, against what a step then takes: numbers of parameters, products, memory."""
 
-import gc
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from benchmarks.measure import peak_memory
 from torch.utils.flop_counter import FlopCounterMode
 
 from troodon import recipes, verbs
 from troodon.config import UsageError
 from troodon.data.batch import Batch
 from troodon.data.config import CropsConfig
-from troodon.learn import optim
+from troodon.learn import cost, optim, prototypes
 from troodon.learn.config import ObjectiveConfig, ParallelConfig, PretrainConfig
 from troodon.learn.loop import train
 from troodon.learn.method import Method
@@ -86,16 +85,8 @@ def take_steps(config: PretrainConfig, compute: torch.dtype, steps: int) -> None
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_memory_is_that_of_the_tensors_of_a_step(name, compute):
-    config = CONFIGS[name]
-    gc.collect()  # of tests before, nothing may be freed while this one counts
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        take_steps(config, compute, 2)
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    assert total(plan(config, None, "cpu", compute.itemsize, 1).memory) == pytest.approx(peak, rel=0.12)
+    peak = peak_memory(lambda: take_steps(CONFIGS[name], compute, 2))
+    assert total(plan(CONFIGS[name], None, "cpu", compute.itemsize, 1).memory) == pytest.approx(peak, rel=0.12)
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if not name.startswith("long")])
@@ -104,6 +95,20 @@ def test_products_are_those_of_a_step(name):
     with FlopCounterMode(display=False) as counter:
         take_steps(config, torch.bfloat16, 1)  # in which attention of short crops is products, that the counter sees
     assert total(plan(config, None, "cpu", 2, 1).flops) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize("targets", ["sinkhorn", "centring"])
+def test_logits_that_are_made_again_are_counted(targets, monkeypatch):
+    for module in (cost, prototypes):
+        monkeypatch.setattr(module, "KEPT", 0)
+    config = replace(CONFIGS["large heads"], objective=ObjectiveConfig(targets=targets))
+    peak = peak_memory(lambda: take_steps(config, torch.float32, 2))
+    assert total(plan(config, None, "cpu", 4, 1).memory) == pytest.approx(peak, rel=0.12)
+    with FlopCounterMode(display=False) as counter:
+        take_steps(config, torch.bfloat16, 1)
+    flops = plan(config, None, "cpu", 2, 1).flops
+    assert total(flops) == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert flops["recomputed"] > 0
 
 
 @pytest.mark.parametrize("recipe", ["vitl16_short", "vitl14", "vitg14", "vits14_reg", "small", "demo"])

@@ -13,8 +13,14 @@ from troodon.model.config import HeadConfig, ViTConfig, flops
 
 FP32 = 4
 SHORT = 512  # tokens up to which a processor keeps attention's whole matrix in bf16: that of model/packing.py
+KEPT = 1 << 26  # logits of one answer up to which learn/prototypes.py keeps them, and does not make them again
 
 Grid = tuple[int, int]  # rows and columns of patches
+
+
+def chunk_of(device: str) -> int:
+    """Prototypes at a time: few enough for a processor's caches, enough to keep an accelerator busy."""
+    return 1024 if device == "cpu" else 8192
 
 
 def backbone_parameters(vit: ViTConfig) -> int:
@@ -127,18 +133,27 @@ class Cost:
         for crops, grid in self.groups:
             student += crops * flops(vit, grid, self.kept(crops) / max(crops, 1))
             embedding += crops * flops(vit, grid, 0.0)
-        heads = 0.0
+        heads, again = 0.0, {"full": student - embedding}.get(self.config.parallel.recompute, 0.0)
+        teaching = 4 if self.config.objective.targets == "sinkhorn" else 2  # products of the teacher, after the first
         for use in self.uses.values():
-            head = use.head
-            products = sum(a * b for a, b in pairwise(widths(head, vit.dim))) + head.bottleneck * head.prototypes
-            heads += 2 * products * (3 * use.rows + use.taught)
-        again = {"full": student - embedding}.get(self.config.parallel.recompute, 0.0)
+            head, last = use.head, 2 * use.head.bottleneck * use.head.prototypes
+            products = 2 * sum(a * b for a, b in pairwise(widths(head, vit.dim))) + last
+            heads += products * (3 * use.rows + use.taught)
+            again += 0.0 if self.kept_logits(use.rows, head) else last * use.rows
+            again += 0.0 if self.kept_logits(self.parts * use.taught, head) else teaching * last * use.taught
         anchored = 2 if self.config.objective.gram_weight else 1
         teacher = anchored * self.groups[0][0] * flops(vit, self.wide)
         found = {"student": 3 * student, "recomputed": again, "teacher": teacher, "heads": heads}
         return {name: n * count for name, count in found.items() if count}
 
     # Memory of a rank
+
+    def kept_logits(self, rows: float, head: HeadConfig) -> float:
+        return self.width * rows * head.prototypes if rows * head.prototypes <= KEPT else 0.0
+
+    def chunk(self, rows: float, head: HeadConfig) -> float:
+        """One of the matrices that are made for a chunk of prototypes."""
+        return FP32 * rows * min(head.prototypes, chunk_of(self.device))
 
     def state(self) -> dict[str, int]:
         """After a step: parameters in fp32, and what has their shape."""
@@ -195,8 +210,8 @@ class Cost:
             k, b = use.head.prototypes, use.head.bottleneck
             heads += use.rows * w * (2 * sum(widths(use.head, vit.dim)) - vit.dim)
             heads += k * b * (FP32 + w)  # directions, and the weights that follow from them
-            logits += k * use.rows * (w + FP32)  # and their log-softmax
-            one = max(one, k * use.rows * FP32)  # once more, of one head at a time
+            logits += self.kept_logits(use.rows, use.head)
+            one = max(one, 3 * self.chunk(use.rows, use.head) + k * b * w)  # and the gradient of prototypes
             normalising = max(normalising, 3 * k * b * FP32)  # the gradient on its way through weight normalisation
         last = self.tokens * 2 * FP32 * vit.dim
         learning = {"last norm": last, "heads": heads, "logits": max(logits + one, normalising)}
@@ -210,11 +225,18 @@ class Cost:
         return sum(self.parameters.values()) - self.parameters["backbone"]
 
     def targets(self) -> float:
-        """What the teacher said of all parts, in fp32; and the anchor."""
-        found = sum(FP32 * use.taught * use.head.prototypes for use in self.uses.values())
+        """Of what the teacher said of all parts: its prototypes, and logits where they are kept; and the anchor."""
+        found = self.of_teacher()
         if self.config.objective.gram_weight:
-            found += FP32 * self.groups[0][0] * self.length(self.wide) * self.config.vit.dim
-        return self.parts * found
+            found += self.parts * FP32 * self.groups[0][0] * self.length(self.wide) * self.config.vit.dim
+        return found
+
+    def of_teacher(self) -> float:
+        found = 0.0
+        for use in self.uses.values():
+            found += self.width * use.head.prototypes * use.head.bottleneck
+            found += self.kept_logits(self.parts * use.taught, use.head)
+        return found
 
     def gathered(self) -> dict[str, float]:
         """Of sharded weights, what is whole at a time: a block and the next one, or a head, with its gradient."""
@@ -225,17 +247,14 @@ class Cost:
         return {"gathered": max(3 * self.width * block_parameters(vit), *((self.width + FP32) * n for n in heads))}
 
     def teacher(self) -> dict[str, float]:
-        """While the teacher answers, at the peak: its logits of all parts, and what turns them into targets."""
+        """While the teacher answers, at the peak: its prototypes, logits that are kept, a chunk of the others."""
         vit, w = self.config.vit, self.width
-        copies = 5 if self.config.objective.targets == "sinkhorn" else 3
-        done = asked = 0.0
-        for use in self.uses.values():
-            answers = self.parts * use.taught * use.head.prototypes
-            asked = max(asked, done + answers * (w + copies * FP32))
-            done += answers * (w + FP32)
+        learnt = sum(w * use.head.prototypes * use.head.bottleneck for use in self.uses.values())
         tokens = self.groups[0][0] * self.length(self.wide)
-        seeing = {"logits": done, "one block": tokens * (3 * FP32 * vit.dim + 2 * w * inner(vit))}
-        asking = {"logits, targets": asked}
+        seeing = {"prototypes": learnt, "one block": tokens * (3 * FP32 * vit.dim + 2 * w * inner(vit))}
+        one = max(3 * self.chunk(self.parts * use.taught, use.head) for use in self.uses.values())
+        directions = max(2 * FP32 * use.head.prototypes * use.head.bottleneck for use in self.uses.values())
+        asking = {"logits, prototypes": self.of_teacher(), "chunks": max(one, directions)}
         return self.gathered() | max(asking, seeing, key=lambda found: sum(found.values()))
 
     def update(self) -> dict[str, float]:

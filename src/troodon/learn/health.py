@@ -25,8 +25,9 @@ def read(method: Method, batch: Batch, knobs: Knobs) -> dict[str, Tensor]:
     Of the teacher's targets and of the average's features on this batch, which costs a forward pass of each.
     """
     (targets,) = method.targets([batch], replace(knobs, anchored=False, anchor=False))  # only looks: no anchor moves
-    targets_MK = targets.patches_MK if targets.cls_GBK is None else targets.cls_GBK.flatten(0, 1)
-    assert targets_MK is not None, "a method has a loss on class tokens or on patches"
+    asked = targets.patches if targets.cls is None else targets.cls
+    assert asked is not None, "a method has a loss on class tokens or on patches"
+    targets_MK = asked.whole()
     with method.autocast():
         (seen,) = method.average.backbone([batch.globals_GBCHW[0]])
     return of_targets(targets_MK, method) | of_features(method.ranks.gather(seen.cls_BD.float()))

@@ -1,7 +1,8 @@
 """The losses of DINOv2, as functions of tensors: no state, no config, no device, no logging.
 
 `Ranks` reduces a tensor over every rank that shares the batch. `ALONE` is the identity of one rank, which
-is what makes each of these testable in a plain process.
+is what makes each of these testable in a plain process. Where the matrices of M x K are large, prototypes.py has the
+same targets and cross-entropies without them.
 """
 
 from collections.abc import Callable
@@ -37,14 +38,14 @@ def sinkhorn(logits_MK: Tensor, temperature: float, ranks: Ranks, rounds: int = 
     log_q_MK = logits_MK.float() / temperature
     for _ in range(rounds):
         highest_K = ranks.largest(log_q_MK.amax(0) if len(log_q_MK) else log_q_MK.new_full(log_q_MK.shape[1:], -inf))
-        column_K = highest_K + ranks.total(_exp(log_q_MK - highest_K).sum(0)).log()
+        column_K = highest_K + ranks.total(exp_of_negative(log_q_MK - highest_K).sum(0)).log()
         log_q_MK = (log_q_MK - column_K).log_softmax(1)
-    return _exp(log_q_MK)
+    return exp_of_negative(log_q_MK)
 
 
-def _exp(x: Tensor) -> Tensor:
+def exp_of_negative(x: Tensor) -> Tensor:
     """exp of what is at most zero; e^-80 at least: less adds nothing in fp32, and takes processors 50 times longer."""
-    return x.clamp(min=-80.0).exp()
+    return x.clamp(min=-80.0).exp_()
 
 
 @torch.no_grad()
@@ -53,30 +54,30 @@ def centred(logits_MK: Tensor, temperature: float, centre_K: Tensor) -> Tensor:
     return F.softmax((logits_MK.float() - centre_K) / temperature, dim=-1)
 
 
-def cross_entropy(logits_MK: Tensor, targets_MK: Tensor, temperature: float) -> Tensor:
-    """-sum_k target_k log softmax(logits / temperature)_k, one number per row."""
-    return -(targets_MK * F.log_softmax(logits_MK.float() / temperature, dim=-1)).sum(-1)
+def cross_entropies(student_VBK: Tensor, teacher_GBK: Tensor, temperature: float) -> Tensor:
+    """-sum_k target_k log softmax(logits / temperature)_k of every student view with every teacher view: (V, G, B)."""
+    log_p_VBK = F.log_softmax(student_VBK.float() / temperature, dim=-1)
+    return torch.stack([-(log_p_VBK * teacher_BK).sum(-1) for teacher_BK in teacher_GBK], dim=1)
 
 
-def dino(student_VBK: Tensor, teacher_GBK: Tensor, temperature: float, *, same_views: bool) -> Tensor:
+def dino(pairs_VGB: Tensor, *, same_views: bool) -> Tensor:
     """Image-level loss: the mean over (student view, teacher view) pairs of the same image's cross-entropy.
 
     When the students are the teacher's own views, a view is not asked to predict itself.
     """
-    log_p_VBK = F.log_softmax(student_VBK.float() / temperature, dim=-1)
-    loss_VG = -torch.einsum("vbk,gbk->vg", log_p_VBK, teacher_GBK) / student_VBK.shape[1]
+    loss_VG = pairs_VGB.mean(-1)
     if same_views:
         loss_VG = loss_VG.masked_fill(torch.eye(len(loss_VG), dtype=torch.bool, device=loss_VG.device), 0.0)
         return loss_VG.sum() / (loss_VG.numel() - len(loss_VG))
     return loss_VG.mean()
 
 
-def ibot(student_MK: Tensor, teacher_MK: Tensor, weight_M: Tensor, crops: int, temperature: float) -> Tensor:
-    """Patch-level loss on masked patches (https://arxiv.org/abs/2111.07832, section 3.1).
+def ibot(pairs_M: Tensor, weight_M: Tensor, crops: int) -> Tensor:
+    """Patch-level loss: cross-entropies of masked patches (https://arxiv.org/abs/2111.07832, section 3.1).
 
     `weight_M` is one over the masked patches of each patch's crop; crops without a mask count as zero in `crops`.
     """
-    return (cross_entropy(student_MK, teacher_MK, temperature) * weight_M).sum() / crops
+    return (pairs_M * weight_M).sum() / crops
 
 
 def koleo(features_BD: Tensor, eps: float = 1e-8) -> Tensor:

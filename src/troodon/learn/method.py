@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from troodon.data.batch import Batch
-from troodon.learn import losses
+from troodon.learn import losses, prototypes
 from troodon.learn.config import ObjectiveConfig
 from troodon.learn.losses import ALONE, Ranks
 from troodon.learn.schedules import Knobs
 from troodon.model.config import HeadConfig, ViTConfig
-from troodon.model.head import Head
+from troodon.model.head import Answer, Head
 from troodon.model.vit import ViT
 
 # Shape suffixes: G global and V local views, B images, K prototypes, D channels, P patches,
@@ -48,8 +48,8 @@ class Branch(nn.Module):
 class Targets(NamedTuple):
     """What the networks that do not learn say of a batch; None where no loss asks."""
 
-    cls_GBK: Tensor | None
-    patches_MK: Tensor | None
+    cls: prototypes.Scaled | None  # of G * B class tokens, view after view
+    patches: prototypes.Scaled | None  # of M masked patches
     anchor_NPD: Tensor | None
 
 
@@ -87,33 +87,37 @@ class Method:
         c, (views, images), locals_ = self.config, batch.globals_GBCHW.shape[:2], len(batch.locals_VBCHW)
         crops = [batch.globals_GBCHW.flatten(0, 1)] + [batch.locals_VBCHW.flatten(0, 1)] * (locals_ > 0)
         masks = [batch.masks_NP if self.student_sees_masks else None, None]
-        t, terms = c.student_temperature, {}
+        terms = {}
         with self.autocast():
             wide, *narrow = self.student.backbone(crops, masks[: len(crops)])
 
-        if targets.cls_GBK is not None:
+        if targets.cls is not None:
             with self.autocast():
-                logits_NK = self.student.dino_head(torch.cat([wide.cls_BD, *(x.cls_BD for x in narrow)]))
-            global_GBK, local_VBK = logits_NK.unflatten(0, (-1, images)).split([views, locals_])
+                answer = self.student.dino_head(torch.cat([wide.cls_BD, *(x.cls_BD for x in narrow)]))
+            pairs_VGB = self._cross_entropies(answer, images, targets.cls)
             # Every (student view, teacher view) pair of an image weighs the same.
             global_pairs, local_pairs = views * (views - 1), views * locals_
             share = global_pairs / (global_pairs + local_pairs)
-            dino_global = losses.dino(global_GBK, targets.cls_GBK, t, same_views=True)
-            terms["dino_global"] = c.dino_weight * share * dino_global
+            terms["dino_global"] = c.dino_weight * share * losses.dino(pairs_VGB[:views], same_views=True)
             if locals_:
-                dino_local = losses.dino(local_VBK, targets.cls_GBK, t, same_views=False)
-                terms["dino_local"] = c.dino_weight * (1 - share) * dino_local
-        if targets.patches_MK is not None:
+                terms["dino_local"] = c.dino_weight * (1 - share) * losses.dino(pairs_VGB[views:], same_views=False)
+        if targets.patches is not None:
             masked_M, weight_M = batch.masked()
             with self.autocast():
-                student_MK = self.student.patch_head(wide.patches_BPD.flatten(0, 1)[masked_M])
-            ibot = losses.ibot(student_MK, targets.patches_MK, weight_M, views * images, t)
-            terms["ibot"] = c.ibot_weight * ibot
+                answer = self.student.patch_head(wide.patches_BPD.flatten(0, 1)[masked_M])
+            pairs_M = self._cross_entropies(answer, len(masked_M), targets.patches)[0, 0]
+            terms["ibot"] = c.ibot_weight * losses.ibot(pairs_M, weight_M, views * images)
         if c.koleo_weight:
             terms["koleo"] = c.koleo_weight * self._spread(wide.cls_BD.unflatten(0, (views, images)))
         if targets.anchor_NPD is not None:
             terms["gram"] = c.gram_weight * losses.gram(wide.patches_BPD, targets.anchor_NPD)
         return terms
+
+    def _cross_entropies(self, answer: Answer, images: int, targets: prototypes.Scaled) -> Tensor:
+        """(V, G, B) of the student's answer for V views, one after another, of so many images or patches."""
+        rows_MD, prototypes_KD = answer.to(self.compute)
+        rows_VBD = rows_MD.view(-1, images, rows_MD.shape[-1]) if images else rows_MD[None]
+        return prototypes.cross_entropies(rows_VBD, prototypes_KD, targets, self.config.student_temperature)
 
     def _spread(self, cls_GBD: Tensor) -> Tensor:
         """KoLeo of each view, within groups of images that are neighbours in the step, whatever ranks hold them."""
@@ -133,35 +137,37 @@ class Method:
         if knobs.anchor and self.anchor is not None:
             for kept, learned in zip(self.anchor.parameters(), self.average.backbone.parameters(), strict=True):
                 kept.copy_(learned)
-        cls, patches, anchored = [], [], []
+        rows: dict[str, list[Tensor]] = {"dino": [], "ibot": []}
+        learnt, anchored = {}, []
         for part in parts:
             crops_NCHW = part.globals_GBCHW.flatten(0, 1)
             with self.autocast():
                 (seen,) = self.teacher.backbone([crops_NCHW])
+                asked = {}
                 if c.dino_weight:
-                    cls.append(self.teacher.dino_head(seen.cls_BD))
+                    asked["dino"] = self.teacher.dino_head(seen.cls_BD)
                 if c.ibot_weight:
-                    patches.append(self.teacher.patch_head(seen.patches_BPD.flatten(0, 1)[part.masked()[0]]))
+                    asked["ibot"] = self.teacher.patch_head(seen.patches_BPD.flatten(0, 1)[part.masked()[0]])
+                for name, answer in asked.items():
+                    rows[name].append(answer.rows_MD)
+                    learnt[name] = answer.prototypes_KD
                 if knobs.anchored and self.anchor is not None:
                     anchored.append(self.anchor([crops_NCHW])[0].patches_BPD)
-        shape = parts[0].globals_GBCHW.shape[:2]
-        cls = [x.unflatten(0, shape) for x in self._targets("dino", cls, knobs.teacher_temperature)]
-        patches = self._targets("ibot", patches, knobs.teacher_temperature)
-        return [Targets(*of_part) for of_part in zip_longest(cls, patches, anchored)]
+        found = {name: self._targets(name, rows[name], learnt.pop(name), knobs) for name in [*learnt]}
+        return [Targets(*of_part) for of_part in zip_longest(found.get("dino", []), found.get("ibot", []), anchored)]
 
-    def _targets(self, name: str, logits: list[Tensor], temperature: float) -> list[Tensor]:
-        """Targets from the teacher's logits (M, K) of each part."""
-        if not logits:
-            return []
-        logits_MK, rows = torch.cat(logits).float(), [len(x) for x in logits]
+    def _targets(self, name: str, rows: list[Tensor], prototypes_KD: Tensor, knobs: Knobs) -> list[prototypes.Scaled]:
+        """Targets from what the teacher's head answers to the rows of each part."""
+        answer, temperature = Answer(torch.cat(rows), prototypes_KD).to(self.compute), knobs.teacher_temperature
         if self.config.targets == "sinkhorn":
-            return [*losses.sinkhorn(logits_MK, temperature, self.ranks).split(rows)]
-        # The mean over all rows of the step moves the centre, once the step is known to be good. (The release takes the
-        # mean over ranks of theirs: the same, but for masked patches, of which ranks hold different numbers.)
-        count = torch.tensor(float(len(logits_MK)), device=logits_MK.device)
-        mean_K = self.ranks.total(logits_MK.sum(0)) / self.ranks.total(count).clamp(min=1.0)
-        self._next_centres[name] = self.centres[name].lerp(mean_K, 1.0 - self.config.centre_momentum)
-        return [*losses.centred(logits_MK, temperature, self.centres[name]).split(rows)]
+            targets = prototypes.sinkhorn(answer, temperature, self.ranks)
+        else:
+            # The mean over all rows of the step moves the centre, once the step is known to be good. (The release takes
+            # the mean over ranks of theirs: the same, but for masked patches, of which ranks hold different numbers.)
+            mean_K = prototypes.mean(answer, self.ranks)
+            self._next_centres[name] = self.centres[name].lerp(mean_K, 1.0 - self.config.centre_momentum)
+            targets = prototypes.centred(answer, temperature, self.centres[name])
+        return targets.split([len(part) for part in rows])
 
     def autocast(self) -> torch.autocast:
         device = next(self.student.parameters()).device.type

@@ -1,0 +1,124 @@
+"""The losses streamed over prototypes: equal to their plain form, on any number of ranks, and without its matrices."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from benchmarks.measure import peak_memory
+
+from tests import parity
+from tests.ranks import on_ranks
+from troodon import dist
+from troodon.learn import losses, prototypes
+from troodon.learn.losses import ALONE, Ranks
+from troodon.model.head import Answer
+
+
+@pytest.fixture(params=["kept", "made again", "one chunk"])
+def form(request, monkeypatch):
+    """Whether logits are kept, and how many prototypes come at a time; the last chunk is shorter than the others."""
+    monkeypatch.setattr(prototypes, "KEPT", 0 if request.param == "made again" else 1 << 26)
+    monkeypatch.setattr(prototypes, "chunk_of", lambda device: 64 if request.param == "one chunk" else 7)
+
+
+def answer(rows: int, seed: int, count: int = 40, length: float = 1.0) -> Answer:
+    torch.manual_seed(seed)
+    return Answer(F.normalize(torch.randn(rows, 16), dim=-1), length * F.normalize(torch.randn(count, 16), dim=-1))
+
+
+def near(ours, theirs):
+    """To 1e-5 of the largest."""
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize(("temperature", "length"), [(0.07, 1.0), (0.005, 1.0), (0.04, 10.0)])
+def test_targets_are_those_of_the_plain_form(form, temperature, length):
+    given = answer(24, 0, length=length)
+    scaled = prototypes.sinkhorn(given, temperature, ALONE)
+    plain = losses.sinkhorn(given.logits(), temperature, ALONE)
+    torch.testing.assert_close(scaled.whole(), plain, rtol=1e-4, atol=1e-6)  # exponents are as large as 250
+    for part, whole in zip(scaled.split([10, 0, 14]), plain.split([10, 0, 14]), strict=True):
+        torch.testing.assert_close(part.whole(), whole, rtol=1e-4, atol=1e-6)
+    centre = torch.randn(40) / 10
+    near(prototypes.centred(given, temperature, centre).whole(), losses.centred(given.logits(), temperature, centre))
+    near(prototypes.mean(given, ALONE), given.logits().mean(0))
+
+
+@pytest.mark.parametrize(("views", "taught"), [(5, 2), (2, 2), (1, 1)])
+def test_values_and_gradients_are_those_of_the_plain_form(form, views, taught):
+    images = 6
+    teacher, weight = answer(taught * images, 1), torch.rand(views, taught, images)
+    results = []
+    for streamed in (True, False):
+        rows_MD, prototypes_KD = (x.requires_grad_() for x in answer(views * images, 2))
+        if streamed:
+            targets = prototypes.sinkhorn(teacher, 0.05, ALONE)
+            pairs = prototypes.cross_entropies(rows_MD.unflatten(0, (views, images)), prototypes_KD, targets, 0.1)
+        else:
+            targets_GBK = losses.sinkhorn(teacher.logits(), 0.05, ALONE).unflatten(0, (taught, images))
+            logits_VBK = Answer(rows_MD, prototypes_KD).logits().unflatten(0, (views, images))
+            pairs = losses.cross_entropies(logits_VBK, targets_GBK, 0.1)
+        (pairs * weight).sum().backward()
+        results.append((pairs.detach(), rows_MD.grad, prototypes_KD.grad))
+    for ours, theirs in zip(*results, strict=True):
+        near(ours, theirs)
+
+
+def test_no_rows_are_no_loss_and_no_gradient(form):
+    targets = prototypes.sinkhorn(answer(0, 1), 0.05, ALONE)
+    rows_MD, prototypes_KD = (x.requires_grad_() for x in answer(0, 2))
+    pairs = prototypes.cross_entropies(rows_MD[None], prototypes_KD, targets, 0.1)[0, 0]
+    losses.ibot(pairs, torch.zeros(0), 4).backward()
+    assert prototypes_KD.grad.abs().max() == 0
+
+
+def test_low_precision_is_near():
+    teacher, student = answer(30, 1), answer(30, 2)
+    exact, low = (
+        prototypes.cross_entropies(
+            student.to(dtype).rows_MD[None], student.to(dtype).prototypes_KD,
+            prototypes.sinkhorn(teacher.to(dtype), 0.07, ALONE), 0.1,
+        )
+        for dtype in (torch.float32, torch.bfloat16)
+    )  # fmt: skip
+    torch.testing.assert_close(low, exact, rtol=0.02, atol=0.02)
+
+
+def test_ranks_with_different_numbers_of_rows_are_one():
+    whole = prototypes.sinkhorn(answer(10, 3), 0.05, ALONE).whole()
+    for parts in zip(*on_ranks(2, _share, ([3, 7], [10, 0])), strict=True):
+        torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-6)
+
+
+def _share(divisions):
+    prototypes.chunk_of, prototypes.KEPT, found = lambda device: 7, 0, []
+    rows_MD, prototypes_KD = answer(10, 3)
+    ranks = Ranks(dist.total, dist.largest, dist.gather)
+    for counts in divisions:
+        mine = Answer(rows_MD.split(counts)[dist.rank()], prototypes_KD)
+        near(prototypes.mean(mine, ranks), (rows_MD @ prototypes_KD.T).mean(0))
+        found.append(prototypes.sinkhorn(mine, 0.05, ranks).whole())
+    return found
+
+
+def test_golden_numbers_hold_however_they_are_streamed(shared, form):
+    lines = list(parity.compare(shared("step_sinkhorn_separate.npz", "golden")))
+    assert [line for line in lines if not line.holds] == []
+
+
+def test_memory_does_not_grow_with_rows_times_prototypes(monkeypatch):
+    monkeypatch.setattr(prototypes, "KEPT", 0)
+    monkeypatch.setattr(prototypes, "chunk_of", lambda device: 256)
+    peaks = []
+    for rows, count in ((64, 4096), (512, 4096), (512, 8192)):
+        teacher, student = answer(rows, 1, count), answer(rows, 2, count)
+        student.prototypes_KD.requires_grad_()
+
+        def learn(teacher=teacher, student=student):
+            targets = prototypes.sinkhorn(teacher, 0.05, ALONE)
+            prototypes.cross_entropies(student.rows_MD[None], student.prototypes_KD, targets, 0.1).sum().backward()
+
+        peaks.append(peak_memory(learn))
+    whole, chunk = 4 * 512 * 8192, 4 * 512 * 256
+    assert peaks[2] - peaks[1] < 4 * 4096 * 20  # the gradient of 4096 more prototypes, and their columns
+    assert peaks[1] - peaks[0] < 6 * chunk
+    assert peaks[2] < whole / 4
