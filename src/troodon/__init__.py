@@ -2,7 +2,7 @@
 
 import importlib
 
-VERBS = ("curate", "demo", "embed", "evaluate", "load", "pack", "pretrain", "report", "scan", "show_crops")
+VERBS = ("curate", "demo", "distill", "embed", "evaluate", "load", "pack", "pretrain", "report", "scan", "show_crops")
 __all__ = list(VERBS)
 
 

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed, 2 a mistake in the command, 130 interrupted with e
 Neither `--help` nor a mistake in a command loads torch.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -20,6 +21,7 @@ from troodon.run import DOING, RENDEZVOUS, doing, say
 from troodon.verbs.about import Demo, Doctor, Recipes, Report
 from troodon.verbs.common import configured
 from troodon.verbs.curation import Curate
+from troodon.verbs.distillation import Distill, by_name
 from troodon.verbs.evaluation import Evaluate
 from troodon.verbs.images import Embed, Pack, Scan, ShowCrops
 from troodon.verbs.training import Pretrain, beginning
@@ -28,13 +30,15 @@ DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
 VERBS: dict[str, type] = {
     "doctor": Doctor, "demo": Demo, "scan": Scan, "pack": Pack, "show crops": ShowCrops, "embed": Embed,
-    "curate": Curate, "pretrain": Pretrain, "evaluate": Evaluate, "report": Report, "recipes": Recipes,
+    "curate": Curate, "pretrain": Pretrain, "distill": Distill, "evaluate": Evaluate, "report": Report,
+    "recipes": Recipes,
 }  # fmt: skip
 # Verbs whose settings start from a name: what a name means, what --help shows without one, and the names.
 NAMED: dict[str, tuple[Callable[[str], Any], Any, Iterable[str]]] = {
     "curate": (recipes.curate, CurateConfig(), recipes.KNOWN["curate"]),
     "pretrain": (recipes.pretrain, PretrainConfig(), recipes.KNOWN["pretrain"]),
     "show crops": (recipes.pretrain, PretrainConfig(), recipes.KNOWN["pretrain"]),
+    "distill": (recipes.distill, PretrainConfig(), recipes.KNOWN["distill"]),
     "evaluate": (suite, SUITES["mine"], SUITES),
 }
 
@@ -106,7 +110,7 @@ def verdict(error: BaseException) -> tuple[int, str]:
 
 def command(verb: str, words: list[str]) -> Any:
     """The command that these words mean. UsageError in one line, SystemExit(0) after --help."""
-    kind, default = VERBS[verb], None
+    kind, default, prog = VERBS[verb], None, f"troodon {verb}"
     if verb in NAMED:
         named, config, known = NAMED[verb]
         if verb == "pretrain":
@@ -116,7 +120,14 @@ def command(verb: str, words: list[str]) -> Any:
         elif not {"--help", "-h"} & set(words):
             raise UsageError(f"say first which recipe: troodon {verb} NAME ...; one of {', '.join(known)}")
         default = blank(kind, config)
-    return parse(kind, words, prog=f"troodon {verb}", default=default)
+    done = parse(kind, words, prog=prog, default=default)
+    if not isinstance(done, Distill):
+        return done
+    configs = {}  # the same options change every student's recipe
+    for name, recipe in by_name(done.students).items():
+        of_student = blank(kind, configured(recipe, PretrainConfig(), recipes.distill))
+        configs[name] = parse(kind, words, prog=prog, default=of_student).config
+    return dataclasses.replace(done, configs=configs)
 
 
 def value(words: list[str], option: str) -> str | None:
@@ -131,8 +142,6 @@ def value(words: list[str], option: str) -> str | None:
 
 def blank(kind: type, config: Any) -> Any:
     """A command of that kind of which only the settings are known."""
-    import dataclasses
-
     import tyro
 
     missing = {f.name: tyro.MISSING for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}

@@ -9,9 +9,9 @@ from torch import Tensor
 #                 N = G * B global crops, P patches, M masked patches of the whole batch.
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
-    """B images, each seen as G global and V local crops; crops of one view are contiguous."""
+    """B images, each seen as G global and V local crops; crops of one view are contiguous. Only itself is its equal."""
 
     globals_GBCHW: Tensor
     locals_VBCHW: Tensor

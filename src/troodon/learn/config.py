@@ -25,16 +25,33 @@ class ObjectiveConfig:
     """Images, one after another in the step, among which the nearest neighbour is looked for; 0 is all of them."""
     gram_weight: float = 0.0
     """Of Gram anchoring: patches keep the similarities they had in an earlier average; 0 is none."""
+    cls_weight: float = 0.0
+    """Of a frozen teacher's class token as it is, which needs no heads: one minus its cosine with a linear map of the
+    student's; 0 is none."""
+    patch_weight: float = 0.0
+    """The same of patches."""
+    patch_loss: Literal["smooth_l1", "cosine"] = "smooth_l1"
+    """How a patch's features are compared; teachers' are standardised for each channel first."""
     centre_momentum: float = 0.9
     """Share of the centre that stays at each step, with centring."""
 
     def __post_init__(self) -> None:
         within(self, "objective.", 1e-4, None, "student_temperature")
         within(self, "objective.", 0, None, "dino_weight", "ibot_weight", "koleo_weight", "koleo_group")
-        within(self, "objective.", 0, None, "gram_weight")
+        within(self, "objective.", 0, None, "gram_weight", "cls_weight", "patch_weight")
         within(self, "objective.", 0, 1, "centre_momentum")
-        if not (self.dino_weight or self.ibot_weight):
+        if not (self.by_prototypes or self.by_features):
             raise UsageError("objective.dino_weight 0 and objective.ibot_weight 0: nothing to learn from; set one to 1")
+
+    @property
+    def by_prototypes(self) -> bool:
+        """Whether a term compares what heads say."""
+        return bool(self.dino_weight or self.ibot_weight)
+
+    @property
+    def by_features(self) -> bool:
+        """Whether a term compares features with a frozen teacher's."""
+        return bool(self.cls_weight or self.patch_weight)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ A number has four bytes in fp32, and `width` bytes where products are computed. 
 rank; what allocators and libraries hold besides is not in it. No torch here.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -69,6 +70,7 @@ class Cost:
     device: str
     width: int
     ranks: int
+    teachers: tuple[ViTConfig, ...] = ()  # that do not learn; without any the average teaches
 
     @property
     def parts(self) -> int:
@@ -83,6 +85,11 @@ class Cost:
     def groups(self) -> list[tuple[int, Grid]]:
         """Crops of one part, and their grid."""
         return [(2 * self.images, self.wide), (self.config.crops.locals * self.images, self.narrow)]
+
+    def grid_of(self, teacher: ViTConfig) -> Grid:
+        """A teacher's patches of a global crop."""
+        patch = self.config.vit.patch
+        return self.wide[0] * patch // teacher.patch, self.wide[1] * patch // teacher.patch
 
     def length(self, grid: Grid) -> int:
         return 1 + self.config.vit.registers + grid[0] * grid[1]
@@ -102,8 +109,10 @@ class Cost:
 
     @cached_property
     def masked(self) -> float:
-        """Masked patches of one part: the mean."""
+        """Patches of one part that the patch objective asks of: those that are masked, the mean; or all of them."""
         masks = self.config.masks
+        if self.teachers:
+            return 2 * self.images * self.wide[0] * self.wide[1]
         return int(2 * self.images * masks.share) * sum(masks.ratio) / 2 * self.wide[0] * self.wide[1]
 
     @cached_property
@@ -119,9 +128,12 @@ class Cost:
     def parameters(self) -> dict[str, int]:
         """Of the student, by part. A head that no term asks is not made."""
         c = self.config
-        heads = {"head": c.dino_head} if c.objective.heads == "shared" else {n: u.head for n, u in self.uses.items()}
+        shared = c.objective.heads == "shared" and c.objective.by_prototypes
+        heads = {"head": c.dino_head} if shared else {n: u.head for n, u in self.uses.items()}
         names = {"head": "head", "dino": "head of classes", "ibot": "head of patches"}
         made = {names[name]: head_parameters(head, c.vit.dim) for name, head in heads.items()}
+        if c.objective.by_features:
+            made["maps"] = sum(2 * (c.vit.dim + 1) * t.dim for t in self.teachers)
         return {"backbone": backbone_parameters(c.vit)} | made
 
     # Products
@@ -141,8 +153,9 @@ class Cost:
             heads += products * (3 * use.rows + use.taught)
             again += 0.0 if self.kept_logits(use.rows, head) else last * use.rows
             again += 0.0 if self.kept_logits(self.parts * use.taught, head) else teaching * last * use.taught
-        anchored = 2 if self.config.objective.gram_weight else 1
-        teacher = anchored * self.groups[0][0] * flops(vit, self.wide)
+        asked = [(t, self.grid_of(t)) for t in self.teachers] or [(vit, self.wide)]
+        asked += [(vit, self.wide)] if self.config.objective.gram_weight else []
+        teacher = self.groups[0][0] * sum(flops(network, grid) for network, grid in asked)
         found = {"student": 3 * student, "recomputed": again, "teacher": teacher, "heads": heads}
         return {name: n * count for name, count in found.items() if count}
 
@@ -160,7 +173,10 @@ class Cost:
         own = FP32 * sum(self.parameters.values()) // self.ranks
         found = {"weights": own, "gradients": own, "moments": 2 * own, "average": own}
         anchor = FP32 * self.parameters["backbone"] // self.ranks
-        return found | ({"anchor": anchor} if self.config.objective.gram_weight else {})
+        found |= {"anchor": anchor} if self.config.objective.gram_weight else {}
+        width = FP32 if self.ranks > 1 else self.width
+        taught = sum(width * backbone_parameters(t) for t in self.teachers) // self.ranks
+        return found | ({"teacher": taught} if taught else {})
 
     def block(self) -> tuple[float, float, float]:
         """What the student's blocks keep for the backward pass: its input, results of products and attention, and
@@ -244,16 +260,17 @@ class Cost:
             return {}
         vit = self.config.vit
         heads = [head_parameters(use.head, vit.dim) for use in self.uses.values()]
-        return {"gathered": max(3 * self.width * block_parameters(vit), *((self.width + FP32) * n for n in heads))}
+        return {"gathered": max([3 * self.width * block_parameters(vit), *((self.width + FP32) * n for n in heads)])}
 
     def teacher(self) -> dict[str, float]:
         """While the teacher answers, at the peak: its prototypes, logits that are kept, a chunk of the others."""
-        vit, w = self.config.vit, self.width
+        vit, w = max((*self.teachers, self.config.vit), key=backbone_parameters), self.width
         learnt = sum(w * use.head.prototypes * use.head.bottleneck for use in self.uses.values())
-        tokens = self.groups[0][0] * self.length(self.wide)
+        tokens = self.groups[0][0] * (1 + vit.registers + math.prod(self.grid_of(vit)))
         seeing = {"prototypes": learnt, "one block": tokens * (3 * FP32 * vit.dim + 2 * w * inner(vit))}
-        one = max(3 * self.chunk(self.parts * use.taught, use.head) for use in self.uses.values())
-        directions = max(2 * FP32 * use.head.prototypes * use.head.bottleneck for use in self.uses.values())
+        uses = self.uses.values()
+        one = max((3 * self.chunk(self.parts * use.taught, use.head) for use in uses), default=0.0)
+        directions = max((2 * FP32 * use.head.prototypes * use.head.bottleneck for use in uses), default=0.0)
         asking = {"logits, prototypes": self.of_teacher(), "chunks": max(one, directions)}
         return self.gathered() | max(asking, seeing, key=lambda found: sum(found.values()))
 

@@ -22,15 +22,15 @@ LOOKED_AT = 3  # readings
 def read(method: Method, batch: Batch, knobs: Knobs) -> dict[str, Tensor]:
     """Numbers, () each, that tell a network that learns from one that collapses; the same on every rank.
 
-    Of the teacher's targets and of the average's features on this batch, which costs a forward pass of each.
+    Of the teacher's targets, if heads give any, and of the average's features on this batch, which costs a forward pass
+    of each.
     """
     (targets,) = method.targets([batch], replace(knobs, anchored=False, anchor=False))  # only looks: no anchor moves
     asked = targets.patches if targets.cls is None else targets.cls
-    assert asked is not None, "a method has a loss on class tokens or on patches"
-    targets_MK = asked.whole()
+    read = {} if asked is None else of_targets(asked.whole(), method)
     with method.autocast():
         (seen,) = method.average.backbone([batch.globals_GBCHW[0]])
-    return of_targets(targets_MK, method) | of_features(method.ranks.gather(seen.cls_BD.float()))
+    return read | of_features(method.ranks.gather(seen.cls_BD.float()))
 
 
 def of_targets(targets_MK: Tensor, method: Method) -> dict[str, Tensor]:
@@ -74,10 +74,27 @@ def verdict(records: list[dict], config: PretrainConfig) -> dict[str, str]:
     said = {}
     if worse := _worse(records):
         said["worse"] = worse
-    read = [r for r in records if "target_entropy" in r and r["step"] >= config.schedules.lr.warmup][-LOOKED_AT:]
+    read = [r for r in records if "feature_cosine" in r and r["step"] >= config.schedules.lr.warmup][-LOOKED_AT:]
     if len(read) < LOOKED_AT:
         return said
     now = {name: median(r[name] for r in read) for name in read[0] if all(name in r for r in read)}
+    if "target_entropy" in now:
+        said |= _of_targets(now, config)
+    if now["feature_cosine"] > 0.95 or now["effective_rank"] < 2:
+        said["one direction"] = (
+            f"features of different images are almost the same (mean cosine {now['feature_cosine']:.3f}, effective "
+            f"rank {now['effective_rank']:.1f}): raise objective.koleo_weight, or lower schedules.lr.peak"
+        )
+    if now["grad_norm"] > 30 * config.optim.clip > 0:
+        said["steep"] = (
+            f"gradients are {now['grad_norm'] / config.optim.clip:.0f} times as long as optim.clip lets through: lower "
+            "schedules.lr.peak, or make schedules.lr.warmup longer"
+        )
+    return said
+
+
+def _of_targets(now: dict[str, float], config: PretrainConfig) -> dict[str, str]:
+    said = {}
     of, least, loss = _loss(now, config)
     if now["mean_target_entropy"] < 0.2 or now["prototypes_used"] < 0.05:
         said["few prototypes"] = (
@@ -91,16 +108,6 @@ def verdict(records: list[dict], config: PretrainConfig) -> dict[str, str]:
             f"the loss of {of} is ln K ({loss:.2f} of {least:.2f}) and targets are nearly uniform (entropy "
             f"{now['target_entropy']:.0%} of ln K): they tell no image from another. Likely the teacher is too soft or "
             "was shaken: lower schedules.teacher_temperature, then schedules.lr.peak; a higher schedules.momentum.peak"
-        )
-    if now["feature_cosine"] > 0.95 or now["effective_rank"] < 2:
-        said["one direction"] = (
-            f"features of different images are almost the same (mean cosine {now['feature_cosine']:.3f}, effective "
-            f"rank {now['effective_rank']:.1f}): raise objective.koleo_weight, or lower schedules.lr.peak"
-        )
-    if now["grad_norm"] > 30 * config.optim.clip > 0:
-        said["steep"] = (
-            f"gradients are {now['grad_norm'] / config.optim.clip:.0f} times as long as optim.clip lets through: lower "
-            "schedules.lr.peak, or make schedules.lr.warmup longer"
         )
     return said
 

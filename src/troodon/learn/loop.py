@@ -1,6 +1,7 @@
 """The training loop. Everything a step does is on this page, in the order it is done."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from troodon.data.batch import Batch
 from troodon.learn import optim
 from troodon.learn.config import OptimConfig
 from troodon.learn.method import Method
-from troodon.learn.schedules import Schedules
+from troodon.learn.schedules import Knobs, Schedules
 
 
 class NotFinite(FloatingPointError):
@@ -24,12 +25,20 @@ class NotFinite(FloatingPointError):
         self.step, self.here = step, here
 
 
+@dataclass(frozen=True)
+class Learner:
+    """One network on its way: what it learns, by which rules, and who sees each step's terms and gradient norms."""
+
+    method: Method
+    optimizer: torch.optim.Optimizer
+    schedules: Schedules
+    config: OptimConfig
+    after_step: Callable[[int, Batch, dict[str, Tensor]], None]
+
+
 def train(
-    method: Method,
+    learners: Sequence[Learner],
     batches: Iterator[Batch],
-    optimizer: torch.optim.Optimizer,
-    schedules: Schedules,
-    config: OptimConfig,
     *,
     first_step: int,
     steps: int,
@@ -37,36 +46,43 @@ def train(
     seed: int,
     rank: int,
     asked_to_stop: Callable[[], bool],
-    after_step: Callable[[int, Batch, dict[str, Tensor]], None],
 ) -> int:
     """Take steps `first_step` to `steps`, or until some rank is asked to stop; returns how many have been done.
 
-    `after_step` sees each step's terms and gradient norms. Raises NotFinite.
+    All learners see the same batches, and each learns as if it were alone. Raises NotFinite.
     """
     for step in range(first_step, steps):
-        torch.manual_seed(hash((seed, step, rank)))  # stochastic depth: the only randomness inside a step
         batch = next(batches)
-        knobs = schedules.at(step, steps)
-        optim.apply(optimizer, knobs)
+        parts, knobs = batch.parts(accumulate), [learner.schedules.at(step, steps) for learner in learners]
+        terms = []
+        for learner, knobs_now in zip(learners, knobs, strict=True):
+            torch.manual_seed(hash((seed, step, rank)))  # stochastic depth: the only randomness inside a step
+            terms.append(_gradients(learner, parts, knobs_now))
 
-        parts, seen = batch.parts(accumulate), []
-        for part, targets in zip(parts, method.targets(parts, knobs), strict=True):
-            terms = method.losses(part, targets, knobs)
-            (torch.stack([*terms.values()]).sum() / accumulate).backward()
-            seen.append({name: term.detach() for name, term in terms.items()})
-        terms = {name: torch.stack([terms[name] for terms in seen]).mean() for name in seen[0]}
-        terms |= optim.clip(method.student, config)
-
-        broken = ~torch.stack([*terms.values()]).isfinite().all()
+        broken = ~torch.stack([value for found in terms for value in found.values()]).isfinite().all()
         stop = broken.new_tensor(asked_to_stop())
-        broken, stop = method.ranks.total(torch.stack([broken, stop]).float()).tolist()
+        broken, stop = learners[0].method.ranks.total(torch.stack([broken, stop]).float()).tolist()
         if broken:
-            optimizer.zero_grad()
-            raise NotFinite(step, {name: value.item() for name, value in terms.items()})
-        optimizer.step()
-        optimizer.zero_grad()
-        method.after_step(knobs)
-        after_step(step, batch, terms)
+            for learner in learners:
+                learner.optimizer.zero_grad()
+            raise NotFinite(step, {name: value.item() for found in terms for name, value in found.items()})
+        for learner, knobs_now, found in zip(learners, knobs, terms, strict=True):
+            learner.optimizer.step()
+            learner.optimizer.zero_grad()
+            learner.method.after_step(knobs_now)
+            learner.after_step(step, batch, found)
         if stop:
             return step + 1
     return steps
+
+
+def _gradients(learner: Learner, parts: list[Batch], knobs: Knobs) -> dict[str, Tensor]:
+    """Leave the gradients of a step, clipped, with the student; its terms and the norms of gradients."""
+    method, seen = learner.method, []
+    optim.apply(learner.optimizer, knobs)
+    for part, targets in zip(parts, method.targets(parts, knobs), strict=True):
+        terms = method.losses(part, targets, knobs)
+        (torch.stack([*terms.values()]).sum() / len(parts)).backward()
+        seen.append({name: term.detach() for name, term in terms.items()})
+    terms = {name: torch.stack([terms[name] for terms in seen]).mean() for name in seen[0]}
+    return terms | optim.clip(method.student, learner.config)

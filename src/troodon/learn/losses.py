@@ -91,6 +91,16 @@ def koleo(features_BD: Tensor, eps: float = 1e-8) -> Tensor:
     return -torch.log(F.pairwise_distance(x_BD, x_BD[nearest_B], eps=eps) + eps).mean()
 
 
+def cosine_distance(x_MD: Tensor, y_MD: Tensor) -> Tensor:
+    """One minus the cosine, the mean over rows: 0 where all point the same way."""
+    return (1.0 - F.cosine_similarity(x_MD.float(), y_MD.float(), dim=-1)).mean()
+
+
+def smooth_l1(x_MD: Tensor, y_MD: Tensor) -> Tensor:
+    """Half the square of a difference below one, and beyond it the difference less a half; the mean of all."""
+    return F.smooth_l1_loss(x_MD.float(), y_MD.float())
+
+
 def gram(patches_NPD: Tensor, anchor_NPD: Tensor) -> Tensor:
     """Patches keep the cosines with one another that the anchor gives them, within each of N crops: the mean squared
     difference over pairs (https://arxiv.org/abs/2508.10104, section 4.2)."""

@@ -6,6 +6,7 @@ student (https://arxiv.org/abs/2304.07193, section 4); in distillation it is a l
 and the student sees no mask (section 5). Everything else is the same, so it is written once.
 """
 
+from collections.abc import Sequence
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from troodon.learn import losses, prototypes
 from troodon.learn.config import ObjectiveConfig
 from troodon.learn.losses import ALONE, Ranks
 from troodon.learn.schedules import Knobs
+from troodon.learn.teacher import Frozen, Maps, moments, standardised
 from troodon.model.config import HeadConfig, ViTConfig
 from troodon.model.head import Answer, Head
 from troodon.model.vit import ViT
@@ -26,15 +28,24 @@ from troodon.model.vit import ViT
 
 
 class Branch(nn.Module):
-    """A backbone with its heads: one for class tokens, one for patches, or one for both."""
+    """A backbone with its heads: one for class tokens, one for patches, or one for both; and with maps to the features
+    of teachers, which have so many channels."""
 
-    def __init__(self, vit: ViTConfig, dino_head: HeadConfig | None, ibot_head: HeadConfig | None):
+    def __init__(
+        self,
+        vit: ViTConfig,
+        dino_head: HeadConfig | None,
+        ibot_head: HeadConfig | None,
+        teachers: Sequence[int] = (),
+    ):
         super().__init__()
         self.backbone = ViT(vit)
         if dino_head is not None:
             self.dino_head = Head(vit.dim, dino_head)
         if ibot_head is not None:
             self.ibot_head = Head(vit.dim, ibot_head)
+        if teachers:
+            self.maps = Maps(vit.dim, teachers)
 
     @property
     def patch_head(self) -> Head:
@@ -51,6 +62,7 @@ class Targets(NamedTuple):
     cls: prototypes.Scaled | None  # of G * B class tokens, view after view
     patches: prototypes.Scaled | None  # of M masked patches
     anchor_NPD: Tensor | None
+    features: list[tuple[Tensor, Tensor]] | None  # of each teacher: class tokens (N, D) and patches (N, P, D)
 
 
 class Method:
@@ -62,31 +74,37 @@ class Method:
         student: Branch,
         average: Branch,
         *,
-        teacher: Branch | None = None,
+        teachers: Sequence[Frozen] = (),
         anchor: ViT | None = None,
         ranks: Ranks = ALONE,
         compute: torch.dtype = torch.float32,
     ):
         self.config, self.ranks, self.compute = config, ranks, compute
+        self.patch = student.backbone.config.patch
         self.student, self.average = student.train(), average.requires_grad_(False).eval()
-        self.teacher = average if teacher is None else teacher.requires_grad_(False).eval()
+        self.teachers, self.teacher = teachers, teachers[0].network if teachers else average
         self.anchor = None if anchor is None else anchor.requires_grad_(False).eval()
-        self.student_sees_masks = teacher is None
         device = next(student.parameters()).device
         heads = {"dino": self.teacher.dino_head} if config.dino_weight else {}
         heads |= {"ibot": self.teacher.patch_head} if config.ibot_weight else {}
-        self.centres = {  # (K,) each; what centring has learnt, saved with every checkpoint
+        # What is learnt besides weights, and saved with every checkpoint: centres (K,), moments of teachers (3, D).
+        self.centres = {
             name: torch.zeros(len(head.last_layer.weight_g), device=device)
             for name, head in heads.items()
             if config.targets == "centring"
         }
+        if config.by_features:
+            for number, width in enumerate(self.student.maps.widths):
+                self.centres |= {
+                    f"{kind}.{number}": torch.zeros(3, width, device=device) for kind in ("cls", "patches")
+                }
         self._next_centres: dict[str, Tensor] = {}
 
     def losses(self, batch: Batch, targets: Targets, knobs: Knobs) -> dict[str, Tensor]:
         """Weighted terms; their sum is what is minimised. Networks run in `compute`, losses in fp32."""
         c, (views, images), locals_ = self.config, batch.globals_GBCHW.shape[:2], len(batch.locals_VBCHW)
         crops = [batch.globals_GBCHW.flatten(0, 1)] + [batch.locals_VBCHW.flatten(0, 1)] * (locals_ > 0)
-        masks = [batch.masks_NP if self.student_sees_masks else None, None]
+        masks = [None if self.teachers else batch.masks_NP, None]
         terms = {}
         with self.autocast():
             wide, *narrow = self.student.backbone(crops, masks[: len(crops)])
@@ -102,16 +120,52 @@ class Method:
             if locals_:
                 terms["dino_local"] = c.dino_weight * (1 - share) * losses.dino(pairs_VGB[views:], same_views=False)
         if targets.patches is not None:
-            masked_M, weight_M = batch.masked()
+            asked_MD, weight_M = self._asked(wide.patches_BPD, batch)
             with self.autocast():
-                answer = self.student.patch_head(wide.patches_BPD.flatten(0, 1)[masked_M])
-            pairs_M = self._cross_entropies(answer, len(masked_M), targets.patches)[0, 0]
+                answer = self.student.patch_head(asked_MD)
+            pairs_M = self._cross_entropies(answer, len(asked_MD), targets.patches)[0, 0]
             terms["ibot"] = c.ibot_weight * losses.ibot(pairs_M, weight_M, views * images)
         if c.koleo_weight:
             terms["koleo"] = c.koleo_weight * self._spread(wide.cls_BD.unflatten(0, (views, images)))
         if targets.anchor_NPD is not None:
             terms["gram"] = c.gram_weight * losses.gram(wide.patches_BPD, targets.anchor_NPD)
+        if targets.features is not None:
+            with self.autocast():
+                answers = self.student.maps(wide.cls_BD, wide.patches_BPD)
+            of_patches = {"smooth_l1": losses.smooth_l1, "cosine": losses.cosine_distance}[c.patch_loss]
+            pairs = list(zip(answers, targets.features, strict=True))
+            if c.cls_weight:
+                cls = [losses.cosine_distance(said, wanted) for (said, _), (wanted, _) in pairs]
+                terms["cls"] = c.cls_weight * torch.stack(cls).mean()
+            if c.patch_weight:
+                patches = [of_patches(said, wanted) for (_, said), (_, wanted) in pairs]
+                terms["patches"] = c.patch_weight * torch.stack(patches).mean()
         return terms
+
+    def _asked(self, patches_NPD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(M, D) patches that the patch objective asks of, and (M,) how much each weighs: those that are masked, or
+        where no student sees a mask all of them (section 5 of the paper)."""
+        rows_MD = patches_NPD.flatten(0, 1)
+        if self.teachers:
+            return rows_MD, rows_MD.new_full((len(rows_MD),), 1.0 / patches_NPD.shape[1], dtype=torch.float32)
+        masked_M, weight_M = batch.masked()
+        return rows_MD[masked_M], weight_M
+
+    def _answers(self, batch: Batch) -> dict[str, Answer]:
+        """What the teacher's heads say of the global crops: of class tokens, and of the patches that are asked of."""
+        if not self.config.by_prototypes:
+            return {}
+        if self.teachers:
+            cls_ND, patches_NPD = self.teachers[0].see(batch).cls_BD, self.teachers[0].patches(batch, self.patch)
+        else:
+            (seen,) = self.teacher.backbone([batch.globals_GBCHW.flatten(0, 1)])
+            cls_ND, patches_NPD = seen.cls_BD, seen.patches_BPD
+        asked = {}
+        if self.config.dino_weight:
+            asked["dino"] = self.teacher.dino_head(cls_ND)
+        if self.config.ibot_weight:
+            asked["ibot"] = self.teacher.patch_head(self._asked(patches_NPD, batch)[0])
+        return asked
 
     def _cross_entropies(self, answer: Answer, images: int, targets: prototypes.Scaled) -> Tensor:
         """(V, G, B) of the student's answer for V views, one after another, of so many images or patches."""
@@ -142,19 +196,30 @@ class Method:
         for part in parts:
             crops_NCHW = part.globals_GBCHW.flatten(0, 1)
             with self.autocast():
-                (seen,) = self.teacher.backbone([crops_NCHW])
-                asked = {}
-                if c.dino_weight:
-                    asked["dino"] = self.teacher.dino_head(seen.cls_BD)
-                if c.ibot_weight:
-                    asked["ibot"] = self.teacher.patch_head(seen.patches_BPD.flatten(0, 1)[part.masked()[0]])
-                for name, answer in asked.items():
+                for name, answer in self._answers(part).items():
                     rows[name].append(answer.rows_MD)
                     learnt[name] = answer.prototypes_KD
                 if knobs.anchored and self.anchor is not None:
                     anchored.append(self.anchor([crops_NCHW])[0].patches_BPD)
         found = {name: self._targets(name, rows[name], learnt.pop(name), knobs) for name in [*learnt]}
-        return [Targets(*of_part) for of_part in zip_longest(found.get("dino", []), found.get("ibot", []), anchored)]
+        features = self._features(parts) if c.by_features else []
+        by_part = zip_longest(found.get("dino", []), found.get("ibot", []), anchored, features)
+        return [Targets(*of_part) for of_part in by_part]
+
+    def _features(self, parts: list[Batch]) -> list[list[tuple[Tensor, Tensor]]]:
+        """What every teacher sees in each part, standardised by all that it has seen up to this step."""
+        features: list[list[tuple[Tensor, Tensor]]] = [[] for _ in parts]
+        for number, frozen in enumerate(self.teachers):
+            with self.autocast():
+                seen = [(frozen.see(part).cls_BD, frozen.patches(part, self.patch)) for part in parts]
+            for kind, of_kind in zip(("cls", "patches"), zip(*seen)):
+                name = f"{kind}.{number}"
+                rows_MD = torch.cat([x.flatten(0, -2) for x in of_kind])
+                self._next_centres[name] = moments(rows_MD, self.centres[name], self.ranks)
+            for part, (cls_ND, patches_NPD) in zip(features, seen):
+                of_cls, of_patches = (self._next_centres[f"{kind}.{number}"] for kind in ("cls", "patches"))
+                part.append((standardised(cls_ND, of_cls), standardised(patches_NPD, of_patches)))
+        return features
 
     def _targets(self, name: str, rows: list[Tensor], prototypes_KD: Tensor, knobs: Knobs) -> list[prototypes.Scaled]:
         """Targets from what the teacher's head answers to the rows of each part."""

@@ -1,7 +1,7 @@
 """Building networks on their device: recomputation, compilation and sharding, in the order that they need."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,24 +34,30 @@ PRODUCTS = {  # what selective recomputation keeps: the results of products and 
 }
 
 
-def empty(config: PretrainConfig) -> Branch:
-    """A branch on the meta device: its shapes, without memory."""
+def empty(config: PretrainConfig, teachers: Sequence[int] = ()) -> Branch:
+    """A branch on the meta device: its shapes, without memory. `teachers`: the channels of those it has maps to."""
     objective = config.objective
     shared = objective.heads == "shared"
     with torch.device("meta"):
         return Branch(
             config.vit,
-            config.dino_head if objective.dino_weight or shared else None,
+            config.dino_head if objective.dino_weight or (shared and objective.by_prototypes) else None,
             config.ibot_head if objective.ibot_weight and not shared else None,
+            teachers if objective.by_features else (),
         )
 
 
-def first_weights(config: PretrainConfig, init: Backbone | None, heads: dict[str, Tensor] | None) -> dict[str, Tensor]:
+def first_weights(
+    config: PretrainConfig,
+    init: Backbone | None,
+    heads: dict[str, Tensor] | None = None,
+    teachers: Sequence[int] = (),
+) -> dict[str, Tensor]:
     """The whole weights that `config.seed` names, on the CPU; those of `init` and `heads` in place of their own.
 
     Positions that were learned on another grid are resized to this one's. UsageError if heads do not fit.
     """
-    branch = empty(config).to_empty(device="cpu")
+    branch = empty(config, teachers).to_empty(device="cpu")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         branch.initialize()
@@ -66,9 +72,15 @@ def first_weights(config: PretrainConfig, init: Backbone | None, heads: dict[str
     return state
 
 
-def build(config: PretrainConfig, weights: dict[str, Any], device: torch.device, compute: torch.dtype) -> Branch:
+def build(
+    config: PretrainConfig,
+    weights: dict[str, Any],
+    device: torch.device,
+    compute: torch.dtype,
+    teachers: Sequence[int] = (),
+) -> Branch:
     """A branch with these weights. The device never holds more than a shard of it, and what one block needs."""
-    return _placed(empty(config), config.parallel, weights, device, compute)
+    return _placed(empty(config, teachers), config.parallel, weights, device, compute)
 
 
 def build_anchor(config: PretrainConfig, weights: dict[str, Any], device: torch.device, compute: torch.dtype) -> ViT:
@@ -91,7 +103,7 @@ def _placed(module: Any, config: ParallelConfig, weights: dict[str, Any], device
         parts = [*((block, low, reduce) for block in backbone.blocks), (backbone, None, reduce)]
         for part, gathered, reduced in [*parts, *((head, low, torch.float32) for head in heads)]:
             precise = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=reduced, cast_forward_inputs=False)
-            # Also the roots reshard: no backward pass frees those of the average.
+            # Also the roots reshard: no backward pass frees those of networks that do not learn.
             fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=precise)
     module.to_empty(device=device)
     set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True))

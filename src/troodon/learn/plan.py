@@ -2,12 +2,13 @@
 takes no time, whatever it is of."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from troodon.learn.config import PretrainConfig
 from troodon.learn.cost import Cost, Grid
+from troodon.model.config import ViTConfig
 
 if TYPE_CHECKING:
     import torch
@@ -79,9 +80,14 @@ def plan(
     width: int,
     ranks: int,
     images_per_second: float | None = None,
+    teachers: Sequence[ViTConfig] = (),
 ) -> Plan:
-    """The plan of a run on `ranks` devices ("cpu" or "cuda"), whose products have numbers of `width` bytes."""
-    costs = [(Cost(config, wide, narrow, device, width, ranks), share) for wide, narrow, share in grids(config)]
+    """The plan of a run on `ranks` devices ("cpu" or "cuda"), whose products have numbers of `width` bytes.
+
+    `teachers` are those that do not learn; without, the average teaches.
+    """
+    taught = tuple(teachers)
+    costs = [(Cost(config, wide, narrow, device, width, ranks, taught), share) for wide, narrow, share in grids(config)]
     largest = max((cost for cost, _ in costs), key=lambda cost: total(cost.student()))
     steps = [(cost.flops(), share) for cost, share in costs]
     state = largest.state()

@@ -31,7 +31,7 @@ from troodon.run import Metrics, say, write_bytes
 Probe = Callable[[Backbone], float]
 WAITING = 0.2  # share of the time that a device waits for images, from which it is said what to do, after
 WAITED = 3  # records in a row
-TERMS = ("dino_global", "dino_local", "ibot", "koleo", "gram")
+TERMS = ("dino_global", "dino_local", "ibot", "koleo", "gram", "cls", "patches")
 
 
 class Recorder:
@@ -46,9 +46,10 @@ class Recorder:
         run: Path,
         saver: Saver,
         probe: Probe | None,
+        label: str = "",
     ):
         self.config, self.method, self.optimizer, self.loader, self.run = config, method, optimizer, loader, run
-        self.saver, self.probe = saver, probe
+        self.saver, self.probe, self.label = saver, probe, label
         self.metrics, self.thread = Metrics(run / "metrics.jsonl"), ThreadPoolExecutor(1, "metrics")
         self.writing: Future | None = None
         self.alarms: dict[str, str] = {}
@@ -76,7 +77,7 @@ class Recorder:
             self.records.append(record)
             if dist.rank() == 0:
                 self.metrics.append(record)
-                say(f"  k-NN {record['knn']:.1%} before the first step")
+                say(f"  {self.label}k-NN {record['knn']:.1%} before the first step")
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches, while noting how long each was waited for."""
@@ -151,7 +152,7 @@ class Recorder:
     def event(self, name: str, step: int, message: str, **more: object) -> None:
         """Something that is not a number, after so many steps: to people, and to metrics.jsonl, which keeps it
         whatever is rewound."""
-        say(f"  step {step:,}: {message}")
+        say(f"  {self.label}step {step:,}: {message}")
         self.metrics.append({"event": name, "at": step, "message": message, **more})
 
     def flush(self) -> None:
@@ -214,7 +215,7 @@ class Recorder:
             *([f"k-NN {knn:.1%}"] if knn is not None else []),
             f"{duration((steps - done) * rate)} left",
         ]
-        line = "  " + " | ".join(parts)
+        line = f"  {self.label}" + " | ".join(parts)
         told = done == steps or "knn" in record or done % (10 * self.config.log_every) == 0
         if told or sys.stderr.isatty():
             say(line, passing=done < steps)

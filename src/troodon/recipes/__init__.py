@@ -8,7 +8,7 @@ from troodon.config import UsageError, nearest
 from troodon.curate.config import CurateConfig
 from troodon.learn.config import PretrainConfig
 from troodon.model.config import SMALL
-from troodon.recipes import onward, own, released
+from troodon.recipes import distilled, onward, own, released
 
 KNOWN: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     "pretrain": {
@@ -17,6 +17,7 @@ KNOWN: Mapping[str, Mapping[str, Callable[..., Any]]] = {
             own.demo,
             own.small,
             onward.adapt,
+            onward.heads,
             onward.high_resolution,
             released.vitl16_short,
             released.vitl14,
@@ -27,6 +28,17 @@ KNOWN: Mapping[str, Mapping[str, Callable[..., Any]]] = {
             released.vitb14_reg,
             released.vitl14_reg,
             released.vitg14_reg,
+        )
+    },
+    "distill": {
+        recipe.__name__: recipe
+        for recipe in (
+            distilled.distill_demo,
+            distilled.distill_small,
+            distilled.distill_vits14,
+            distilled.distill_vitb14,
+            distilled.distill_vitl14,
+            distilled.distill_features,
         )
     },
     "curate": {recipe.__name__: recipe for recipe in (own.curate_demo, own.curate_small)},
@@ -44,6 +56,11 @@ def pretrain(name: str, start: Callable[[], PretrainConfig | None] = lambda: Non
     if (config := start()) is None:
         raise UsageError(f"recipe {name} goes on from weights: give them as --init (a run, a backbone, a .pth file)")
     return recipe(config)
+
+
+def distill(name: str) -> PretrainConfig:
+    """The config of a student. UsageError with the nearest name for an unknown recipe."""
+    return _recipe("distill", name)()
 
 
 def curate(name: str) -> CurateConfig:

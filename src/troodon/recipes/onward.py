@@ -54,6 +54,22 @@ def high_resolution(start: PretrainConfig, steps: int = 10_000) -> PretrainConfi
     )
 
 
+def heads(start: PretrainConfig, steps: int = 5000) -> PretrainConfig:
+    """Heads for a backbone that has none, by the same objective, while it stays as it is: then it can teach.
+
+    Command: troodon pretrain heads --init dinov2_vitl14_pretrain.pth --data photos/ --out HEADS, and then
+    troodon distill RECIPE --teacher HEADS ... Not yet run at full size.
+    """
+    learning = adapt(start, steps)
+    rate = Schedule(peak=1e-3, end=1e-6, warmup=steps // 10)
+    return replace(
+        learning,
+        vit=replace(start.vit, drop_path=0.0),
+        schedules=replace(learning.schedules, lr=rate, backbone_frozen=steps),
+        objective=replace(learning.objective, koleo_weight=0.0),
+    )
+
+
 def adapt(start: PretrainConfig, steps: int = 5000) -> PretrainConfig:
     """Go on from released or own weights on new images: a low rate, lower still for earlier blocks.
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from troodon import recipes
-from troodon.config import UsageError, from_yaml
+from troodon.config import UsageError, fingerprint, from_yaml, to_yaml
 from troodon.learn.config import PretrainConfig
+from troodon.run import write_bytes
 from troodon.slurm import SlurmConfig
 from troodon.verbs.common import Data, Images, configured, load, opened, paths_of, quoted, suggest
 
@@ -37,38 +38,32 @@ def pretrain(
 
     `settings` changes the recipe: {"steps": 1000, "schedules": {"lr": {"peak": 1e-3}}}.
     `devices` is how many of this machine's to train on, "auto" for all; on several, a process each, which read `data`
-    and `init` by their paths. There, learn.pretrain.Interrupted, UsageError or RuntimeError is what ended the first.
+    and `init` by their paths. There, learn.engine.Interrupted, UsageError or RuntimeError is what ended the first.
     `dry_run` only tells the plan, also without `data` and `out`; as a number, `devices` then are accelerators that need
     not be here, and the time is told if these see `images_per_second` together.
     """
     config = configured(recipe, PretrainConfig(), beginning(init), settings)
-    if devices != "auto" and not (str(devices).isdecimal() and int(devices)):
-        raise UsageError(f"devices {str(devices)!r}: a number or auto")
+    check_devices(devices)
     if images_per_second is not None and not (dry_run and 0 < images_per_second < float("inf")):
         raise UsageError(f"images_per_second {images_per_second}: is above 0, and for a dry run")
     if dry_run:
         return _tell_plan(config, data, init, devices, images_per_second)
     data, out = _given(data, out)
-    from troodon import dist, launch
+    from troodon import dist
     from troodon.data.sources import open_source
     from troodon.learn import checkpoint
     from troodon.learn import pretrain as training
 
     ranks = dist.to_start(devices)
     if ranks > 1:
-        _by_path(data, init)
+        by_path(data=data, init=init)
     index = open_source(*paths_of(data))
     start = None if init is None else opened(init)
     training.check(config, index, start, max(ranks, int(os.environ.get("WORLD_SIZE", 1))))
     if ranks > 1:
         del index, start  # each rank has its own
         with tempfile.TemporaryDirectory(prefix="troodon-") as folder:
-            ended = launch.launch(_words(config, data, out, init, Path(folder)), ranks)
-        if ended.code:
-            kinds = {launch.MISTAKE: UsageError, launch.STOPPED: training.Interrupted}
-            error = kinds.get(ended.code, launch.RankLost)(ended.said)
-            error.add_note(ended.trace)
-            raise error
+            on_several(_words(config, data, out, init, Path(folder)), ranks)
         return Path(out) / "backbone"
     heads = None
     if config.reuse == "whole":
@@ -76,6 +71,24 @@ def pretrain(
             raise UsageError("reuse whole: takes the heads of a run, so --init must be one")
         heads = checkpoint.heads(Path(init), first)
     return training.pretrain(config, index, Path(out), init=start, heads=heads, probe=quick_knn(index, config))
+
+
+def on_several(words: list[str], ranks: int) -> None:
+    """Do a command as so many processes of this machine, one for each device; raises what ended the first of them."""
+    from troodon import launch
+    from troodon.learn.engine import Interrupted
+
+    ended = launch.launch(words, ranks)
+    if ended.code:
+        kinds = {launch.MISTAKE: UsageError, launch.STOPPED: Interrupted}
+        error = kinds.get(ended.code, launch.RankLost)(ended.said)
+        error.add_note(ended.trace)
+        raise error
+
+
+def check_devices(devices: str | int) -> None:
+    if devices != "auto" and not (str(devices).isdecimal() and int(devices)):
+        raise UsageError(f"devices {str(devices)!r}: a number or auto")
 
 
 def _tell_plan(
@@ -140,7 +153,7 @@ def submit(
     from troodon.slurm import check, logs, submit
 
     check(slurm)
-    _by_path(data, init)
+    by_path(data=data, init=init)
     ranks = slurm.nodes * slurm.gpus_per_node
     training.check(config, open_source(*paths_of(data)), None if init is None else opened(init), ranks)
     return submit(_words(config, data, out, init, logs(out)), out, slurm)
@@ -154,24 +167,26 @@ def _given(data: Data | None, out: str | Path | None) -> tuple[Data, str | Path]
     raise UsageError(f"no {' and no '.join(missing)}; or give --dry-run to see what the run would take")
 
 
-def _by_path(data: Data, init: object) -> None:
+def by_path(**named: Data) -> None:
     """UsageError for what other processes could not open."""
-    for name, values in (("data", paths_of(data)), ("init", [] if init is None else [init])):
-        for value in values:
-            if not isinstance(value, str | Path):
+    for name, values in named.items():
+        for value in paths_of(values):
+            if not isinstance(value, str | Path | None):
                 kind = type(value).__name__
                 raise UsageError(f"{name}: several processes need its path, not a {kind}; save it, and give the folder")
 
 
 def _words(config: PretrainConfig, data: Data, out: str | Path, init: object, folder: Path) -> list[str]:
     """The command line of a pretraining, for other processes; writes its settings, as they are now, into `folder`."""
-    from troodon.config import fingerprint, to_yaml
-    from troodon.run import write_bytes
-
-    settings = folder / f"{fingerprint(config)}.yaml"
-    write_bytes(settings, to_yaml(config).encode())
+    settings = written(config, folder / f"{fingerprint(config)}.yaml")
     start = [] if init is None else ["--init", str(init)]
-    return ["pretrain", str(settings), "--data", *(str(path) for path in paths_of(data)), "--out", str(out), *start]
+    return ["pretrain", settings, "--data", *(str(path) for path in paths_of(data)), "--out", str(out), *start]
+
+
+def written(config: PretrainConfig, path: Path) -> str:
+    """Where the settings lie now, as a recipe."""
+    write_bytes(path, to_yaml(config).encode())
+    return str(path)
 
 
 def quick_knn(index, config: PretrainConfig) -> "Probe | None":

@@ -1,0 +1,92 @@
+"""Teachers that do not learn, for distillation: what they see of a batch, and their features on one scale."""
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from troodon.data.batch import Batch
+from troodon.learn.losses import Ranks
+from troodon.model.config import ViTConfig
+from troodon.model.vit import Tokens
+
+# Shape suffixes: N global crops, C colours, H W pixels, P patches, h w rows and columns of them, D channels,
+#                 M rows: class tokens, or patches, of the whole batch.
+
+SETTLED = 100.0  # steps over which moments are plain means; later ones forget at this rate
+EPS = 1e-6
+
+
+class Frozen:
+    """A network with its heads, if it has any, that only answers. Any number of students may ask it about one batch:
+    it looks once. `scale` and `shift`, (C, 1, 1) each, turn the students' crops into what it was trained to see."""
+
+    def __init__(
+        self,
+        name: str,
+        network: Any,  # a Branch of method.py, which knows this file
+        vit: ViTConfig,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+    ):
+        self.name, self.network, self.vit = name, network.requires_grad_(False).eval(), vit
+        self.scale, self.shift = scale, shift
+        self._seen: WeakKeyDictionary[Batch, Tokens] = WeakKeyDictionary()
+
+    def see(self, batch: Batch) -> Tokens:
+        """Its tokens of the global crops, one view after another."""
+        if batch not in self._seen:
+            crops_NCHW = batch.globals_GBCHW.flatten(0, 1)
+            if self.scale is not None and self.shift is not None:
+                crops_NCHW = crops_NCHW * self.scale + self.shift
+            (self._seen[batch],) = self.network.backbone([crops_NCHW])
+        return self._seen[batch]
+
+    def patches(self, batch: Batch, patch: int) -> Tensor:
+        """(N, P, D): its patches of the global crops, resampled to a grid of patches of another size."""
+        patches_NPD, (height, width) = self.see(batch).patches_BPD, batch.globals_GBCHW.shape[-2:]
+        if patch == self.vit.patch:
+            return patches_NPD
+        patches_NDhw = patches_NPD.mT.unflatten(2, (height // self.vit.patch, width // self.vit.patch)).float()
+        grid = (height // patch, width // patch)
+        resampled = F.interpolate(patches_NDhw, grid, mode="bilinear", antialias=True, align_corners=False)
+        return resampled.flatten(2).mT.to(patches_NPD.dtype)
+
+
+class Maps(nn.Module):
+    """Of a student: linear maps of its class token and of its patches to the channels of each teacher."""
+
+    def __init__(self, dim: int, teachers: Sequence[int]):
+        super().__init__()
+        self.widths = tuple(teachers)
+        self.cls = nn.ModuleList(nn.Linear(dim, width) for width in teachers)
+        self.patches = nn.ModuleList(nn.Linear(dim, width) for width in teachers)
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, cls_ND: Tensor, patches_NPD: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Of every teacher: the class tokens and the patches that it should have seen."""
+        return [(cls(cls_ND), patches(patches_NPD)) for cls, patches in zip(self.cls, self.patches)]
+
+
+def moments(rows_MD: Tensor, before_3D: Tensor, ranks: Ranks) -> Tensor:
+    """(3, D): steps counted, means and mean squares of the channels over all rows so far, and those of all ranks."""
+    rows_MD = rows_MD.float()
+    count = ranks.total(torch.full((), float(len(rows_MD)), device=rows_MD.device)).clamp(min=1.0)
+    now_2D = ranks.total(torch.stack([rows_MD.sum(0), rows_MD.square().sum(0)])) / count
+    steps_D = before_3D[0] + 1.0
+    return torch.cat([steps_D[None], before_3D[1:].lerp(now_2D, 1.0 / steps_D.clamp(max=SETTLED))])
+
+
+def standardised(rows_MD: Tensor, moments_3D: Tensor) -> Tensor:
+    """The same rows, every channel of mean 0 and deviation 1."""
+    _, mean_D, square_D = moments_3D
+    return (rows_MD.float() - mean_D) / (square_D - mean_D.square()).clamp(min=EPS).sqrt()

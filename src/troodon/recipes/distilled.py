@@ -1,0 +1,75 @@
+"""Recipes of students: what they are, and how they learn from a teacher that no longer does (section 5 of
+https://arxiv.org/abs/2304.07193). They see no masks and have no stochastic depth.
+
+The student's heads are new, and end in as many prototypes as the teacher's; a mistake there is told with the number.
+"""
+
+from dataclasses import replace
+
+from troodon.data.config import MasksConfig
+from troodon.learn.config import ObjectiveConfig, PretrainConfig
+from troodon.learn.schedules import Schedule
+from troodon.model.config import BASE, LARGE, SMALL, ViTConfig
+from troodon.recipes import own, released
+
+
+def distill_vits14() -> PretrainConfig:
+    """ViT-S/14 from a run of vitg14 or vitl14, in 625,000 steps of 2048 images.
+
+    Command: troodon distill distill_vits14 --teacher RUN --data SELECTION --out STUDENT. The paper's numbers where it
+    states them: the rate, steps, images; the rest is vitl14's. Not yet run at full size.
+    """
+    return _paper(SMALL)
+
+
+def distill_vitb14() -> PretrainConfig:
+    """ViT-B/14, as distill_vits14."""
+    return _paper(BASE)
+
+
+def distill_vitl14() -> PretrainConfig:
+    """ViT-L/14, as distill_vits14, from a run of vitg14."""
+    return _paper(replace(LARGE, mlp="gelu"))
+
+
+def distill_features() -> PretrainConfig:
+    """ViT-S/14 by a teacher's features as they are: for weights without heads, and for several teachers at once.
+
+    Command: troodon distill distill_features --teacher dinov2_vitl14_pretrain.pth --data photos/ --out STUDENT.
+    Class tokens by their cosine, patches by smooth L1, both after a linear map. Not yet run at full size.
+    """
+    start = distill_vits14()
+    by_features = ObjectiveConfig(dino_weight=0.0, ibot_weight=0.0, koleo_weight=0.0, cls_weight=1.0, patch_weight=1.0)
+    return replace(
+        start,
+        objective=by_features,
+        crops=replace(start.crops, locals=0),
+        schedules=replace(start.schedules, last_layer_frozen=0),
+        steps=100_000,
+        batch=512,
+    )
+
+
+def distill_small(steps: int = 3000) -> PretrainConfig:
+    """A student of 0.2 M parameters for a teacher that the recipe `small` has trained."""
+    return _own(own.small(steps))
+
+
+def distill_demo(steps: int = 800) -> PretrainConfig:
+    """A student of 0.1 M parameters for the network of the demo."""
+    return _own(own.demo(steps))
+
+
+def _own(teacher: PretrainConfig) -> PretrainConfig:
+    """A quarter of the teacher's parameters: half of its channels."""
+    vit = replace(teacher.vit, dim=teacher.vit.dim // 2, drop_path=0.0)
+    return replace(teacher, vit=vit, masks=MasksConfig(share=0.0))
+
+
+def _paper(size: ViTConfig) -> PretrainConfig:
+    start = released.vitl14()
+    vit = replace(start.vit, dim=size.dim, depth=size.depth, heads=size.heads, mlp=size.mlp, drop_path=0.0)
+    rate = Schedule(peak=1e-3, end=1e-6, warmup=start.schedules.lr.warmup)
+    return replace(
+        start, vit=vit, masks=MasksConfig(share=0.0), schedules=replace(start.schedules, lr=rate), batch=2048
+    )
