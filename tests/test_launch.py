@@ -20,7 +20,8 @@ from troodon.config import UsageError, to_yaml
 from troodon.data.sources import open_source
 from troodon.learn import checkpoint
 from troodon.learn.config import ObjectiveConfig
-from troodon.learn.pretrain import Interrupted, pretrain
+from troodon.learn.engine import Interrupted
+from troodon.learn.pretrain import pretrain
 from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing
 

@@ -15,7 +15,7 @@ from troodon.data.batch import Batch
 from troodon.data.config import CropsConfig
 from troodon.learn import cost, optim, prototypes
 from troodon.learn.config import ObjectiveConfig, ParallelConfig, PretrainConfig
-from troodon.learn.loop import train
+from troodon.learn.loop import Learner, train
 from troodon.learn.method import Method
 from troodon.learn.parallel import build, build_anchor, empty, first_weights
 from troodon.learn.plan import people, plan, timed, total
@@ -75,10 +75,11 @@ def method_of(config: PretrainConfig, compute: torch.dtype) -> Method:
 
 def take_steps(config: PretrainConfig, compute: torch.dtype, steps: int) -> None:
     method, seen = method_of(config, compute), batch(config)
+    optimizer = optim.adamw(method.student, config.vit.depth, config.optim)
+    learner = Learner(method, optimizer, config.schedules, config.optim, after_step=lambda *_: None)
     train(
-        method, iter([seen] * steps), optim.adamw(method.student, config.vit.depth, config.optim), config.schedules,
-        config.optim, first_step=config.steps - steps, steps=config.steps, accumulate=config.parallel.accumulate,
-        seed=0, rank=0, asked_to_stop=lambda: False, after_step=lambda *_: None,
+        [learner], iter([seen] * steps), first_step=config.steps - steps, steps=config.steps,
+        accumulate=config.parallel.accumulate, seed=0, rank=0, asked_to_stop=lambda: False,
     )  # fmt: skip
 
 

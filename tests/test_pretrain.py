@@ -25,8 +25,9 @@ from troodon.data.config import CropsConfig
 from troodon.data.sources import open_source
 from troodon.learn import checkpoint, loop
 from troodon.learn.config import GuardConfig, ObjectiveConfig, ParallelConfig, PretrainConfig
+from troodon.learn.engine import Interrupted
 from troodon.learn.parallel import prepare
-from troodon.learn.pretrain import Interrupted, pretrain
+from troodon.learn.pretrain import pretrain
 from troodon.learn.recorder import TERMS, Recorder
 from troodon.learn.schedules import Anchor, Schedule, Schedules
 from troodon.model.backbone import Backbone

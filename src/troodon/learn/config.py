@@ -40,7 +40,7 @@ class ObjectiveConfig:
         within(self, "objective.", 0, None, "dino_weight", "ibot_weight", "koleo_weight", "koleo_group")
         within(self, "objective.", 0, None, "gram_weight", "cls_weight", "patch_weight")
         within(self, "objective.", 0, 1, "centre_momentum")
-        if not (self.by_prototypes or self.by_features):
+        if not (self.by_prototypes or self.compared):
             raise UsageError("objective.dino_weight 0 and objective.ibot_weight 0: nothing to learn from; set one to 1")
 
     @property
@@ -49,9 +49,9 @@ class ObjectiveConfig:
         return bool(self.dino_weight or self.ibot_weight)
 
     @property
-    def by_features(self) -> bool:
-        """Whether a term compares features with a frozen teacher's."""
-        return bool(self.cls_weight or self.patch_weight)
+    def compared(self) -> tuple[str, ...]:
+        """Which features are compared with a frozen teacher's: "cls", "patches"."""
+        return ("cls",) * bool(self.cls_weight) + ("patches",) * bool(self.patch_weight)
 
 
 @dataclass(frozen=True)

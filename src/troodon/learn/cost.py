@@ -132,8 +132,8 @@ class Cost:
         heads = {"head": c.dino_head} if shared else {n: u.head for n, u in self.uses.items()}
         names = {"head": "head", "dino": "head of classes", "ibot": "head of patches"}
         made = {names[name]: head_parameters(head, c.vit.dim) for name, head in heads.items()}
-        if c.objective.by_features:
-            made["maps"] = sum(2 * (c.vit.dim + 1) * t.dim for t in self.teachers)
+        if c.objective.compared:
+            made["maps"] = len(c.objective.compared) * sum((c.vit.dim + 1) * t.dim for t in self.teachers)
         return {"backbone": backbone_parameters(c.vit)} | made
 
     # Products

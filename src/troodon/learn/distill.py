@@ -33,6 +33,11 @@ class Teacher:
     backbone: Backbone
     run: PretrainConfig | None = None
     heads: dict[str, Tensor] | None = None
+    place: str = ""  # where it lies, as it was given
+
+    @property
+    def name(self) -> str:
+        return self.place or self.backbone.name
 
     @property
     def vit(self) -> ViTConfig:
@@ -79,7 +84,7 @@ def check(tasks: Sequence[Task], index: Index, teachers: Sequence[Teacher], rank
 
 def _matches(config: PretrainConfig, teacher: Teacher) -> None:
     """UsageError unless the teacher can look at the student's crops."""
-    name, vit = teacher.backbone.name, teacher.vit
+    name, vit = teacher.name, teacher.vit
     if vit.channels != config.vit.channels:
         raise UsageError(f"teacher {name}: sees {vit.channels} channels, and the student {config.vit.channels}")
     both = math.lcm(vit.patch, config.vit.patch)
@@ -98,7 +103,7 @@ def _answers(config: PretrainConfig, teachers: Sequence[Teacher]) -> None:
     if len(teachers) > 1:
         said = "several teachers are compared by their features"
         raise UsageError(f"{said}: set objective.dino_weight and ibot_weight to 0, or use the recipe distill_features")
-    (teacher,), name = teachers, teachers[0].backbone.name
+    (teacher,), name = teachers, teachers[0].name
     if teacher.run is None or teacher.heads is None:
         raise UsageError(
             f"teacher {name}: has no heads (only a run has). Learn them first: troodon pretrain heads --init {name} "

@@ -148,6 +148,8 @@ def _student(
     student, average = (build(config, weights, device, compute, widths) for _ in range(2))
     if config.schedules.backbone_frozen >= config.steps:  # only heads learn
         student.backbone.requires_grad_(False)
+    if frozen:  # then no mask is seen, and its token not learnt
+        student.backbone.mask_token.requires_grad_(False)
     anchor = build_anchor(config, weights, device, compute) if config.objective.gram_weight else None
     ranks = Ranks(dist.total, dist.largest, dist.gather)
     method = Method(config.objective, student, average, teachers=frozen, anchor=anchor, ranks=ranks, compute=compute)

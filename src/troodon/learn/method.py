@@ -6,8 +6,9 @@ student (https://arxiv.org/abs/2304.07193, section 4); in distillation it is a l
 and the student sees no mask (section 5). Everything else is the same, so it is written once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -27,16 +28,19 @@ from troodon.model.vit import ViT
 #                 N = G * B global crops or all crops, M masked patches of the whole batch.
 
 
+NO_MAPS: Mapping[str, Sequence[int]] = MappingProxyType({})
+
+
 class Branch(nn.Module):
     """A backbone with its heads: one for class tokens, one for patches, or one for both; and with maps to the features
-    of teachers, which have so many channels."""
+    of teachers, which have so many channels (see Maps)."""
 
     def __init__(
         self,
         vit: ViTConfig,
         dino_head: HeadConfig | None,
         ibot_head: HeadConfig | None,
-        teachers: Sequence[int] = (),
+        maps: Mapping[str, Sequence[int]] = NO_MAPS,
     ):
         super().__init__()
         self.backbone = ViT(vit)
@@ -44,8 +48,8 @@ class Branch(nn.Module):
             self.dino_head = Head(vit.dim, dino_head)
         if ibot_head is not None:
             self.ibot_head = Head(vit.dim, ibot_head)
-        if teachers:
-            self.maps = Maps(vit.dim, teachers)
+        if maps:
+            self.maps = Maps(vit.dim, maps)
 
     @property
     def patch_head(self) -> Head:
@@ -62,7 +66,7 @@ class Targets(NamedTuple):
     cls: prototypes.Scaled | None  # of G * B class tokens, view after view
     patches: prototypes.Scaled | None  # of M masked patches
     anchor_NPD: Tensor | None
-    features: list[tuple[Tensor, Tensor]] | None  # of each teacher: class tokens (N, D) and patches (N, P, D)
+    features: dict[str, list[Tensor]] | None  # of each teacher: "cls" (N, D), "patches" (N, P, D)
 
 
 class Method:
@@ -93,11 +97,9 @@ class Method:
             for name, head in heads.items()
             if config.targets == "centring"
         }
-        if config.by_features:
-            for number, width in enumerate(self.student.maps.widths):
-                self.centres |= {
-                    f"{kind}.{number}": torch.zeros(3, width, device=device) for kind in ("cls", "patches")
-                }
+        for kind in config.compared:
+            for number, frozen in enumerate(teachers):
+                self.centres[f"{kind}.{number}"] = torch.zeros(3, frozen.vit.dim, dtype=torch.float64, device=device)
         self._next_centres: dict[str, Tensor] = {}
 
     def losses(self, batch: Batch, targets: Targets, knobs: Knobs) -> dict[str, Tensor]:
@@ -131,15 +133,13 @@ class Method:
             terms["gram"] = c.gram_weight * losses.gram(wide.patches_BPD, targets.anchor_NPD)
         if targets.features is not None:
             with self.autocast():
-                answers = self.student.maps(wide.cls_BD, wide.patches_BPD)
+                answers = self.student.maps(cls=wide.cls_BD, patches=wide.patches_BPD)
             of_patches = {"smooth_l1": losses.smooth_l1, "cosine": losses.cosine_distance}[c.patch_loss]
-            pairs = list(zip(answers, targets.features, strict=True))
-            if c.cls_weight:
-                cls = [losses.cosine_distance(said, wanted) for (said, _), (wanted, _) in pairs]
-                terms["cls"] = c.cls_weight * torch.stack(cls).mean()
-            if c.patch_weight:
-                patches = [of_patches(said, wanted) for (_, said), (_, wanted) in pairs]
-                terms["patches"] = c.patch_weight * torch.stack(patches).mean()
+            how = {"cls": (c.cls_weight, losses.cosine_distance), "patches": (c.patch_weight, of_patches)}
+            for kind, wanted in targets.features.items():
+                weight, distance = how[kind]
+                pairs = zip(answers[kind], wanted, strict=True)
+                terms[kind] = weight * torch.stack([distance(*pair) for pair in pairs]).mean()
         return terms
 
     def _asked(self, patches_NPD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -202,23 +202,21 @@ class Method:
                 if knobs.anchored and self.anchor is not None:
                     anchored.append(self.anchor([crops_NCHW])[0].patches_BPD)
         found = {name: self._targets(name, rows[name], learnt.pop(name), knobs) for name in [*learnt]}
-        features = self._features(parts) if c.by_features else []
+        features = self._features(parts) if c.compared else []
         by_part = zip_longest(found.get("dino", []), found.get("ibot", []), anchored, features)
         return [Targets(*of_part) for of_part in by_part]
 
-    def _features(self, parts: list[Batch]) -> list[list[tuple[Tensor, Tensor]]]:
+    def _features(self, parts: list[Batch]) -> list[dict[str, list[Tensor]]]:
         """What every teacher sees in each part, standardised by all that it has seen up to this step."""
-        features: list[list[tuple[Tensor, Tensor]]] = [[] for _ in parts]
+        features: list[dict[str, list[Tensor]]] = [{kind: [] for kind in self.config.compared} for _ in parts]
         for number, frozen in enumerate(self.teachers):
-            with self.autocast():
-                seen = [(frozen.see(part).cls_BD, frozen.patches(part, self.patch)) for part in parts]
-            for kind, of_kind in zip(("cls", "patches"), zip(*seen)):
-                name = f"{kind}.{number}"
-                rows_MD = torch.cat([x.flatten(0, -2) for x in of_kind])
+            for kind in self.config.compared:
+                with self.autocast():
+                    seen = [frozen.see(b).cls_BD if kind == "cls" else frozen.patches(b, self.patch) for b in parts]
+                name, rows_MD = f"{kind}.{number}", torch.cat([x.flatten(0, -2) for x in seen])
                 self._next_centres[name] = moments(rows_MD, self.centres[name], self.ranks)
-            for part, (cls_ND, patches_NPD) in zip(features, seen):
-                of_cls, of_patches = (self._next_centres[f"{kind}.{number}"] for kind in ("cls", "patches"))
-                part.append((standardised(cls_ND, of_cls), standardised(patches_NPD, of_patches)))
+                for part, x in zip(features, seen, strict=True):
+                    part[kind].append(standardised(x, self._next_centres[name]))
         return features
 
     def _targets(self, name: str, rows: list[Tensor], prototypes_KD: Tensor, knobs: Knobs) -> list[prototypes.Scaled]:

@@ -43,7 +43,7 @@ def empty(config: PretrainConfig, teachers: Sequence[int] = ()) -> Branch:
             config.vit,
             config.dino_head if objective.dino_weight or (shared and objective.by_prototypes) else None,
             config.ibot_head if objective.ibot_weight and not shared else None,
-            teachers if objective.by_features else (),
+            {kind: teachers for kind in objective.compared},
         )
 
 

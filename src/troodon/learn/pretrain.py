@@ -39,7 +39,7 @@ def pretrain(
 
 def check(config: PretrainConfig, index: Index, init: Backbone | None, ranks: int) -> None:
     """UsageError for a config that cannot train on these images, on so many ranks."""
-    if config.objective.by_features:
+    if config.objective.compared:
         raise UsageError("objective.cls_weight and patch_weight compare with a teacher's features: see troodon distill")
     sound(config, index, init, ranks)
 

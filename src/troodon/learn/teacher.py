@@ -1,6 +1,6 @@
 """Teachers that do not learn, for distillation: what they see of a batch, and their features on one scale."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -57,13 +57,14 @@ class Frozen:
 
 
 class Maps(nn.Module):
-    """Of a student: linear maps of its class token and of its patches to the channels of each teacher."""
+    """Of a student: linear maps of its class token ("cls") and of its patches ("patches"), if they are asked of, to as
+    many channels as each teacher has."""
 
-    def __init__(self, dim: int, teachers: Sequence[int]):
+    def __init__(self, dim: int, widths: Mapping[str, Sequence[int]]):
         super().__init__()
-        self.widths = tuple(teachers)
-        self.cls = nn.ModuleList(nn.Linear(dim, width) for width in teachers)
-        self.patches = nn.ModuleList(nn.Linear(dim, width) for width in teachers)
+        self.kinds = tuple(widths)
+        for kind, of in widths.items():
+            self.add_module(kind, nn.ModuleList(nn.Linear(dim, width) for width in of))
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -72,15 +73,18 @@ class Maps(nn.Module):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
 
-    def forward(self, cls_ND: Tensor, patches_NPD: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Of every teacher: the class tokens and the patches that it should have seen."""
-        return [(cls(cls_ND), patches(patches_NPD)) for cls, patches in zip(self.cls, self.patches)]
+    def forward(self, **tokens: Tensor) -> dict[str, list[Tensor]]:
+        """What the student makes of each teacher's tokens."""
+        return {kind: [layer(tokens[kind]) for layer in self.get_submodule(kind).children()] for kind in self.kinds}
 
 
 def moments(rows_MD: Tensor, before_3D: Tensor, ranks: Ranks) -> Tensor:
-    """(3, D): steps counted, means and mean squares of the channels over all rows so far, and those of all ranks."""
-    rows_MD = rows_MD.float()
-    count = ranks.total(torch.full((), float(len(rows_MD)), device=rows_MD.device)).clamp(min=1.0)
+    """(3, D): steps counted, means and mean squares of the channels over all rows so far, and those of all ranks.
+
+    In fp64: a deviation may be a thousandth of the mean, and is what is left of the squares.
+    """
+    rows_MD = rows_MD.double()
+    count = ranks.total(rows_MD.new_full((), len(rows_MD))).clamp(min=1.0)
     now_2D = ranks.total(torch.stack([rows_MD.sum(0), rows_MD.square().sum(0)])) / count
     steps_D = before_3D[0] + 1.0
     return torch.cat([steps_D[None], before_3D[1:].lerp(now_2D, 1.0 / steps_D.clamp(max=SETTLED))])
@@ -89,4 +93,5 @@ def moments(rows_MD: Tensor, before_3D: Tensor, ranks: Ranks) -> Tensor:
 def standardised(rows_MD: Tensor, moments_3D: Tensor) -> Tensor:
     """The same rows, every channel of mean 0 and deviation 1."""
     _, mean_D, square_D = moments_3D
-    return (rows_MD.float() - mean_D) / (square_D - mean_D.square()).clamp(min=EPS).sqrt()
+    deviation_D = (square_D - mean_D.square()).clamp(min=EPS**2).sqrt()
+    return (rows_MD.float() - mean_D.float()) / deviation_D.float()

@@ -72,9 +72,9 @@ def taught(teacher: "str | Path | Backbone") -> "Teacher":
 
     backbone = opened(teacher)
     if not isinstance(teacher, str | Path) or (run := start_of(teacher)).reuse != "whole":
-        return Teacher(backbone)
+        return Teacher(backbone, place=str(teacher) if isinstance(teacher, str | Path) else "")
     heads = checkpoint.heads(Path(teacher), run) if run.objective.by_prototypes else None
-    return Teacher(backbone, run, heads)
+    return Teacher(backbone, run, heads, str(teacher))
 
 
 def _tell_plans(tasks: list, images: int, teachers: list, ranks: int) -> None:
