@@ -276,6 +276,13 @@ def test_importing_troodon_costs_nothing() -> None:
     assert not names & (HEAVY | {"numpy", "pyarrow", "PIL", "scipy", "tyro", "rich", "yaml"})
 
 
+def test_verbs_stay_verbs_once_the_folders_of_their_names_are_imported() -> None:
+    code = "import troodon, troodon.evaluate.config, troodon.report.page, troodon.curate.config, troodon.demo as d\n"
+    code += "assert all(callable(getattr(troodon, name)) for name in troodon.VERBS); print(troodon.VERBS)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "evaluate" in done.stdout
+
+
 @pytest.mark.skipif(not (PACKAGE / "cli.py").exists(), reason="there is no command line yet")
 def test_help_does_not_load_torch() -> None:
     names = loaded("-m", "troodon.cli", "--help")
