@@ -70,6 +70,9 @@ def run(words: list[str]) -> int:
         return DONE
     except SystemExit as stop:  # --help of a verb
         return int(stop.code or 0)
+    except BrokenPipeError:  # whoever read the results has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except (UsageError, KeyboardInterrupt, Exception) as error:
         code, text = verdict(error)
         if RENDEZVOUS in os.environ:

@@ -10,7 +10,7 @@ from tyro.conf import Positional, arg
 from troodon import recipes
 from troodon.config import UsageError, from_dict, nearest, to_dict
 from troodon.data.config import PackConfig
-from troodon.learn.config import PretrainConfig
+from troodon.learn.config import PretrainConfig, fits
 from troodon.verbs.common import Data, Images, configured, opened, paths_of, progress, quoted, some, suggest
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ def show_crops(recipe: str | PretrainConfig, data: Data, out: str | Path, *, ima
     if images < 1 or batch < 0:
         raise UsageError(f"images {images}, batch {batch}: at least 1 image, and batches are numbered from 0")
     config = configured(recipe, PretrainConfig(), recipes.pretrain)
+    fits(config, 1)
     loader = Loader(
         open_source(*paths_of(data)), config.crops, config.photometric, config.masks, config.vit.patch, config.batch,
         config.seed, channels=config.vit.channels, weights=config.weights,
