@@ -131,7 +131,7 @@ def test_a_dry_run_writes_nothing(photos, tmp_path, capsys):
         (["show", "crops"], "say first which recipe"),
         (["show", "crops", "smal", "--data", "{photos}"], "did you mean 'small'"),
         (["show", "crops", "small", "--data", "{photos}", "--out", "{out}", "--images", "0"], "images 0"),
-        (["show", "crops", "small", "--data", "{photos}", "--out", "{out}", "--crops.global-px", "50"], "nearest is 48"),
+        (["show", "crops", "small", "--data", "{photos}", "--crops.global-px", "50"], "nearest is 48"),
         (["show", "crops", "small", "--data", "{photos}", "--out", "{out}", "--at", "-1"], "batch -1"),
         (["scan", "{photos}/nothing"], "nothing"),
         (["scan", "{empty}"], "empty"),
