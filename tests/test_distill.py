@@ -22,7 +22,7 @@ from troodon.learn.config import ObjectiveConfig
 from troodon.learn.engine import Task
 from troodon.learn.losses import ALONE
 from troodon.learn.method import Branch, Method
-from troodon.learn.teacher import Frozen, moments, standardised
+from troodon.learn.teacher import Frozen, Kept, moments, standardised
 from troodon.model.vit import ViT
 from troodon.run import read_json
 from troodon.verbs.distillation import taught
@@ -141,7 +141,7 @@ def test_a_teacher_trained_on_other_colours_sees_its_own(teacher):
     for config in (CONFIG, other):
         mean, std = (torch.tensor(v)[:, None, None] for v in (config.photometric.mean, config.photometric.std))
         crops = Batch((pixels - mean) / std, torch.zeros(0, 2, 3, 8, 8), torch.zeros(4, 16, dtype=torch.bool))
-        seen.append(taught(teacher).build(config, CPU, torch.float32).see(crops).cls_BD)
+        seen.append(taught(teacher).build(config, CPU, torch.float32).cls(crops))
     torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-5)
 
 
@@ -187,6 +187,22 @@ def test_resumed_it_is_the_same_run(images, teacher, tmp_path, monkeypatch, conf
         assert records(tmp_path / "cut" / name) == records(tmp_path / "whole" / name)
         for key, tensor in weights(tmp_path / "whole" / name).items():
             assert torch.equal(tensor, weights(tmp_path / "cut" / name)[key]), key
+
+
+def test_crops_that_come_again_are_looked_at_once(images, teacher, tmp_path, monkeypatch):
+    """Twenty images in batches of four with two sets of crops: from the third pass on the teacher is not asked."""
+    config = replace(STUDENT, crops=replace(STUDENT.crops, visits=2), batch=4, steps=25, health_every=0)
+    looks, look = [], Frozen._look
+    monkeypatch.setattr(Frozen, "_look", lambda frozen, crops: looks.append(len(crops)) or look(frozen, crops))
+    distill(config, teacher, images, tmp_path / "kept")
+    assert len(looks) == 10
+    assert "seen-by-teachers" not in {p.name for p in (tmp_path / "kept").iterdir()}
+    monkeypatch.setattr(Kept, "fits", lambda *_: False)
+    distill(config, teacher, images, tmp_path / "anew")
+    assert len(looks) == 10 + 25
+    for a, b in zip(records(tmp_path / "kept"), records(tmp_path / "anew"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)  # kept in half precision
+    assert records(tmp_path / "kept")[9] == records(tmp_path / "anew")[9]
 
 
 def test_sharded_equals_single(images, teacher, tmp_path):

@@ -1,12 +1,11 @@
 """What one training step sees: crops and masks, already collated, and nothing else."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 # Shape suffixes: G global and V local crops of each of B images, C colours, H W pixels,
-#                 N = G * B global crops, P patches, M masked patches of the whole batch.
+#                 N = G * B global crops, P patches, M masked patches of the whole batch; 2 which image, which visit.
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,15 +15,16 @@ class Batch:
     globals_GBCHW: Tensor
     locals_VBCHW: Tensor
     masks_NP: Tensor  # view-major; True where the student sees the mask token
-
-    def to(self, device: torch.device) -> "Batch":
-        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+    images_B2: Tensor | None = (
+        None  # in host memory: each image's row of the index, and which set of crops of it this is
+    )
 
     def parts(self, count: int) -> list["Batch"]:
         """The batch cut into `count` smaller ones of as many images each."""
         masks_GBP = self.masks_NP.unflatten(0, self.globals_GBCHW.shape[:2])
         pieces = zip(*(x.chunk(count, 1) for x in (self.globals_GBCHW, self.locals_VBCHW, masks_GBP)), strict=True)
-        return [Batch(wide, narrow, masks.flatten(0, 1)) for wide, narrow, masks in pieces]
+        images = [None] * count if self.images_B2 is None else self.images_B2.chunk(count)
+        return [Batch(wide, narrow, masks.flatten(0, 1), which) for (wide, narrow, masks), which in zip(pieces, images)]
 
     def masked(self) -> tuple[Tensor, Tensor]:
         """(M,) indices of the masked patches in the flattened (N * P), and their (M,) weights."""

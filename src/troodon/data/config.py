@@ -29,13 +29,16 @@ class CropsConfig:
     """Range of the width over the height of the box that is cut out, drawn log-uniformly; times the crop's own."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
+    visits: int = 0
+    """Sets of crops that an image has, with their colours: one at each visit, then again; 0 is new ones for ever. Few of
+    them spare a frozen teacher from looking at the same twice."""
     mixed: tuple[tuple[int, int, float], ...] = ()
     """Side of global crops, side of local crops, weight: each step draws one of these pairs by weight, in place of
     global_px and local_px (high-resolution training, https://arxiv.org/abs/2508.10104). None if left out."""
 
     def __post_init__(self) -> None:
         within(self, "crops.", 1, None, "global_px", "local_px")
-        within(self, "crops.", 0, None, "locals")
+        within(self, "crops.", 0, None, "locals", "visits")
         within(self, "crops.", 0, 1, "global_scale", "local_scale", "flip")
         _ranges(self, "crops.", "global_scale", "local_scale", "aspect")
         if min(self.aspect) <= 0:

@@ -46,8 +46,9 @@ class Views:
     changes no other crop. `config` has one size: of mixed ones, `config.at` picks it.
     """
 
-    def __init__(self, config: CropsConfig, random: np.random.Generator):
+    def __init__(self, config: CropsConfig, random: np.random.Generator, whose: tuple[int, int] = (-1, 0)):
         assert not config.mixed, config.mixed
+        self.whose = whose  # the image's row, and which set of crops of it this is
         self.config, self.numbers = config, random.random((2 + config.locals, NUMBERS)).tolist()
         wide, narrow = pair(config.global_px), pair(config.local_px)
         self.kinds = [(config.global_scale, wide)] * 2 + [(config.local_scale, narrow)] * config.locals

@@ -41,6 +41,7 @@ class Share:
     globals_GBCHW: Tensor
     locals_VBCHW: Tensor
     colours_BVP: Tensor
+    images_B2: Tensor
     broken: dict[int, str]
 
 
@@ -125,24 +126,25 @@ class Loader:
             other = first + (row - first + tried) % length
             if other in self.broken:
                 continue
-            random = generator(self.seed, other, visit)
-            views = Views(crops, random)
+            which = visit % self.crops.visits if self.crops.visits else visit
+            random = generator(self.seed, other, which)
+            views = Views(crops, random, (other, which))
             try:
                 return decode(self.index.read(other), self.channels, views.draw), views, random
             except (BadImage, OSError) as error:
                 self.broken[other] = str(error)
         raise UsageError(f"none of the {length} images can be read; the first: {self.broken[first]}")
 
-    def views(self, position: int) -> tuple[Tensor, Tensor, np.ndarray]:
-        """Global crops, local crops and colours of the image at a position of the endless stream."""
+    def views(self, position: int) -> tuple[Tensor, Tensor, np.ndarray, tuple[int, int]]:
+        """Of the image at a position of the endless stream: global crops, local crops, colours; and which it is."""
         image, views, random = self.seen(position)
-        return *views.cut(image), photometric.draw(self.photometric, self._roles, random)
+        return *views.cut(image), photometric.draw(self.photometric, self._roles, random), views.whose
 
     def share(self, positions: range) -> Share:
         """The views of the images at these positions, one beside the other."""
-        wide, narrow, colours = zip(*map(self.views, positions))
+        wide, narrow, colours, whose = zip(*map(self.views, positions))
         colours_BVP = torch.from_numpy(np.stack(colours))
-        return Share(torch.stack(wide, 1), torch.stack(narrow, 1), colours_BVP, dict(self.broken))
+        return Share(torch.stack(wide, 1), torch.stack(narrow, 1), colours_BVP, torch.tensor(whose), dict(self.broken))
 
     def preview(self, batch: int, images: int) -> Batch:
         """The first images of a batch as they are in it, and no others made."""
@@ -205,7 +207,8 @@ class Loader:
         torch.cat([part.locals_VBCHW for part in parts], 1, out=narrow)
         for part in parts:
             self.broken.update(part.broken)
-        return Share(wide, narrow, torch.cat([part.colours_BVP for part in parts]), {})
+        colours, images = ([getattr(part, name) for part in parts] for name in ("colours_BVP", "images_B2"))
+        return Share(wide, narrow, torch.cat(colours), torch.cat(images), {})
 
     def _develop(self, batch: int, views: Share, device: torch.device) -> Batch:
         """The batch on the device, its colours applied, its masks drawn."""
@@ -221,7 +224,7 @@ class Loader:
         masks_NP = masks.collate(2 * self.images, (height, width), self.masks, random)
         mine = masks_NP.unflatten(0, (2, self.world, -1))[:, self.rank, : views.globals_GBCHW.shape[1]].flatten(0, 1)
         globals_GBCHW, locals_VBCHW = developed
-        return Batch(globals_GBCHW, locals_VBCHW, mine.to(device, non_blocking=True))
+        return Batch(globals_GBCHW, locals_VBCHW, mine.to(device, non_blocking=True), views.images_B2)
 
 
 _mine: list[Loader] = []  # of a process that works for a loader

@@ -6,6 +6,7 @@ writes a run of its own, as if it had been alone.
 
 import contextlib
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from troodon import dist
-from troodon.config import UsageError, differences, fingerprint, to_dict, to_yaml
+from troodon.config import UsageError, differences, fingerprint, pair, to_dict, to_yaml
 from troodon.data import sheet
 from troodon.data.index import Index
 from troodon.data.loader import Loader
@@ -31,7 +32,7 @@ from troodon.learn.method import Method
 from troodon.learn.parallel import build, build_anchor, first_weights
 from troodon.learn.plan import plan, timed
 from troodon.learn.recorder import Probe, Recorder, preprocessing
-from troodon.learn.teacher import Frozen
+from troodon.learn.teacher import Frozen, Kept
 from troodon.model.backbone import Backbone
 from troodon.run import environment, manifest, say, write_bytes, write_json, write_manifest
 
@@ -88,6 +89,14 @@ def run(tasks: Sequence[Task], index: Index, teachers: Sequence["Teacher"] = ())
     dist.barrier()
 
     frozen = [teacher.build(shared, device, compute) for teacher in teachers]
+    with _kept(tasks[0], index, frozen):
+        _run(tasks, index, frozen, device, compute)
+
+
+def _run(
+    tasks: Sequence[Task], index: Index, frozen: Sequence[Frozen], device: torch.device, compute: torch.dtype
+) -> None:
+    rank, world, shared = dist.rank(), dist.world(), tasks[0].config
     loader = Loader(
         index, shared.crops, shared.photometric, shared.masks, shared.vit.patch, shared.batch, shared.seed,
         threads=shared.threads or _share_of_processors(world), rank=rank, world=world,
@@ -158,6 +167,33 @@ def _student(
     label = f"{task.out.name}: " if many else ""
     recorder = Recorder(config, method, optimizer, loader, task.out, saver, task.probe, label)
     return Student(task, Learner(method, optimizer, config.schedules, config.optim, recorder.after_step), recorder)
+
+
+@contextlib.contextmanager
+def _kept(task: Task, index: Index, frozen: Sequence[Frozen]) -> Iterator[None]:
+    """Lend teachers a place to keep what they see, where crops come again; it is gone with the process."""
+    crops, home = task.config.crops, task.out / "seen-by-teachers"
+    if not frozen or not crops.visits or crops.mixed:
+        yield
+        return
+    if dist.rank() == 0:
+        shutil.rmtree(home, ignore_errors=True)
+        home.mkdir()
+    dist.barrier()
+    try:
+        for number, teacher in enumerate(frozen):
+            height, width = pair(crops.global_px)
+            tokens = 1 + height // teacher.vit.patch * (width // teacher.vit.patch)
+            numbers = (len(index), crops.visits, 2, tokens, teacher.vit.dim)
+            if Kept.fits(home / f"{number}", *numbers):
+                teacher.kept = Kept(home / f"{number}", *numbers)
+            elif dist.rank() == 0:
+                say(f"  {teacher.name}: the disk has no room for what it sees; it looks again each time")
+        dist.barrier()
+        yield
+    finally:
+        if dist.rank() == 0:
+            shutil.rmtree(home, ignore_errors=True)
 
 
 def _common_step(tasks: Sequence[Task]) -> int:

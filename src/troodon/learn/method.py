@@ -156,7 +156,7 @@ class Method:
         if not self.config.by_prototypes:
             return {}
         if self.teachers:
-            cls_ND, patches_NPD = self.teachers[0].see(batch).cls_BD, self.teachers[0].patches(batch, self.patch)
+            cls_ND, patches_NPD = self.teachers[0].cls(batch), self.teachers[0].patches(batch, self.patch)
         else:
             (seen,) = self.teacher.backbone([batch.globals_GBCHW.flatten(0, 1)])
             cls_ND, patches_NPD = seen.cls_BD, seen.patches_BPD
@@ -212,7 +212,7 @@ class Method:
         for number, frozen in enumerate(self.teachers):
             for kind in self.config.compared:
                 with self.autocast():
-                    seen = [frozen.see(b).cls_BD if kind == "cls" else frozen.patches(b, self.patch) for b in parts]
+                    seen = [frozen.cls(b) if kind == "cls" else frozen.patches(b, self.patch) for b in parts]
                 name, rows_MD = f"{kind}.{number}", torch.cat([x.flatten(0, -2) for x in seen])
                 self._next_centres[name] = moments(rows_MD, self.centres[name], self.ranks)
                 for part, x in zip(features, seen, strict=True):

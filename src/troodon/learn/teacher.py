@@ -1,9 +1,14 @@
 """Teachers that do not learn, for distillation: what they see of a batch, and their features on one scale."""
 
+import contextlib
+import math
+import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,11 +16,12 @@ from torch import Tensor, nn
 from troodon.data.batch import Batch
 from troodon.learn.losses import Ranks
 from troodon.model.config import ViTConfig
-from troodon.model.vit import Tokens
 
-# Shape suffixes: N global crops, C colours, H W pixels, P patches, h w rows and columns of them, D channels,
+# Shape suffixes: N = G * B global crops of B images, C colours, H W pixels, P patches, h w rows and columns of them,
+#                 T tokens: the class token and the patches, D channels,
 #                 M rows: class tokens, or patches, of the whole batch.
 
+LEFT_FREE = 0.1  # of the disk that holds what teachers have seen
 SETTLED = 100.0  # steps over which moments are plain means; later ones forget at this rate
 EPS = 1e-6
 
@@ -34,26 +40,81 @@ class Frozen:
     ):
         self.name, self.network, self.vit = name, network.requires_grad_(False).eval(), vit
         self.scale, self.shift = scale, shift
-        self._seen: WeakKeyDictionary[Batch, Tokens] = WeakKeyDictionary()
+        self.kept: Kept | None = None  # what it has seen of crops that come again
+        self._seen: WeakKeyDictionary[Batch, Tensor] = WeakKeyDictionary()
 
-    def see(self, batch: Batch) -> Tokens:
-        """Its tokens of the global crops, one view after another."""
-        if batch not in self._seen:
-            crops_NCHW = batch.globals_GBCHW.flatten(0, 1)
-            if self.scale is not None and self.shift is not None:
-                crops_NCHW = crops_NCHW * self.scale + self.shift
-            (self._seen[batch],) = self.network.backbone([crops_NCHW])
-        return self._seen[batch]
+    def cls(self, batch: Batch) -> Tensor:
+        """(N, D): its class tokens of the global crops, one view after another."""
+        return self._see(batch)[:, 0]
 
     def patches(self, batch: Batch, patch: int) -> Tensor:
         """(N, P, D): its patches of the global crops, resampled to a grid of patches of another size."""
-        patches_NPD, (height, width) = self.see(batch).patches_BPD, batch.globals_GBCHW.shape[-2:]
+        patches_NPD, (height, width) = self._see(batch)[:, 1:], batch.globals_GBCHW.shape[-2:]
         if patch == self.vit.patch:
             return patches_NPD
         patches_NDhw = patches_NPD.mT.unflatten(2, (height // self.vit.patch, width // self.vit.patch)).float()
         grid = (height // patch, width // patch)
         resampled = F.interpolate(patches_NDhw, grid, mode="bilinear", antialias=True, align_corners=False)
         return resampled.flatten(2).mT.to(patches_NPD.dtype)
+
+    def _see(self, batch: Batch) -> Tensor:
+        """(N, 1 + P, D): class token and patches of the global crops."""
+        if batch not in self._seen:
+            known = None if self.kept is None else self.kept.read(batch)
+            if known is None:
+                known = self._look(batch.globals_GBCHW.flatten(0, 1))
+                if self.kept is not None:
+                    self.kept.write(batch, known)
+            self._seen[batch] = known
+        return self._seen[batch]
+
+    def _look(self, crops_NCHW: Tensor) -> Tensor:
+        if self.scale is not None and self.shift is not None:
+            crops_NCHW = crops_NCHW * self.scale + self.shift
+        (tokens,) = self.network.backbone([crops_NCHW])
+        return torch.cat([tokens.cls_BD[:, None], tokens.patches_BPD], 1)
+
+
+class Kept:
+    """What a teacher has seen, in half precision, in a scratch file that the ranks of a machine share.
+
+    Of `images` images with so many sets of `views` global crops each. A part of a batch is read if all of it is there.
+    """
+
+    def __init__(self, path: Path, images: int, visits: int, views: int, tokens: int, dim: int):
+        self.visits, self.views = visits, views
+        shape = (images * visits, views, tokens, dim)
+        with contextlib.suppress(FileExistsError):  # by the first of the ranks; as long as it says, and empty
+            for file, size in ((path, 2 * math.prod(shape)), (path.with_suffix(".there"), shape[0])):
+                with open(file, "xb") as made:
+                    made.truncate(size)
+        self.tokens = np.memmap(path, np.float16, "r+", shape=shape)
+        self.there = np.memmap(path.with_suffix(".there"), np.uint8, "r+", shape=shape[:1])
+
+    @staticmethod
+    def fits(path: Path, images: int, visits: int, views: int, tokens: int, dim: int) -> bool:
+        """Whether the disk has room."""
+        disk = shutil.disk_usage(path.parent)
+        return 2 * images * visits * views * tokens * dim < disk.free - LEFT_FREE * disk.total
+
+    def read(self, batch: Batch) -> Tensor | None:
+        """(N, 1 + P, D), on the batch's device; None if some image of it has not been seen."""
+        rows = self._rows(batch)
+        if not self.there[rows].all():
+            return None
+        known_BGTD = torch.from_numpy(self.tokens[rows])
+        return known_BGTD.transpose(0, 1).flatten(0, 1).float().to(batch.globals_GBCHW.device)
+
+    def write(self, batch: Batch, tokens_NTD: Tensor) -> None:
+        rows = self._rows(batch)
+        known_BGTD = tokens_NTD.unflatten(0, (self.views, -1)).transpose(0, 1)
+        self.tokens[rows] = known_BGTD.half().cpu().numpy()
+        self.there[rows] = 1
+
+    def _rows(self, batch: Batch) -> np.ndarray:
+        assert batch.images_B2 is not None, "a loader says which images a batch shows"
+        image_B, visit_B = batch.images_B2.numpy().T
+        return image_B * self.visits + visit_B
 
 
 class Maps(nn.Module):
