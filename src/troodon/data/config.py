@@ -30,8 +30,8 @@ class CropsConfig:
     flip: float = 0.5
     """Probability of a horizontal flip."""
     visits: int = 0
-    """Sets of crops that an image has, with their colours: one at each visit, then again; 0 is new ones for ever. Few of
-    them spare a frozen teacher from looking at the same twice."""
+    """Sets of crops and colours that an image has, one for each visit, then again; 0 is new ones for ever. Few of them
+    spare a frozen teacher from looking at the same twice."""
     mixed: tuple[tuple[int, int, float], ...] = ()
     """Side of global crops, side of local crops, weight: each step draws one of these pairs by weight, in place of
     global_px and local_px (high-resolution training, https://arxiv.org/abs/2508.10104). None if left out."""
