@@ -12,14 +12,14 @@ from troodon.config import UsageError
 from troodon.data.decode import decode
 from troodon.evaluate import features
 from troodon.evaluate.baselines import BASELINES, ColourHistogram, RawPixels
-from troodon.evaluate.features import extract
+from troodon.evaluate.features import Reader, extract
 from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
 
 
 def test_rows_are_those_of_the_index(tmp_path: Path) -> None:
     index, fake = make_index(tmp_path, ["red", "green", "blue"] * 4), Fake()
-    found = extract(fake, index, blocks=2, batch=5, threads=2)
+    found = extract(fake, index, blocks=2, reader=Reader(batch=5, threads=2))
     assert found.rows.tolist() == list(range(12))
     assert found.cls_NLD.shape == found.mean_NLD.shape == (12, 2, 3)
     for row in (0, 7, 11):
@@ -49,7 +49,7 @@ def test_a_broken_image_is_left_out_and_named(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "images" / "001.png").write_bytes((tmp_path / "images" / "001.png").read_bytes()[:100])
     (tmp_path / "images" / "003.png").unlink()
     for _ in range(2):  # computed, then from the cache
-        found = extract(Fake(), index, cache=tmp_path / "cache")
+        found = extract(Fake(), index, reader=Reader(cache=tmp_path / "cache"))
         assert found.rows.tolist() == [0, 2]
         assert (found.cls_NLD == whole.cls_NLD[[0, 2]]).all()
         assert list(found.left_out) == ["001.png", "003.png"]
@@ -73,9 +73,9 @@ def test_features_that_are_not_numbers_are_said(tmp_path: Path) -> None:
 
 def test_the_second_time_the_backbone_does_not_run(tmp_path: Path) -> None:
     index, fake = make_index(tmp_path / "images", ["red", "green", "blue"]), Fake()
-    first = extract(fake, index, cache=tmp_path / "cache")
+    first = extract(fake, index, reader=Reader(cache=tmp_path / "cache"))
     assert fake.batches == 1
-    second = extract(fake, index, cache=tmp_path / "cache")
+    second = extract(fake, index, reader=Reader(cache=tmp_path / "cache"))
     assert fake.batches == 1
     for name in ("cls_NLD", "mean_NLD", "rows"):
         a, b = getattr(first, name), getattr(second, name)
@@ -87,7 +87,7 @@ def test_the_second_time_the_backbone_does_not_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", ["backbone", "blocks", "order", "bytes", "damage"])
 def test_what_was_kept_serves_nothing_else(tmp_path: Path, change: str) -> None:
     index, fake, blocks = make_index(tmp_path / "images", ["red", "green", "blue"]), Fake(), 3
-    extract(fake, index, blocks=blocks, cache=tmp_path / "cache")
+    extract(fake, index, blocks=blocks, reader=Reader(cache=tmp_path / "cache"))
     if change == "backbone":
         fake = Fake(fingerprint="f2", sharpness=2.0)
     elif change == "blocks":
@@ -103,7 +103,7 @@ def test_what_was_kept_serves_nothing_else(tmp_path: Path, change: str) -> None:
         (kept,) = (tmp_path / "cache").iterdir()
         kept.write_bytes(kept.read_bytes()[:-50])
     before = fake.batches
-    found = extract(fake, index, blocks=blocks, cache=tmp_path / "cache")
+    found = extract(fake, index, blocks=blocks, reader=Reader(cache=tmp_path / "cache"))
     assert fake.batches == before + 1
     fresh = extract(fake, index, blocks=blocks)
     assert np.array_equal(found.cls_NLD, fresh.cls_NLD)

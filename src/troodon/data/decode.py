@@ -122,6 +122,24 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.ascontiguousarray(_upright(_rgb(image), _orientation(image)))
 
 
+def plane(data: bytes) -> np.ndarray:
+    """The numbers (H, W) of a picture that holds one for each pixel, as they lie there: classes, or depths.
+
+    Of palettes the entries, not their colours; of 16 and 32 bits all; of an .npy array what it holds. Raises BadImage,
+    also for a picture in colour, and nothing else. EXIF is not looked at.
+    """
+    with _refusing(data):
+        if data.startswith(NPY):
+            numbers = np.load(io.BytesIO(data), allow_pickle=False, max_header_size=NPY_HEADER)
+        else:
+            with _opened(data) as image:
+                image.load()
+                numbers = np.asarray(image)
+        if numbers.ndim != 2 or numbers.dtype.kind not in "buif":
+            raise BadImage("decode error", f"an array of {numbers.dtype} {numbers.shape}, not one number a pixel")
+        return numbers
+
+
 def grey(pixels_HW3: np.ndarray) -> np.ndarray:
     """uint8 (H, W, 1) of RGB."""
     return np.array(Image.fromarray(pixels_HW3).convert("L"))[:, :, None]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from troodon.config import UsageError, nearest
+from troodon.config import UsageError, nearest, within
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,76 @@ class LinearConfig:
 
 
 @dataclass(frozen=True)
+class LogisticConfig:
+    """Logistic regression with a squared penalty, by L-BFGS (paper, appendix B.3)."""
+
+    strengths: tuple[float, ...] = tuple(10 ** (-6 + 11 * i / 44) for i in range(45))
+    """Values of C to choose from: the weight of the images against the penalty."""
+    steps: int = 1000
+    """Steps of the optimiser, at most."""
+    tolerance: float = 1e-5
+    """A problem is solved when no entry of its gradient is above this."""
+    held_out: float = 0.1
+    """Share of each training class that is held out to choose C."""
+
+    def __post_init__(self) -> None:
+        within(self, "logistic.", 1, None, "steps")
+        if not self.strengths or min(self.strengths) <= 0:
+            raise UsageError(f"logistic.strengths {self.strengths}: give numbers above 0")
+        if self.tolerance <= 0:
+            raise UsageError(f"logistic.tolerance {self.tolerance} is not above 0")
+        if not 0.0 < self.held_out < 1.0:
+            raise UsageError(f"logistic.held_out {self.held_out} is not between 0 and 1")
+
+
+@dataclass(frozen=True)
+class DenseConfig:
+    """What is trained on maps of patches, and how: the same for masks and depths."""
+
+    side: int = 0
+    """Pixels on the side of a window, in whole patches; 0 is what the network's images have."""
+    steps: int = 400
+    batch: int = 16
+    """Windows of a step."""
+    rate: float = 1e-3
+    """Of AdamW; warmed up over a tenth of the steps, then on a cosine to 0."""
+    weight_decay: float = 1e-4
+    seeds: int = 1
+    """Repetitions with other initial weights and orders; the value is their mean."""
+    scales: tuple[float, ...] = (1.0, 1.32, 1.73)
+    """Of the multi-scale protocol: times that the shorter side of an image is a window's."""
+    heads: tuple[Literal["linear", "linear_4", "linear_4_ms", "dpt"], ...] = ("linear", "linear_4", "linear_4_ms")
+    """A linear layer on the last block; on four; on four at several scales; convolutions on four. DPT is for depth."""
+    bins: int = 256
+    """Of depth."""
+    unit: float = 0.001
+    """Metres of a count of depth, where the owner of the data does not say it."""
+    range: tuple[float, float] | None = None
+    """Metres that count, least and most, where the owner of the data does not say it."""
+
+    def __post_init__(self) -> None:
+        within(self, "dense.", 0, None, "side", "weight_decay")
+        within(self, "dense.", 1, None, "steps", "batch", "seeds", "scales")
+        within(self, "dense.", 2, None, "bins")
+        if self.rate <= 0 or self.unit <= 0:
+            raise UsageError(f"dense: rate {self.rate} and unit {self.unit} must be above 0")
+        if not self.heads or not self.scales:
+            raise UsageError("dense.heads and dense.scales: give at least one of each")
+        if self.range is not None and not 0 <= self.range[0] < self.range[1]:
+            raise UsageError(f"dense.range {self.range[0]} {self.range[1]}: give the least and the largest distance")
+
+
+Protocol = Literal["knn", "linear", "logistic", "kmeans", "retrieve", "copies", "segment", "depth", "match"]
+ALL: tuple[Protocol, ...] = ("knn", "linear", "logistic", "kmeans", "retrieve", "copies", "segment", "depth", "match")
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """Which protocols run on frozen features, and how."""
 
     suite: str = "mine"
-    protocols: tuple[Literal["knn", "linear"], ...] = ("knn", "linear")
+    protocols: tuple[Protocol, ...] = ALL
+    """Those that a set of data has a truth for are done; patches are matched in any images with masks or depths."""
     ks: tuple[int, ...] = (10, 20, 100, 200)
     """Neighbours that vote in k-NN; one score for each."""
     temperature: float = 0.07
@@ -59,6 +124,20 @@ class EvaluateConfig:
     shot_seeds: int = 5
     """Random choices of those images; the value is their mean."""
     linear: LinearConfig = LinearConfig()
+    choose: tuple[Literal["held-out", "val"], ...] = ("held-out",)
+    """What linear classifiers are chosen on: held-out training images, or, as papers do, the images to test on."""
+    logistic: LogisticConfig = LogisticConfig()
+    rounds: int = 100
+    """Of k-means, at most."""
+    cluster_seeds: int = 3
+    """Beginnings of k-means; the value is the mean."""
+    at: tuple[int, ...] = (1, 5, 10)
+    """Besides mean average precision, the precision of the first so many images retrieved."""
+    dense: DenseConfig = DenseConfig()
+    match_images: int = 100
+    """Images of which two views are matched."""
+    match_within: tuple[float, ...] = (0.05, 0.1)
+    """A match is right within this share of the view's side."""
     resamples: int = 1000
     """Bootstrap resamples of the images behind an interval."""
     seed: int = 0
@@ -66,7 +145,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         if not self.protocols:
-            raise UsageError("protocols is empty: give knn, linear or both")
+            raise UsageError(f"protocols is empty: give some of {', '.join(ALL)}")
         if "knn" in self.protocols and (not self.ks or min(self.ks) < 1):
             raise UsageError(
                 f"ks {' '.join(map(str, self.ks)) or '(none)'}: give numbers of neighbours, each at least 1"
@@ -75,18 +154,30 @@ class EvaluateConfig:
             raise UsageError(f"temperature {self.temperature} is not above 0")
         if self.shots and min(self.shots) < 1:
             raise UsageError(f"shots {min(self.shots)} is not at least 1")
+        if not self.choose:
+            raise UsageError("choose is empty: give held-out, val or both")
+        within(self, "", 1, None, "at", "rounds", "cluster_seeds", "match_images")
         for name in ("shot_seeds", "resamples"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} {getattr(self, name)} is not at least 1")
+        if not self.match_within or not all(0 < share <= 1 for share in self.match_within):
+            raise UsageError(f"match_within {self.match_within}: give shares of a side, above 0")
 
 
 SUITES = {
     "mine": EvaluateConfig(),
-    "paper": EvaluateConfig(suite="paper", linear=LinearConfig(scale="none", least_steps=12500)),
+    "paper": EvaluateConfig(
+        suite="paper",
+        linear=LinearConfig(scale="none", least_steps=12500),
+        choose=("held-out", "val"),
+        dense=DenseConfig(steps=40000, heads=("linear", "linear_4", "linear_4_ms", "dpt")),
+    ),
     "quick": EvaluateConfig(
         suite="quick",
+        protocols=("knn", "linear", "retrieve", "copies", "segment", "depth"),
         ks=(10, 20),
         linear=LinearConfig(rates=(1e-3, 5e-3, 2e-2, 1e-1), blocks=(1,), epochs=5, least_steps=200),
+        dense=DenseConfig(steps=100, heads=("linear",)),
     ),
 }
 

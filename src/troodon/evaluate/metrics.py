@@ -1,11 +1,16 @@
-"""What a score is: a mean over images of "was it right", and how far it would move with other images.
+"""What a score is: a number over images, how far it would move with other images, and what it may be compared with.
 
 An image counts once, whatever its class; a class that training never showed counts, as wrong.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
-# Shape suffixes: N images, C classes, R resamples, U distinct values.
+from troodon.config import fingerprint
+
+# Shape suffixes: N images, C classes, R resamples, U distinct values, K numbers of an image, Q queries, P pairs.
 
 LEVEL = 0.95  # of every interval
 
@@ -42,11 +47,119 @@ def interval(right_N: np.ndarray, resamples: int, seed: int) -> tuple[float, flo
     return float(low), float(high)
 
 
+def interval_of(
+    statistic: Callable[[np.ndarray], np.ndarray], sums_NK: np.ndarray, resamples: int, seed: int
+) -> tuple[float, float]:
+    """Bootstrap interval of a function of sums over images, such as the mean IoU: (R, K) -> (R,)."""
+    random, count = np.random.default_rng(seed), len(sums_NK)
+    found = [
+        statistic(random.multinomial(count, np.full(count, 1 / count), size=min(64, resamples - start)) @ sums_NK)
+        for start in range(0, resamples, 64)
+    ]
+    low, high = np.nanquantile(np.concatenate(found), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def average_precision(relevant_N: np.ndarray, positives: int, how: str = "steps") -> float:
+    """Area under precision over recall of a ranking, best first; `positives` are all there are.
+
+    "steps" sums precision at each relevant image (what scikit-learn does); "trapezoids" joins the points between which
+    recall grows, as the evaluation of Oxford and Paris does (https://arxiv.org/abs/1803.11285).
+    """
+    at = np.flatnonzero(relevant_N)
+    found = np.arange(1, len(at) + 1)
+    precision = found / (at + 1)
+    if how == "trapezoids":
+        before = np.where(at > 0, (found - 1) / np.maximum(at, 1), 1.0)
+        precision = (precision + before) / 2
+    return float(precision.sum() / positives)
+
+
+def micro_ap(score_P: np.ndarray, right_P: np.ndarray, resamples: int, seed: int) -> tuple[float, float, float]:
+    """Average precision of all pairs in one ranking, and its interval over the pairs that are right.
+
+    Equal scores are ranked together: the precision at each is that after the last of them.
+    """
+    score_R = np.sort(score_P[right_P])[::-1]
+    wrong = np.sort(score_P[~right_P])
+    above_R = len(wrong) - np.searchsorted(wrong, score_R, side="left")  # wrong pairs that score as much or more
+    last_R = np.searchsorted(-score_R, -score_R, side="right") - 1  # the last of the right pairs with this score
+
+    def ap(weight_XR: np.ndarray) -> np.ndarray:
+        found_XR = np.cumsum(weight_XR, 1)[:, last_R]
+        precision_XR = found_XR / np.maximum(found_XR + above_R, 1)
+        return (weight_XR * precision_XR).sum(1) / weight_XR.sum(1)
+
+    count = len(score_R)
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
+    low, high = np.quantile(ap(drawn), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(ap(np.ones((1, count)))[0]), float(low), float(high)
+
+
+def class_counts(predicted: np.ndarray, target: np.ndarray, classes: int, ignore: int) -> np.ndarray:
+    """Of one picture, for each class the pixels (3, C) that are both, predicted and so in truth; ignored ones aside."""
+    known = target != ignore
+    predicted, target = predicted[known].astype(np.int64), target[known].astype(np.int64)
+    both = predicted[predicted == target]
+    return np.stack([np.bincount(x, minlength=classes) for x in (both, predicted, target)])
+
+
+def mean_iou(counts_R3C: np.ndarray) -> np.ndarray:
+    """Mean over classes of intersection over union (R,), of summed `class_counts`; a class that is nowhere is none."""
+    both, predicted, target = np.moveaxis(counts_R3C.astype(np.float64), 1, 0)
+    union = predicted + target - both
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.nanmean(np.where(union > 0, both / union, np.nan), axis=1)
+
+
+def depth_errors(predicted: np.ndarray, target: np.ndarray) -> dict[str, float]:
+    """Errors of one picture's distances (https://arxiv.org/abs/1406.2283, section 4) where `target` is above 0."""
+    known = target > 0
+    p, t = predicted[known].astype(np.float64), target[known].astype(np.float64)
+    ratio, logs = np.maximum(p / t, t / p), np.log(p / t)
+    return {
+        "absrel": float((np.abs(p - t) / t).mean()),
+        "rmse": float(np.sqrt(((p - t) ** 2).mean())),
+        "rmse_log": float(np.sqrt((logs**2).mean())),
+        **{f"delta{i}": float((ratio < 1.25**i).mean()) for i in (1, 2, 3)},
+    }
+
+
+def mutual_information(a_N: np.ndarray, b_N: np.ndarray) -> float:
+    """Normalised mutual information of two partitions, over the mean of their entropies; 1 if both are of one part."""
+    a, b = (np.unique(x, return_inverse=True)[1] for x in (a_N, b_N))
+    joint = np.bincount(a * (b.max() + 1) + b, minlength=(a.max() + 1) * (b.max() + 1)) / len(a)
+    joint = joint.reshape(a.max() + 1, b.max() + 1)
+
+    def entropy(p: np.ndarray) -> float:
+        p = p[p > 0]
+        return float(-(p * np.log(p)).sum())
+
+    ha, hb = entropy(joint.sum(1)), entropy(joint.sum(0))
+    return 1.0 if ha + hb == 0 else max(0.0, 2 * (ha + hb - entropy(joint.ravel())) / (ha + hb))
+
+
+# Metrics that are no share of anything; every other lies in [0, 1].
+ERRORS = frozenset(("absrel", "rmse", "rmse_log"))
+
+
 def score(
-    protocol: str, dataset: str, metric: str, value: float, low: float, high: float, settings: dict, backbone: str
+    protocol: str,
+    dataset: str,
+    metric: str,
+    value: float,
+    low: float,
+    high: float,
+    settings: dict,
+    backbone: str,
+    like: Any = None,
 ) -> dict:
-    """One entry of scores.json. Values are in [0, 1]."""
-    assert 0.0 <= value <= 1.0, value
+    """One entry of scores.json. Values are in [0, 1], but for ERRORS.
+
+    `like` is all that another score must share to stand in one row with this one; its settings, if not said.
+    """
+    assert 0.0 <= value <= 1.0 or metric in ERRORS, (metric, value)
+    like = settings if like is None else like
     return {
         "protocol": protocol,
         "dataset": dataset,
@@ -54,6 +167,7 @@ def score(
         "value": float(value),
         "low": float(low),
         "high": float(high),
-        "settings": settings,
+        "settings": settings | ({"protocol": like} if like is not settings else {}),
         "backbone": backbone,
+        "fingerprint": fingerprint(protocol, dataset, metric, like),
     }

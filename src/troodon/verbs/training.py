@@ -194,7 +194,7 @@ def quick_knn(index, config: PretrainConfig) -> "Probe | None":
     import numpy as np
     import torch
 
-    from troodon.evaluate.features import extract
+    from troodon.evaluate.features import Reader, extract
     from troodon.evaluate.knn import quick
 
     if index.table["label"].null_count == len(index):  # of very many images, known without a look at them
@@ -207,7 +207,7 @@ def quick_knn(index, config: PretrainConfig) -> "Probe | None":
     held = index.take(rows)
 
     def probe(backbone: "Backbone") -> float:
-        features = extract(backbone, held, blocks=1, threads=config.threads)
+        features = extract(backbone, held, blocks=1, reader=Reader(threads=config.threads))
         return quick(torch.from_numpy(features.final_ND), torch.from_numpy(codes[features.rows]))
 
     return probe

@@ -1,0 +1,80 @@
+"""Logistic regression against scikit-learn, k-means and its score against definitions and scikit-learn."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from troodon.evaluate import metrics
+from troodon.evaluate.cluster import assigned, kmeans
+from troodon.evaluate.config import LogisticConfig
+from troodon.evaluate.logistic import logistic, predict, solve
+
+FEW = LogisticConfig(strengths=(1e-6, 1e-3, 1e-1, 1.0, 30.0))
+
+
+def made(images: int, apart: float = 1.0, dim: int = 12, classes: int = 4, seed: int = 0) -> tuple:
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, classes, images)
+    centres = np.random.default_rng(9).normal(size=(classes, dim))
+    return (apart * centres[labels] + random.normal(size=(images, dim))).astype(np.float32), labels
+
+
+def test_every_strength_is_solved_as_scikit_learn_solves_it() -> None:
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    (x, y), (x_val, _) = made(300), made(200, seed=1)
+    models = solve(torch.from_numpy(x), torch.from_numpy(y), 4, FEW.strengths, 2000, 1e-6)
+    for strength, model in zip(FEW.strengths, models, strict=True):
+        reference = linear_model.LogisticRegression(C=strength, tol=1e-8, max_iter=5000).fit(x, y)
+        ours = predict(torch.from_numpy(x_val), model).softmax(1).numpy()
+        assert ours == pytest.approx(reference.predict_proba(x_val), abs=2e-3)
+        assert (ours.argmax(1) == reference.predict(x_val)).mean() > 0.99
+
+
+def test_problems_solved_together_are_those_solved_alone() -> None:
+    x, y = (torch.from_numpy(a) for a in made(200))
+    together = solve(x, y, 4, FEW.strengths, 500, 1e-6)
+    for strength, model in zip(FEW.strengths, together, strict=True):
+        (alone,) = solve(x, y, 4, (strength,), 500, 1e-6)
+        assert torch.allclose(alone, model, atol=2e-2 * float(model.abs().max()) + 1e-4)
+
+
+def test_the_strength_is_chosen_on_images_held_out() -> None:
+    (x, y), (x_val, y_val) = made(400, 0.7, dim=60), made(400, 0.7, dim=60, seed=1)
+    found = logistic(x, y, x_val, 4, LogisticConfig(), seed=0)
+    assert found.held_out_J[found.chosen] == found.held_out_J.max() > found.held_out_J[0]
+    right = (found.logits_MC.argmax(1).numpy() == y_val).mean()
+    flipped = np.random.default_rng(0).permutation(y)
+    chance = logistic(x, flipped, x_val, 4, LogisticConfig(), seed=0)
+    assert right > 0.8 > 0.4 > (chance.logits_MC.argmax(1).numpy() == y_val).mean()
+    tiny = logistic(1e-4 * x, y, 1e-4 * x_val, 4, LogisticConfig(), seed=0)
+    assert (tiny.logits_MC.argmax(1) == found.logits_MC.argmax(1)).float().mean() > 0.99  # whatever the scale
+
+
+def test_classes_of_one_image_hold_none_out() -> None:
+    found = logistic(np.eye(3, dtype=np.float32), np.arange(3), np.eye(3, dtype=np.float32), 3, FEW, seed=0)
+    assert found.logits_MC.argmax(1).tolist() == [0, 1, 2]
+    assert "too few" in found.chosen_on
+    assert dataclasses.replace(FEW, held_out=0.5).held_out == 0.5
+
+
+def test_mutual_information_is_that_of_scikit_learn() -> None:
+    cluster = pytest.importorskip("sklearn.metrics.cluster")
+    random = np.random.default_rng(0)
+    for parts in ((2, 3), (7, 4), (1, 5), (1, 1), (50, 50)):
+        a, b = (random.integers(0, p, 60) * 13 for p in parts)
+        assert metrics.mutual_information(a, b) == pytest.approx(cluster.normalized_mutual_info_score(a, b), abs=1e-9)
+    assert metrics.mutual_information(a, a + 3) == pytest.approx(1.0)
+
+
+def test_kmeans_finds_what_is_apart_and_ends_where_nothing_moves() -> None:
+    x, y = made(300, 8.0)
+    found = kmeans(torch.from_numpy(x), 4, 100, seed=0)
+    assert metrics.mutual_information(found.numpy(), y) > 0.95
+    unit = torch.nn.functional.normalize(torch.from_numpy(x), dim=1)
+    centres = torch.stack([torch.nn.functional.normalize(unit[found == k].sum(0), dim=0) for k in range(4)])
+    assert torch.equal(assigned(unit, centres)[0], found)
+    assert torch.equal(kmeans(torch.from_numpy(x), 4, 100, seed=0), found)
+    assert len(kmeans(torch.from_numpy(x[:2]), 9, 5, seed=0)) == 2
+    assert kmeans(torch.ones(6, 3), 3, 5, seed=0).shape == (6,)  # all the same image
