@@ -9,6 +9,7 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
+from troodon.data.benchmarks import Benchmark
 from troodon.data.index import SCHEMA, Index
 from troodon.evaluate.features import FrozenFeatures
 
@@ -51,6 +52,13 @@ class Fake:
         mean = patches.mean((1, 2))
         per_block = [(self.sharpness * mean + noise * (3 - b) / 100, mean + b) for b in range(1, 4)]
         return SimpleNamespace(cls=per_block[-1][0], patches=patches, blocks=per_block[-blocks:])
+
+
+def labels_of(train: Index, val: Index, name: str) -> Benchmark:
+    """A set of labels that says of itself what teaches and what tests."""
+    index = Index(pa.concat_tables([train.table, val.table]))
+    splits = pa.array(["train"] * len(train) + ["val"] * len(val), pa.string())
+    return Benchmark(name, "label", Index(index.table.set_column(SCHEMA.get_field_index("split"), "split", splits)))
 
 
 def frozen(cls_ND: np.ndarray, mean_ND: np.ndarray | None = None, blocks: int = 1) -> FrozenFeatures:

@@ -53,7 +53,17 @@ def test_all_right_is_not_certain() -> None:
 
 def test_a_score_has_these_keys() -> None:
     score = metrics.score("knn", "pets", "accuracy", np.float64(0.5), 0.4, 0.6, {"k": 10}, "mine")
-    assert list(score) == ["protocol", "dataset", "metric", "value", "low", "high", "settings", "backbone"]
+    assert list(score) == [
+        "protocol",
+        "dataset",
+        "metric",
+        "value",
+        "low",
+        "high",
+        "settings",
+        "backbone",
+        "fingerprint",
+    ]
     assert type(score["value"]) is float
 
 

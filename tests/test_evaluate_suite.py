@@ -7,17 +7,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.evaluate_world import Fake, make_index
+from tests.evaluate_world import Fake, labels_of, make_index
 from troodon import run
 from troodon.config import UsageError
+from troodon.data.benchmarks import Benchmark
 from troodon.data.index import Index
 from troodon.evaluate.baselines import ColourHistogram
 from troodon.evaluate.config import EvaluateConfig, LinearConfig
-from troodon.evaluate.suite import evaluate, how_split, split
+from troodon.evaluate.features import Reader
+from troodon.evaluate.split import how_split, split
+from troodon.evaluate.suite import evaluate
 
 LINEAR = LinearConfig(rates=(1e-2, 1e-1), blocks=(1, 2), epochs=1, least_steps=30)
-CONFIG = EvaluateConfig(ks=(1, 3, 200), linear=LINEAR, resamples=200)
-KEYS = ["protocol", "dataset", "metric", "value", "low", "high", "settings", "backbone"]
+CONFIG = EvaluateConfig(protocols=("knn", "linear"), ks=(1, 3, 200), linear=LINEAR, resamples=200)
+KEYS = ["protocol", "dataset", "metric", "value", "low", "high", "settings", "backbone", "fingerprint"]
 
 
 def colours(tmp_path: Path) -> tuple:
@@ -26,7 +29,7 @@ def colours(tmp_path: Path) -> tuple:
 
 def test_scores_of_two_backbones(tmp_path: Path) -> None:
     train, val = colours(tmp_path)
-    scores = evaluate([Fake(), ColourHistogram()], train, val, "colours", CONFIG, tmp_path / "scores", how="in halves")
+    scores = evaluate([Fake(), ColourHistogram()], [labels_of(train, val, "colours")], CONFIG, tmp_path / "scores")
     assert [(s["backbone"], s["protocol"]) for s in scores] == [
         ("fake", "knn"),
         ("fake", "linear"),
@@ -41,7 +44,12 @@ def test_scores_of_two_backbones(tmp_path: Path) -> None:
     assert 0.5 < nearest["low"] < 1.0
     settings = nearest["settings"]
     assert settings["k"] in (1, 3)
-    assert (settings["train"], settings["val"], settings["classes"], settings["split"]) == (24, 6, 3, "in halves")
+    assert (settings["train"], settings["val"], settings["classes"], settings["split"]) == (
+        24,
+        6,
+        3,
+        "train and val, as the data says",
+    )
     assert linear["settings"]["choice"] == "held-out"
     assert linear["settings"]["best on val"]["value"] >= linear["value"]
     assert (linear["settings"]["scale"], linear["settings"]["chosen from"]) == ("standardise", 2 * 2 * 2)
@@ -59,18 +67,19 @@ def test_scores_of_two_backbones(tmp_path: Path) -> None:
 def test_finished_scores_are_read_and_others_refused(tmp_path: Path) -> None:
     train, val = colours(tmp_path)
     fake, out, cache = Fake(), tmp_path / "scores", tmp_path / "cache"
-    scores = evaluate([fake], train, val, "colours", CONFIG, out, cache=cache)
+    scores = evaluate([fake], [labels_of(train, val, "colours")], CONFIG, out, reader=Reader(cache=cache))
     ran = fake.batches
-    assert evaluate([fake], train, val, "colours", CONFIG, out, cache=cache) == scores
+    assert evaluate([fake], [labels_of(train, val, "colours")], CONFIG, out, reader=Reader(cache=cache)) == scores
     assert fake.batches == ran
     with pytest.raises(UsageError, match=r"temperature: 0\.07 -> 0\.1"):
-        evaluate([fake], train, val, "colours", dataclasses.replace(CONFIG, temperature=0.1), out)
+        evaluate([fake], [labels_of(train, val, "colours")], dataclasses.replace(CONFIG, temperature=0.1), out)
     with pytest.raises(UsageError, match="the images or the backbone"):
-        evaluate([Fake(fingerprint="f2")], train, val, "colours", CONFIG, out)
+        evaluate([Fake(fingerprint="f2")], [labels_of(train, val, "colours")], CONFIG, out)
     with pytest.raises(UsageError, match="the images or the backbone"):
-        evaluate([fake], train.take(range(20)), val, "colours", CONFIG, out)
+        evaluate([fake], [labels_of(train.take(range(20)), val, "colours")], CONFIG, out)
+    ran = fake.batches
     other = dataclasses.replace(CONFIG, ks=(5,), linear=dataclasses.replace(LINEAR, blocks=(1,)))
-    evaluate([fake], train, val, "colours", other, tmp_path / "other", cache=cache)
+    evaluate([fake], [labels_of(train, val, "colours")], other, tmp_path / "other", reader=Reader(cache=cache))
     assert fake.batches == ran + 1  # only to draw the patches: features came from the cache
 
 
@@ -82,11 +91,11 @@ def relabelled(index: Index, names: dict[str, str]) -> Index:
 def test_other_labels_are_other_scores(tmp_path: Path) -> None:
     train, val = colours(tmp_path)
     config = dataclasses.replace(CONFIG, protocols=("knn",))
-    (score,) = evaluate([Fake()], train, val, "colours", config, tmp_path / "scores")
+    (score,) = evaluate([Fake()], [labels_of(train, val, "colours")], config, tmp_path / "scores")
     wrong = relabelled(val, {"green": "red"})
     with pytest.raises(UsageError, match="the images or the backbone"):
-        evaluate([Fake()], train, wrong, "colours", config, tmp_path / "scores")
-    (worse,) = evaluate([Fake()], train, wrong, "colours", config, tmp_path / "worse")
+        evaluate([Fake()], [labels_of(train, wrong, "colours")], config, tmp_path / "scores")
+    (worse,) = evaluate([Fake()], [labels_of(train, wrong, "colours")], config, tmp_path / "worse")
     assert (score["value"], worse["value"]) == (1.0, pytest.approx(2 / 3))
     (detail,) = run.read_json(tmp_path / "worse" / "details.json")
     assert detail["mistakes"] == [{"class": "red", "taken for": "green", "images": 2}]
@@ -98,7 +107,7 @@ def test_choices_do_not_see_the_validation_labels(tmp_path: Path) -> None:
     """Where there is nothing to learn, what is best on the validation images is best by luck alone."""
     train, val = split(make_index(tmp_path / "images", ["this", "that", "other"] * 40), 0)
     config = dataclasses.replace(CONFIG, ks=(1, 2, 4, 8, 16))
-    knn, linear = evaluate([Fake()], train, val, "noise", config, tmp_path / "scores")
+    knn, linear = evaluate([Fake()], [labels_of(train, val, "noise")], config, tmp_path / "scores")
     details = run.read_json(tmp_path / "scores" / "details.json")
     judged = {int(k): v for k, v in details[0]["leave-one-out"].items()}
     assert knn["settings"]["k"] == max(judged, key=lambda k: (judged[k], -k))
@@ -114,7 +123,7 @@ def test_a_class_that_training_lacks_counts_as_wrong(tmp_path: Path) -> None:
         ["red", "blue"] * 5 + ["red", "blue", "green", "green"],
         ["train"] * 10 + ["val"] * 4,
     )
-    for score in evaluate([Fake()], *split(index, 0), "colours", CONFIG, tmp_path / "scores"):
+    for score in evaluate([Fake()], [Benchmark("colours", "label", index)], CONFIG, tmp_path / "scores"):
         assert score["value"] == 0.5
         assert score["settings"]["val images of classes without training images (counted as wrong)"] == 2
         assert score["settings"]["classes"] == 3
@@ -124,7 +133,7 @@ def test_a_broken_image_is_counted_out_not_wrong(tmp_path: Path) -> None:
     train, val = colours(tmp_path)
     broken = Path(val.column("container")[2])
     broken.write_bytes(broken.read_bytes()[:90])
-    for score in evaluate([Fake()], train, val, "colours", CONFIG, tmp_path / "scores"):
+    for score in evaluate([Fake()], [labels_of(train, val, "colours")], CONFIG, tmp_path / "scores"):
         assert (score["value"], score["settings"]["val"], score["settings"]["images left out"]) == (1.0, 5, 1)
     details = run.read_json(tmp_path / "scores" / "details.json")
     assert list(details[0]["left out"]["val"]) == [broken.name]
@@ -133,7 +142,7 @@ def test_a_broken_image_is_counted_out_not_wrong(tmp_path: Path) -> None:
 def test_three_images(tmp_path: Path) -> None:
     index = make_index(tmp_path / "images", ["red", "red", "blue"])
     train, val = split(index, 0)
-    scores = evaluate([Fake()], train, val, "few", CONFIG, tmp_path / "scores", how=how_split(index, 0))
+    scores = evaluate([Fake()], [labels_of(train, val, "few")], CONFIG, tmp_path / "scores")
     assert [s["value"] for s in scores] == [1.0, 1.0]
     assert scores[0]["low"] == pytest.approx(0.025)
 
@@ -142,7 +151,7 @@ def test_few_shot_and_seeds_are_means(tmp_path: Path) -> None:
     train, val = split(make_index(tmp_path / "images", ["this", "that", "other"] * 40), 0)
     linear = dataclasses.replace(LINEAR, seeds=5)
     config = dataclasses.replace(CONFIG, shots=(2,), shot_seeds=5, linear=linear)
-    knn, shot, linear = evaluate([Fake()], train, val, "noise", config, tmp_path / "scores")
+    knn, shot, linear = evaluate([Fake()], [labels_of(train, val, "noise")], config, tmp_path / "scores")
     assert (knn["protocol"], shot["protocol"]) == ("knn", "knn_2_shot")
     assert shot["settings"]["images of each class"] == 2
     assert len(linear["settings"]["classifier"]) == linear["settings"]["seeds"] == 5
@@ -156,7 +165,7 @@ def test_backbones_of_one_name_are_told_apart(tmp_path: Path) -> None:
     train, val = colours(tmp_path)
     config = dataclasses.replace(CONFIG, protocols=("knn",))
     twins = [Fake(fingerprint="aaaaaaaa"), Fake(fingerprint="bbbbbbbb"), Fake(fingerprint="aaaaaaaa")]
-    scores = evaluate(twins, train, val, "colours", config, tmp_path / "scores")
+    scores = evaluate(twins, [labels_of(train, val, "colours")], config, tmp_path / "scores")
     assert [s["backbone"] for s in scores] == ["fake aaaaaa", "fake bbbbbb"]
 
 
@@ -164,12 +173,12 @@ def test_what_cannot_be_scored_is_said_before_anything_runs(tmp_path: Path) -> N
     fake, out = Fake(), tmp_path / "scores"
     one = make_index(tmp_path / "one", ["red"] * 6)
     with pytest.raises(UsageError, match="have the label 'red': two are needed"):
-        evaluate([fake], *split(one, 0), "one", CONFIG, out)
+        evaluate([fake], [Benchmark("one", "label", one)], CONFIG, out)
     with pytest.raises(UsageError, match="has a label"):
-        evaluate([fake], make_index(tmp_path / "none", [None] * 4), one, "none", CONFIG, out)
+        evaluate([fake], [Benchmark("none", "label", make_index(tmp_path / "none", [None] * 4))], CONFIG, out)
     train, _ = colours(tmp_path)
     with pytest.raises(UsageError, match="2 of 2 images to test on are also images to learn from"):
-        evaluate([fake], train, train.take([0, 1]), "same", CONFIG, out)
+        evaluate([fake], [labels_of(train, train.take([0, 1]), "same")], CONFIG, out)
     assert fake.batches == 0
     assert not out.exists()
 
@@ -183,5 +192,5 @@ def test_real_photographs(tmp_path: Path, shared) -> None:
     train, val = split(index, 0)
     assert how_split(index, 0) == "train and val, as the data says"
     config = dataclasses.replace(CONFIG, ks=(10,))
-    for score in evaluate([ColourHistogram()], train, val, "caltech", config, tmp_path / "scores"):
+    for score in evaluate([ColourHistogram()], [labels_of(train, val, "caltech")], config, tmp_path / "scores"):
         assert 0.4 < score["low"] < score["value"] < 1.0

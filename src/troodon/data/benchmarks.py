@@ -157,7 +157,9 @@ def own(tree: Tree) -> Benchmark | None:
 def classed(mask_HW: np.ndarray, classes: int, first: int = 0) -> np.ndarray:
     """Classes from 0 of a mask whose classes begin at `first`; IGNORE for what lies outside. Bits count as classes."""
     mask_HW = mask_HW.astype(np.int32) - first
-    return np.where((mask_HW >= 0) & (mask_HW < classes), mask_HW, IGNORE).astype(np.uint8 if classes < 256 else np.int32)
+    return np.where((mask_HW >= 0) & (mask_HW < classes), mask_HW, IGNORE).astype(
+        np.uint8 if classes < 256 else np.int32
+    )
 
 
 def instances(tree: Tree, name: str, images: Sequence[str], things: Sequence[str], asked: Sequence[bool]) -> Benchmark:

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from troodon.config import fingerprint
+from troodon.model.config import Preprocessing
 
 # Shape suffixes: B images, C channels of an image, S pixels on a side, P pixels, K bins, D channels of a descriptor.
 
@@ -80,6 +83,53 @@ class RawPixels:
 
     def features(self, images: Tensor, *, blocks: int = 1) -> Described:
         return Described((images - images.mean((1, 2, 3), keepdim=True)).flatten(1))
+
+
+@dataclass(frozen=True)
+class PatchColours:
+    """Mean and deviation of each channel in each patch, seen as a network of this preprocessing sees it: for dense
+    protocols, which ask for patches only. It stands in for a network of one block."""
+
+    preprocessing: Preprocessing
+    patch: int
+    name: str = "patch-colours"
+
+    @property
+    def channels(self) -> int:
+        return len(self.preprocessing.mean)
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(VERSION, self)
+
+    @property
+    def config(self) -> Any:
+        return SimpleNamespace(depth=1, patch=self.patch)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def vit(self) -> "PatchColours":
+        return self
+
+    def last_blocks(self, groups: list[Tensor], count: int) -> list[list[Any]]:
+        """What `ViT.last_blocks` gives: patches (B, P, D), and their mean in the place of the class token."""
+        (x_BCHW,) = groups
+        x_BChwpp = x_BCHW.unfold(2, self.patch, self.patch).unfold(3, self.patch, self.patch)
+        x_BDhw = torch.cat([x_BChwpp.mean((-2, -1)), x_BChwpp.std((-2, -1), unbiased=False)], 1)
+        patches_BPD = x_BDhw.flatten(2).transpose(1, 2)
+        return [[SimpleNamespace(patches_BPD=patches_BPD, cls_BD=patches_BPD.mean(1))]]
+
+
+@dataclass(frozen=True)
+class LocationPrior:
+    """A guess that looks at no picture: what stands at each place of the images to learn from, for dense protocols."""
+
+    name: str = "location-prior"
+    fingerprint: str = "location-prior"
+    channels: int = 3
 
 
 BASELINES = (ColourHistogram(), RawPixels())

@@ -88,9 +88,9 @@ class Reader:
         wrong: dict[int, BadImage] = {}
         part = index.take(rows)
         kept: Callable[[Sequence[np.ndarray]], Any] = list
-        for found, images in stream(part, self.batch, kept, channels=backbone.channels, threads=self.threads,
-                                    broken=wrong):  # fmt: skip
-            yield [rows[i] for i in found], images
+        found = stream(part, self.batch, kept, channels=backbone.channels, threads=self.threads, broken=wrong)
+        for rows_B, images in found:
+            yield [rows[i] for i in rows_B], list(images)
         broken.update({rows[i]: error for i, error in wrong.items()})
 
 
@@ -174,6 +174,11 @@ def told(left_out: dict[str, str], found: int, images: int) -> None:
         raise UsageError(f"none of the {images} images can be read: {': '.join(w for w in why if w)}")
     if left_out:
         run.say(f"{len(left_out)} of {images} images cannot be read and are left out: {', '.join(left_out)}"[:500])
+
+
+def same_images(index: Index, *columns: str) -> str:
+    """A name for images called so, as long and with these columns, wherever they lie: what scores are compared by."""
+    return fingerprint([index.column(name) for name in ("path", "length", *columns)])
 
 
 def images_fingerprint(index: Index, *columns: str) -> str:

@@ -49,12 +49,18 @@ class Probes:
 
 
 def probe(
-    train: FrozenFeatures, labels_N: np.ndarray, val: FrozenFeatures, classes: int, config: LinearConfig, seed: int
+    train: FrozenFeatures,
+    labels_N: np.ndarray,
+    val: FrozenFeatures,
+    classes: int,
+    config: LinearConfig,
+    seed: int,
+    allowed_MC: np.ndarray | None = None,
 ) -> Probes:
     """Train every classifier twice: without the held-out images, to choose one, and on all, to classify.
 
-    `labels_N` are in [0, classes). A function of its arguments only. Where no class has two images, the choice is
-    made on the training images themselves and `chosen_on` says so.
+    `labels_N` are in [0, classes); `allowed_MC` says which of them may be the answer. A function of its arguments only.
+    Where no class has two images, the choice is made on the training images themselves and `chosen_on` says so.
     """
     slices = list_slices(train, config)
     x_NF, x_MF = join(train), join(val)
@@ -69,11 +75,15 @@ def probe(
     model, _, _ = fit(x_NF[kept_N], labels[kept_N], slices, classes, config, seed)
     held_out_H, loss_H = judge(x_NF[judged_N], labels[judged_N], slices, model, config)
     model, steps, batch = fit(x_NF, labels, slices, classes, config, seed)
+    said = logits(x_MF, slices, model, config)
+    if allowed_MC is not None:
+        barred = (~torch.from_numpy(allowed_MC)).split(CHUNK)
+        said = [z_HMC.masked_fill(no_MC, -math.inf) for z_HMC, no_MC in zip(said, barred, strict=True)]
     best = held_out_H == held_out_H.max()  # many classifiers tie on few images: then the surest of them
     return Probes(
         settings=[(s.blocks, s.pooling, rate) for s in slices for rate in config.rates],
         held_out_H=held_out_H,
-        predicted_HM=torch.cat([h.argmax(-1) for h in logits(x_MF, slices, model, config)], dim=1),
+        predicted_HM=torch.cat([z_HMC.argmax(-1) for z_HMC in said], dim=1),
         chosen=int(torch.where(best, loss_H, math.inf).argmin()),
         chosen_on=chosen_on,
         steps=steps,

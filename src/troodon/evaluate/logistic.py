@@ -1,7 +1,7 @@
 """Logistic regression on frozen features: every strength of the penalty at once, chosen on held-out images.
 
-The paper's 45 values of C (appendix B.3) are 45 problems of one shape, and L-BFGS is a few sums and products: so all are
-solved side by side, each with its own history, curvature and step, and stops when it has converged.
+The paper's 45 values of C (appendix B.3) are 45 problems of one shape, and L-BFGS is a few sums and products: so all
+are solved side by side. Each has its own history, curvature and step, and stops when it has converged.
 """
 
 from collections.abc import Callable

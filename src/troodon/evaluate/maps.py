@@ -1,8 +1,8 @@
 """Patch features of square windows that slide over an image: what dense protocols read, made once for all of them.
 
 An image is resized so that its shorter side is that of a window, times a scale; windows overlap by a third. So every
-window has one size, whatever the images, and a picture of any shape is seen whole. Maps are float16, and mapped from the
-disk where there is a cache: they are a thousand times larger than class tokens.
+window has one size, whatever the images, and a picture of any shape is seen whole. Maps are float16, and mapped from
+the disk where there is a cache: they are a thousand times larger than class tokens.
 """
 
 import io
@@ -157,9 +157,7 @@ def resize(image_HWC: np.ndarray, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x_CHW[None], size=size, mode="bicubic", antialias=True)[0]
 
 
-def _extract(
-    backbone: Any, index: Index, part: range, view: View, blocks: tuple[int, ...], reader: Reader
-) -> Part:
+def _extract(backbone: Any, index: Index, part: range, view: View, blocks: tuple[int, ...], reader: Reader) -> Part:
     rows, places, maps, cls = [], [], [], []
     broken: dict[int, BadImage] = {}
     for rows_B, images in reader.images(backbone, index, part, broken):

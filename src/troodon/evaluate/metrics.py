@@ -3,6 +3,7 @@
 An image counts once, whatever its class; a class that training never showed counts, as wrong.
 """
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -159,7 +160,8 @@ def score(
     `like` is all that another score must share to stand in one row with this one; its settings, if not said.
     """
     assert 0.0 <= value <= 1.0 or metric in ERRORS, (metric, value)
-    like = settings if like is None else like
+    settings, like = json.loads(json.dumps([settings, settings if like is None else like]))
+    told = settings if like == settings else settings | {"protocol": like}
     return {
         "protocol": protocol,
         "dataset": dataset,
@@ -167,7 +169,7 @@ def score(
         "value": float(value),
         "low": float(low),
         "high": float(high),
-        "settings": settings | ({"protocol": like} if like is not settings else {}),
+        "settings": told,
         "backbone": backbone,
         "fingerprint": fingerprint(protocol, dataset, metric, like),
     }

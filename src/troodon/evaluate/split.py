@@ -27,6 +27,22 @@ def split(index: Index, seed: int) -> tuple[Index, Index]:
     return index.take(np.flatnonzero(~val_N)), index.take(np.flatnonzero(val_N))
 
 
+def by_split(index: Index, seed: int) -> tuple[np.ndarray, np.ndarray, str]:
+    """Rows to learn from and to test on of images with any truth, and how they were divided, in words.
+
+    The data's own "train" and "val" (or "test"); else a seeded 80 and 20 %. UsageError for fewer than two images.
+    """
+    if own := _own_split(index):
+        splits = np.asarray(index.column("split"), dtype=object)
+        return np.flatnonzero(splits == "train"), np.flatnonzero(splits == own), f"train and {own}, as the data says"
+    if len(index) < 2:
+        raise UsageError(f"{len(index)} images: two are needed, one to learn from and one to test on")
+    rows = np.random.default_rng(seed).permutation(len(index))
+    tests = max(1, round(SHARE * len(index)))
+    said = f"{1 - SHARE:.0%} and {SHARE:.0%}, at random (seed {seed})"
+    return np.sort(rows[tests:]), np.sort(rows[:tests]), said
+
+
 def how_split(index: Index, seed: int) -> str:
     """What `split` does with this index, in words for the settings of a score."""
     if own := _own_split(labelled(index)):

@@ -1,250 +1,135 @@
-"""Every protocol for every backbone: one artifact of scores.
+"""Every protocol for every backbone on every set of data: one artifact of scores.
 
-scores.json    one entry for each backbone and protocol, as it would be without having seen the validation labels
+scores.json    one entry for each backbone, protocol and metric, as it would be without having seen the answers
 details.json   for each of these: every variant tried, with intervals; classes; mistakes; images left out
 pictures/      of the first backbone: pca.png (where it has patches), neighbours.png
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-
-from troodon import run
+from troodon import dist, run
 from troodon.config import UsageError, fingerprint, to_dict
+from troodon.data.benchmarks import Benchmark
 from troodon.data.decode import decode
 from troodon.data.index import Index
-from troodon.evaluate import metrics
-from troodon.evaluate.config import EvaluateConfig
-from troodon.evaluate.features import Extractor, FrozenFeatures, extract, images_fingerprint
-from troodon.evaluate.knn import knn, leave_one_out, used_ks
-from troodon.evaluate.linear import probe
+from troodon.evaluate import classify, pixels
+from troodon.evaluate.baselines import LocationPrior
+from troodon.evaluate.config import EvaluateConfig, Protocol
+from troodon.evaluate.features import Extractor, Reader, extract, images_fingerprint
+from troodon.evaluate.match import match
+from troodon.evaluate.metrics import ERRORS, score
 from troodon.evaluate.pictures import PAIRS, neighbours_picture, pca_picture, spread
-from troodon.evaluate.split import few_shot, how_split, labelled, split
+from troodon.evaluate.results import Result
+from troodon.evaluate.retrieve import find_copies, retrieve
+from troodon.evaluate.split import how_split, labelled, split
 
-__all__ = ["evaluate", "how_split", "split"]
-
-# Shape suffixes: N training images, M validation images, S seeds.
-
-BLOCKS = 4  # of which features are kept, at least, so that other settings find them
-JUDGES = 5000  # training images, at most, that choose k
-
-
-@dataclass(frozen=True)
-class Task:
-    """One backbone's features of one data set; labels are places in `classes`, the sorted names of all that occur."""
-
-    train: FrozenFeatures
-    val: FrozenFeatures
-    labels_N: np.ndarray
-    labels_M: np.ndarray
-    classes: list[str]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a protocol gives: variants, each with what it is and predictions (S, M); the one that counts; and why it."""
-
-    protocol: str
-    variants: list[tuple[dict, np.ndarray]]
-    counts: int
-    settings: dict
-    details: dict
+Measure = Callable[[Any, Benchmark, EvaluateConfig, Reader], Iterator[Result]]
+# What is measured of a set of data that is no set of labels: the protocol, its function, and whether it needs patches.
+MEASURES: dict[str, list[tuple[Protocol, Measure, bool]]] = {
+    "retrieval": [("retrieve", retrieve, False)],
+    "copies": [("copies", find_copies, False)],
+    "mask": [("segment", pixels.measure, True), ("match", match, True)],
+    "depth": [("depth", pixels.measure, True), ("match", match, True)],
+}
 
 
 def evaluate(
     backbones: Sequence[Extractor],
-    train: Index,
-    val: Index,
-    dataset: str,
+    benchmarks: Sequence[Benchmark],
     config: EvaluateConfig,
     out: Path,
     *,
-    how: str = "as given",
-    batch: int = 64,
-    threads: int = 0,
-    cache: Path | None = None,
+    reader: Reader | None = None,
 ) -> list[dict]:
     """Scores of every backbone, the one of interest first, written to the folder `out` and returned.
 
-    `how` says in words how the images were divided (see `how_split`); it is recorded. Finished scores are returned as
-    they are. UsageError for data without labels, with fewer than two classes, or with images on both sides, and for
-    an `out` that holds other scores.
+    Several ranks, where there are some, share the images; then each does the same sums, and the first writes. Finished
+    scores are returned as they are. UsageError, before anything runs, for data that the protocols cannot measure, for
+    images on both sides, and for an `out` that holds other scores.
     """
-    train, val = labelled(train), labelled(val)
-    _check(train, val)
+    reader = reader or Reader()
+    lessons, others = divided(benchmarks, config)
+    for lesson in lessons:
+        classify.check(lesson)
+    for benchmark in others:
+        pixels.check(benchmark, config)
     named = _distinct(backbones)
-    settings = to_dict(config) | {"dataset": dataset, "split": how, "backbones": list(named)}
-    images = [images_fingerprint(index, "label") for index in (train, val)]
+    settings = to_dict(config) | {"datasets": [b.name for b in benchmarks], "backbones": list(named)}
+    images = [images_fingerprint(index, *columns) for index, *columns in _all_images(benchmarks)]
     made_of = fingerprint(settings, images, [b.fingerprint for b in named.values()])
     if run.is_done(out, "scores", made_of, settings):
         run.say(f"{out}: already there")
         return run.read_json(out / "scores.json")
-
     scores, details = [], []
-    blocks = max(BLOCKS, *config.linear.blocks)
-    run.say(f"suite {config.suite}: {len(named)} backbones, {len(train)} images to learn from, {len(val)} to test on")
-    with run.publish(out, "scores", made_of, settings) as folder:
-        for place, (name, backbone) in enumerate(named.items()):
-            near, far = (
-                extract(backbone, index, blocks=blocks, batch=batch, threads=threads, cache=cache)
-                for index in (train, val)
-            )
-            task = _task(near, far, train, val)
-            for outcome in _outcomes(task, config):
-                score, detail = _report(outcome, task, dataset, name, how, config)
-                scores.append(score)
-                details.append(detail)
-                run.say(f"{name}: {outcome.protocol} {score['value']:.1%} ({score['low']:.1%} to {score['high']:.1%})")
-            if place == 0:
-                _draw(backbone, near, far, train, val, folder / "pictures")
-        run.write_json(folder / "scores.json", scores)
-        run.write_json(folder / "details.json", details)
+    tell = run.say if dist.rank() == 0 else lambda message: None
+    count = sum(len(b.images) for b in benchmarks)
+    tell(f"suite {config.suite}: {len(named)} backbones, {len(benchmarks)} sets of data, {count:,} images")
+    for name, backbone in named.items():
+        for result in _results(backbone, lessons, others, config, reader):
+            entry = score(result.protocol, result.dataset, result.metric, result.value, result.low, result.high,
+                          result.settings, name, result.like)  # fmt: skip
+            scores.append(entry)
+            what = {"protocol": result.protocol, "dataset": result.dataset, "metric": result.metric}
+            details.append({"backbone": name} | what | result.details)
+            tell(said(entry))
+    if not scores:
+        raise UsageError(f"suite {config.suite}: none of its protocols ({', '.join(config.protocols)}) has data here")
+    if dist.rank() == 0:
+        with run.publish(out, "scores", made_of, settings) as folder:
+            if lessons and hasattr(backbones[0], "features"):
+                _draw(backbones[0], lessons[0], config, replace(reader, shared=False), folder / "pictures")
+            run.write_json(folder / "scores.json", scores)
+            run.write_json(folder / "details.json", details)
+    dist.barrier()
     return scores
 
 
-def _outcomes(task: Task, config: EvaluateConfig) -> Iterator[Outcome]:
-    if "knn" in config.protocols:
-        yield _knn(task, config)
-        for shots in config.shots:
-            yield _few_shot(task, config, shots)
-    if "linear" in config.protocols:
-        yield _linear(task, config)
+def said(entry: dict) -> str:
+    """A score in words."""
+    form = ".3f" if entry["metric"] in ERRORS else ".1%"
+    low, value, high = (f"{entry[key]:{form}}" for key in ("low", "value", "high"))
+    what = f"{entry['backbone']}: {entry['protocol']} on {entry['dataset']}"
+    return f"{what}, {entry['metric']} {value} ({low} to {high})"
 
 
-def _knn(task: Task, config: EvaluateConfig) -> Outcome:
-    x_ND, labels_N = torch.from_numpy(task.train.final_ND), torch.from_numpy(task.labels_N)
-    used = used_ks(config.ks, len(x_ND))
-    predicted = knn(x_ND, labels_N, torch.from_numpy(task.val.final_ND), list(used), config.temperature)
-    judges = np.random.default_rng(config.seed).permutation(len(x_ND))[:JUDGES]
-    judged = leave_one_out(x_ND, labels_N, list(used), config.temperature, torch.from_numpy(np.sort(judges)))
-    variants = [
-        ({"k": k} | ({} if asked == [k] else {"k asked for": asked}), predicted[k].numpy()[None])
-        for k, asked in used.items()
-    ]
-    return Outcome(
-        "knn",
-        variants,
-        counts=list(used).index(max(judged, key=lambda k: (judged[k], -k))),
-        settings={
-            "chosen on": f"{len(judges)} training images, leave-one-out",
-            "temperature": config.temperature,
-            "features": "class token of the last block",
-        },
-        details={"leave-one-out": {str(k): value for k, value in judged.items()}},
-    )
+def divided(benchmarks: Sequence[Benchmark], config: EvaluateConfig) -> tuple[list[classify.Lesson], list[Benchmark]]:
+    """Sets of labels, each with those that it teaches; and the others. UsageError for one that nothing here teaches."""
+    labels = [b for b in benchmarks if b.kind == "label"]
+    lessons = {}
+    for b in (b for b in labels if b.learns_from is None):
+        train, val = split(b.images, config.seed)
+        lessons[b.name] = classify.Lesson(b.name, train, {b.name: val}, how_split(b.images, config.seed))
+    for b in (b for b in labels if b.learns_from is not None):
+        if b.learns_from not in lessons:
+            raise UsageError(f"{b.name}: has only images to test on; give {b.learns_from}, to learn from, beside it")
+        lessons[b.learns_from].tests[b.name] = labelled(b.images)
+    return list(lessons.values()), [b for b in benchmarks if b.kind != "label"]
 
 
-def _few_shot(task: Task, config: EvaluateConfig, shots: int) -> Outcome:
-    """As many neighbours vote as a class has images; the value is the mean over choices of these images."""
-    x_ND, x_MD = torch.from_numpy(task.train.final_ND), torch.from_numpy(task.val.final_ND)
-    predicted = []
-    for seed in range(config.shot_seeds):
-        rows = torch.from_numpy(few_shot(task.labels_N, shots, config.seed + seed))
-        found = knn(x_ND[rows], torch.from_numpy(task.labels_N)[rows], x_MD, [shots], config.temperature)
-        predicted.append(found[shots].numpy())
-    what = {"k": shots, "images of each class": shots, "seeds": config.shot_seeds}
-    return Outcome(
-        f"knn_{shots}_shot", [(what, np.stack(predicted))], 0, {"temperature": config.temperature}, details={}
-    )
+def _results(
+    backbone: Any, lessons: list[classify.Lesson], others: list[Benchmark], config: EvaluateConfig, reader: Reader
+) -> Iterator[Result]:
+    """All that this backbone can do: a descriptor may have no patches, or nothing else."""
+    if hasattr(backbone, "features"):
+        for lesson in lessons:
+            yield from classify.classify(backbone, lesson, config, reader)
+    for benchmark in others:
+        for protocol, measure, patches in MEASURES[benchmark.kind]:
+            if protocol in config.protocols and isinstance(backbone, LocationPrior):
+                if measure is pixels.measure:
+                    yield from pixels.place_prior(benchmark, config)
+            elif protocol in config.protocols and hasattr(backbone, "vit" if patches else "features"):
+                yield from measure(backbone, benchmark, config, reader)
 
 
-def _linear(task: Task, config: EvaluateConfig) -> Outcome:
-    linear = config.linear
-    probes = [
-        probe(task.train, task.labels_N, task.val, len(task.classes), linear, config.seed + seed)
-        for seed in range(linear.seeds)
-    ]
-    right_SH = np.stack([(p.predicted_HM.numpy() == task.labels_M).mean(1) for p in probes])
-    variants = []
-    for how, heads in (("held-out", [p.chosen for p in probes]), ("best on val", right_SH.argmax(1).tolist())):
-        said = [_classifier(*p.settings[h]) for p, h in zip(probes, heads)]
-        what = {"choice": how, "classifier": said[0] if len(said) == 1 else said}
-        variants.append((what, np.stack([p.predicted_HM[h].numpy() for p, h in zip(probes, heads)])))
-    held_out_SH = np.stack([p.held_out_H.numpy() for p in probes])
-    return Outcome(
-        "linear",
-        variants,
-        counts=0,
-        settings={
-            "chosen on": probes[0].chosen_on,
-            "chosen from": len(probes[0].settings),
-            "scale": linear.scale,
-            "steps": probes[0].steps,
-            "batch": probes[0].batch,
-            "seeds": linear.seeds,
-        },
-        details={
-            "classifiers": [
-                {"classifier": _classifier(*s), "held-out": float(held), "val": float(right)}
-                for s, held, right in zip(probes[0].settings, held_out_SH.mean(0), right_SH.mean(0), strict=True)
-            ]
-        },
-    )
-
-
-def _classifier(blocks: int, pooling: str, rate: float) -> str:
-    return f"{blocks} {'block' if blocks == 1 else 'blocks'}, {pooling}, rate {rate:g}"
-
-
-def _report(
-    outcome: Outcome, task: Task, dataset: str, name: str, how: str, config: EvaluateConfig
-) -> tuple[dict, dict]:
-    """The entry of scores.json and that of details.json."""
-    tried = []
-    for what, predicted_SM in outcome.variants:
-        right_M = (predicted_SM == task.labels_M).mean(0)
-        low, high = metrics.interval(right_M, config.resamples, config.seed)
-        tried.append(what | {"value": float(right_M.mean()), "low": low, "high": high})
-    what, predicted_SM = outcome.variants[outcome.counts]
-    headline, best = tried[outcome.counts], max(tried, key=lambda t: t["value"])
-    unseen = int((~np.isin(task.labels_M, task.labels_N)).sum())
-    settings = what | outcome.settings
-    if len(tried) > 1:
-        settings["best on val"] = {k: v for k, v in best.items() if k not in ("choice", "low", "high")}
-    settings |= {"train": len(task.labels_N), "val": len(task.labels_M), "classes": len(task.classes), "split": how}
-    settings["interval"] = f"95 %, bootstrap over images, {config.resamples} resamples"
-    if left_out := len(task.train.left_out) + len(task.val.left_out):
-        settings["images left out"] = left_out
-    if unseen:
-        settings["val images of classes without training images (counted as wrong)"] = unseen
-    score = metrics.score(
-        outcome.protocol, dataset, "accuracy", headline["value"], headline["low"], headline["high"], settings, name
-    )
-    right_M = (predicted_SM == task.labels_M).mean(0)
-    per_class_C = metrics.class_accuracy(right_M, task.labels_M, len(task.classes))
-    mistakes = metrics.confusions(predicted_SM.ravel(), np.tile(task.labels_M, len(predicted_SM)), len(task.classes))
-    details = {
-        "backbone": name,
-        "protocol": outcome.protocol,
-        "variants": tried,
-        "class mean": float(np.nanmean(per_class_C)),
-        "per class": {task.classes[c]: float(v) for c, v in enumerate(per_class_C) if not np.isnan(v)},
-        "mistakes": [{"class": task.classes[a], "taken for": task.classes[b], "images": n} for a, b, n in mistakes],
-        "left out": {"train": task.train.left_out, "val": task.val.left_out},
-    }
-    return score, details | outcome.details
-
-
-def _task(near: FrozenFeatures, far: FrozenFeatures, train: Index, val: Index) -> Task:
-    labels = [np.asarray(index.column("label"))[f.rows] for index, f in ((train, near), (val, far))]
-    _two_classes(labels[0])
-    classes, codes = np.unique(np.concatenate(labels), return_inverse=True)
-    return Task(near, far, codes[: len(near.rows)], codes[len(near.rows) :], classes.tolist())
-
-
-def _check(train: Index, val: Index) -> None:
-    _two_classes(train.column("label"))
-    places = [set(zip(i.column("container"), i.column("offset"), strict=True)) for i in (train, val)]
-    if both := len(places[0] & places[1]):
-        raise UsageError(f"{both} of {len(val)} images to test on are also images to learn from: keep them apart")
-
-
-def _two_classes(labels: Sequence[str] | np.ndarray) -> None:
-    if len(found := set(labels)) < 2:
-        raise UsageError(f"all {len(labels)} images to learn from have the label {found.pop()!r}: two are needed")
+def _all_images(benchmarks: Sequence[Benchmark]) -> Iterator[tuple[Index, str, str]]:
+    for benchmark in benchmarks:
+        yield benchmark.images, "label", "split"
+        if benchmark.truth is not None:
+            yield benchmark.truth, "label", "split"
 
 
 def _distinct(backbones: Sequence[Extractor]) -> dict[str, Extractor]:
@@ -254,9 +139,10 @@ def _distinct(backbones: Sequence[Extractor]) -> dict[str, Extractor]:
     return {b.name if names.count(b.name) == 1 else f"{b.name} {b.fingerprint[:6]}": b for b in unique}
 
 
-def _draw(
-    backbone: Extractor, near: FrozenFeatures, far: FrozenFeatures, train: Index, val: Index, folder: Path
-) -> None:
+def _draw(backbone: Any, lesson: classify.Lesson, config: EvaluateConfig, reader: Reader, folder: Path) -> None:
+    blocks = max(classify.BLOCKS, *config.linear.blocks)
+    train, val = lesson.train, next(iter(lesson.tests.values()))
+    near, far = (extract(backbone, index, blocks=blocks, reader=reader) for index in (train, val))
     neighbours_picture(train, val, (near, far), folder / "neighbours.png")
     if far.mean_NLD.shape[-1]:
         rows = far.rows[spread([val.table["label"][int(row)].as_py() for row in far.rows], 3 * PAIRS)]
