@@ -1,8 +1,240 @@
-"""Layouts."""
+"""Evaluation sets as their owners publish them: a table of what they are called, known by, made of, and where to get.
 
+A layout is known by its `marks`: patterns that some of its folders or files fit, wherever in the place they lie. What
+else it needs are `parts`, each a pattern and what people call it; where one is missing, the message says so, and where
+the set is found. `build` then makes a `Benchmark` of the files' names and the owner's lists (layout_readers.py).
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from troodon.config import UsageError, nearest
+from troodon.data import files, listing
+from troodon.data import layout_readers as read
 from troodon.data.benchmarks import Benchmark, Tree, own
 
+WNID = r"n\d{8}"
+KITTI = r"(\d{4}_\d\d_\d\d)_drive_\d{4}_sync"
 
-def open_benchmark(place, layout=None):
-    tree = Tree.open(place)
-    return own(tree) if tree else None
+
+@dataclass(frozen=True)
+class Layout:
+    """A set as it is published."""
+
+    build: Callable[[Tree], Benchmark]
+    marks: tuple[str, ...]
+    get: str  # where its owners give it away
+    parts: tuple[tuple[str, str], ...] = ()  # pattern, name
+
+
+def named(**splits: str) -> Callable[[Tree], Benchmark]:
+    return partial(read.by_names, splits=splits)
+
+
+def paired(image: str, truth: tuple[str, ...], splits: dict[str, str], **about) -> Callable[[Tree], Benchmark]:
+    return partial(read.by_pairs, image=image, truth=truth, splits=splits, about=about)
+
+
+LAYOUTS: dict[str, Layout] = {
+    # ---- labels: ImageNet and sets of its classes
+    "imagenet-1k": Layout(
+        read.imagenet, (rf"train/{WNID}",), "https://image-net.org/challenges/LSVRC/2012",
+        ((r"val/.+|LOC_val_solution\.csv", "val/, a folder for each class, or flat beside LOC_val_solution.csv"),),
+    ),
+    "imagenet-v2": Layout(
+        partial(read.by_names, splits={"test": r"imagenetv2-[^/]+/(\d+)/[^/]+"}, learns_from="imagenet-1k"),
+        (r"imagenetv2-[^/]+/\d+",), "https://github.com/modestyachts/ImageNetV2",
+    ),
+    "imagenet-real": Layout(
+        read.imagenet_real, (r"real\.json",), "https://github.com/google-research/reassessed-imagenet",
+        ((r".*ILSVRC2012_val_00000001\.JPEG|val/.+", "the validation images of ImageNet, val/, beside real.json"),),
+    ),
+    "imagenet-a": Layout(
+        partial(read.by_names, splits={"test": rf"imagenet-a/({WNID})/[^/]+"}, learns_from="imagenet-1k"),
+        (rf"imagenet-a/{WNID}",), "https://github.com/hendrycks/natural-adv-examples",
+    ),
+    "imagenet-r": Layout(
+        partial(read.by_names, splits={"test": rf"imagenet-r/({WNID})/[^/]+"}, learns_from="imagenet-1k"),
+        (rf"imagenet-r/{WNID}",), "https://github.com/hendrycks/imagenet-r",
+    ),
+    "imagenet-sketch": Layout(
+        partial(read.by_names, splits={"test": rf"sketch/({WNID})/[^/]+"}, learns_from="imagenet-1k"),
+        (rf"sketch/{WNID}",), "https://github.com/HaohanWang/ImageNet-Sketch",
+    ),
+    # ---- labels: other sets
+    "inaturalist": Layout(
+        read.inaturalist, (r"train20\d\d\.json",), "https://github.com/visipedia/inat_comp",
+        ((r"val20\d\d\.json", "val20xx.json"),),
+    ),
+    "places205": Layout(
+        partial(read.by_lists, lists={"train": r"train_places205\.csv", "val": r"val_places205\.csv"}, parse=read.spaced),
+        (r"train_places205\.csv",), "http://places.csail.mit.edu/user/download.php",
+        ((r"val_places205\.csv", "val_places205.csv"),),
+    ),
+    "food101": Layout(
+        partial(read.by_lists, lists={"train": r"meta/train\.txt", "test": r"meta/test\.txt"}, parse=read.foldered,
+                form="images/{}.jpg"),
+        (r"meta/train\.txt",), "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101",
+        ((r"meta/test\.txt", "meta/test.txt"), (r"images/.+", "images/")),
+    ),
+    "cifar10": Layout(
+        read.cifar, (r"data_batch_1\.bin",), "https://www.cs.toronto.edu/~kriz/cifar.html (the binary version)",
+        ((r"test_batch\.bin", "test_batch.bin"),),
+    ),
+    "cifar100": Layout(
+        read.cifar, (r"fine_label_names\.txt",), "https://www.cs.toronto.edu/~kriz/cifar.html (the binary version)",
+        ((r"train\.bin", "train.bin"), (r"test\.bin", "test.bin")),
+    ),
+    "sun397": Layout(
+        partial(read.by_lists, lists={"train": r"Training_01\.txt", "test": r"Testing_01\.txt"}, parse=read.foldered),
+        (r"Training_01\.txt",), "https://vision.princeton.edu/projects/2010/SUN",
+        ((r"Testing_01\.txt", "Testing_01.txt"),),
+    ),
+    "cars": Layout(
+        read.cars, (r"cars_train_annos\.mat",), "https://ai.stanford.edu/~jkrause/cars/car_dataset.html",
+        ((r"cars_test_annos_withlabels\.mat", "cars_test_annos_withlabels.mat"), (r"cars_test/?.*", "cars_test/")),
+    ),
+    "aircraft": Layout(
+        partial(read.by_lists, lists={"train": r"images_variant_trainval\.txt", "test": r"images_variant_test\.txt"},
+                parse=read.first_word, form="images/{}.jpg"),
+        (r"images_variant_trainval\.txt",), "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft",
+        ((r"images_variant_test\.txt", "images_variant_test.txt"),),
+    ),
+    "dtd": Layout(
+        partial(read.by_lists, lists={"train": r"labels/(train|val)1\.txt", "test": r"labels/test1\.txt"},
+                parse=read.foldered, form="images/{}"),
+        (r"labels/train1\.txt",), "https://www.robots.ox.ac.uk/~vgg/data/dtd",
+        ((r"labels/test1\.txt", "labels/test1.txt"), (r"images/.+", "images/")),
+    ),
+    "pets": Layout(
+        partial(read.by_lists, lists={"train": r"annotations/trainval\.txt", "test": r"annotations/test\.txt"},
+                parse=read.breed, form="images/{}.jpg"),
+        (r"annotations/trainval\.txt",), "https://www.robots.ox.ac.uk/~vgg/data/pets",
+        ((r"annotations/test\.txt", "annotations/test.txt"), (r"images", "images/")),
+    ),
+    "caltech101": Layout(
+        partial(read.by_names, splits={"": r"101_ObjectCategories/((?!BACKGROUND_Google)[^/]+)/[^/]+"}),
+        (r"101_ObjectCategories/[^/]+",), "https://data.caltech.edu/records/mzrjq-6wc02",
+    ),
+    "flowers102": Layout(
+        read.flowers, (r"imagelabels\.mat",), "https://www.robots.ox.ac.uk/~vgg/data/flowers/102",
+        ((r"setid\.mat", "setid.mat"), (r"jpg", "jpg/")),
+    ),
+    "cub200": Layout(
+        read.cub, (r"image_class_labels\.txt",), "https://www.vision.caltech.edu/datasets/cub_200_2011",
+        ((r"images\.txt", "images.txt"), (r"train_test_split\.txt", "train_test_split.txt")),
+    ),
+    # ---- masks
+    "ade20k": Layout(
+        paired(r"images/(training|validation)/(.+)\.jpg", (r"annotations/\1/\2.png",),
+               {"training": "train", "validation": "val"}, kind="mask", read=read.ade20k, classes=read.numbers(150)),
+        (r"annotations/training",), "http://sceneparsing.csail.mit.edu (ADEChallengeData2016)",
+        ((r"images/training", "images/training"), (r"images/validation", "images/validation"),
+         (r"annotations/validation", "annotations/validation")),
+    ),
+    "cityscapes": Layout(
+        paired(r"leftImg8bit/(train|val)/(.+)_leftImg8bit\.png", (r"gtFine/\1/\2_gtFine_labelIds.png",),
+               {"train": "train", "val": "val"}, kind="mask", read=read.cityscapes, classes=read.CITYSCAPES),
+        (r"gtFine/train",), "https://www.cityscapes-dataset.com",
+        ((r"leftImg8bit/train", "leftImg8bit/train"), (r"leftImg8bit/val", "leftImg8bit/val"),
+         (r"gtFine/val", "gtFine/val")),
+    ),
+    "voc2012": Layout(
+        read.voc, (r"ImageSets/Segmentation/train\.txt",), "http://host.robots.ox.ac.uk/pascal/VOC/voc2012",
+        ((r"ImageSets/Segmentation/val\.txt", "ImageSets/Segmentation/val.txt"), (r"JPEGImages", "JPEGImages/"),
+         (r"SegmentationClass", "SegmentationClass/")),
+    ),
+    # ---- depths
+    "nyuv2": Layout(
+        paired(r"(sync|official_splits/test)/(.+)/rgb_(\d+)\.jpg", (r"\1/\2/sync_depth_\3.png",),
+               {"sync": "train", "official_splits/test": "val"}, kind="depth", unit=0.001, range=(0.001, 10.0)),
+        (r"sync/.+/?|official_splits/test",),
+        "https://cs.nyu.edu/~fergus/datasets/nyu_depth_v2.html, as frames (sync/, official_splits/)",
+        ((r"sync/.+", "sync/, to learn from"), (r"official_splits/test/.+", "official_splits/test/, to test on")),
+    ),
+    "kitti": Layout(
+        read.kitti, (rf"(train|val)/{KITTI}/proj_depth/groundtruth/image_02",),
+        "https://www.cvlibs.net/datasets/kitti/eval_depth.php (annotated depths, and the raw drives)",
+        ((rf".*{KITTI}/image_02/data", "the raw drives, DATE/DRIVE/image_02/data"),),
+    ),
+    "sun-rgbd": Layout(
+        read.sun_rgbd, (r"SUNRGBD/.+/depth",), "https://rgbd.cs.princeton.edu",
+        ((r"SUNRGBD/.+/image", "the image folder beside each depth folder"),),
+    ),
+    # ---- retrieval and copies
+    "roxford5k": Layout(
+        read.revisited, (r"gnd_roxford5k\.pkl",), "http://cmp.felk.cvut.cz/revisitop", ((r"jpg", "jpg/, the images"),)
+    ),
+    "rparis6k": Layout(
+        read.revisited, (r"gnd_rparis6k\.pkl",), "http://cmp.felk.cvut.cz/revisitop", ((r"jpg", "jpg/, the images"),)
+    ),
+    "met": Layout(
+        read.met, (r"MET_database\.json",), "http://cmp.felk.cvut.cz/met",
+        ((r"testset\.json", "testset.json"), (r"MET", "MET/, the images of the museum"), (r"test_met", "test_met/")),
+    ),
+    "amstertime": Layout(
+        read.amstertime, (r"AmsterTime.*/old",), "https://github.com/seyrankhademi/AmsterTime", ((r".*new", "new/"),)
+    ),
+    "copydays": Layout(
+        read.copydays, (r"strong",), "https://lear.inrialpes.fr/~jegou/data.php",
+        ((r"original", "original/"),),
+    ),
+}  # fmt: skip
+
+
+def open_benchmark(place: object, layout: str | None = None) -> Benchmark | None:
+    """The set of data that lies at a place, by its files: an owner's, or one's own; None where they do not say.
+
+    `layout` names one of LAYOUTS that it must be. UsageError where a part of it is missing.
+    """
+    if layout is not None and layout not in LAYOUTS:
+        raise nearest("layout", layout, LAYOUTS)
+    local = isinstance(place, str | Path) and not files.REMOTE.match(str(place))
+    tree = Tree.open(str(place)) if local else None
+    if tree is None:
+        if layout is not None:
+            raise UsageError(f"{place}: --layout {layout} is for a folder, tar or zip on this machine")
+        return None
+    known = places(tree)
+    for name in [layout] if layout else [] if own_first(tree) else LAYOUTS:
+        if layout or all(_there(mark, known) for mark in LAYOUTS[name].marks):
+            return _built(tree, name, known)
+    return own(tree)
+
+
+def own_first(tree: Tree) -> bool:
+    """Whether a table at the top says what is true: it is asked before any layout is looked for."""
+    return any(name in tree.where for name in ("index.csv", "pairs.csv", "labels.csv", "manifest.json"))
+
+
+def places(tree: Tree) -> set[str]:
+    """All folders and all files that are no images, with the place's own name before them."""
+    found = set()
+    for name in tree.where:
+        folder = name.rpartition("/")[0]
+        while folder and folder not in found:
+            found.add(folder)
+            folder = folder.rpartition("/")[0]
+        if listing.ending_of(name) not in listing.ENDINGS:
+            found.add(name)
+    return {f"{tree.name}/{name}" for name in found}
+
+
+def _there(pattern: str, known: set[str]) -> bool:
+    wanted = re.compile(rf"(?:.*/)?(?:{pattern})")
+    return any(map(wanted.fullmatch, known))
+
+
+def _built(tree: Tree, name: str, known: set[str]) -> Benchmark:
+    layout = LAYOUTS[name]
+    marks = [(mark, f"what it is known by ({mark})") for mark in layout.marks]
+    missing = [called for pattern, called in (*marks, *layout.parts) if not _there(pattern, known)]
+    if missing:
+        raise UsageError(f"{tree.root}: {name}, but for {', and '.join(missing)}; its owners: {layout.get}")
+    built = layout.build(tree)
+    if not len(built.images):
+        raise UsageError(f"{tree.root}: {name}, but none of its images is there; its owners: {layout.get}")
+    return replace(built, name=name)

@@ -41,13 +41,14 @@ class Masks:
     cls = False
     nothing = IGNORE
 
-    def loss(self, z_BCnn: Tensor, target_Bnn: Tensor) -> Tensor:
+    def loss(self, z_BChw: Tensor, target_Bnn: Tensor) -> Tensor:
         """The sum over known cells, over their number."""
         known = (target_Bnn != IGNORE).sum().clamp_min(1)
+        z_BCnn = enlarged(z_BChw, target_Bnn.shape[-1])
         return F.cross_entropy(z_BCnn, target_Bnn.long(), ignore_index=IGNORE, reduction="sum") / known
 
-    def averaged(self, z_BCnn: Tensor) -> Tensor:
-        return z_BCnn.softmax(1)
+    def averaged(self, z_BChw: Tensor) -> Tensor:
+        return z_BChw.softmax(1)
 
     def answer(self, mean_CHW: Tensor) -> Tensor:
         return mean_CHW.argmax(0)
@@ -72,17 +73,18 @@ class Depths:
     cls = True
     nothing = 0
 
-    def loss(self, z_BCnn: Tensor, target_Bnn: Tensor) -> Tensor:
+    def loss(self, z_BKhw: Tensor, target_Bnn: Tensor) -> Tensor:
         known = target_Bnn > 0
         if not known.any():
-            return 0.0 * z_BCnn.sum()
-        off = self.averaged(z_BCnn)[:, 0][known].log() - target_Bnn[known].log()
+            return 0.0 * z_BKhw.sum()
+        metres_Bnn = enlarged(self.averaged(z_BKhw), target_Bnn.shape[-1])[:, 0]
+        off = metres_Bnn[known].log() - target_Bnn[known].log()
         return (off.var(unbiased=False) + FLAT * off.mean().square() + 1e-9).sqrt()
 
-    def averaged(self, z_BCnn: Tensor) -> Tensor:
-        weight_BKnn = z_BCnn.relu() + LEAST
+    def averaged(self, z_BKhw: Tensor) -> Tensor:
+        weight_BKhw = z_BKhw.relu() + LEAST
         centre_K = torch.linspace(max(self.low, 1e-3), self.high, self.bins)
-        return (weight_BKnn * centre_K[:, None, None]).sum(1, keepdim=True) / weight_BKnn.sum(1, keepdim=True)
+        return (weight_BKhw * centre_K[:, None, None]).sum(1, keepdim=True) / weight_BKhw.sum(1, keepdim=True)
 
     def answer(self, mean_CHW: Tensor) -> Tensor:
         return mean_CHW[0]
@@ -142,8 +144,7 @@ def fit(
         places, order = np.sort(order[:batch]), order[batch:]
         rate = min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
         optimizer.param_groups[0]["lr"] = config.rate * rate
-        z_BCnn = enlarged(model(*maps.get(windows_W[places], blocks)), target_Wnn.shape[-1])
-        loss = task.loss(z_BCnn, torch.from_numpy(target_Wnn[places]))
+        loss = task.loss(model(*maps.get(windows_W[places], blocks)), torch.from_numpy(target_Wnn[places]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
