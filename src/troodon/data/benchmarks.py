@@ -106,17 +106,25 @@ class Tree:
         """The columns of a CSV file; none where it is not there or no such file."""
         return (read_table(self.read(name)) or {}) if name in self.where else {}
 
-    def names(self, pattern: str) -> list[str]:
-        """The files whose whole name fits a regular expression, sorted."""
-        wanted = re.compile(pattern)
-        return [name for name in self.where if wanted.fullmatch(name)]
+    def found(self, pattern: str) -> list[tuple[str, re.Match]]:
+        """The files whose path, this place's own name included, ends in what the pattern says; and how."""
+        wanted = re.compile(rf"(?:.*/)?{pattern}")
+        tried = ((name, wanted.fullmatch(f"{self.name}/{name}")) for name in self.where)
+        return [(name, match) for name, match in tried if match]
+
+    def one(self, pattern: str) -> str:
+        """The first such file."""
+        if not (names := [name for name, _ in self.found(pattern)]):
+            raise UsageError(f"{self.root}: has no file that is called like {pattern}")
+        return names[0]
+
+    def ends(self, parts: set[int]) -> dict[str, str]:
+        """Images by the last so many parts of their paths."""
+        split = ((name, name.split("/")) for name in self.images())
+        return {"/".join(words[-count:]): name for name, words in split for count in parts}
 
     def images(self, under: str = "") -> list[str]:
         return [n for n in self.where if n.startswith(under) and listing.ending_of(n) in listing.ENDINGS]
-
-    def has(self, name: str) -> bool:
-        """Whether there is such a file, or a folder with something in it."""
-        return name in self.where or any(known.startswith(f"{name.rstrip('/')}/") for known in self.where)
 
     def index(
         self, names: Sequence[str], labels: Sequence[str | None] | None = None, splits: Sequence | None = None

@@ -2,7 +2,8 @@
 
 A layout is known by its `marks`: patterns that some of its folders or files fit, wherever in the place they lie. What
 else it needs are `parts`, each a pattern and what people call it; where one is missing, the message says so, and where
-the set is found. `build` then makes a `Benchmark` of the files' names and the owner's lists (layout_readers.py).
+the set is found. `build` then makes a `Benchmark` of the names of the files and the owner's lists (layout_labels.py,
+layout_truths.py).
 """
 
 import re
@@ -13,7 +14,8 @@ from pathlib import Path
 
 from troodon.config import UsageError, nearest
 from troodon.data import files, listing
-from troodon.data import layout_readers as read
+from troodon.data import layout_labels as labels
+from troodon.data import layout_truths as truths
 from troodon.data.benchmarks import Benchmark, Tree, own
 
 WNID = r"n\d{8}"
@@ -31,119 +33,126 @@ class Layout:
 
 
 def named(**splits: str) -> Callable[[Tree], Benchmark]:
-    return partial(read.by_names, splits=splits)
+    return partial(labels.by_names, splits=splits)
 
 
 def paired(image: str, truth: tuple[str, ...], splits: dict[str, str], **about) -> Callable[[Tree], Benchmark]:
-    return partial(read.by_pairs, image=image, truth=truth, splits=splits, about=about)
+    return partial(truths.by_pairs, image=image, truth=truth, splits=splits, about=about)
 
 
 LAYOUTS: dict[str, Layout] = {
     # ---- labels: ImageNet and sets of its classes
     "imagenet-1k": Layout(
-        read.imagenet, (rf"train/{WNID}",), "https://image-net.org/challenges/LSVRC/2012",
-        ((r"val/.+|LOC_val_solution\.csv", "val/, a folder for each class, or flat beside LOC_val_solution.csv"),),
+        labels.imagenet, (rf"train/{WNID}", rf"val/{WNID}|.*LOC_val_solution\.csv"),
+        "https://image-net.org/challenges/LSVRC/2012 (val/ in folders, or flat beside Kaggle's LOC_val_solution.csv)",
     ),
     "imagenet-v2": Layout(
-        partial(read.by_names, splits={"test": r"imagenetv2-[^/]+/(\d+)/[^/]+"}, learns_from="imagenet-1k"),
+        partial(labels.by_names, splits={"test": r"imagenetv2-[^/]+/(\d+)/[^/]+"}, learns_from="imagenet-1k"),
         (r"imagenetv2-[^/]+/\d+",), "https://github.com/modestyachts/ImageNetV2",
     ),
     "imagenet-real": Layout(
-        read.imagenet_real, (r"real\.json",), "https://github.com/google-research/reassessed-imagenet",
+        labels.imagenet_real, (r"real\.json",), "https://github.com/google-research/reassessed-imagenet",
         ((r".*ILSVRC2012_val_00000001\.JPEG|val/.+", "the validation images of ImageNet, val/, beside real.json"),),
     ),
     "imagenet-a": Layout(
-        partial(read.by_names, splits={"test": rf"imagenet-a/({WNID})/[^/]+"}, learns_from="imagenet-1k"),
+        partial(labels.by_names, splits={"test": rf"imagenet-a/({WNID})/[^/]+"}, learns_from="imagenet-1k"),
         (rf"imagenet-a/{WNID}",), "https://github.com/hendrycks/natural-adv-examples",
     ),
     "imagenet-r": Layout(
-        partial(read.by_names, splits={"test": rf"imagenet-r/({WNID})/[^/]+"}, learns_from="imagenet-1k"),
+        partial(labels.by_names, splits={"test": rf"imagenet-r/({WNID})/[^/]+"}, learns_from="imagenet-1k"),
         (rf"imagenet-r/{WNID}",), "https://github.com/hendrycks/imagenet-r",
     ),
     "imagenet-sketch": Layout(
-        partial(read.by_names, splits={"test": rf"sketch/({WNID})/[^/]+"}, learns_from="imagenet-1k"),
+        partial(labels.by_names, splits={"test": rf"sketch/({WNID})/[^/]+"}, learns_from="imagenet-1k"),
         (rf"sketch/{WNID}",), "https://github.com/HaohanWang/ImageNet-Sketch",
     ),
     # ---- labels: other sets
     "inaturalist": Layout(
-        read.inaturalist, (r"train20\d\d\.json",), "https://github.com/visipedia/inat_comp",
+        labels.inaturalist, (r"train20\d\d\.json",), "https://github.com/visipedia/inat_comp",
         ((r"val20\d\d\.json", "val20xx.json"),),
     ),
     "places205": Layout(
-        partial(read.by_lists, lists={"train": r"train_places205\.csv", "val": r"val_places205\.csv"}, parse=read.spaced),
+        partial(
+            labels.by_lists, parse=labels.spaced,
+            lists={"train": r"train_places205\.csv", "val": r"val_places205\.csv"},
+        ),
         (r"train_places205\.csv",), "http://places.csail.mit.edu/user/download.php",
         ((r"val_places205\.csv", "val_places205.csv"),),
     ),
     "food101": Layout(
-        partial(read.by_lists, lists={"train": r"meta/train\.txt", "test": r"meta/test\.txt"}, parse=read.foldered,
+        partial(labels.by_lists, lists={"train": r"meta/train\.txt", "test": r"meta/test\.txt"}, parse=labels.foldered,
                 form="images/{}.jpg"),
         (r"meta/train\.txt",), "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101",
         ((r"meta/test\.txt", "meta/test.txt"), (r"images/.+", "images/")),
     ),
     "cifar10": Layout(
-        read.cifar, (r"data_batch_1\.bin",), "https://www.cs.toronto.edu/~kriz/cifar.html (the binary version)",
+        labels.cifar, (r"data_batch_1\.bin",), "https://www.cs.toronto.edu/~kriz/cifar.html (the binary version)",
         ((r"test_batch\.bin", "test_batch.bin"),),
     ),
     "cifar100": Layout(
-        read.cifar, (r"fine_label_names\.txt",), "https://www.cs.toronto.edu/~kriz/cifar.html (the binary version)",
+        labels.cifar, (r"fine_label_names\.txt",), "https://www.cs.toronto.edu/~kriz/cifar.html (the binary version)",
         ((r"train\.bin", "train.bin"), (r"test\.bin", "test.bin")),
     ),
     "sun397": Layout(
-        partial(read.by_lists, lists={"train": r"Training_01\.txt", "test": r"Testing_01\.txt"}, parse=read.foldered),
+        partial(
+            labels.by_lists, parse=labels.foldered,
+            lists={"train": r"Training_01\.txt", "test": r"Testing_01\.txt"},
+        ),
         (r"Training_01\.txt",), "https://vision.princeton.edu/projects/2010/SUN",
         ((r"Testing_01\.txt", "Testing_01.txt"),),
     ),
     "cars": Layout(
-        read.cars, (r"cars_train_annos\.mat",), "https://ai.stanford.edu/~jkrause/cars/car_dataset.html",
+        labels.cars, (r"cars_train_annos\.mat",), "https://ai.stanford.edu/~jkrause/cars/car_dataset.html",
         ((r"cars_test_annos_withlabels\.mat", "cars_test_annos_withlabels.mat"), (r"cars_test/?.*", "cars_test/")),
     ),
     "aircraft": Layout(
-        partial(read.by_lists, lists={"train": r"images_variant_trainval\.txt", "test": r"images_variant_test\.txt"},
-                parse=read.first_word, form="images/{}.jpg"),
+        partial(labels.by_lists, lists={"train": r"images_variant_trainval\.txt", "test": r"images_variant_test\.txt"},
+                parse=labels.first_word, form="images/{}.jpg"),
         (r"images_variant_trainval\.txt",), "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft",
         ((r"images_variant_test\.txt", "images_variant_test.txt"),),
     ),
     "dtd": Layout(
-        partial(read.by_lists, lists={"train": r"labels/(train|val)1\.txt", "test": r"labels/test1\.txt"},
-                parse=read.foldered, form="images/{}"),
+        partial(labels.by_lists, lists={"train": r"labels/(train|val)1\.txt", "test": r"labels/test1\.txt"},
+                parse=labels.foldered, form="images/{}"),
         (r"labels/train1\.txt",), "https://www.robots.ox.ac.uk/~vgg/data/dtd",
         ((r"labels/test1\.txt", "labels/test1.txt"), (r"images/.+", "images/")),
     ),
     "pets": Layout(
-        partial(read.by_lists, lists={"train": r"annotations/trainval\.txt", "test": r"annotations/test\.txt"},
-                parse=read.breed, form="images/{}.jpg"),
+        partial(labels.by_lists, lists={"train": r"annotations/trainval\.txt", "test": r"annotations/test\.txt"},
+                parse=labels.breed, form="images/{}.jpg"),
         (r"annotations/trainval\.txt",), "https://www.robots.ox.ac.uk/~vgg/data/pets",
         ((r"annotations/test\.txt", "annotations/test.txt"), (r"images", "images/")),
     ),
     "caltech101": Layout(
-        partial(read.by_names, splits={"": r"101_ObjectCategories/((?!BACKGROUND_Google)[^/]+)/[^/]+"}),
+        partial(labels.by_names, splits={"": r"101_ObjectCategories/((?!BACKGROUND_Google)[^/]+)/[^/]+"}),
         (r"101_ObjectCategories/[^/]+",), "https://data.caltech.edu/records/mzrjq-6wc02",
     ),
     "flowers102": Layout(
-        read.flowers, (r"imagelabels\.mat",), "https://www.robots.ox.ac.uk/~vgg/data/flowers/102",
+        labels.flowers, (r"imagelabels\.mat",), "https://www.robots.ox.ac.uk/~vgg/data/flowers/102",
         ((r"setid\.mat", "setid.mat"), (r"jpg", "jpg/")),
     ),
     "cub200": Layout(
-        read.cub, (r"image_class_labels\.txt",), "https://www.vision.caltech.edu/datasets/cub_200_2011",
+        labels.cub, (r"image_class_labels\.txt",), "https://www.vision.caltech.edu/datasets/cub_200_2011",
         ((r"images\.txt", "images.txt"), (r"train_test_split\.txt", "train_test_split.txt")),
     ),
     # ---- masks
     "ade20k": Layout(
         paired(r"images/(training|validation)/(.+)\.jpg", (r"annotations/\1/\2.png",),
-               {"training": "train", "validation": "val"}, kind="mask", read=read.ade20k, classes=read.numbers(150)),
+               {"training": "train", "validation": "val"},
+               kind="mask", read=truths.ade20k, classes=truths.numbers(150)),
         (r"annotations/training",), "http://sceneparsing.csail.mit.edu (ADEChallengeData2016)",
         ((r"images/training", "images/training"), (r"images/validation", "images/validation"),
          (r"annotations/validation", "annotations/validation")),
     ),
     "cityscapes": Layout(
         paired(r"leftImg8bit/(train|val)/(.+)_leftImg8bit\.png", (r"gtFine/\1/\2_gtFine_labelIds.png",),
-               {"train": "train", "val": "val"}, kind="mask", read=read.cityscapes, classes=read.CITYSCAPES),
+               {"train": "train", "val": "val"}, kind="mask", read=truths.cityscapes, classes=truths.CITYSCAPES),
         (r"gtFine/train",), "https://www.cityscapes-dataset.com",
         ((r"leftImg8bit/train", "leftImg8bit/train"), (r"leftImg8bit/val", "leftImg8bit/val"),
          (r"gtFine/val", "gtFine/val")),
     ),
     "voc2012": Layout(
-        read.voc, (r"ImageSets/Segmentation/train\.txt",), "http://host.robots.ox.ac.uk/pascal/VOC/voc2012",
+        truths.voc, (r"ImageSets/Segmentation/train\.txt",), "http://host.robots.ox.ac.uk/pascal/VOC/voc2012",
         ((r"ImageSets/Segmentation/val\.txt", "ImageSets/Segmentation/val.txt"), (r"JPEGImages", "JPEGImages/"),
          (r"SegmentationClass", "SegmentationClass/")),
     ),
@@ -151,37 +160,33 @@ LAYOUTS: dict[str, Layout] = {
     "nyuv2": Layout(
         paired(r"(sync|official_splits/test)/(.+)/rgb_(\d+)\.jpg", (r"\1/\2/sync_depth_\3.png",),
                {"sync": "train", "official_splits/test": "val"}, kind="depth", unit=0.001, range=(0.001, 10.0)),
-        (r"sync/.+/?|official_splits/test",),
-        "https://cs.nyu.edu/~fergus/datasets/nyu_depth_v2.html, as frames (sync/, official_splits/)",
-        ((r"sync/.+", "sync/, to learn from"), (r"official_splits/test/.+", "official_splits/test/, to test on")),
+        (r"official_splits/test",), "https://cs.nyu.edu/~fergus/datasets/nyu_depth_v2.html, as frames",
+        ((r"sync/.+", "sync/, the frames to learn from"),),
     ),
     "kitti": Layout(
-        read.kitti, (rf"(train|val)/{KITTI}/proj_depth/groundtruth/image_02",),
+        truths.kitti, (rf"(train|val)/{KITTI}/proj_depth/groundtruth/image_02",),
         "https://www.cvlibs.net/datasets/kitti/eval_depth.php (annotated depths, and the raw drives)",
         ((rf".*{KITTI}/image_02/data", "the raw drives, DATE/DRIVE/image_02/data"),),
     ),
     "sun-rgbd": Layout(
-        read.sun_rgbd, (r"SUNRGBD/.+/depth",), "https://rgbd.cs.princeton.edu",
+        truths.sun_rgbd, (r"SUNRGBD/.+/depth",), "https://rgbd.cs.princeton.edu",
         ((r"SUNRGBD/.+/image", "the image folder beside each depth folder"),),
     ),
     # ---- retrieval and copies
     "roxford5k": Layout(
-        read.revisited, (r"gnd_roxford5k\.pkl",), "http://cmp.felk.cvut.cz/revisitop", ((r"jpg", "jpg/, the images"),)
+        truths.revisited, (r"gnd_roxford5k\.pkl",), "http://cmp.felk.cvut.cz/revisitop", ((r"jpg", "jpg/, the images"),)
     ),
     "rparis6k": Layout(
-        read.revisited, (r"gnd_rparis6k\.pkl",), "http://cmp.felk.cvut.cz/revisitop", ((r"jpg", "jpg/, the images"),)
+        truths.revisited, (r"gnd_rparis6k\.pkl",), "http://cmp.felk.cvut.cz/revisitop", ((r"jpg", "jpg/, the images"),)
     ),
     "met": Layout(
-        read.met, (r"MET_database\.json",), "http://cmp.felk.cvut.cz/met",
+        truths.met, (r"MET_database\.json",), "http://cmp.felk.cvut.cz/met",
         ((r"testset\.json", "testset.json"), (r"MET", "MET/, the images of the museum"), (r"test_met", "test_met/")),
     ),
     "amstertime": Layout(
-        read.amstertime, (r"AmsterTime.*/old",), "https://github.com/seyrankhademi/AmsterTime", ((r".*new", "new/"),)
+        truths.amstertime, (r"AmsterTime.*/old",), "https://github.com/seyrankhademi/AmsterTime", ((r".*new", "new/"),)
     ),
-    "copydays": Layout(
-        read.copydays, (r"strong",), "https://lear.inrialpes.fr/~jegou/data.php",
-        ((r"original", "original/"),),
-    ),
+    "copydays": Layout(truths.copydays, (r"strong", r"original"), "https://lear.inrialpes.fr/~jegou/data.php"),
 }  # fmt: skip
 
 

@@ -90,7 +90,7 @@ class Reader:
         kept: Callable[[Sequence[np.ndarray]], Any] = list
         found = stream(part, self.batch, kept, channels=backbone.channels, threads=self.threads, broken=wrong)
         for rows_B, images in found:
-            yield [rows[i] for i in rows_B], list(images)
+            yield [rows[i] for i in rows_B], list(images)  # pyrefly: ignore[invalid-yield]
         broken.update({rows[i]: error for i, error in wrong.items()})
 
 

@@ -70,6 +70,7 @@ def measure(backbone: Any, benchmark: Benchmark, config: EvaluateConfig, reader:
     truths = {row: t for row, t in truths.items() if (t != task.nothing).any()}
     sizes = {row: (t.shape[0], t.shape[1]) for row, t in truths.items()}
     images = same_images(benchmark.images, "split")
+    fitted: dict[tuple[str, int], Any] = {}  # of one scale and of several it is the same head
     for head in heads:
         used = four if head != "linear" else (depth - 1,)
         scales = [test]
@@ -78,7 +79,10 @@ def measure(backbone: Any, benchmark: Benchmark, config: EvaluateConfig, reader:
             scales = [test if v.scale == 1.0 else extract_maps(backbone, val.images, v, blocks, reader) for v in views]
         counted = []
         for seed in range(config.seed, config.seed + dense.seeds):
-            model = fit(head, task, learn, used, target_Wnn, usable_W, dense, seed)
+            kind = head.removesuffix("_ms")
+            if (kind, seed) not in fitted:
+                fitted[kind, seed] = fit(kind, task, learn, used, target_Wnn, usable_W, dense, seed)
+            model = fitted[kind, seed]
             counted.append({r: _numbers(task, a, truths[r]) for r, a in predict(model, task, scales, used, sizes)})
         settings = {
             "head": head, "blocks": [b + 1 for b in used], "window": side, "steps": dense.steps, "batch": dense.batch,

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
@@ -45,7 +45,7 @@ def evaluate(
     ours = opened(backbone)
     # Layer scale 1: at the small values that training starts from, a random network hardly mixes its patches.
     untrained = replace(ours.config, layer_scale=1.0)
-    others = [
+    others: list[Any] = [
         Backbone.random(untrained, ours.preprocessing, seed=config.seed).to(ours.device),
         ColourHistogram(channels=ours.channels),
         RawPixels(channels=ours.channels),

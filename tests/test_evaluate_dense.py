@@ -1,0 +1,237 @@
+"""Masks and depths: windows cover every pixel, a head learns what patches say, pictures come together again."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from troodon.config import UsageError
+from troodon.data.benchmarks import IGNORE, Benchmark, Tree, own
+from troodon.evaluate import metrics
+from troodon.evaluate.baselines import LocationPrior, PatchColours
+from troodon.evaluate.config import DenseConfig, EvaluateConfig
+from troodon.evaluate.dense import Depths, Masks, cells, enlarged, fit, predict
+from troodon.evaluate.features import Reader
+from troodon.evaluate.maps import View, extract_maps, last_four, normalised, resize, spread_four, tokens
+from troodon.evaluate.match import moved, offsets, warped
+from troodon.evaluate.suite import evaluate
+from troodon.model.backbone import Backbone
+from troodon.model.config import Preprocessing, ViTConfig
+
+COLOURS = np.array([(200, 60, 60), (60, 190, 70), (50, 80, 210)])
+CONFIG = EvaluateConfig(dense=DenseConfig(steps=60, batch=8, rate=1e-2, heads=("linear",)), resamples=100)
+VIEW = Preprocessing(resize=32, crop=32)
+
+
+def street(folder: Path, images: int = 12, size: tuple[int, int] = (48, 64)) -> Benchmark:
+    """Pictures of three colours in blocks, with masks of which, and distances that grow with the class."""
+    rows = ["image,mask,depth,split"]
+    (folder / "m").mkdir(parents=True)
+    for i in range(images):
+        random = np.random.default_rng(i)
+        mask = np.kron(random.integers(0, 3, (3, 4)), np.ones((16, 16), int))[: size[0], : size[1]]
+        pixels = np.clip(COLOURS[mask] + random.normal(0, 8, (*mask.shape, 3)), 0, 255).astype(np.uint8)
+        mask[:4] = 11 if i % 2 else mask[:4]  # unlabelled
+        Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+        Image.fromarray(mask.astype(np.uint8)).save(folder / "m" / f"{i:02d}.png")
+        metres = np.where(mask > 2, 0, 1000 * (mask + 1)).astype(np.uint16)
+        Image.fromarray(metres).save(folder / "m" / f"d{i:02d}.png")
+        rows.append(f"{i:02d}.png,m/{i:02d}.png,m/d{i:02d}.png,{'val' if i % 3 == 2 else 'train'}")
+    (folder / "index.csv").write_text("\n".join(rows))
+    (folder / "classes.txt").write_text("red\ngreen\nblue\n")
+    tree = Tree.open(folder)
+    assert tree is not None
+    found = own(tree)
+    assert found is not None
+    return found
+
+
+def depths(masks: Benchmark) -> Benchmark:
+    """The same pictures, with distances for a truth."""
+    tree = Tree.open(Path(masks.images.column("container")[0]).parent)
+    assert tree is not None
+    splits = masks.images.column("split")
+    names = [f"m/d{i:02d}.png" for i in range(len(masks.images))]
+    images = tree.index([f"{i:02d}.png" for i in range(len(names))], splits=splits)
+    return Benchmark("far", "depth", images, tree.index(names))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "scale"), [(100, 100, 1.0), (37, 300, 1.0), (480, 360, 1.73), (5, 5, 1.32)]
+)
+def test_windows_cover_every_pixel_and_no_more(height: int, width: int, scale: float) -> None:
+    view = View(32, scale)
+    size = view.resized(height, width)
+    assert min(size) == max(32, round(32 * scale))
+    seen = np.zeros(size, int)
+    for top, left in view.corners(*size):
+        assert 0 <= top <= size[0] - 32
+        seen[top : top + 32, left : left + 32] += 1
+    assert seen.shape == size
+    assert seen.min() >= 1
+    if size == (32, 32):
+        assert seen.max() == 1
+
+
+def test_maps_are_what_the_network_says_of_each_window(tmp_path: Path) -> None:
+    benchmark = street(tmp_path / "s", images=3)
+    vit = ViTConfig(dim=32, depth=6, heads=2, patch=8, grid=4, layer_scale=1.0)
+    backbone = Backbone.random(vit, VIEW)
+    maps = extract_maps(backbone, benchmark.images, View(32), (1, 5), Reader(batch=2, cache=tmp_path / "cache"))
+    again = extract_maps(backbone, benchmark.images, View(32), (1, 5), Reader(batch=5, cache=tmp_path / "cache"))
+    assert isinstance(again.parts[0].maps_NLhwD, np.memmap)
+    assert maps.rows_N.tolist() == again.rows_N.tolist() == [0, 0, 1, 1, 2, 2]
+    found, cls = again.get(np.array([3]), (5,))
+    pixels = np.asarray(Image.open(tmp_path / "s" / "01.png"))
+    top, left, height, width = maps.places_N4[3]
+    window = normalised(backbone, resize(pixels, (height, width))[None, :, top : top + 32, left : left + 32])
+    direct = backbone.features(window)
+    assert torch.allclose(found[0, 0].movedim(0, -1), direct.patches[0], atol=2e-3)
+    assert torch.allclose(cls[0, 0], direct.cls[0], atol=1e-5)
+    assert torch.allclose(tokens(backbone, window, (1, 5))[0][0, 1], direct.patches[0])
+
+
+def test_which_blocks_dense_heads_read() -> None:
+    assert last_four(12) == (8, 9, 10, 11)
+    assert [spread_four(depth) for depth in (12, 24, 40)] == [(2, 5, 8, 11), (4, 11, 17, 23), (9, 19, 29, 39)]
+    assert spread_four(3)[-1] == 2
+    assert spread_four(1) == last_four(1) == (0,)
+
+
+def test_masks_are_learnt_from_what_patches_say_and_beat_their_places(tmp_path: Path) -> None:
+    colours = PatchColours(VIEW, 8)
+    scores = evaluate([colours, LocationPrior()], [street(tmp_path / "s")], CONFIG, tmp_path / "scores")
+    found = {(s["backbone"], s["protocol"], s["metric"]): s for s in scores}
+    ours, prior = (found[b, "segment", "miou"] for b in ("patch-colours", "location-prior"))
+    assert ours["value"] > 0.8 > 0.5 > prior["value"]
+    assert ours["low"] < ours["value"] < ours["high"]
+    assert ours["settings"]["window"] == 32
+    assert found["patch-colours", "segment", "pixel_accuracy"]["value"] > 0.9
+    assert found["patch-colours", "match", "pck@0.1"]["value"] > 0.1
+    assert ours["fingerprint"] != prior["fingerprint"]
+
+
+def test_depths_are_learnt_by_every_head(tmp_path: Path) -> None:
+    benchmark = depths(street(tmp_path / "s"))
+    dense = DenseConfig(
+        steps=80,
+        batch=8,
+        rate=1e-2,
+        bins=16,
+        range=(0.5, 4.0),
+        heads=("linear", "linear_4_ms", "dpt"),
+        scales=(1.0, 1.5),
+    )
+    config = dataclasses.replace(CONFIG, dense=dense, protocols=("depth",))
+    scores = evaluate([PatchColours(VIEW, 8), LocationPrior()], [benchmark], config, tmp_path / "scores")
+    found = {(s["backbone"], s["protocol"]): s["value"] for s in scores if s["metric"] == "absrel"}
+    assert set(found) == {
+        ("patch-colours", "depth"), ("patch-colours", "depth_linear_4_ms"), ("patch-colours", "depth_dpt"),
+        ("location-prior", "depth"),
+    }  # fmt: skip
+    assert max(v for (b, _), v in found.items() if b == "patch-colours") < 0.3 < found["location-prior", "depth"]
+
+
+def test_the_range_of_depths_is_asked_for_before_anything_runs(tmp_path: Path) -> None:
+    benchmark = depths(street(tmp_path / "s", images=3))
+    with pytest.raises(UsageError, match=r"--dense\.range LEAST MOST; .* from 1\.00 to 3\.00"):
+        evaluate([PatchColours(VIEW, 8)], [benchmark], CONFIG, tmp_path / "scores")
+    assert not (tmp_path / "scores").exists()
+
+
+def test_truth_lies_where_the_window_was_cut(tmp_path: Path) -> None:
+    benchmark, task = street(tmp_path / "s", images=2), Masks(3)
+    maps = extract_maps(PatchColours(VIEW, 8), benchmark.images, View(32), (0,), Reader())
+    target, windows = cells(benchmark, task, maps)
+    assert target.shape == (4, 16, 16)
+    assert windows.tolist() == [0, 1, 2, 3]
+    whole = benchmark.target(1)
+    top, left, height, width = maps.places_N4[3]
+    y, x = int((top + 9) / height * 48), int((left + 21) / width * 64)
+    assert target[3][4, 10] == whole[y, x]
+    assert (target[2][0] == IGNORE).all()  # the first rows of the second picture are unlabelled
+
+
+def test_a_truth_that_cannot_be_read_leaves_only_its_image_out(tmp_path: Path) -> None:
+    benchmark = street(tmp_path / "s", images=6)
+    (tmp_path / "s" / "m" / "00.png").write_bytes(b"broken")
+    maps = extract_maps(PatchColours(VIEW, 8), benchmark.images, View(32), (0,), Reader())
+    _, windows = cells(benchmark, Masks(3), maps)
+    assert set(maps.rows_N[windows]) == {1, 2, 3, 4, 5}
+
+
+def test_a_prediction_put_together_from_windows_is_the_whole(tmp_path: Path) -> None:
+    """A head that says of each patch how red it is gives a picture of how red the picture is."""
+    benchmark = street(tmp_path / "s", images=2)
+    maps = extract_maps(PatchColours(VIEW, 8), benchmark.images, View(32), (0,), Reader())
+    task = Depths(1.0, 0.0, 10.0, 1)
+
+    class Red(torch.nn.Module):
+        def forward(self, maps_BLDhw, cls_BLD):
+            return maps_BLDhw[:, 0, :1]
+
+    averaged = dataclasses.replace(task)
+    object.__setattr__(averaged, "averaged", lambda z: z)
+    found = dict(predict(Red(), averaged, [maps, maps], (0,), {0: (48, 64), 1: (48, 64)}))
+    pixels = np.asarray(Image.open(tmp_path / "s" / "01.png"), dtype=np.float32)
+    red = (pixels[..., 0] / 255 - 0.485) / 0.229
+    assert np.corrcoef(found[1].ravel(), red.ravel())[0, 1] > 0.9
+    assert found[1].shape == (48, 64)
+    assert enlarged(torch.ones(1, 1, 2, 2), (3, 5)).shape == (1, 1, 3, 5)
+
+
+def test_training_is_a_function_of_its_arguments(tmp_path: Path) -> None:
+    benchmark, task = street(tmp_path / "s", images=4), Masks(3)
+    maps = extract_maps(PatchColours(VIEW, 8), benchmark.images, View(32), (0,), Reader())
+    target, windows = cells(benchmark, task, maps)
+    few = DenseConfig(steps=5, batch=3)
+    a, b, c = (fit("linear", task, maps, (0,), target, windows, few, seed) for seed in (1, 1, 2))
+    assert torch.equal(a.layer.weight, b.layer.weight)
+    assert not torch.equal(a.layer.weight, c.layer.weight)
+
+
+def test_mean_iou_is_that_of_a_confusion_matrix() -> None:
+    sklearn = pytest.importorskip("sklearn.metrics")
+    random = np.random.default_rng(0)
+    target, said = random.integers(0, 5, (2, 40, 40))
+    target[random.random((40, 40)) < 0.1] = IGNORE
+    counts = metrics.class_counts(said, target, 6, IGNORE)  # a sixth class that is nowhere
+    known = target != IGNORE
+    expected = sklearn.jaccard_score(target[known], said[known], average="macro")
+    assert metrics.mean_iou(counts[None])[0] == pytest.approx(expected)
+    assert counts[0].sum() / counts[2].sum() == pytest.approx((said == target)[known].mean())
+
+
+def test_depth_errors_are_their_definitions() -> None:
+    random = np.random.default_rng(0)
+    t, p = random.uniform(1, 5, (2, 30))
+    t[:5] = 0
+    found = metrics.depth_errors(p, t)
+    known = [(a, b) for a, b in zip(p, t) if b > 0]
+    assert found["absrel"] == pytest.approx(sum(abs(a - b) / b for a, b in known) / len(known))
+    assert found["rmse"] == pytest.approx((sum((a - b) ** 2 for a, b in known) / len(known)) ** 0.5)
+    assert found["delta1"] == pytest.approx(sum(max(a / b, b / a) < 1.25 for a, b in known) / len(known))
+
+
+def test_matches_of_patches_that_carry_their_place_are_right() -> None:
+    """The second view says of each patch where in the first it lies: so the nearest is where it went."""
+    turn = moved(np.random.default_rng(3))
+    n = 16
+    ys = 2 * (torch.arange(n) + 0.5) / n - 1
+    place = torch.stack(torch.meshgrid(ys, ys, indexing="xy"), -1)
+    there = place @ turn[:, :2].T + turn[:, 2]
+
+    def code(x: torch.Tensor) -> torch.Tensor:  # nearer places have a higher cosine
+        return torch.cat([(6 * x).cos(), (6 * x).sin(), (2 * x).cos(), (2 * x).sin()], -1)
+
+    off = offsets(code(place), code(there), turn)
+    assert len(off) > n
+    assert off.max() < 1.5 / n
+    chance = offsets(torch.randn(n, n, 8), torch.randn(n, n, 8), turn)
+    assert (chance < 0.1).mean() < 0.2
+    ramp = torch.arange(64.0).repeat(64, 1)[None].expand(3, -1, -1) * 4
+    seen = warped(ramp.to(torch.uint8), turn).float()
+    assert abs(float(seen[0, 32, 32]) - 4 * (31.5 + 32 * float(turn[0, 2]))) < 6

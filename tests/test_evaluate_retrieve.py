@@ -1,0 +1,109 @@
+"""Retrieval and copies: rankings whose worth is known, definitions, scikit-learn, and what owners say of difficulty."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.evaluate_world import Fake, make_index
+from troodon.data.benchmarks import Benchmark
+from troodon.evaluate import metrics
+from troodon.evaluate.config import EvaluateConfig
+from troodon.evaluate.features import Reader
+from troodon.evaluate.retrieve import find_copies, rank_queries, retrieve, score_pairs
+
+NOTHING = np.zeros(0, np.int64)
+
+
+def test_average_precision_is_that_of_scikit_learn_and_of_oxford() -> None:
+    sklearn = pytest.importorskip("sklearn.metrics")
+    random = np.random.default_rng(0)
+    for share in (0.05, 0.5, 0.9):
+        relevant = random.random(60) < share
+        relevant[random.integers(60)] = True
+        found = metrics.average_precision(relevant, int(relevant.sum()))
+        assert found == pytest.approx(sklearn.average_precision_score(relevant, -np.arange(60)))
+        steps, before, seen = 0.0, 1.0, 0  # the definition by trapezoids, step by step
+        for rank, right in enumerate(relevant):
+            before = seen / rank if rank else 1.0
+            seen += right
+            steps += right * (before + seen / (rank + 1)) / 2
+        assert metrics.average_precision(relevant, int(relevant.sum()), "trapezoids") == pytest.approx(
+            steps / relevant.sum()
+        )
+    assert metrics.average_precision(np.array([True, False]), 2) == 0.5  # one of two was never found
+
+
+def test_micro_ap_is_that_of_scikit_learn_also_where_scores_are_equal() -> None:
+    sklearn = pytest.importorskip("sklearn.metrics")
+    random = np.random.default_rng(1)
+    for scores in (random.normal(size=500), random.integers(0, 6, 500) / 6, np.zeros(500)):
+        right = random.random(500) < 0.1
+        value, low, high = metrics.micro_ap(scores, right, 200, 0)
+        assert value == pytest.approx(sklearn.average_precision_score(right, scores))
+        assert low <= value <= high
+
+
+def test_queries_are_ranked_without_what_counts_for_nothing() -> None:
+    gallery = np.array([[1.0, 0], [0.9, 0.1], [0.5, 0.5], [0, 1]], np.float32)
+    query = np.array([[1.0, 0], [0, 1.0], [1.0, 1.0]], np.float32)
+    judged = [(np.array([1, 2]), np.array([0])), (np.array([0]), NOTHING), (NOTHING, NOTHING)]
+    ap, first = rank_queries(query, gallery, judged, (1, 2), "steps")
+    assert ap[:2] == pytest.approx([1.0, 0.25])
+    assert np.isnan(ap[2])
+    assert first[0].tolist() == [1.0, 1.0]
+    assert first[1].tolist() == [0.0, 0.0]
+
+
+def test_a_colour_is_found_again(tmp_path: Path) -> None:
+    images = make_index(tmp_path, ["red", "green", "blue"] * 4)
+    rows = np.arange(12)
+    judged = [(rows[(rows % 3 == q) & (rows != q)], np.array([q])) for q in range(3)]
+    easy = [(right[:1], np.append(right[1:], q)) for (right, _), q in zip(judged, range(3))]
+    benchmark = Benchmark(
+        "colours", "retrieval", images, queries=np.arange(3), gallery=rows, judged={"easy": easy, "all": judged}
+    )
+    found = {(r.protocol, r.metric): r for r in retrieve(Fake(), benchmark, EvaluateConfig(at=(1, 3)), Reader())}
+    assert {key: r.value for key, r in found.items()} == {
+        ("retrieve_easy", "map"): 1.0, ("retrieve_easy", "p@1"): 1.0, ("retrieve_easy", "p@3"): 1.0,
+        ("retrieve", "map"): 1.0, ("retrieve", "p@1"): 1.0, ("retrieve", "p@3"): 1.0,
+    }  # fmt: skip
+    (tmp_path / "000.png").write_bytes(b"broken")  # a query less, and an image less in the gallery
+    again = next(iter(retrieve(Fake(), benchmark, EvaluateConfig(), Reader())))
+    assert (again.settings["queries"], again.settings["gallery"], again.settings["images left out"]) == (2, 11, 1)
+
+
+def test_copies_are_told_from_all_other_pairs(tmp_path: Path) -> None:
+    images = make_index(tmp_path, ["red", "green", "blue", "grey"])
+    for copy, of in (("001", "000"), ("003", "002")):
+        (tmp_path / f"{copy}.png").write_bytes((tmp_path / f"{of}.png").read_bytes())
+    images = make_index_of(tmp_path, images)
+    benchmark = Benchmark("pairs", "copies", images, pairs=np.array([[0, 1], [2, 3]]))
+    (result,) = find_copies(Fake(), benchmark, EvaluateConfig(), Reader())
+    assert (result.metric, result.value) == ("micro_ap", 1.0)
+    wrong = Benchmark("pairs", "copies", images, pairs=np.array([[0, 2]]))
+    (result,) = find_copies(Fake(), wrong, EvaluateConfig(), Reader())
+    assert result.value < 0.5
+
+
+def make_index_of(folder: Path, index):
+    """The same rows, as long as their files are now."""
+    import pyarrow as pa
+
+    from troodon.data.index import Index
+
+    lengths = pa.array([Path(c).stat().st_size for c in index.column("container")], pa.int64())
+    return Index(index.table.set_column(index.table.schema.get_field_index("length"), "length", lengths))
+
+
+def test_of_very_many_pairs_the_lowest_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from troodon.evaluate import retrieve as module
+
+    x = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
+    x[1], x[3] = x[0] + 0.1, x[2] + 0.2
+    pairs = np.array([[0, 1], [2, 3]])
+    every = metrics.micro_ap(*score_pairs(x, pairs), 100, 0)
+    monkeypatch.setattr(module, "MOST", 10)
+    few = score_pairs(x, pairs)
+    assert len(few[0]) < 60 * 59 / 2
+    assert metrics.micro_ap(*few, 100, 0) == pytest.approx(every)
