@@ -5,7 +5,8 @@ import sys
 import types
 
 VERBS = (
-    "curate", "demo", "distill", "embed", "evaluate", "load", "pack", "pretrain", "report", "scan", "show_crops",
+    "compare", "curate", "demo", "distill", "embed", "evaluate", "load", "pack", "pretrain", "report", "scan",
+    "show_crops",
 )  # fmt: skip
 __all__ = list(VERBS)
 

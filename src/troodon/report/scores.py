@@ -24,13 +24,19 @@ from troodon.report.markup import (
 )
 from troodon.report.thumbnails import picture
 
-PROTOCOLS = {"knn": "k-NN", "linear": "linear", "logistic": "logistic regression", "segment": "segmentation",
-             "depth": "depth", "retrieve": "retrieval"}  # fmt: skip
-METRICS = {"accuracy": "accuracy", "miou": "mean IoU", "map": "mean average precision", "absrel": "relative error",
-           "rmse": "RMSE"}  # fmt: skip
-ERRORS = {"absrel", "abs_rel", "rmse", "error", "loss"}  # lower is better, and not a share of anything
+PROTOCOLS = {"knn": "k-NN", "linear": "linear", "linear_chosen_on_val": "linear, chosen on the images to test on",
+             "logistic": "logistic regression", "kmeans": "clusters", "segment": "segmentation",
+             "segment_linear_4": "segmentation, 4 blocks", "segment_linear_4_ms": "segmentation, 4 blocks and scales",
+             "depth": "depth", "depth_linear_4": "depth, 4 blocks", "depth_linear_4_ms": "depth, 4 blocks and scales",
+             "depth_dpt": "depth, convolutions", "retrieve": "retrieval", "copies": "copies among all pairs",
+             "match": "patches matched"}  # fmt: skip
+METRICS = {"accuracy": "accuracy", "miou": "mean IoU", "pixel_accuracy": "pixel accuracy", "nmi": "mutual information",
+           "map": "mean average precision", "micro_ap": "average precision", "absrel": "relative error",
+           "rmse": "RMSE", "rmse_log": "RMSE of logarithms"}  # fmt: skip
+ERRORS = {"absrel", "abs_rel", "rmse", "rmse_log", "error", "loss"}  # lower is better, and not a share of anything
 TO = "\N{EN DASH}"
-REFERENCE = re.compile(r"random|histogram|pixel|chance|untrained|prior|mean colour", re.IGNORECASE)
+REFERENCE = re.compile(r"random|histogram|pixel|chance|untrained|prior|patch-colours|mean colour", re.IGNORECASE)
+SECOND = re.compile(r"pixel_accuracy|rmse|rmse_log|delta\d|p@\d+")  # metrics that are told only with all others
 PICTURES = {
     "pca": "The first three principal components of the patch features, as red, green and blue. With good "
     "features, parts that mean the same get the same colour, although nobody named them.",
@@ -42,18 +48,18 @@ def scores(artifacts: list[Artifact]) -> Part | None:
     """Tables, bars with 95 % intervals, sentences and pictures. None without scores."""
     if not artifacts:
         return None
-    entries = [e for one in artifacts for e in _entries(one)]
+    entries = told_apart([_entries(one) for one in artifacts])
     groups = defaultdict(list)
     for entry in entries:
         groups[entry["dataset"], entry["protocol"], entry["metric"]].append(entry)
     for group in groups.values():
         group.sort(key=lambda e: (-_better(e), e["backbone"]))
-    body = [_words(groups), _table(groups), _bars(groups), [_pictures(one, len(artifacts)) for one in artifacts]]
+    first = _leading(groups)
+    others = folded("All metrics", _table(groups)) if len(first) < len(groups) else None
+    body = [_words(first), _table(first), _bars(first), others, [_pictures(one, len(artifacts)) for one in artifacts]]
     if not entries:
         body.insert(0, note("The scores are empty."))
-    return Part(
-        "scores", "What the features are worth", join(body, _settings(entries)), _cards(groups), _clause(groups)
-    )
+    return Part("scores", "What the features are worth", join(body, _settings(entries)), _cards(first), _clause(first))
 
 
 def _entries(one: Artifact) -> list[dict]:
@@ -65,6 +71,32 @@ def _entries(one: Artifact) -> list[dict]:
             names = {key: str(entry.get(key) or "") for key in ("protocol", "dataset", "metric")}
             out.append({**entry, **names, "backbone": str(entry.get("backbone") or "backbone")})
     return out
+
+
+def _leading(groups: dict) -> dict:
+    """Of each protocol the metrics that say most; others only where there are none of these."""
+    said = {(d, p) for d, p, metric in groups if not SECOND.fullmatch(metric)}
+    return {key: group for key, group in groups.items() if not SECOND.fullmatch(key[2]) or key[:2] not in said}
+
+
+def told_apart(artifacts: list[list[dict]]) -> list[dict]:
+    """All entries; where artifacts measured by one name in unlike ways, the name says which, so that none stand side
+    by side. What an artifact compares with (a histogram has no crop) goes with what was trained there."""
+    found: list[tuple[dict, tuple, str]] = []
+    for entries in artifacts:
+        like: dict[tuple, str] = {}
+        for entry in sorted(entries, key=is_reference):
+            key = (entry["dataset"], entry["protocol"], entry["metric"])
+            like.setdefault(key, str(entry.get("fingerprint") or "")[:6])
+        keys = ((e["dataset"], e["protocol"], e["metric"]) for e in entries)
+        found += [(entry, key, like[key]) for entry, key in zip(entries, keys)]
+    ways = defaultdict(set)
+    for _, key, way in found:
+        ways[key].add(way)
+    return [
+        {**entry, "protocol": f"{entry['protocol']} [{way or 'unsaid'}]"} if len(ways[key]) > 1 else entry
+        for entry, key, way in found
+    ]
 
 
 def is_reference(entry: dict) -> bool:
@@ -96,7 +128,8 @@ def _interval(entry: dict) -> str:
 
 
 def _protocol(name: str) -> str:
-    return PROTOCOLS.get(name, name.replace("_", " "))
+    plain, bracket, way = name.partition(" [")
+    return PROTOCOLS.get(plain, plain.replace("_", " ")) + bracket + way
 
 
 def _ours(group: list[dict]) -> dict | None:

@@ -8,11 +8,12 @@ from troodon.verbs.about import report
 from troodon.verbs.common import load
 from troodon.verbs.curation import curate
 from troodon.verbs.distillation import distill
-from troodon.verbs.evaluation import evaluate
+from troodon.verbs.evaluation import compare, evaluate
 from troodon.verbs.images import embed, pack, scan, show_crops
 from troodon.verbs.training import pretrain, submit
 
 __all__ = [
+    "compare",
     "curate",
     "distill",
     "embed",

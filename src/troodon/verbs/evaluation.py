@@ -1,6 +1,9 @@
 """The verb `evaluate`: what frozen features are worth."""
 
+import contextlib
 import json
+import os
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +12,7 @@ from tyro.conf import Positional, arg
 
 from troodon.config import UsageError
 from troodon.evaluate.config import EvaluateConfig, suite
-from troodon.verbs.common import Data, Images, configured, opened, paths_of, quoted, suggest
+from troodon.verbs.common import Data, Images, configured, opened, paths_of, quoted, some, suggest
 
 if TYPE_CHECKING:
     from troodon.model.backbone import Backbone
@@ -27,14 +30,54 @@ def evaluate(
     threads: int = 0,
     batch: int = 64,
     cache: str | Path | None = None,
+    devices: str | int = "auto",
 ) -> list[dict]:
     """Measure frozen features, on labels, masks, depths, pairs or whatever truth the data has, beside trivial ones.
 
     A place whose files say what is true of its images (see data/benchmarks.py and data/layouts.py), or that has labels
     and says itself which images test, is a set of data by itself; all others together are one more. `layout` says what
-    the places are, where their files do not. Inside a group of ranks, these share the images.
+    the places are, where their files do not. On several devices of this machine ("auto" is all), a process on each does
+    a part of the images, if backbone and data are given by their paths.
     """
     config = configured(name, EvaluateConfig(), suite, settings)
+    from troodon import dist
+
+    by_path = all(isinstance(place, str | Path) for place in (backbone, *paths_of(data)))
+    if by_path and (ranks := dist.to_start(devices)) > 1:
+        kept = {"layout": layout, "threads": threads, "batch": batch, "cache": cache}
+        return _launched(ranks, config, backbone, data, out, kept, baselines)
+    with dist.group() if "RANK" in os.environ else contextlib.nullcontext():
+        return _evaluate(config, backbone, data, Path(out), baselines, layout, threads, batch, cache)
+
+
+def _launched(
+    ranks: int, config: EvaluateConfig, backbone: object, data: Data, out: str | Path, kept: dict, baselines: bool
+) -> list[dict]:
+    """The same on several processes; what ends them is raised here."""
+    from troodon import launch
+    from troodon.config import to_yaml
+    from troodon.run import read_json, write_bytes
+
+    with tempfile.TemporaryDirectory(prefix="troodon-") as folder:
+        settings = Path(folder) / "suite.yaml"
+        write_bytes(settings, to_yaml(config).encode())
+        words = ["evaluate", str(settings), "--backbone", str(backbone), "--data", *map(str, paths_of(data))]
+        words += ["--out", str(out), *([] if baselines else ["--no-baselines"])]
+        words += [word for key, value in kept.items() if value is not None for word in (f"--{key}", str(value))]
+        ended = launch.launch(words, ranks)
+    if ended.code:
+        kinds = {launch.MISTAKE: UsageError, launch.STOPPED: KeyboardInterrupt}
+        error = kinds.get(ended.code, launch.RankLost)(ended.said)
+        error.add_note(ended.trace)
+        raise error
+    return read_json(Path(out) / "scores.json")
+
+
+def _evaluate(
+    config: EvaluateConfig, backbone: "str | Path | Backbone", data: Data, out: Path, baselines: bool,
+    layout: str | None, threads: int, batch: int, cache: str | Path | None,
+) -> list[dict]:  # fmt: skip
+    """On this process, or as one of a group of ranks."""
     from troodon import dist
     from troodon.evaluate.baselines import ColourHistogram, LocationPrior, PatchColours, RawPixels
     from troodon.evaluate.features import Reader
@@ -42,7 +85,7 @@ def evaluate(
     from troodon.model.backbone import Backbone
 
     benchmarks = opened_benchmarks(data, layout)
-    ours = opened(backbone)
+    ours = opened(backbone).to(dist.device()) if isinstance(backbone, str | Path) else backbone
     # Layer scale 1: at the small values that training starts from, a random network hardly mixes its patches.
     untrained = replace(ours.config, layer_scale=1.0)
     others: list[Any] = [
@@ -53,7 +96,7 @@ def evaluate(
         LocationPrior(),
     ]
     reader = Reader(batch, threads, None if cache is None else Path(cache), shared=dist.world() > 1)
-    return evaluating([ours, *(others if baselines else [])], benchmarks, config, Path(out), reader=reader)
+    return evaluating([ours, *(others if baselines else [])], benchmarks, config, out, reader=reader)
 
 
 def opened_benchmarks(data: Data, layout: str | None = None) -> list:
@@ -103,9 +146,11 @@ class Evaluate:
     baselines: bool = True
     """Also a random network, a colour histogram, raw pixels, and for dense tasks patch colours and a location prior."""
     layout: str | None = None
-    """What the places are, where their files do not say it: a name that `troodon evaluate --layout ?` lists."""
+    """An owner's layout that the places must have, such as ade20k: then what is missing is told."""
     batch: int = 64
     """Images that go through the network together."""
+    devices: str = "auto"
+    """How many of this machine's; auto is all. Each does a part of the images."""
     cache: str | None = None
     """A folder that keeps features for the next time."""
     threads: int = 0
@@ -118,21 +163,81 @@ class Evaluate:
         scores = evaluate(
             self.config, self.backbone, self.data, self.out,
             baselines=self.baselines, layout=self.layout, batch=self.batch, cache=self.cache,
-            threads=self.threads,
+            threads=self.threads, devices=self.devices,
         )  # fmt: skip
         print(json.dumps(scores, indent=1) if self.json else table(scores))
         suggest(f"troodon report {quoted(self.out)}")
 
 
+def compare(paths: Data) -> list[dict]:
+    """Scores of several artifacts, side by side only where they were measured alike.
+
+    A row is one metric of one protocol on one set of data, with the scores by artifact; what was measured in another
+    way stands in a row of its own, which says what differs from the first. Descriptors and random networks are left
+    out. UsageError for a folder without scores.
+    """
+    from troodon.config import differences
+    from troodon.report.scores import is_reference
+    from troodon.run import read_json
+
+    rows: dict[tuple, dict] = {}
+    for path in paths_of(paths):
+        file = Path(path) / "scores.json"
+        if not file.is_file():
+            raise UsageError(f"{path}: holds no scores.json: give a folder that `troodon evaluate` has made")
+        for entry in (e for e in read_json(file) if not is_reference(e)):
+            what = {key: entry[key] for key in ("dataset", "protocol", "metric")}
+            like = entry.get("fingerprint") or str(path)
+            row = rows.setdefault((*what.values(), like), what | {"like": like, "scores": {}, "differs": []})
+            name = f"{path}: {entry['backbone']}"
+            row["scores"][name] = {key: entry[key] for key in ("value", "low", "high")}
+            row.setdefault("settings", entry["settings"].get("protocol", {}))
+    first: dict[tuple, dict] = {}
+    for row in rows.values():
+        one = first.setdefault((row["dataset"], row["protocol"], row["metric"]), row)
+        if one is not row:
+            row["differs"] = differences(one["settings"], row["settings"]) or ["how it was measured is not recorded"]
+    return sorted(rows.values(), key=lambda r: (r["dataset"], r["protocol"], r["metric"]))
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Scores of several folders, side by side only where they were measured alike."""
+
+    paths: Positional[Images]
+    """Folders that `evaluate` has made, two or more."""
+    json: bool = False
+    """Print the rows as JSON."""
+
+    def run(self) -> None:
+        rows = compare(some(self.paths, "scores to compare"))
+        print(json.dumps(rows, indent=1) if self.json else compared(rows))
+
+
+def compared(rows: list[dict]) -> str:
+    """Rows for people, the best first in each; below one that is unlike the first, what differs."""
+    lines = []
+    for row in rows:
+        lines.append(f"{row['dataset']}, {row['protocol']}, {row['metric']}")
+        lines += [f"  not to be compared with the one above: {said}" for said in row["differs"]]
+        best = sorted(row["scores"].items(), key=lambda kept: better(row | kept[1]))
+        lines += [f"  {form(row | kept)}  {name}" for name, kept in best]
+    return "\n".join(lines)
+
+
 def table(scores: list[dict]) -> str:
     """Scores for people: a line each."""
     width, protocol, dataset = (max(len(s[key]) for s in scores) for key in ("backbone", "protocol", "dataset"))
-    lines = []
-    for s in sorted(scores, key=lambda s: (s["dataset"], s["protocol"], s["metric"], better(s))):
-        low, value, high = (f"{s[key]:.3f}" if is_error(s) else f"{s[key]:.1%}" for key in ("low", "value", "high"))
-        what = f"{s['dataset']:<{dataset}} {s['protocol']:<{protocol}} {s['metric']:<14} {s['backbone']:<{width}}"
-        lines.append(f"{what} {value:>6}  ({low} to {high})")
-    return "\n".join(lines)
+    return "\n".join(
+        f"{s['dataset']:<{dataset}} {s['protocol']:<{protocol}} {s['metric']:<14} {s['backbone']:<{width}} {form(s)}"
+        for s in sorted(scores, key=lambda s: (s["dataset"], s["protocol"], s["metric"], better(s)))
+    )
+
+
+def form(score: dict) -> str:
+    """A value and its interval."""
+    low, value, high = (f"{score[k]:.3f}" if is_error(score) else f"{score[k]:.1%}" for k in ("low", "value", "high"))
+    return f"{value:>6}  ({low} to {high})"
 
 
 def is_error(score: dict) -> bool:
