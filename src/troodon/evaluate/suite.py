@@ -134,7 +134,8 @@ def _all_images(benchmarks: Sequence[Benchmark]) -> Iterator[tuple[Index, str, s
 
 def _distinct(backbones: Sequence[Extractor]) -> dict[str, Extractor]:
     """Backbones by name; one given twice is taken once, and different ones of one name get their fingerprints."""
-    unique = {b.fingerprint: b for b in backbones}.values()
+    unique = {b.fingerprint: b for b in reversed(backbones)}  # the name is that of the first
+    unique = [b for b in backbones if unique[b.fingerprint] is b]
     names = [b.name for b in unique]
     return {b.name if names.count(b.name) == 1 else f"{b.name} {b.fingerprint[:6]}": b for b in unique}
 

@@ -1,0 +1,125 @@
+"""Several sets of data in one evaluation, and what may be compared with what."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from tests.evaluate_world import Fake, labels_of, make_index
+from troodon import cli, verbs
+from troodon.config import UsageError
+from troodon.data.benchmarks import Benchmark
+from troodon.data.index import SCHEMA, Index
+from troodon.evaluate import classify
+from troodon.evaluate.config import EvaluateConfig, LinearConfig, LogisticConfig
+from troodon.evaluate.features import Reader
+from troodon.evaluate.split import split
+from troodon.evaluate.suite import divided, evaluate
+from troodon.model.backbone import Backbone
+from troodon.model.config import Preprocessing, ViTConfig
+from troodon.report.scores import told_apart
+from troodon.verbs.evaluation import opened_benchmarks
+
+CONFIG = EvaluateConfig(
+    protocols=("knn", "linear", "logistic", "kmeans"), ks=(1,), choose=("held-out", "val"), resamples=50,
+    linear=LinearConfig(rates=(1e-2, 1e-1), epochs=1, least_steps=30), logistic=LogisticConfig(strengths=(0.1, 10.0)),
+)  # fmt: skip
+
+
+def relabelled(index: Index, labels: list[str]) -> Index:
+    return Index(index.table.set_column(SCHEMA.get_field_index("label"), "label", pa.array(labels)))
+
+
+def test_every_protocol_of_labels_and_what_it_was_chosen_on(tmp_path: Path) -> None:
+    index = make_index(tmp_path / "i", ["red", "green", "blue"] * 10)
+    scores = evaluate([Fake()], [labels_of(*split(index, 0), "colours")], CONFIG, tmp_path / "s")
+    found = {s["protocol"]: s for s in scores}
+    assert list(found) == ["knn", "linear", "linear_chosen_on_val", "logistic", "kmeans"]
+    assert [s["value"] for s in scores] == pytest.approx([1.0] * 5)
+    assert found["linear"]["settings"]["chosen on"] == "held-out training images"
+    assert found["linear_chosen_on_val"]["settings"]["chosen on"] == "the images it is measured on"
+    assert (found["kmeans"]["metric"], found["kmeans"]["settings"]["clusters"]) == ("nmi", 3)
+    assert len({s["fingerprint"] for s in scores}) == 5
+
+
+def test_other_sets_are_tested_with_what_one_teaches(tmp_path: Path) -> None:
+    """ImageNet's companions: numbers for names, several right labels, and some of the classes only."""
+    base = labels_of(*split(make_index(tmp_path / "base", ["red", "green", "blue"] * 10), 0), "base")
+    numbered = relabelled(make_index(tmp_path / "v2", ["blue", "green", "red"]), ["0", "1", "2"])  # by name, sorted
+    several = relabelled(make_index(tmp_path / "real", ["red", "blue", "blue", "red"]), ["1|2", "1", "0", "2"])
+    some = make_index(tmp_path / "a", ["red", "green", "red"])
+    wrong = relabelled(make_index(tmp_path / "b", ["blue", "green"]), ["red", "green"])  # one answers what it must not
+    others = [
+        Benchmark(name, "label", images, learns_from="base")
+        for name, images in (("v2", numbered), ("real", several), ("a", some), ("b", wrong))
+    ]
+    scores = evaluate([Fake()], [*others, base], CONFIG, tmp_path / "s")
+    for protocol in ("knn", "linear", "logistic"):
+        found = {s["dataset"]: s for s in scores if s["protocol"] == protocol}
+        assert {name: s["value"] for name, s in found.items() if name != "b"} == {
+            "base": 1.0, "v2": 1.0, "real": 0.75, "a": 1.0,
+        }, protocol  # fmt: skip
+        assert found["a"]["settings"]["answers"] == "only the 2 classes of this set"
+        assert "answers" not in found["v2"]["settings"]
+    (lesson,), _ = divided([*others, base], CONFIG)
+    task = classify.tasked(Fake(), lesson, CONFIG, Reader())
+    for outcome in classify._outcomes(task, CONFIG):
+        said = np.array(task.classes)[outcome.variants[0][1][0][task.test_M == 4]]
+        assert set(said) <= {"red", "green"}  # blue is none of its classes
+    with pytest.raises(UsageError, match="v2: has only images to test on; give base"):
+        evaluate([Fake()], others[:1], CONFIG, tmp_path / "t")
+
+
+def test_a_suite_without_data_for_it_says_so(tmp_path: Path) -> None:
+    base = labels_of(*split(make_index(tmp_path / "base", ["red", "green"] * 5), 0), "base")
+    with pytest.raises(UsageError, match=r"none of its protocols \(depth\) has data here"):
+        evaluate([Fake()], [base], dataclasses.replace(CONFIG, protocols=("depth",)), tmp_path / "s")
+
+
+def test_places_that_say_what_they_are_stand_alone_and_the_rest_together(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        for part in ("train", "val"):
+            for label in ("red", "blue"):
+                make_index(tmp_path / name / part / label, [label] * 2)
+    for label in ("red", "blue"):
+        make_index(tmp_path / "loose" / label, [label])
+    make_index(tmp_path / "pairs", ["red", "red"])
+    (tmp_path / "pairs" / "pairs.csv").write_text("path_a,path_b\n000.png,001.png\n")
+    found = opened_benchmarks([tmp_path / name for name in ("one", "pairs", "two", "loose")])
+    assert [(b.name, b.kind, len(b.images)) for b in found] == [
+        ("pairs", "copies", 2), ("one", "label", 8), ("two", "label", 8), ("loose", "label", 2),
+    ]  # fmt: skip
+    parts = opened_benchmarks([tmp_path / "one" / "train", tmp_path / "one" / "val"])
+    assert [(b.name, len(b.images)) for b in parts] == [("train + val", 8)]
+    with pytest.raises(UsageError, match="two sets of data are called pairs"):
+        opened_benchmarks([tmp_path / "pairs", tmp_path / "pairs"])
+
+
+def test_compare_puts_only_like_beside_like(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for label in ("red", "blue"):
+        make_index(tmp_path / "data" / label, [label] * 8)
+    vit = ViTConfig(dim=32, depth=2, heads=2, patch=8, grid=4, layer_scale=1.0)
+    for name, crop, k, seed in (("a", 32, 3, 7), ("b", 32, 3, 8), ("crop", 40, 3, 7), ("k", 32, 5, 7)):
+        backbone = dataclasses.replace(Backbone.random(vit, Preprocessing(crop, crop), seed), name="ours")
+        settings = {"ks": [k], "protocols": ["knn"]}
+        verbs.evaluate("mine", backbone, tmp_path / "data", tmp_path / name, baselines=name == "a", settings=settings)
+    rows = verbs.compare([tmp_path / name for name in ("a", "b", "crop", "k")])
+    assert [[name.rpartition("/")[2] for name in row["scores"]] for row in rows] == [
+        ["a: ours", "b: ours"], ["crop: ours"], ["k: ours"],
+    ]  # fmt: skip
+    assert [row["differs"] for row in rows] == [
+        [], ["view.crop: 32 -> 40", "view.resize: 32 -> 40"], ["ks: [3] -> [5]"],
+    ]  # fmt: skip
+    assert cli.run(["compare", str(tmp_path / "a"), str(tmp_path / "crop")]) == 0
+    assert "not to be compared with the one above: view.crop: 32 -> 40" in capsys.readouterr().out
+    assert cli.run(["compare", str(tmp_path / "data")]) == 2
+    assert "holds no scores.json" in capsys.readouterr().err
+
+    entries = [json.loads((tmp_path / name / "scores.json").read_text()) for name in ("a", "b", "crop")]
+    assert {e["protocol"] for e in told_apart(entries[:2])} == {"knn"}
+    apart = told_apart(entries)
+    assert len({e["protocol"] for e in apart}) == 2
+    assert len({e["protocol"] for e in apart[: len(entries[0])]}) == 1  # what a compares with goes with it
