@@ -10,7 +10,7 @@ import io
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -80,6 +80,7 @@ class Reader:
     threads: int = 0
     cache: Path | None = None
     shared: bool = False  # whether all ranks ask for the same features at the same time, and each do a part
+    kept: dict[str, FrozenFeatures] = field(default_factory=dict, repr=False)  # those that were asked for before
 
     def images(
         self, backbone: Extractor, index: Index, rows: range, broken: dict[int, BadImage]
@@ -112,6 +113,8 @@ def extract(
     boxes = boxes or {}
     cut = [sorted(boxes.items())] if boxes else []
     key = fingerprint(backbone.fingerprint, images_fingerprint(index), blocks, *cut)
+    if key in reader.kept:
+        return reader.kept[key]
     parts = in_parts(
         index, PART, key, reader,
         make=lambda rows: _extract(backbone, index, rows, blocks, boxes, reader),
@@ -120,7 +123,7 @@ def extract(
     left_out = {path: why for part in parts for path, why in part.left_out.items()}
     cls, mean, rows = (np.concatenate([getattr(p, name) for p in parts]) for name in ("cls_NLD", "mean_NLD", "rows"))
     told(left_out, len(rows), len(index))
-    return FrozenFeatures(backbone.name, cls, mean, rows, left_out)
+    return reader.kept.setdefault(key, FrozenFeatures(backbone.name, cls, mean, rows, left_out))
 
 
 def in_parts(

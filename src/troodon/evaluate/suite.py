@@ -68,7 +68,8 @@ def evaluate(
     count = sum(len(b.images) for b in benchmarks)
     tell(f"suite {config.suite}: {len(named)} backbones, {len(benchmarks)} sets of data, {count:,} images")
     for name, backbone in named.items():
-        for result in _results(backbone, lessons, others, config, reader):
+        kept = replace(reader, kept={} if scores else reader.kept)  # of the first, until its pictures are drawn
+        for result in _results(backbone, lessons, others, config, kept):
             entry = score(result.protocol, result.dataset, result.metric, result.value, result.low, result.high,
                           result.settings, name, result.like)  # fmt: skip
             scores.append(entry)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     name: str | EvaluateConfig,
-    backbone: "str | Path | Backbone",
+    backbone: "str | Path | Backbone | list",
     data: Data,
     out: str | Path,
     *,
@@ -34,6 +34,8 @@ def evaluate(
 ) -> list[dict]:
     """Measure frozen features, on labels, masks, depths, pairs or whatever truth the data has, beside trivial ones.
 
+    `backbone` may be a list; a random network of the shape of the first, and descriptors, stand beside them.
+
     A place whose files say what is true of its images (see data/benchmarks.py and data/layouts.py), or that has labels
     and says itself which images test, is a set of data by itself; all others together are one more. `layout` says what
     the places are, where their files do not. On several devices of this machine ("auto" is all), a process on each does
@@ -42,7 +44,7 @@ def evaluate(
     config = configured(name, EvaluateConfig(), suite, settings)
     from troodon import dist
 
-    by_path = all(isinstance(place, str | Path) for place in (backbone, *paths_of(data)))
+    by_path = all(isinstance(place, str | Path) for place in (*paths_of(backbone), *paths_of(data)))
     if by_path and (ranks := dist.to_start(devices)) > 1:
         kept = {"layout": layout, "threads": threads, "batch": batch, "cache": cache}
         return _launched(ranks, config, backbone, data, out, kept, baselines)
@@ -61,7 +63,14 @@ def _launched(
     with tempfile.TemporaryDirectory(prefix="troodon-") as folder:
         settings = Path(folder) / "suite.yaml"
         write_bytes(settings, to_yaml(config).encode())
-        words = ["evaluate", str(settings), "--backbone", str(backbone), "--data", *map(str, paths_of(data))]
+        words = [
+            "evaluate",
+            str(settings),
+            "--backbone",
+            *map(str, paths_of(backbone)),
+            "--data",
+            *map(str, paths_of(data)),
+        ]
         words += ["--out", str(out), *([] if baselines else ["--no-baselines"])]
         words += [word for key, value in kept.items() if value is not None for word in (f"--{key}", str(value))]
         ended = launch.launch(words, ranks)
@@ -74,7 +83,7 @@ def _launched(
 
 
 def _evaluate(
-    config: EvaluateConfig, backbone: "str | Path | Backbone", data: Data, out: Path, baselines: bool,
+    config: EvaluateConfig, backbone: "str | Path | Backbone | list", data: Data, out: Path, baselines: bool,
     layout: str | None, threads: int, batch: int, cache: str | Path | None,
 ) -> list[dict]:  # fmt: skip
     """On this process, or as one of a group of ranks."""
@@ -85,7 +94,9 @@ def _evaluate(
     from troodon.model.backbone import Backbone
 
     benchmarks = opened_benchmarks(data, layout)
-    ours = opened(backbone).to(dist.device()) if isinstance(backbone, str | Path) else backbone
+    device = dist.device()
+    trained = [opened(b).to(device) if isinstance(b, str | Path) else b for b in paths_of(backbone)]
+    ours = trained[0]
     # Layer scale 1: at the small values that training starts from, a random network hardly mixes its patches.
     untrained = replace(ours.config, layer_scale=1.0)
     others: list[Any] = [
@@ -96,7 +107,7 @@ def _evaluate(
         LocationPrior(),
     ]
     reader = Reader(batch, threads, None if cache is None else Path(cache), shared=dist.world() > 1)
-    return evaluating([ours, *(others if baselines else [])], benchmarks, config, out, reader=reader)
+    return evaluating([*trained, *(others if baselines else [])], benchmarks, config, out, reader=reader)
 
 
 def opened_benchmarks(data: Data, layout: str | None = None) -> list:
@@ -136,8 +147,8 @@ class Evaluate:
 
     suite: Positional[str]
     """A suite: mine, quick or paper; or a YAML file."""
-    backbone: str
-    """A run, a backbone folder, released weights (.pth), or a Hugging Face folder."""
+    backbone: Images
+    """A run, a backbone folder, released weights (.pth), or a Hugging Face folder; or several."""
     data: Images
     """Labelled images: labels from folder names or a labels.csv, splits from folders named train and val; or sets with
     masks, depths, instances or pairs, as their owners publish them or with an index.csv."""
@@ -161,7 +172,7 @@ class Evaluate:
 
     def run(self) -> None:
         scores = evaluate(
-            self.config, self.backbone, self.data, self.out,
+            self.config, list(some(self.backbone, "backbones")), self.data, self.out,
             baselines=self.baselines, layout=self.layout, batch=self.batch, cache=self.cache,
             threads=self.threads, devices=self.devices,
         )  # fmt: skip
