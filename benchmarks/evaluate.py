@@ -73,9 +73,8 @@ def main() -> None:
     kept = [(s["protocol"], round(s["value"], 3)) for s in scores]
     assert kept == [(s["protocol"], round(s["value"], 3)) for _, found in alone.values() for s in found], kept
     separately = sum(seconds for seconds, _ in alone.values())
-    print(
-        f"  {images} images of {side} px, {torch.get_num_threads()} threads, torch {torch.__version__}", file=sys.stderr
-    )
+    threads = torch.get_num_threads()
+    print(f"  {images} images of {side} px, {threads} threads, torch {torch.__version__}", file=sys.stderr)
     for protocol in PROTOCOLS:
         said = f"{alone[protocol][0]:7.2f} s alone, {again[protocol]:6.2f} s where the features are kept"
         print(f"  {protocol:<10} {said}", file=sys.stderr)

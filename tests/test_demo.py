@@ -14,7 +14,7 @@ demo = importlib.import_module("troodon.demo")  # the name itself is the verb's
 SMALL = replace(
     demo.EMBEDDED_WORLD, classes=3, curated=6, clean=60, copies=30, off_topic=20, broken=4, train=8, val=6, dense=4
 )
-ENTRY = {"protocol", "dataset", "metric", "value", "low", "high", "settings", "backbone"}
+ENTRY = {"protocol", "dataset", "metric", "value", "low", "high", "settings", "backbone", "fingerprint"}
 
 
 def test_the_demo_leaves_a_page_and_scores_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
@@ -23,7 +23,9 @@ def test_the_demo_leaves_a_page_and_scores_and_goes_on_where_it_stopped(tmp_path
     assert cli.run(words) == cli.DONE
     scores = json.loads((tmp_path / "a demo" / "scores.json").read_text())
     assert all(set(entry) == ENTRY for entry in scores)
-    assert {entry["protocol"] for entry in scores} == {"knn", "linear", "duplicates", "retrieval"}
+    assert {entry["protocol"] for entry in scores} == {
+        "knn", "linear", "logistic", "kmeans", "duplicates", "retrieval"
+    }  # fmt: skip
     assert len({entry["backbone"] for entry in scores if entry["protocol"] == "knn"}) == 4
     assert all(0 <= entry["low"] <= entry["value"] <= entry["high"] <= 1 for entry in scores)
     page = (tmp_path / "a demo" / "report.html").read_text()
