@@ -83,7 +83,7 @@ class Depths:
 
     def averaged(self, z_BKhw: Tensor) -> Tensor:
         weight_BKhw = z_BKhw.relu() + LEAST
-        centre_K = torch.linspace(max(self.low, 1e-3), self.high, self.bins)
+        centre_K = torch.linspace(max(self.low, 1e-3), self.high, self.bins, device=z_BKhw.device)
         return (weight_BKhw * centre_K[:, None, None]).sum(1, keepdim=True) / weight_BKhw.sum(1, keepdim=True)
 
     def answer(self, mean_CHW: Tensor) -> Tensor:
@@ -126,14 +126,14 @@ def truth_of(benchmark: Benchmark, task: Task, row: int) -> np.ndarray | None:
 
 def fit(
     head: str, task: Task, maps: Maps, blocks: tuple[int, ...], target_Wnn: np.ndarray, windows_W: np.ndarray,
-    config: DenseConfig, seed: int,
+    config: DenseConfig, seed: int, device: torch.device | None = None,
 ) -> Any:  # fmt: skip
     """A head trained on these windows of the maps, by AdamW. A function of its arguments only."""
     random = np.random.default_rng(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         kind = heads.Dense if head == "dpt" else heads.Linear
-        model = kind(len(blocks), maps.channels, task.out, task.cls)
+        model = kind(len(blocks), maps.channels, task.out, task.cls).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.rate, weight_decay=config.weight_decay)
     batch, warm = min(config.batch, len(windows_W)), max(1, config.steps // 10)
     order: list[int] = []
@@ -144,7 +144,8 @@ def fit(
         places, order = np.sort(order[:batch]), order[batch:]
         rate = min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
         optimizer.param_groups[0]["lr"] = config.rate * rate
-        loss = task.loss(model(*maps.get(windows_W[places], blocks)), torch.from_numpy(target_Wnn[places]))
+        seen = (x.to(device) for x in maps.get(windows_W[places], blocks))
+        loss = task.loss(model(*seen), torch.from_numpy(target_Wnn[places]).to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -157,6 +158,7 @@ def predict(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """The answer for each image, on (H, W) pixels, averaged over windows and scales. Rows that `sizes` lacks are
     left out."""
+    device = next((p.device for p in model.parameters()), None)
     by_row: dict[int, list[tuple[Maps, np.ndarray]]] = {}
     places = {id(maps): maps.places_N4 for maps in scales}
     for maps in scales:
@@ -170,16 +172,17 @@ def predict(
             continue
         answers = []
         for maps, group in groups:
-            pixels_BCSS = enlarged(task.averaged(model(*maps.get(group, blocks))), maps.view.side)
+            seen = (x.to(device) for x in maps.get(group, blocks))
+            pixels_BCSS = enlarged(task.averaged(model(*seen)), maps.view.side)
             where_B4 = places[id(maps)][group]
             height, width = (int(v) for v in where_B4[0, 2:])
-            canvas_CHW = torch.zeros(pixels_BCSS.shape[1], height, width)
-            count_HW, side = torch.zeros(height, width), maps.view.side
+            canvas_CHW = torch.zeros(pixels_BCSS.shape[1], height, width, device=device)
+            count_HW, side = torch.zeros(height, width, device=device), maps.view.side
             for (top, left, _, _), pixels_CSS in zip(where_B4, pixels_BCSS):
                 canvas_CHW[:, top : top + side, left : left + side] += pixels_CSS
                 count_HW[top : top + side, left : left + side] += 1
             answers.append(enlarged((canvas_CHW / count_HW)[None], sizes[row])[0])
-        yield row, task.answer(torch.stack(answers).mean(0)).numpy()
+        yield row, task.answer(torch.stack(answers).mean(0)).cpu().numpy()
 
 
 def prior(benchmark: Benchmark, task: Task, train: Sequence[int], side: int = 64) -> np.ndarray:

@@ -81,7 +81,7 @@ def measure(backbone: Any, benchmark: Benchmark, config: EvaluateConfig, reader:
         for seed in range(config.seed, config.seed + dense.seeds):
             kind = head.removesuffix("_ms")
             if (kind, seed) not in fitted:
-                fitted[kind, seed] = fit(kind, task, learn, used, target_Wnn, usable_W, dense, seed)
+                fitted[kind, seed] = fit(kind, task, learn, used, target_Wnn, usable_W, dense, seed, backbone.device)
             model = fitted[kind, seed]
             counted.append({r: _numbers(task, a, truths[r]) for r, a in predict(model, task, scales, used, sizes)})
         settings = {
