@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from troodon.config import UsageError
-from troodon.data.benchmarks import IGNORE, Benchmark, Tree, own
+from troodon.data.benchmarks import IGNORE, Benchmark, Tree, depth_seen, own
+from troodon.data.layouts import open_benchmark
 from troodon.evaluate import metrics
 from troodon.evaluate.baselines import LocationPrior, PatchColours
 from troodon.evaluate.config import DenseConfig, EvaluateConfig
@@ -41,7 +42,7 @@ def street(folder: Path, images: int = 12, size: tuple[int, int] = (48, 64)) -> 
         Image.fromarray(metres).save(folder / "m" / f"d{i:02d}.png")
         rows.append(f"{i:02d}.png,m/{i:02d}.png,m/d{i:02d}.png,{'val' if i % 3 == 2 else 'train'}")
     (folder / "index.csv").write_text("\n".join(rows))
-    (folder / "classes.txt").write_text("red\ngreen\nblue\n")
+    (folder / "classes.txt").write_text("0 red\n1 green\n2 blue\n11 unlabelled\n")
     tree = Tree.open(folder)
     assert tree is not None
     found = own(tree)
@@ -235,3 +236,46 @@ def test_matches_of_patches_that_carry_their_place_are_right() -> None:
     ramp = torch.arange(64.0).repeat(64, 1)[None].expand(3, -1, -1) * 4
     seen = warped(ramp.to(torch.uint8), turn).float()
     assert abs(float(seen[0, 32, 32]) - 4 * (31.5 + 32 * float(turn[0, 2]))) < 6
+
+
+@pytest.mark.parametrize(
+    ("pack", "kind", "images", "truths"),
+    [
+        ("seg_camvid_dev.tar", "mask", 468, set(range(11)) | {IGNORE}),
+        ("depth_kitchen_dev.tar", "depth", 240, None),
+        ("retr_eth80_dev.tar", "retrieval", 1640, None),
+        ("neardup_cifar10_dev.tar", "copies", 4313, None),
+    ],
+)
+def test_real_sets_say_what_they_are(shared, pack: str, kind: str, images: int, truths: set | None) -> None:
+    found = open_benchmark(shared(pack))
+    assert found is not None
+    assert (found.kind, len(found.images)) == (kind, images)
+    if found.truth is not None:
+        assert set(found.images.column("split")) == {"train", "val"}
+    if truths is not None:
+        assert {int(v) for row in range(0, images, 40) for v in np.unique(found.target(row))} == truths
+        assert found.classes[:2] == ("Sky", "Building")
+    if kind == "depth":
+        low, high = depth_seen(found, 0.001)
+        assert 0.5 < low < 1.0 < 3.0 < high < 4.0
+    if kind == "retrieval":
+        assert len(found.queries) == 80
+        assert all(len(right) == 40 for right, _ in found.judged["all"])
+    if kind == "copies":
+        assert len(found.pairs) == 174
+
+
+def test_colours_of_real_streets_beat_chance(tmp_path: Path, shared) -> None:
+    """Sky, road and trees have colours of their own: far better than the most frequent class everywhere (2.5 %)."""
+    found = open_benchmark(shared("seg_camvid_dev.tar"))
+    assert found is not None
+    assert found.truth is not None
+    rows = np.concatenate([np.arange(0, 360, 30), np.arange(370, 468, 20)])
+    few = dataclasses.replace(found, images=found.images.take(rows), truth=found.truth.take(rows))
+    config = dataclasses.replace(CONFIG, dense=dataclasses.replace(CONFIG.dense, side=96, steps=100), match_images=3)
+    scores = evaluate([PatchColours(VIEW, 8)], [few], config, tmp_path / "s")
+    found = {s["metric"]: s for s in scores}
+    assert found["miou"]["value"] > 0.12
+    assert found["pixel_accuracy"]["value"] > 0.4
+    assert (found["miou"]["settings"]["train"], found["miou"]["settings"]["val"]) == (12, 5)

@@ -9,7 +9,7 @@
 What lies at a place is known by its files: sets as their owners publish them (layouts.py), and a table of one's own at
 the top, named index.csv or pairs.csv, with the columns
 
-    image, mask [, split]                      classes.txt, where there is one, names the classes, a line each
+    image, mask [, split]                      classes.txt, where there is one, names the classes (see named_classes)
     image or rgb, depth [, split]              counts of `depth.unit` metres, 0 where nothing was measured
     image, instance [, role]                   the other images of its instance are right for each of role "query"
     path_a, path_b                             pairs.csv: copies; all other images are distractors
@@ -38,6 +38,7 @@ from troodon.data.labels import read_table, split
 
 Kind = Literal["label", "mask", "depth", "retrieval", "copies"]
 IGNORE = 255  # the class of a pixel that counts for nothing
+NO_CLASS = re.compile(r"unlabel|void|ignore", re.IGNORECASE)
 SEVERAL = "|"  # between the labels of an image for which any of several is right
 Judged = list[tuple[np.ndarray, np.ndarray]]  # for each query: rows that are right, and rows that count for nothing
 
@@ -152,14 +153,26 @@ def own(tree: Tree) -> Benchmark | None:
         roles = table.get("role", ["query"] * len(images))
         return instances(tree, tree.name, images, table["instance"], [role == "query" for role in roles])
     if "mask" in table:
-        classes = tuple(tree.lines("classes.txt")) if "classes.txt" in tree.where else ()
-        return Benchmark(
-            tree.name, "mask", tree.index(images, splits=parts), tree.index(table["mask"]),
-            lambda data: classed(plane(data), len(classes) or IGNORE), classes,
-        )  # fmt: skip
+        read, classes = named_classes(tree.lines("classes.txt")) if "classes.txt" in tree.where else (None, ())
+        masks, read = tree.index(table["mask"]), read or (lambda data: classed(plane(data), IGNORE))
+        return Benchmark(tree.name, "mask", tree.index(images, splits=parts), masks, read, classes)
     if "depth" in table:
         return Benchmark(tree.name, "depth", tree.index(images, splits=parts), tree.index(table["depth"]))
     return None
+
+
+def named_classes(lines: Sequence[str]) -> tuple[Callable[[bytes], np.ndarray], tuple[str, ...]]:
+    """How a mask is read whose classes are named, a line each, with their numbers before them or in order from 0.
+
+    What is called unlabelled, void or to be ignored is no class.
+    """
+    said = [re.fullmatch(r"\s*(?:(\d+)[\s,:]+)?(.*\S)\s*", line) for line in lines]
+    numbered = [(int(m[1]) if m[1] else i, m[2]) for i, m in enumerate(said) if m]
+    known = [(number, name) for number, name in numbered if not NO_CLASS.search(name)]
+    counts = np.full(1 << 16, IGNORE, np.uint8)
+    for place, (number, _) in enumerate(known[:IGNORE]):
+        counts[number] = place
+    return lambda data: counts[plane(data).clip(0, len(counts) - 1)], tuple(name for _, name in known)
 
 
 def classed(mask_HW: np.ndarray, classes: int, first: int = 0) -> np.ndarray:
