@@ -228,9 +228,13 @@ def _pictures(one: Artifact, of: int) -> Content:
 def _settings(entries: list[dict]) -> Content:
     rows = []
     for e in entries:
-        told = ", ".join(f"{name} {value}" for name, value in flat(e.get("settings")))
+        settings = e.get("settings")
+        if isinstance(settings, dict):  # what fingerprints stand for says the same again
+            settings = {name: value for name, value in settings.items() if name != "protocol"}
+        told = ", ".join(f"{name} {value}" for name, value in flat(settings))
         if told:
             rows.append((e["backbone"], _protocol(e["protocol"]), e["dataset"], told))
+    rows = list(dict.fromkeys(rows))  # several metrics of one protocol
     title = "Settings of the protocols"
     return folded(title, table(title, ("backbone", "protocol", "dataset", "settings"), rows, text=4)) if rows else None
 

@@ -42,6 +42,8 @@ def evaluate(
     a part of the images, if backbone and data are given by their paths.
     """
     config = configured(name, EvaluateConfig(), suite, settings)
+    if devices != "auto" and not (str(devices).isdecimal() and int(devices)):
+        raise UsageError(f"devices {str(devices)!r}: a number or auto")
     from troodon import dist
 
     by_path = all(isinstance(place, str | Path) for place in (*paths_of(backbone), *paths_of(data)))
