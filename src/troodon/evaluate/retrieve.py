@@ -15,7 +15,7 @@ from troodon.search.exact import pairs_above, unit
 # Shape suffixes: Q queries, N images of the gallery, D channels, P pairs.
 
 CHUNK = 256  # queries ranked at a time
-MOST = 2**27  # pairs whose scores are held at one time
+MOST = 2**24  # pairs whose scores are held at one time
 
 
 def retrieve(backbone: Extractor, benchmark: Benchmark, config: EvaluateConfig, reader: Reader) -> Iterator[Result]:
