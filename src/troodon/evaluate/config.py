@@ -84,8 +84,8 @@ class DenseConfig:
     scales: tuple[float, ...] = (1.0, 1.32, 1.73)
     """Of the multi-scale protocol: times that the shorter side of an image is a window's."""
     heads: tuple[Literal["linear", "linear_4", "linear_4_ms", "dpt"], ...] = ("linear", "linear_4", "linear_4_ms")
-    """A linear layer on the last block; on four (of masks the last, of depths spread over the network, as in the paper);
-    on four at several scales; convolutions on four, for depth."""
+    """A linear layer on the last block; on four (for masks the last, for depths spread over the network, as in the
+    paper); on four at several scales; convolutions on four, for depth."""
     bins: int = 256
     """Of depth."""
     unit: float = 0.001
