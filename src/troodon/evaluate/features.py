@@ -112,7 +112,8 @@ def extract(
         blocks = min(blocks, backbone.config.depth)
     boxes = boxes or {}
     cut = [sorted(boxes.items())] if boxes else []
-    key = fingerprint(backbone.fingerprint, images_fingerprint(index), blocks, *cut)
+    computed = str(getattr(backbone, "compute", torch.float32))  # products in bf16 give features of their own
+    key = fingerprint(backbone.fingerprint, images_fingerprint(index), blocks, computed, *cut)
     if key in reader.kept:
         return reader.kept[key]
     parts = in_parts(

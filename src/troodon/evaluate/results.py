@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from troodon.config import to_dict
 
 VERSION = 1  # of all protocols; goes up when a number would change by other than the settings that are recorded
@@ -24,9 +26,11 @@ class Result:
 
 
 def view(backbone: Any) -> dict:
-    """How images come to the network: of a network its preprocessing, of a descriptor its name."""
+    """How images are seen: by a network its preprocessing and what it computes in, by a descriptor its name."""
     preprocessing = getattr(backbone, "preprocessing", None)
-    return {"transform": backbone.name} if preprocessing is None else to_dict(preprocessing)
+    if preprocessing is None:
+        return {"transform": backbone.name}
+    return to_dict(preprocessing) | {"compute": str(getattr(backbone, "compute", torch.float32)).removeprefix("torch.")}
 
 
 def likeness(backbone: Any, images: str, **settings: Any) -> dict:
