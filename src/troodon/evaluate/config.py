@@ -73,7 +73,7 @@ class DenseConfig:
 
     side: int = 0
     """Pixels on the side of a window, in whole patches; 0 is what the network's images have."""
-    steps: int = 400
+    steps: int = 1000
     batch: int = 16
     """Windows of a step."""
     rate: float = 1e-3
