@@ -1,4 +1,4 @@
-"""The whole system on the embedded world: scan, curate, pretrain, evaluate, report. And is it right?
+"""The whole system on the embedded world: scan, curate, pretrain, distill, evaluate, report. And is it right?
 
 The world knows which of its pictures are copies and which are off-topic, so the selection is judged too.
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from troodon import verbs
 from troodon.data import world
-from troodon.recipes import own
+from troodon.recipes import distilled, own
 from troodon.run import publish, say, write_json
 
 EMBEDDED_WORLD = world.WorldConfig(texture_fidelity=0.95, habitat_fidelity=0.9, scale=(0.5, 0.9))
@@ -18,28 +18,33 @@ def demo(out: str | Path, *, steps: int | None = None, seed: int = 0) -> Path:
     """Leaves `out`/report.html and `out`/scores.json; goes on where it stopped. `steps` are of the longer training."""
     config = replace(own.demo() if steps is None else own.demo(steps), seed=seed)
     out = Path(out)
-    say("1/6 world: pictures, drawn by rule")
+    say("1/7 world: pictures, drawn by rule")
     world.write(out / "world", seed, EMBEDDED_WORLD)
     pool, curated = out / "world" / "uncurated", out / "world" / "curated"
 
-    say("2/6 scan: what is in the pool")
+    say("2/7 scan: what is in the pool")
     summary = verbs.scan(pool, out / "index")
     say(f"  {summary['images']:,} images, {len(summary['broken'])} broken")
 
-    say("3/6 curate: first a backbone to compare images by, trained for a short while on the whole pool")
+    say("3/7 curate: first a backbone to compare images by, trained for a short while on the whole pool")
     first = replace(own.demo(max(1, config.steps // 4)), seed=seed)
     verbs.pretrain(first, out / "index", out / "first")
     verbs.curate(own.curate_demo(), curated, pool, out / "first", out / "selection")
 
-    say("4/6 pretrain: on the selection, from there on")
+    say("4/7 pretrain: on the selection, from there on")
     verbs.pretrain(config, out / "selection", out / "run", init=out / "first")
 
-    say("5/6 evaluate: frozen features, beside a random network and trivial descriptors")
-    scores = verbs.evaluate("mine", out / "run", out / "world" / "evaluation", out / "scores", cache=out / "features")
+    say("5/7 distill: from what it has learnt, a student of a quarter of its parameters")
+    student = replace(distilled.distill_demo(config.steps), seed=seed)
+    verbs.distill(student, out / "run", out / "selection", out / "student")
+
+    say("6/7 evaluate: frozen features, beside a random network and trivial descriptors")
+    backbones, labelled = [out / "run", out / "student"], out / "world" / "evaluation"
+    scores = verbs.evaluate("mine", backbones, labelled, out / "scores", cache=out / "features")
     scores += check(out)
     write_json(out / "scores.json", scores)
 
-    say("6/6 report")
+    say("7/7 report")
     verbs.report(out, out / "report.html", title="Troodon on an embedded world")
     return out
 

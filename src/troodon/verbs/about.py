@@ -35,7 +35,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Demo:
-    """The whole system on an embedded world, in a few minutes: scan, curate, pretrain, evaluate, report."""
+    """The whole system on an embedded world, in a few minutes: scan, curate, pretrain, distill, evaluate, report."""
 
     out: str
     """A folder; the same command goes on where it stopped."""

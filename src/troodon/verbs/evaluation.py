@@ -13,6 +13,7 @@ from tyro.conf import Positional, arg
 from troodon.config import UsageError
 from troodon.evaluate.config import EvaluateConfig, suite
 from troodon.verbs.common import Data, Images, configured, opened, paths_of, quoted, some, suggest
+from troodon.verbs.training import check_devices, on_several, written
 
 if TYPE_CHECKING:
     from troodon.model.backbone import Backbone
@@ -42,8 +43,7 @@ def evaluate(
     a part of the images, if backbone and data are given by their paths.
     """
     config = configured(name, EvaluateConfig(), suite, settings)
-    if devices != "auto" and not (str(devices).isdecimal() and int(devices)):
-        raise UsageError(f"devices {str(devices)!r}: a number or auto")
+    check_devices(devices)
     from troodon import dist
 
     by_path = all(isinstance(place, str | Path) for place in (*paths_of(backbone), *paths_of(data)))
@@ -58,29 +58,14 @@ def _launched(
     ranks: int, config: EvaluateConfig, backbone: object, data: Data, out: str | Path, kept: dict, baselines: bool
 ) -> list[dict]:
     """The same on several processes; what ends them is raised here."""
-    from troodon import launch
-    from troodon.config import to_yaml
-    from troodon.run import read_json, write_bytes
+    from troodon.run import read_json
 
     with tempfile.TemporaryDirectory(prefix="troodon-") as folder:
-        settings = Path(folder) / "suite.yaml"
-        write_bytes(settings, to_yaml(config).encode())
-        words = [
-            "evaluate",
-            str(settings),
-            "--backbone",
-            *map(str, paths_of(backbone)),
-            "--data",
-            *map(str, paths_of(data)),
-        ]
+        words = ["evaluate", written(config, Path(folder) / "suite.yaml")]
+        words += ["--backbone", *map(str, paths_of(backbone)), "--data", *map(str, paths_of(data))]
         words += ["--out", str(out), *([] if baselines else ["--no-baselines"])]
         words += [word for key, value in kept.items() if value is not None for word in (f"--{key}", str(value))]
-        ended = launch.launch(words, ranks)
-    if ended.code:
-        kinds = {launch.MISTAKE: UsageError, launch.STOPPED: KeyboardInterrupt}
-        error = kinds.get(ended.code, launch.RankLost)(ended.said)
-        error.add_note(ended.trace)
-        raise error
+        on_several(words, ranks)
     return read_json(Path(out) / "scores.json")
 
 

@@ -183,7 +183,7 @@ def _words(config: PretrainConfig, data: Data, out: str | Path, init: object, fo
     return ["pretrain", settings, "--data", *(str(path) for path in paths_of(data)), "--out", str(out), *start]
 
 
-def written(config: PretrainConfig, path: Path) -> str:
+def written(config: object, path: Path) -> str:
     """Where the settings lie now, as a recipe."""
     write_bytes(path, to_yaml(config).encode())
     return str(path)
