@@ -71,7 +71,7 @@ def calibrate(
     others_MD = unit(others_MD)
     assert len(others_MD) >= len(images)
     original_nD = others_MD[: len(images)]
-    threshold_at = _tail(original_nD, others_MD, pool or len(others_MD))
+    threshold_at = tail(original_nD, others_MD, pool or len(others_MD))
 
     scores = {kind: list[ndarray]() for kind in ATTACKS}
     kinds = list(ATTACKS)
@@ -102,7 +102,7 @@ def calibrate(
     )
 
 
-def _tail(original_nD: ndarray, others_MD: ndarray, pool: int) -> Callable[[float], float]:
+def tail(original_nD: ndarray, others_MD: ndarray, pool: int) -> Callable[[float], float]:
     """The threshold that `rate` others of an image exceed, on average over the images, in a pool of this size."""
     count = min(len(original_nD), len(others_MD))
     if pool < 3 or count < 2:

@@ -8,7 +8,6 @@ the best of those that do not is kept too, and so on until each is kept or resem
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy import ndarray
@@ -20,6 +19,9 @@ from troodon.search.exact import above, cosines, pairs_above, top_k
 # Shape suffixes: N images, M images of one component in the order of the keep rule, D channels.
 
 BLOCK = 1024  # members of a component that are compared at once
+
+Edges = tuple[ndarray, ndarray, ndarray]  # rows i < j and their cosine, see search/join.py
+EdgesOf = Callable[[ndarray, int], Iterable[Edges]]
 
 
 @dataclass(frozen=True)
@@ -56,16 +58,37 @@ def near_duplicates(
     protected_N: ndarray,
     recheck_above: int,
     *,
-    device: Any = None,
-    tile_done: Callable[[int], None] = lambda count: None,
+    edges: EdgesOf | None = None,
+    rounds: int = 1,
 ) -> Verdict:
     """Find near-duplicates, cosine above `threshold`, and keep one of each group by `rank_N` (see `keep_order`).
 
     `protected_N` (bool) are kept whatever they resemble. Components of more than `recheck_above` are rechecked.
-    Memory: a few numbers an image, and the pairs of one tile.
+    `edges(rows, round)` gives the edges among some rows, by their places; without it they are found here, exactly. Where
+    it may miss some, more `rounds` look again among the images that stay. Memory: a few numbers an image, and the pairs
+    of one tile.
     """
+    label_N, rows = np.arange(len(x_ND)), np.arange(len(x_ND))
+    verdict = settle(x_ND, label_N, threshold, rank_N, curated_N, protected_N, recheck_above)
+    for turn in range(rounds):
+        found = above(x_ND[rows], threshold) if edges is None else edges(rows, turn)
+        label_N = components(len(x_ND), ((rows[i], rows[j], score) for i, j, score in found), label_N)
+        verdict = settle(x_ND, label_N, threshold, rank_N, curated_N, protected_N, recheck_above)
+        rows = np.flatnonzero(verdict.cause_N < 0)
+    return verdict
+
+
+def settle(
+    x_ND: ndarray,
+    component_N: ndarray,
+    threshold: float,
+    rank_N: ndarray,
+    curated_N: ndarray,
+    protected_N: ndarray,
+    recheck_above: int,
+) -> Verdict:
+    """Who stays of each component, and for whose sake the others go; see `near_duplicates`."""
     count = len(x_ND)
-    component_N = components(count, _told(above(x_ND, threshold, device=device), tile_done))
     order_N = np.lexsort((rank_N, component_N))
     starts = np.flatnonzero(np.r_[True, np.diff(component_N[order_N]) > 0][:count])
     sizes = np.diff(np.r_[starts, count])
@@ -78,7 +101,7 @@ def near_duplicates(
             cause_M = np.r_[-1, np.zeros(size - 1, np.int64)]
         else:
             limit = threshold if size > recheck_above else None
-            cause_M = _settle(x_ND[members_M], curated_N[members_M], protected_M, limit)
+            cause_M = _stays(x_ND[members_M], curated_N[members_M], protected_M, limit)
         gone_M = cause_M >= 0
         cause_N[members_M[gone_M]] = members_M[cause_M[gone_M]]
         head_M = np.zeros(size, np.int64) if size <= recheck_above else np.where(gone_M, cause_M, np.arange(size))
@@ -90,10 +113,14 @@ def near_duplicates(
     return Verdict(cause_N, score_N, group_N)
 
 
-def components(count: int, edges: Iterable[tuple[ndarray, ndarray, ndarray]]) -> ndarray:
+def components(count: int, edges: Iterable[Edges], label: ndarray | None = None) -> ndarray:
     """Connected components of `count` nodes from edges (i, j, score) that come in parts: (count,) the lowest node
-    of each node's component. The order of the edges and of the parts plays no part."""
-    label = np.arange(count)
+    of each node's component. The order of the edges and of the parts plays no part. `label` are components so far.
+
+    In memory are a number a node and one part. At 60 million edges the union-find of numba took a third of the time;
+    that is seconds, once, and not worth a compiler.
+    """
+    label = np.arange(count) if label is None else label.copy()
     for i, j, _ in edges:
         a, b = _root(label, i), _root(label, j)
         a, b = a[a != b], b[a != b]
@@ -114,13 +141,7 @@ def _root(label: ndarray, nodes: ndarray) -> ndarray:
     return root
 
 
-def _told(tiles: Iterable[tuple], tile_done: Callable[[int], None]) -> Iterable[tuple]:
-    for tile in tiles:
-        yield tile
-        tile_done(1)
-
-
-def _settle(x_MD: ndarray, curated_M: ndarray, protected_M: ndarray, threshold: float | None) -> ndarray:
+def _stays(x_MD: ndarray, curated_M: ndarray, protected_M: ndarray, threshold: float | None) -> ndarray:
     """Who stays of one component (-1), and for whose sake each other goes: (M,) int64.
 
     Without a threshold the protected ones stay. With one, also whoever resembles none that stays.

@@ -40,22 +40,29 @@ def above(
     x_ND: ndarray, threshold: float, y_MD: ndarray | None = None, *, block: int = 4096, device: Any = None
 ) -> Iterator[tuple[ndarray, ndarray, ndarray]]:
     """What `pairs_above` returns, one tile at a time (also the empty ones; there are `tiles` of them)."""
+    for p in range(0, len(x_ND), block):
+        yield from band(x_ND, threshold, p, y_MD, block=block, device=device)
+
+
+def band(
+    x_ND: ndarray, threshold: float, p: int, y_MD: ndarray | None = None, *, block: int = 4096, device: Any = None
+) -> Iterator[tuple[ndarray, ndarray, ndarray]]:
+    """The tiles of `above` whose rows i begin at `p`, a multiple of `block`."""
     itself, threshold = y_MD is None, float(threshold)
     other_MD = x_ND if y_MD is None else y_MD
     assert x_ND.shape[1] == other_MD.shape[1]
-    for p in range(0, len(x_ND), block):
-        a_PD = unit(x_ND[p : p + block])
-        for q in range(p if itself else 0, len(other_MD), block):
-            if threshold >= 1:  # no cosine is above
-                yield _EMPTY
-                continue
-            b_BD = a_PD if itself and q == p else unit(other_MD[q : q + block])
-            i_C, j_C = _proposed(a_PD, b_BD, threshold - SLACK, device)
-            if itself and q == p:
-                i_C, j_C = i_C[i_C < j_C], j_C[i_C < j_C]
-            score_C = _scores(a_PD, i_C, b_BD, j_C)
-            sure = score_C > threshold
-            yield p + i_C[sure], q + j_C[sure], score_C[sure]
+    a_PD = unit(x_ND[p : p + block])
+    for q in range(p if itself else 0, len(other_MD), block):
+        if threshold >= 1:  # no cosine is above
+            yield _EMPTY
+            continue
+        b_BD = a_PD if itself and q == p else unit(other_MD[q : q + block])
+        i_C, j_C = _proposed(a_PD, b_BD, threshold - SLACK, device)
+        if itself and q == p:
+            i_C, j_C = i_C[i_C < j_C], j_C[i_C < j_C]
+        score_C = _scores(a_PD, i_C, b_BD, j_C)
+        sure = score_C > threshold
+        yield p + i_C[sure], q + j_C[sure], score_C[sure]
 
 
 def tiles(rows: int, columns: int | None = None, *, block: int = 4096) -> int:
