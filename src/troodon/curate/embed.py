@@ -1,18 +1,20 @@
-"""Images to embeddings: one float16 matrix, in the order of the index.
+"""Images to embeddings: one float16 matrix, in the order of the index. Each image is read and decoded once.
 
     embeddings.npy    (N, D); row i is image i; zeros where it could not be read
+    copies.npy        the same by a second backbone, where copies are to be found by another
     images.parquet    the index, and what reading each image has told:
                       status   "ok", or what BadImage says       reason   why not, in one line; null where ok
                       width, height    in pixels, upright        sha256   of the bytes; null where unreadable
+                      hash     perceptual, 64 bits; null where unreadable or of one colour
+                      score_<name>     for every score that was asked for
 
-Every PART images are an artifact of their own until all are there, so a killed run loses minutes.
+Every PART images are a unit of the stage "embed" until all are there, so a killed run loses minutes.
 """
 
 import hashlib
 import shutil
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,11 @@ import pyarrow.parquet as pq
 from numpy import ndarray
 
 from troodon import config, run
+from troodon.config import UsageError
+from troodon.curate.engines import Here
+from troodon.curate.hashes import perceptual_hash
+from troodon.curate.scores import Score, named
+from troodon.curate.stage import Counts, Engine, Progress, Stage, counted, do, seconds
 from troodon.data.decode import BadImage
 from troodon.data.index import SCHEMA, Index
 from troodon.data.loader import stream
@@ -32,34 +39,57 @@ from troodon.search.exact import unit
 # Shape suffixes: N images, B images of one batch, D channels of an embedding.
 
 PART = 20_000
+MATRIX, COPIES = "embeddings", "copies"
 
 
-def embed(backbone: Backbone, index: Index, out: Path, *, batch: int, threads: int, tokens: str = "cls") -> Path:
+def embed(
+    backbone: Backbone,
+    index: Index,
+    out: Path,
+    *,
+    batch: int,
+    threads: int,
+    tokens: str = "cls",
+    copies: Backbone | None = None,
+    marks: Sequence[str] = (),
+    engine: Engine | None = None,
+) -> Path:
     """Publish the embeddings of all images of an index in the folder `out`, unless they are there.
 
     `tokens` is "cls" or "cls+mean": the class token, or it and the mean patch side by side; each of length one.
-    UsageError when `out` holds something else.
+    `copies` sees every image too, its class token only. `marks` name scores to give (see scores.py). UsageError when
+    `out` holds something else, and for two backbones that want different channels.
     """
-    settings = {"backbone": backbone.name, "weights": backbone.fingerprint, "tokens": tokens}
+    settings: dict[str, Any] = {"backbone": backbone.name, "weights": backbone.fingerprint, "tokens": tokens}
+    if copies is not None:
+        settings["copies"] = copies.fingerprint
+        if copies.channels != backbone.channels:
+            raise UsageError(f"{copies.name} takes {copies.channels} channels, {backbone.name} {backbone.channels}")
+    scores = named(marks)
+    if scores:
+        settings["scores"] = sorted(scores)
     fingerprint = config.fingerprint(settings, contents(index))
     if run.is_done(out, "embeddings", fingerprint, settings):
         return out
-    began, home = time.monotonic(), out.with_name(f"{out.name}.parts")
-    parts = [_Part(backbone, index, home, start, fingerprint, tokens) for start in range(0, len(index), PART)]
-    waiting = [part for part in parts if not part.is_done()]
-    progress = Progress("embed", "images", sum(len(part.rows) for part in waiting))
-    for part in waiting:
-        part.make(batch, threads, progress)
+    seen_by = {MATRIX: (_bare(backbone), tokens)} | ({} if copies is None else {COPIES: (_bare(copies), "cls")})
+    units = [(start, min(start + PART, len(index))) for start in range(0, len(index), PART)]
+    name = config.fingerprint(fingerprint, PART, batch)  # how images are batched may change the last bit of a vector
+    home = out.with_name(f"{out.name}.parts")
+    parts = do(Stage("embed", _Look(seen_by, index, scores, batch, threads), units, name), home, engine or Here())
     with run.publish(out, "embeddings", fingerprint, settings) as partial:
-        _join([part.folder for part in parts], partial)
-        run.write_json(partial / "timings.json", {"embed": round(time.monotonic() - began, 3)})
+        for matrix in seen_by:
+            _join(parts, partial / f"{matrix}.npy")
+        tables = [pq.read_table(part / "images.parquet") for part in parts]
+        table = pa.concat_tables(tables).combine_chunks() if tables else SCHEMA.empty_table()
+        pq.write_table(table, partial / "images.parquet", compression="zstd")
+        run.write_json(partial / "timings.json", seconds(parts))
     shutil.rmtree(home, ignore_errors=True)
     return out
 
 
-def load(folder: Path) -> tuple[ndarray, pa.Table]:
+def load(folder: Path, matrix: str = MATRIX) -> tuple[ndarray, pa.Table]:
     """The matrix (N, D) float16, mapped from the disk, and the table of its images."""
-    return np.load(folder / "embeddings.npy", mmap_mode="r"), pq.read_table(folder / "images.parquet")
+    return np.load(folder / f"{matrix}.npy", mmap_mode="r"), pq.read_table(folder / "images.parquet")
 
 
 def describe(backbone: Backbone, images: Sequence[ndarray], tokens: str, batch: int = 64) -> ndarray:
@@ -67,27 +97,6 @@ def describe(backbone: Backbone, images: Sequence[ndarray], tokens: str, batch: 
     starts = range(0, len(images), batch)
     parts = [_tokens(backbone, backbone.prepare(images[start : start + batch]), tokens) for start in starts]
     return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
-
-
-class Progress:
-    """A line of progress every few seconds: how many, how fast, how long still."""
-
-    def __init__(self, what: str, unit: str, total: int, seconds: float = 5.0):
-        self.what, self.unit, self.total, self.seconds = what, unit, total, seconds
-        self.began = self.said = time.monotonic()
-        self.done = 0
-
-    def add(self, count: int) -> None:
-        self.done, now = self.done + count, time.monotonic()
-        if now - self.said >= self.seconds:
-            self.said, rate = now, self.done / (now - self.began)
-            left = _duration((self.total - self.done) / rate)
-            run.say(f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.0f} a second, {left} left")
-
-
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 @dataclass(frozen=True)
@@ -103,69 +112,75 @@ class _Hashing(Index):
 
 
 @dataclass(frozen=True)
-class _Part:
-    """PART images from `start` on, an artifact of their own."""
+class _Look:
+    """What is done for rows (start, stop) of the index."""
 
-    backbone: Backbone
+    seen_by: Mapping[str, tuple[Backbone, str]]
     index: Index
-    home: Path
-    start: int
-    whole: str  # fingerprint of what this is a part of
-    tokens: str
+    scores: Mapping[str, Score]
+    batch: int
+    threads: int
 
     @property
-    def rows(self) -> range:
-        return range(self.start, min(self.start + PART, len(self.index)))
+    def gpu(self) -> bool:
+        return True
 
-    @property
-    def folder(self) -> Path:
-        return self.home / f"{self.start // PART:05d}"
-
-    @property
-    def _name(self) -> tuple[str, str, dict]:
-        settings = {"whole": self.whole, "first": self.start, "images": len(self.rows)}
-        return "embeddings", config.fingerprint(settings), settings
-
-    def is_done(self) -> bool:
-        return run.is_done(self.folder, *self._name)
-
-    def make(self, batch: int, threads: int, progress: Progress) -> None:
-        index, broken = _Hashing(self.index.take(self.rows).table), dict[int, BadImage]()
-        sizes, embeddings = dict[int, tuple[int, int]](), list[tuple[list[int], ndarray]]()
+    def __call__(self, unit: tuple[int, int], folder: Path) -> Counts:
+        index, broken = _Hashing(**vars(self.index.take(range(*unit)))), dict[int, BadImage]()
+        told, matrices = dict[int, dict](), {name: dict[int, ndarray]() for name in self.seen_by}
+        progress = Progress(f"embed {unit[0]:,} to {unit[1]:,}", "images", len(index))
+        first = next(iter(self.seen_by.values()))[0]
 
         def prepare(images: Sequence[ndarray]) -> Any:
-            return [image.shape[:2] for image in images], self.backbone.prepare(images)
+            return [self._tell(image) for image in images], [b.prepare(images) for b, _ in self.seen_by.values()]
 
-        images = stream(index, batch, prepare, channels=self.backbone.channels, threads=threads, broken=broken)
-        for rows, (shapes, prepared) in images:
-            sizes.update(zip(rows, shapes, strict=True))
-            embeddings.append((rows, _tokens(self.backbone, prepared, self.tokens).astype(np.float16)))
+        images = stream(index, self.batch, prepare, channels=first.channels, threads=self.threads, broken=broken)
+        for rows, (said, prepared) in images:
+            told.update(zip(rows, said, strict=True))
+            for (name, (backbone, tokens)), ready in zip(self.seen_by.items(), prepared, strict=True):
+                matrices[name].update(zip(rows, _tokens(backbone, ready, tokens).astype(np.float16), strict=True))
             progress.add(len(rows))
-        progress.add(len(broken))
 
-        x_ND = np.zeros((len(index), embeddings[0][1].shape[1] if embeddings else 0), np.float16)
-        for rows, x_BD in embeddings:
-            x_ND[rows] = x_BD
-        with run.publish(self.folder, *self._name) as partial:
-            np.save(partial / "embeddings.npy", x_ND)
-            pq.write_table(_seen(index, sizes, broken), partial / "images.parquet", compression="zstd")
+        for name, rows in matrices.items():
+            x_ND = np.zeros((len(index), len(next(iter(rows.values()), ()))), np.float16)
+            for row, vector in rows.items():
+                x_ND[row] = vector
+            np.save(folder / f"{name}.npy", x_ND)
+        pq.write_table(self._seen(index, told, broken), folder / "images.parquet", compression="zstd")
+        left_out: dict[str, int] = {}
+        for bad in broken.values():
+            left_out[bad.status] = left_out.get(bad.status, 0) + 1
+        return counted(len(index), len(told), **left_out)
+
+    def _tell(self, image: ndarray) -> dict:
+        scores = {f"score_{name}": float(score(image)) for name, score in self.scores.items()}
+        return {"height": image.shape[0], "width": image.shape[1], "hash": perceptual_hash(image)} | scores
+
+    def _seen(self, index: "_Hashing", told: dict[int, dict], broken: dict[int, BadImage]) -> pa.Table:
+        """The index with what reading its images has told."""
+        every, table = range(len(index)), index.table.select(SCHEMA.names)
+        assert told.keys() | broken.keys() == set(every)
+        assert not told.keys() & broken.keys()
+
+        def of(name: str) -> list:
+            return [told[row][name] if row in told else None for row in every]
+
+        columns = {
+            "status": pa.array(["ok" if row in told else broken[row].status for row in every], pa.string()),
+            "reason": pa.array([None if row in told else broken[row].reason for row in every], pa.string()),
+            "width": pa.array(of("width"), pa.int64()),
+            "height": pa.array(of("height"), pa.int64()),
+            "sha256": pa.array([index.sha256.get(row) for row in every], pa.string()),
+            "hash": pa.array(of("hash"), pa.uint64()),
+        } | {f"score_{name}": pa.array(of(f"score_{name}"), pa.float32()) for name in self.scores}
+        for name, column in columns.items():
+            table = table.append_column(name, column)
+        return table
 
 
-def _seen(index: _Hashing, sizes: dict[int, tuple[int, int]], broken: dict[int, BadImage]) -> pa.Table:
-    """The index with what reading its images has told."""
-    every, table = range(len(index)), index.table.select(SCHEMA.names)
-    assert sizes.keys() | broken.keys() == set(every)
-    assert not sizes.keys() & broken.keys()
-    columns = {
-        "status": pa.array(["ok" if row in sizes else broken[row].status for row in every], pa.string()),
-        "reason": pa.array([None if row in sizes else broken[row].reason for row in every], pa.string()),
-        "width": pa.array([sizes[row][1] if row in sizes else None for row in every], pa.int64()),
-        "height": pa.array([sizes[row][0] if row in sizes else None for row in every], pa.int64()),
-        "sha256": pa.array([index.sha256.get(row) for row in every], pa.string()),
-    }
-    for name, column in columns.items():
-        table = table.append_column(name, column)
-    return table
+def _bare(backbone: Any) -> Any:
+    """Without the reader of paths that it was lent: other processes get pixels, and it may not travel."""
+    return replace(backbone, read=None) if getattr(backbone, "read", None) is not None else backbone
 
 
 def _tokens(backbone: Backbone, prepared: Any, tokens: str) -> ndarray:
@@ -174,15 +189,12 @@ def _tokens(backbone: Backbone, prepared: Any, tokens: str) -> ndarray:
     return np.concatenate([unit(part.float().cpu().numpy()) for part in parts], axis=1)
 
 
-def _join(parts: Sequence[Path], folder: Path) -> None:
-    """The parts one after the other; those without a readable image are as wide as the others."""
-    matrices = [np.load(part / "embeddings.npy", mmap_mode="r") for part in parts]
+def _join(parts: Sequence[Path], path: Path) -> None:
+    """A matrix of all parts, one after the other; those without a readable image are as wide as the others."""
+    matrices = [np.load(part / path.name, mmap_mode="r") for part in parts]
     rows, channels = sum(map(len, matrices)), max((m.shape[1] for m in matrices), default=0)
-    with open(folder / "embeddings.npy", "wb") as file:
+    with open(path, "wb") as file:
         header = {"descr": "<f2", "fortran_order": False, "shape": (rows, channels)}
         np.lib.format.write_array_header_1_0(file, header)
         for matrix in matrices:
             file.write((matrix if matrix.shape[1] else np.zeros((len(matrix), channels), np.float16)).tobytes())
-    tables = [pq.read_table(part / "images.parquet") for part in parts]
-    table = pa.concat_tables(tables).combine_chunks() if tables else SCHEMA.empty_table()
-    pq.write_table(table, folder / "images.parquet", compression="zstd")

@@ -1,0 +1,173 @@
+"""Who does the units of a stage: this process, other processes of this machine, or a Ray cluster.
+
+None of them is part of the result. A process that dies takes one unit with it, which is done again by a new one; a unit
+that has killed TRIES processes ends the stage, named. A Ray cluster is fed numbers of units, never pixels; placement,
+retries, lost nodes and GPUs are Ray's, and all of its machines see `home` under the same path.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from troodon.config import UsageError, nearest
+from troodon.curate.stage import Engine, Stage, perform
+
+TRIES = 3
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # read when a process starts
+
+
+def engine(name: str, workers: int = 0) -> Engine:
+    """The engine "local" with so many processes (0: this one), or "ray", or a cluster's address, ray://host:port."""
+    if workers < 0:
+        raise UsageError(f"workers {workers}: must be 0 or more; 0 is this process alone")
+    if name == "local":
+        return Processes(workers) if workers else Here()
+    if name == "ray" or name.startswith("ray://"):
+        return Ray(None if name == "ray" else name)
+    raise nearest("engine", name, ("local", "ray", "ray://HOST:PORT"))
+
+
+@dataclass(frozen=True)
+class Here:
+    """This process does one unit after the other; their images are decoded by threads."""
+
+    def run(self, stage: Stage, home: Path, waiting: Sequence[int]) -> Iterator[int]:
+        for at in waiting:
+            perform(stage, home, at)
+            yield at
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Spawned processes, each of which does one unit at a time and ends with the process that started it."""
+
+    count: int
+
+    def run(self, stage: Stage, home: Path, waiting: Sequence[int]) -> Iterator[int]:
+        queue, deaths = deque(waiting), Counter[int]()
+        workers = [_Worker(stage, home, self.count) for _ in range(min(self.count, len(waiting)))]
+        try:
+            for worker in workers:
+                worker.give(queue.popleft())
+            while busy := {worker.ours: worker for worker in workers if worker.at is not None}:
+                for ready in wait(list(busy)):
+                    worker = busy[ready]  # type: ignore[index]
+                    at, said = worker.hear()
+                    if isinstance(said, Exception):
+                        raise said
+                    if said is None:  # it died
+                        deaths[at] += 1
+                        if deaths[at] >= TRIES:
+                            raise RuntimeError(f"{stage.name}: part {at} ended {TRIES} processes: {stage.units[at]}")
+                        queue.appendleft(at)
+                        workers.remove(worker)
+                        workers.append(worker := _Worker(stage, home, self.count))
+                    else:
+                        yield at
+                    if queue:
+                        worker.give(queue.popleft())
+        finally:
+            for worker in workers:
+                worker.end()
+
+
+class _Worker:
+    """A process, our end of its pipe, and the unit that it does."""
+
+    def __init__(self, stage: Stage, home: Path, count: int):
+        context = multiprocessing.get_context("spawn")  # a fork may hang where threads hold locks
+        self.ours, theirs = context.Pipe()
+        self.at: int | None = None
+        self.process: BaseProcess = context.Process(target=_serve, args=(theirs, stage, home), daemon=True)
+        each = str(max(1, (os.cpu_count() or 1) // count))
+        with _environment({name: os.environ.get(name, each) for name in THREADS}):
+            self.process.start()
+        theirs.close()
+
+    def give(self, at: int) -> None:
+        self.at = at
+        with contextlib.suppress(OSError):  # it is dead, which hear() will find
+            self.ours.send(at)
+
+    def hear(self) -> tuple[int, Any]:
+        """The unit it had, and True, the error it raised, or None if it died."""
+        at, self.at = self.at, None
+        assert at is not None
+        try:
+            return at, self.ours.recv()
+        except (EOFError, OSError):
+            return at, None
+
+    def end(self) -> None:
+        self.ours.close()
+        if self.process.is_alive():
+            self.process.terminate()
+        self.process.join()
+
+
+def _serve(theirs: Connection, stage: Stage, home: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the process that asked for this one
+    with contextlib.suppress(EOFError, OSError):  # which is gone
+        while True:
+            at = theirs.recv()
+            try:
+                perform(stage, home, at)
+                answer: Any = True
+            except Exception as error:
+                answer = error
+            theirs.send(answer)
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@dataclass(frozen=True)
+class Ray:
+    """A Ray cluster: the one at `address`, the one this process already speaks to, or one on this machine."""
+
+    address: str | None = None
+    ahead: int = 4  # units that wait for each processor
+
+    def run(self, stage: Stage, home: Path, waiting: Sequence[int]) -> Iterator[int]:
+        try:
+            import ray
+        except ImportError:
+            raise UsageError("engine ray: needs the extra: pip install 'troodon[ray]'") from None
+        if not ray.is_initialized():
+            ray.init(address=self.address, log_to_driver=False, include_dashboard=False)
+        shared = ray.put(stage)  # once for each machine, not for each unit
+        gpus = {"num_gpus": 1} if ray.cluster_resources().get("GPU") and getattr(stage.work, "gpu", False) else {}
+        task = ray.remote(_remote).options(max_retries=TRIES, **gpus)
+        queue, pending = deque(waiting), dict[Any, int]()
+        most = max(1, int(ray.cluster_resources().get("CPU", 1))) * self.ahead
+        while queue or pending:
+            while queue and len(pending) < most:
+                at = queue.popleft()
+                pending[task.remote(shared, str(home.resolve()), at)] = at
+            ready, _ = ray.wait(list(pending), num_returns=1)
+            for one in ready:
+                try:
+                    ray.get(one)
+                except ray.exceptions.RayTaskError as error:
+                    raise error.cause from None
+                yield pending.pop(one)
+
+
+def _remote(stage: Stage, home: str, at: int) -> None:
+    perform(stage, Path(home), at)
