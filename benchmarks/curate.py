@@ -119,7 +119,9 @@ class Search:
             edges = ((rows[i], rows[j], score) for i, j, score in self.edges(rows, turn))
             label_N = components(count, edges, label_N)
             rows = np.unique(label_N)
-            print(f"  {self.how}, round {turn + 1}: {time.perf_counter() - began:.1f} s, {len(rows):,} left", flush=True)
+            print(
+                f"  {self.how}, round {turn + 1}: {time.perf_counter() - began:.1f} s, {len(rows):,} left", flush=True
+            )
         return time.perf_counter() - began, label_N
 
 
@@ -151,7 +153,9 @@ def components_at(nodes: int, edges: int) -> None:
     parts = ((i[at : at + 5_000_000], j[at : at + 5_000_000], None) for at in range(0, len(i), 5_000_000))
     began = time.perf_counter()
     assert len(np.unique(components(nodes, parts))) == expected
-    print(f"components: {nodes:,} nodes, {len(i):,} edges: scipy by parts {time.perf_counter() - began:.1f} s, ", end="")
+    print(
+        f"components: {nodes:,} nodes, {len(i):,} edges: scipy by parts {time.perf_counter() - began:.1f} s, ", end=""
+    )
     try:
         import numba
     except ImportError:

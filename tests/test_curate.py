@@ -19,11 +19,12 @@ from torch import Tensor
 from troodon import run
 from troodon.config import UsageError
 from troodon.curate import embed as embedding
-from troodon.curate import pipeline, space
+from troodon.curate import copies, gather, pipeline, space
 from troodon.curate.calibrate import calibrate
 from troodon.curate.config import CurateConfig
 from troodon.curate.dedup import components, identical, keep_order, near_duplicates
 from troodon.curate.retrieve import Hits, best_hits, retrieve
+from troodon.curate.stage import Progress
 from troodon.data.attacks import attack
 from troodon.data.index import SCHEMA, Index
 from troodon.data.sources import open_source
@@ -204,14 +205,19 @@ def test_a_killed_run_continues_to_the_same_bytes(selection, pools, tmp_path, mo
             features, calls = Pixels.features, []
             patch.setattr(Pixels, "features", lambda *a: kill() if len(calls) > 3 else calls.append(0) or features(*a))
         else:
-            name = {"duplicates": "_duplicates", "calibration": "calibrate", "hits": "_retrieve", "end": "_link"}[at]
-            patch.setattr(pipeline, name, kill)
+            where, name = {
+                "duplicates": (pipeline, "compare"),
+                "calibration": (copies, "calibrate"),
+                "hits": (pipeline, "gather"),
+                "end": (pipeline, "_link"),
+            }[at]
+            patch.setattr(where, name, kill)
         with pytest.raises(KeyboardInterrupt):
             pipeline.curate(QUICK, *pools, backbone, out)
     assert not out.exists()
     monkeypatch.setattr(embedding, "PART", 48)
     if at == "end":
-        monkeypatch.setattr(pipeline, "retrieve", kill)  # is not done again
+        monkeypatch.setattr(gather, "top_k", kill)  # is not done again
     before = sum(backbone.seen)
     pipeline.curate(replace(QUICK, threads=1), *pools, backbone, out)
     readable = 9 + 89
@@ -492,7 +498,7 @@ def test_retrieval_is_the_nearest_with_a_floor():
 
 
 def test_embedding_says_how_fast_it_goes(capsys):
-    progress = embedding.Progress("embed", "images", 1000, seconds=0)
+    progress = Progress("embed", "images", 1000, seconds=0)
     progress.add(10)
     assert "embed: 10 of 1,000 images" in capsys.readouterr().err
 

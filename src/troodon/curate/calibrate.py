@@ -40,6 +40,7 @@ class Calibration:
     """A threshold, and what to expect of it."""
 
     threshold: float
+    looser: float  # the threshold at a higher rate, for images of a benchmark
     false_merges: float  # others that one image is wrongly taken for a copy of, on average, as aimed at
     images: int  # that were drawn
     copies: int  # that were made of them
@@ -59,12 +60,14 @@ def calibrate(
     others_MD: ndarray | None = None,
     pool: int | None = None,
     false_merges: float = 0.01,
+    looser: float = 1.0,
     strength: float = STRENGTH,
 ) -> Calibration:
     """Choose the threshold for images uint8 (H, W, 3) that were drawn from a pool of `pool` images.
 
     `embed_images` gives vectors (B, D) whose cosines are compared. `others_MD` holds those of images of the pool,
-    first of all of `images` themselves; without it they are compared with one another.
+    first of all of `images` themselves; without it they are compared with one another. `looser` is another rate of false
+    merges, for whose threshold there is also a use.
     """
     if others_MD is None:
         others_MD = embed_images(list(images))
@@ -89,6 +92,7 @@ def calibrate(
     threshold = max(threshold_at(false_merges), round(float(np.quantile(every, 1 - FOUND)), 6) if len(every) else -1.0)
     return Calibration(
         threshold=threshold,
+        looser=threshold_at(looser),
         false_merges=false_merges,
         images=len(images),
         copies=len(every),

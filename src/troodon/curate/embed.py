@@ -120,10 +120,7 @@ class _Look:
     scores: Mapping[str, Score]
     batch: int
     threads: int
-
-    @property
-    def gpu(self) -> bool:
-        return True
+    gpu = True  # of use, where an engine has one to give
 
     def __call__(self, unit: tuple[int, int], folder: Path) -> Counts:
         index, broken = _Hashing(**vars(self.index.take(range(*unit)))), dict[int, BadImage]()

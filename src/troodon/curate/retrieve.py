@@ -8,6 +8,8 @@ from numpy import ndarray
 
 from troodon.search.exact import top_k
 
+# Shape suffixes: Q queries, N candidates, k neighbours, H hits.
+
 
 @dataclass(frozen=True)
 class Hits:
@@ -32,6 +34,31 @@ def retrieve(
     query_Qk = np.broadcast_to(np.asarray(queries, np.int64)[:, None], score_Qk.shape)
     row_Qk = np.asarray(candidates, np.int64)[place_Qk]
     return Hits(query_Qk[near_Qk], rank_Qk[near_Qk], row_Qk[near_Qk], score_Qk[near_Qk])
+
+
+def fill(hits: Hits, k_H: ndarray) -> Hits:
+    """Of hits that go deep enough, those by which each query has k images that no other has, where there are so many.
+
+    Whoever is short asks for its next; of several that ask for one image the nearest has it, the others ask on.
+    `k_H` is the k of each hit's query. What is asked for in the same turn goes to the highest score, then the lowest
+    query.
+    """
+    order = np.lexsort((hits.rank_H, hits.query_H))
+    query, image, score, k = hits.query_H[order], hits.row_H[order], hits.score_H[order], k_H[order]
+    starts = np.flatnonzero(np.r_[True, np.diff(query) > 0][: len(query)])
+    ends, missing = np.r_[starts[1:], len(query)].astype(np.int64), k[starts].copy()
+    at, taken, won = starts.copy(), np.zeros(image.max(initial=-1) + 1, bool), np.zeros(len(query), bool)
+    while len(asking := np.flatnonzero((missing > 0) & (at < ends))):
+        hit = at[asking]
+        at[asking] += 1
+        free = ~taken[image[hit]]
+        asking, hit = asking[free], hit[free]
+        best = np.lexsort((query[hit], -score[hit], image[hit]))
+        first = best[np.flatnonzero(np.r_[True, np.diff(image[hit][best]) > 0][: len(best)])]
+        taken[image[hit[first]]], won[hit[first]] = True, True
+        missing[asking[first]] -= 1
+    kept = np.sort(order[won])
+    return Hits(hits.query_H[kept], hits.rank_H[kept], hits.row_H[kept], hits.score_H[kept])
 
 
 def best_hits(hits: Hits, count: int) -> tuple[ndarray, ndarray]:
