@@ -2,13 +2,13 @@
 
     python benchmarks/curate.py [--quick] [--images 200000] [--faiss] [--components 50000000] [--no-exact]
 
-Vectors of 384 channels: concepts of very different sizes, a fifth of the images in groups of copies, most of 2 to 4, some
-of up to 50, eight of up to 2,000, with cosines from 0.55 to 0.995. Two rounds of inverted lists are compared with the
-exact join of the same vectors in the same process, at a cosine of 0.6, where much is near the threshold. A copy is
+Vectors of 384 channels: concepts of very different sizes, a fifth of the images in groups of copies, most of 2 to 4,
+some of up to 50, eight of up to 2,000, with cosines from 0.55 to 0.995. Two rounds of inverted lists are compared with
+the exact join of the same vectors in the same process, at a cosine of 0.6, where much is near the threshold. A copy is
 found if it is joined to another image of its group; what can be found is what exact search within the group finds.
 Originals are lost where nothing is kept of a group, or a picture without copies goes: at 0.6, which is far too low for
-such vectors, and at a threshold that aims at one wrong merge in a hundred images. `join_recall` is against exact search
-(`rival` 1), `join_time` against the exact join.
+such vectors, and at a threshold that aims at one wrong merge in a hundred images. `join_recall` is against exact
+search (`rival` 1), `join_time` against the exact join.
 """
 
 import argparse

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from troodon import run
 from troodon.config import UsageError
-from troodon.curate import embed as embedding
 from troodon.curate import copies, gather, pipeline, space
+from troodon.curate import embed as embedding
 from troodon.curate.calibrate import calibrate
 from troodon.curate.config import CurateConfig
 from troodon.curate.dedup import components, identical, keep_order, near_duplicates

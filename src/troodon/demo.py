@@ -8,7 +8,7 @@ from pathlib import Path
 
 from troodon import verbs
 from troodon.data import world
-from troodon.recipes import distilled, own
+from troodon.recipes import curation, distilled, own
 from troodon.run import publish, say, write_json
 
 EMBEDDED_WORLD = world.WorldConfig(texture_fidelity=0.95, habitat_fidelity=0.9, scale=(0.5, 0.9))
@@ -29,7 +29,7 @@ def demo(out: str | Path, *, steps: int | None = None, seed: int = 0) -> Path:
     say("3/7 curate: first a backbone to compare images by, trained for a short while on the whole pool")
     first = replace(own.demo(max(1, config.steps // 4)), seed=seed)
     verbs.pretrain(first, out / "index", out / "first")
-    verbs.curate(own.curate_demo(), curated, pool, out / "first", out / "selection")
+    verbs.curate(curation.curate_demo(), curated, pool, out / "first", out / "selection")
 
     say("4/7 pretrain: on the selection, from there on")
     verbs.pretrain(config, out / "selection", out / "run", init=out / "first")

@@ -49,8 +49,8 @@ def from_clusters(
 ) -> Drawn:
     """From every cluster with `more_than` curated images of a set, up to `most` images, and `cap` for each set.
 
-    `cluster_Q` and `dataset_Q` are those of the curated images; `rows` and `cluster_N` those of the pool. An image may be
-    drawn for several sets. (https://arxiv.org/abs/2304.07193, appendix A.4: more than 3, 10,000 and a million.)
+    `cluster_Q` and `dataset_Q` are those of the curated images; `rows` and `cluster_N` those of the pool. An image may
+    be drawn for several sets. (https://arxiv.org/abs/2304.07193, appendix A.4: more than 3, 10,000 and a million.)
     """
     order = draw_order(rows, seed)
     order = order[np.argsort(cluster_N[order], kind="stable")]
@@ -96,8 +96,8 @@ def shares(sizes: ndarray, target: int) -> ndarray:
 
 
 def evenly(rows: ndarray, levels: list[ndarray], target: int, seed: int) -> ndarray:
-    """`target` of these images, drawn evenly over the clusters of the highest level, in each over those below, and so on
-    (the way of https://arxiv.org/abs/2405.15613). Sorted."""
+    """`target` of these images, drawn evenly over the clusters of the highest level, in each over those below, and so
+    on (the way of https://arxiv.org/abs/2405.15613). Sorted."""
     order = draw_order(rows, seed)
     quota = np.array([min(target, len(rows))], np.int64)
     parents = [*levels, np.zeros(int(levels[-1].max(initial=-1)) + 1, np.int64)]

@@ -66,8 +66,8 @@ def calibrate(
     """Choose the threshold for images uint8 (H, W, 3) that were drawn from a pool of `pool` images.
 
     `embed_images` gives vectors (B, D) whose cosines are compared. `others_MD` holds those of images of the pool,
-    first of all of `images` themselves; without it they are compared with one another. `looser` is another rate of false
-    merges, for whose threshold there is also a use.
+    first of all of `images` themselves; without it they are compared with one another. `looser` is another rate of
+    false merges, for whose threshold there is also a use.
     """
     if others_MD is None:
         others_MD = embed_images(list(images))

@@ -18,7 +18,7 @@ class CurateConfig:
     tokens: Literal["cls", "cls+mean"] = "cls"
     """What stands for an image: its class token, or that and the mean of its patches."""
     steps: tuple[Step, ...] = ("exact", "duplicate", "benchmark")
-    """What is looked for before anything is gathered; any of exact, hash, duplicate and benchmark, always in this order."""
+    """What is looked for before anything is gathered; any of exact, hash, duplicate, benchmark, in this order."""
     within_curated: Literal["keep", "drop"] = "keep"
     """Duplicates among the curated images themselves: keep every readable one, or drop them too."""
     hash_radius: int = 2
@@ -55,8 +55,8 @@ class CurateConfig:
     minimum: float = -1.0
     """sample: cosine below which nothing is retrieved."""
     collisions: Literal["unique", "multiplicity", "fill"] = "unique"
-    """sample: an image retrieved several times counts once, or as often as it was retrieved (its weight), or goes to the
-    nearest, while others take their next."""
+    """sample: an image retrieved several times counts once, or as often as it was retrieved (its weight), or goes to
+    the nearest, while others take their next."""
     large: int = 1_000_000
     """auto: curated sets of more images than this are retrieved for one by one."""
     clusters: int = 100_000

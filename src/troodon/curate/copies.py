@@ -102,9 +102,8 @@ def duplicates(pool: Pool, compared: Path) -> Path:
             gone = found.cause_N >= 0
             cause_N[rows[gone]], score_N[rows[gone]] = rows[found.cause_N[gone]], found.score_N[gone]
             why["near"][rows[gone]] = True
-            run.say(
-                f"duplicate: {gone.sum():,} of {len(rows):,} images resemble another, cosine above {said['threshold']:.3f}"
-            )
+            above_what = f"cosine above {said['threshold']:.3f}"
+            run.say(f"duplicate: {gone.sum():,} of {len(rows):,} images resemble another, {above_what}")
             if how != "exact":
                 residual = _audit(x_MD, said["threshold"], gone, protected, config.seed, pool.device)
         survives_N = pool.readable_N & ~pool.benchmark_N & (cause_N < 0)

@@ -64,9 +64,9 @@ def near_duplicates(
     """Find near-duplicates, cosine above `threshold`, and keep one of each group by `rank_N` (see `keep_order`).
 
     `protected_N` (bool) are kept whatever they resemble. Components of more than `recheck_above` are rechecked.
-    `edges(rows, round)` gives the edges among some rows, by their places; without it they are found here, exactly. Where
-    it may miss some, more `rounds` look again among the images that stay. Memory: a few numbers an image, and the pairs
-    of one tile.
+    `edges(rows, round)` gives the edges among some rows, by their places; without it they are found here, exactly.
+    Where it may miss some, more `rounds` look again among the images that stay. Memory: a few numbers an image, and the
+    pairs of one tile.
     """
     label_N, rows = np.arange(len(x_ND)), np.arange(len(x_ND))
     verdict = settle(x_ND, label_N, threshold, rank_N, curated_N, protected_N, recheck_above)

@@ -11,7 +11,7 @@ import os
 import signal
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -47,17 +47,19 @@ class Here:
 
 @dataclass(frozen=True)
 class Processes:
-    """Spawned processes, each of which does one unit at a time and ends with the process that started it."""
+    """Spawned processes, each of which does one unit at a time; they stay for the next stage, and end with this one."""
 
     count: int
+    workers: list["_Worker"] = field(default_factory=list, compare=False, repr=False)
 
     def run(self, stage: Stage, home: Path, waiting: Sequence[int]) -> Iterator[int]:
         queue, deaths = deque(waiting), Counter[int]()
-        workers = [_Worker(stage, home, self.count) for _ in range(min(self.count, len(waiting)))]
+        while len(self.workers) < min(self.count, len(waiting)):
+            self.workers.append(_Worker(self.count))
         try:
-            for worker in workers:
-                worker.give(queue.popleft())
-            while busy := {worker.ours: worker for worker in workers if worker.at is not None}:
+            for worker in self.workers[: len(waiting)]:
+                worker.give(stage, home, queue.popleft())
+            while busy := {worker.ours: worker for worker in self.workers if worker.at is not None}:
                 for ready in wait(list(busy)):
                     worker = busy[ready]  # type: ignore[index]
                     at, said = worker.hear()
@@ -68,33 +70,43 @@ class Processes:
                         if deaths[at] >= TRIES:
                             raise RuntimeError(f"{stage.name}: part {at} ended {TRIES} processes: {stage.units[at]}")
                         queue.appendleft(at)
-                        workers.remove(worker)
-                        workers.append(worker := _Worker(stage, home, self.count))
+                        self.workers.remove(worker)
+                        self.workers.append(worker := _Worker(self.count))
                     else:
                         yield at
                     if queue:
-                        worker.give(queue.popleft())
-        finally:
-            for worker in workers:
-                worker.end()
+                        worker.give(stage, home, queue.popleft())
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the processes, whatever they do."""
+        for worker in self.workers:
+            worker.end()
+        self.workers.clear()
 
 
 class _Worker:
-    """A process, our end of its pipe, and the unit that it does."""
+    """A process, our end of its pipe, the stage it knows and the unit that it does."""
 
-    def __init__(self, stage: Stage, home: Path, count: int):
+    def __init__(self, count: int):
         context = multiprocessing.get_context("spawn")  # a fork may hang where threads hold locks
         self.ours, theirs = context.Pipe()
+        self.stage: Stage | None = None
         self.at: int | None = None
-        self.process: BaseProcess = context.Process(target=_serve, args=(theirs, stage, home), daemon=True)
+        self.process: BaseProcess = context.Process(target=_serve, args=(theirs,), daemon=True)
         each = str(max(1, (os.cpu_count() or 1) // count))
         with _environment({name: os.environ.get(name, each) for name in THREADS}):
             self.process.start()
         theirs.close()
 
-    def give(self, at: int) -> None:
+    def give(self, stage: Stage, home: Path, at: int) -> None:
         self.at = at
         with contextlib.suppress(OSError):  # it is dead, which hear() will find
+            if stage is not self.stage:
+                self.ours.send((stage, home))
+                self.stage = stage
             self.ours.send(at)
 
     def hear(self) -> tuple[int, Any]:
@@ -113,11 +125,13 @@ class _Worker:
         self.process.join()
 
 
-def _serve(theirs: Connection, stage: Stage, home: Path) -> None:
+def _serve(theirs: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the process that asked for this one
     with contextlib.suppress(EOFError, OSError):  # which is gone
+        stage, home = theirs.recv()
         while True:
-            at = theirs.recv()
+            while isinstance(at := theirs.recv(), tuple):
+                stage, home = at
             try:
                 perform(stage, home, at)
                 answer: Any = True

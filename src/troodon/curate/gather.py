@@ -1,4 +1,4 @@
-"""What is gathered from the images that survive: the nearest to curated ones, clusters of these, an even spread, or all.
+"""What is gathered from images that survive: the nearest to curated ones, clusters of these, an even spread, or all.
 
 look-alikes    vectors of all survivors
 retrieve       hits of curated images, some queries at a time

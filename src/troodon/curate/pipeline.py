@@ -1,6 +1,6 @@
 """Pools of images to one selection: embed, drop copies and leaks, gather, compose.
 
-While it works the stages lie beside the selection, in `<out>.work`, each unit complete or absent; a killed run continues
+While it works the stages lie beside the selection, in `<out>.work`, each unit complete or absent; a killed run goes on
 with what is there. The selection itself appears at the end, whole, and takes the embeddings with it.
 
     images.parquet    the ledger: one row for every image that came in (see compose.py)
@@ -51,7 +51,7 @@ def curate(
     copies: Any = None,
     engine: Engine | None = None,
 ) -> Path:
-    """Select from `uncurated` what resembles `curated`, without copies and `benchmark`'s, and publish the selection `out`.
+    """Select from `uncurated` what resembles `curated`, without copies and `benchmark`'s, and publish it as `out`.
 
     `copies` compares images to find copies where it shall be another network than `backbone`. Does nothing where the
     selection is there already. UsageError when there is no readable curated image to gather by, when `out` was made
@@ -126,8 +126,8 @@ def _check(config: CurateConfig, curated: Index, benchmark: Index, compares: Any
     if named and not (getattr(compares, "for_copies", False) and config.duplicate_space == "plain"):
         where = "as they are" if config.duplicate_space == "plain" else config.duplicate_space
         run.say(
-            f"warning: threshold {named[0]} holds for a copy descriptor such as SSCD, not for embeddings of {compares.name}, "
-            f"{where}; leave it out to have it calibrated, or see `troodon calibrate`"
+            f"warning: threshold {named[0]} holds for a copy descriptor such as SSCD, not for embeddings of "
+            f"{compares.name}, {where}; leave it out to have it calibrated, or see `troodon calibrate`"
         )
 
 

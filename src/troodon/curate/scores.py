@@ -19,7 +19,7 @@ SEEN_PX = 256  # the longer side at which sharpness is measured: large pictures 
 
 
 def sharpness(image_HWC: ndarray) -> float:
-    """Mean difference of a pixel from its neighbours' mean, over the contrast; 0 is one colour, 0.01 is out of focus."""
+    """Mean difference of a pixel from its neighbours, over the contrast; 0 is one colour, 0.01 is out of focus."""
     picture = Image.fromarray(image_HWC[..., 0] if image_HWC.shape[2] < 3 else image_HWC[..., :3]).convert("L")
     picture.thumbnail((SEEN_PX, SEEN_PX))
     x_HW = np.asarray(picture, np.float32)

@@ -8,7 +8,7 @@ from troodon.config import UsageError, nearest
 from troodon.curate.config import CurateConfig
 from troodon.learn.config import PretrainConfig
 from troodon.model.config import SMALL
-from troodon.recipes import distilled, onward, own, released
+from troodon.recipes import curation, distilled, onward, own, released
 
 KNOWN: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     "pretrain": {
@@ -41,7 +41,15 @@ KNOWN: Mapping[str, Mapping[str, Callable[..., Any]]] = {
             distilled.distill_features,
         )
     },
-    "curate": {recipe.__name__: recipe for recipe in (own.curate_demo, own.curate_small)},
+    "curate": {
+        recipe.__name__: recipe
+        for recipe in (
+            curation.curate_demo,
+            curation.curate_small,
+            curation.curate_paper,
+            curation.curate_balance,
+        )
+    },
 }
 
 

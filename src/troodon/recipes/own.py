@@ -9,7 +9,6 @@ Where they differ most from the paper; docs/log.md has the runs, of one seed eac
     layer_scale           1, where the paper has 1e-5: a shallow network needs no gentle start. Not varied by itself.
 """
 
-from troodon.curate.config import CurateConfig
 from troodon.data.config import CropsConfig, PhotometricConfig
 from troodon.learn.config import ObjectiveConfig, PretrainConfig
 from troodon.learn.schedules import Schedule, Schedules
@@ -55,13 +54,3 @@ def _on_small_data(steps: int) -> dict:
         "probe_every": 200,
         "checkpoint_every": 200,
     }
-
-
-def curate_demo() -> CurateConfig:
-    """Curation of the embedded world with a small backbone trained on its own pool."""
-    return CurateConfig(tokens="cls+mean")
-
-
-def curate_small() -> CurateConfig:
-    """For ten thousand to a million images: exact search, the threshold calibrated on the images themselves."""
-    return CurateConfig()

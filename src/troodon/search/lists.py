@@ -5,8 +5,8 @@ rows in the `PROBES` lists that are nearest to it. Of 200,000 rows of 384 channe
 exact search finds, with a seventeenth of the products; a second round over what survives, with other lists, found half
 of the rest. Rows lie in their lists in eight bits, which propose; the rows themselves decide, as in exact.py.
 
-Lists do not depend on threads, blocks or devices: centroids, and rows where they meet them, are whole numbers, multiples
-of 1 / GRID, whose products and sums stay below 2^24, which float32 holds exactly in whatever order they are summed.
+Lists do not depend on threads, blocks or devices: centroids, and rows where they meet them, are whole numbers,
+multiples of 1 / GRID, whose products and sums stay below 2^24, which float32 holds exactly in whatever order.
 """
 
 from collections.abc import Iterator

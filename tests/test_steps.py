@@ -1,0 +1,165 @@
+"""Curation with everything on: benchmarks, hashes, lists, clusters, marks, other engines; the ledger balances."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from troodon import run
+from troodon.config import UsageError
+from troodon.curate import embed as embedding
+from troodon.curate import pipeline
+from troodon.curate.engines import Processes
+from troodon.data.attacks import attack
+from troodon.data.index import SCHEMA, Index
+from troodon.data.sources import open_source
+from troodon.recipes import curation
+
+from .test_curate import QUICK, Pixels, files, picture, png, rows, write
+
+NOBODY = Index(SCHEMA.empty_table())
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> dict[str, Index]:
+    """Two curated sets of 6, a pool in which some of 8 benchmark images hide, attacked, and 40 others in 4 kinds."""
+    home, random = tmp_path_factory.mktemp("world"), np.random.default_rng(0)
+
+    def like(seed: int, other: int, share: float) -> np.ndarray:
+        return (share * picture(seed) + (1 - share) * picture(other)).astype(np.uint8)
+
+    for name, kinds in (("first", (0, 1)), ("second", (2,))):
+        write(
+            home / name, {f"{i}.png": png(like(kinds[i % len(kinds)], 500 + i + 10 * kinds[0], 0.6)) for i in range(6)}
+        )
+    write(home / "benchmark", {f"b{i}.png": png(picture(300 + i)) for i in range(8)} | {"broken.png": b"no"})
+    pool = {f"k{kind}-{i}.png": png(like(kind, 600 + 20 * kind + i, 0.6)) for kind in range(4) for i in range(10)}
+    pool |= {f"leak{i}.png": png(attack(picture(300 + i), "jpeg", random, 0.3)) for i in range(5)}
+    pool |= {"leak-same.png": png(picture(306)), "broken.png": b"", "small.png": png(picture(7)[:10, :30])}
+    pool["copy.png"] = png(attack(like(3, 660, 0.6), "shrink", random, 0.3))
+    write(home / "pool", pool)
+    curated = open_source(home / "first", home / "second")
+    return {"curated": curated, "uncurated": open_source(home / "pool"), "benchmark": open_source(home / "benchmark")}
+
+
+def made(world: dict[str, Index], out: Path, engine=None, curated: Index | None = None, **changes) -> Path:
+    given = world["curated"] if curated is None else curated
+    config = replace(QUICK, benchmark_false_merges=1e-6, **changes)
+    bench = world["benchmark"]
+    return pipeline.curate(config, given, world["uncurated"], Pixels(), out, benchmark=bench, engine=engine)
+
+
+EVERYTHING = {
+    "steps": ("exact", "hash", "duplicate", "benchmark"),
+    "search": "lists",
+    "gather": "auto",
+    "large": 5,
+    "marks": ("side<20", "aspect>2"),
+}
+
+
+def test_everything_together_balances_and_says_why(world, tmp_path):
+    out = made(world, tmp_path / "s", **EVERYTHING)
+    ledger, summary = rows(out), run.read_json(out / "summary.json")
+    assert [s["name"] for s in summary["stages"]] == ["decode", "exact", "hash", "duplicate", "benchmark", "retrieve"]
+    assert summary["benchmark"] == {"in": 9, "kept": 0}
+    for i in range(5):
+        assert (ledger[f"leak{i}.png"]["stage"], ledger[f"leak{i}.png"]["cause"]) == (
+            "benchmark",
+            ledger[f"b{i}.png"]["at"],
+        )
+    assert ledger["leak-same.png"]["cause"] == ledger["b6.png"]["at"]
+    assert ledger["leak-same.png"]["reason"] == "resembles a benchmark image, cosine 1.00"
+    assert ledger["b0.png"]["reason"] == "of a benchmark: not to train on"
+    assert ledger["copy.png"]["stage"] in ("hash", "duplicate")
+    assert ledger["small.png"]["marks"] == "side<20 aspect>2"
+    assert ledger["small.png"]["score_aspect"] == 3
+    assert summary["marked"] == {"side<20": 1, "aspect>2": 1}
+    assert summary["search"]["by"] == "lists"
+    assert summary["search"]["still_alike"]["found"] == 0
+    assert all((out / "embeddings" / name).exists() for name in ("embeddings.npy", "images.parquet"))
+    assert not list(tmp_path.glob("*.work"))
+
+
+def test_whoever_works_the_selection_is_the_same(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(embedding, "PART", 16)
+    engine = Processes(2)
+    assert files(made(world, tmp_path / "a", engine=engine, **EVERYTHING)) == files(
+        made(world, tmp_path / "b", **EVERYTHING)
+    )
+
+
+def test_clusters_balance_or_all_can_be_gathered(world, tmp_path):
+    cluster = made(
+        world, tmp_path / "c", gather="cluster", clusters=4, more_than=1, per_cluster=4, retrieve_space="plain"
+    )
+    told = pq.read_table(cluster / "clusters.parquet").to_pylist()
+    assert {c["dataset"] for c in told} == {"first", "second"}
+    assert all(c["hits"] > 1 and c["taken"] == min(4, c["size"]) for c in told)
+    kept = [r for r in rows(cluster).values() if r["kept"] and r["pool"] == "uncurated"]
+    assert len(kept) <= sum(c["taken"] for c in told)
+    assert {r["reason"] for r in kept} == {"drawn from a cluster of curated images"}
+
+    every = made(world, tmp_path / "a", gather="all", curated=NOBODY)
+    left = [r for r in rows(every).values() if r["pool"] == "uncurated" and not r["kept"]]
+    assert {r["stage"] for r in left} == {"decode", "duplicate", "benchmark"}
+    balanced = made(world, tmp_path / "b", gather="balance", curated=NOBODY, target=12, levels=(8, 4))
+    assert run.read_json(balanced / "summary.json")["kept"] == 12
+    alone = made(world, tmp_path / "d", gather="all", steps=("exact",), curated=NOBODY)
+    stages = [s["name"] for s in run.read_json(alone / "summary.json")["stages"] if s["dropped"]]
+    assert stages == ["decode", "benchmark"]
+    with pytest.raises(UsageError, match="or set gather to balance or all"):
+        made(world, tmp_path / "e", curated=NOBODY)
+
+
+def test_collisions_are_filled(world, tmp_path):
+    plain = made(world, tmp_path / "a", k=3, k_of=("second=5",))
+    filled = made(world, tmp_path / "b", k=3, k_of=("second=5",), collisions="fill")
+    hits = pq.read_table(plain / "hits.parquet")
+    assert np.bincount(hits["query"].to_numpy()).tolist() == [3] * 6 + [5] * 6
+    kept = [sum(r["kept"] for r in rows(out).values()) for out in (plain, filled)]
+    assert len(set(pq.read_table(filled / "hits.parquet")["row"].to_pylist())) == kept[1] - 12
+    assert kept[1] > kept[0]
+
+
+def test_a_benchmark_by_component_takes_more(world, tmp_path):
+    direct = made(world, tmp_path / "a", threshold=0.9, benchmark_threshold=0.5, gather="all", curated=NOBODY)
+    chained = made(world, tmp_path / "b", threshold=0.9, benchmark_threshold=0.5, gather="all", curated=NOBODY,
+                   benchmark_mode="component")  # fmt: skip
+    gone = [{name for name, r in rows(out).items() if r["stage"] == "benchmark"} for out in (direct, chained)]
+    assert gone[0] <= gone[1]
+    for name in gone[1] - gone[0]:
+        assert rows(chained)[name]["reason"] == "joined to an image that resembles a benchmark's"
+
+
+@dataclass(frozen=True)
+class Copies(Pixels):
+    """Another backbone, which finds copies."""
+
+    name: str = "copies"
+    fingerprint: str = "9"
+    for_copies: bool = True
+
+
+def test_copies_may_be_found_by_another_backbone_in_the_same_reading(world, tmp_path, capsys):
+    finds, config = Copies(), replace(QUICK, threshold=0.6, duplicate_space="plain")
+    out = pipeline.curate(config, world["curated"], world["uncurated"], Pixels(), tmp_path / "a", copies=finds)
+    assert sum(finds.seen) == 12 + 48
+    assert (out / "embeddings" / "copies.npy").exists()
+    assert run.read_json(out / "summary.json")["finds_copies"] == "copies"
+    assert "warning" not in capsys.readouterr().err
+    pipeline.curate(config, world["curated"], world["uncurated"], Pixels(), tmp_path / "b")
+    assert "warning: threshold 0.6 holds for a copy descriptor" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="copies takes 4 channels, pixels 3"):
+        pipeline.curate(
+            config, world["curated"], world["uncurated"], Pixels(), tmp_path / "c", copies=Copies(channels=4)
+        )
+
+
+def test_recipes_say_what_the_paper_says():
+    paper = curation.curate_paper()
+    assert (paper.threshold, paper.benchmark_threshold, paper.k) == (0.6, 0.45, 4)
+    assert (paper.clusters, paper.per_cluster, paper.more_than, paper.cap) == (100_000, 10_000, 3, 1_000_000)
+    assert curation.curate_balance().gather == "balance"
