@@ -32,9 +32,10 @@ def world(tmp_path_factory) -> dict[str, Index]:
 
     for name, kinds in (("first", (0, 1)), ("second", (2,))):
         write(
-            home / name, {f"{i}.png": png(like(kinds[i % len(kinds)], 500 + i + 10 * kinds[0], 0.6)) for i in range(6)}
+            home / name,
+            {f"{name}{i}.png": png(like(kinds[i % len(kinds)], 500 + i + 10 * kinds[0], 0.6)) for i in range(6)},
         )
-    write(home / "benchmark", {f"b{i}.png": png(picture(300 + i)) for i in range(8)} | {"broken.png": b"no"})
+    write(home / "benchmark", {f"b{i}.png": png(picture(300 + i)) for i in range(8)} | {"b-broken.png": b"no"})
     pool = {f"k{kind}-{i}.png": png(like(kind, 600 + 20 * kind + i, 0.6)) for kind in range(4) for i in range(10)}
     pool |= {f"leak{i}.png": png(attack(picture(300 + i), "jpeg", random, 0.3)) for i in range(5)}
     pool |= {"leak-same.png": png(picture(306)), "broken.png": b"", "small.png": png(picture(7)[:10, :30])}
