@@ -125,13 +125,14 @@ class Search:
         return time.perf_counter() - began, label_N
 
 
-def calibrated(x_ND: ndarray) -> float:
-    """The threshold at which one image in a hundred would be taken for a copy of another picture."""
+def calibrated(x_ND: ndarray, group_N: ndarray) -> float:
+    """The threshold at which one image in a hundred would be taken for a copy of another picture; of no copies."""
     from troodon.curate.calibrate import tail
     from troodon.search.exact import unit
 
-    drawn = unit(x_ND[np.sort(np.random.default_rng(0).permutation(len(x_ND))[:20_000])])
-    return tail(drawn[:2000], drawn, len(x_ND))(0.01)
+    originals = np.random.default_rng(0).permutation(np.unique(group_N))
+    drawn = unit(x_ND[originals[:20_000]])
+    return tail(drawn[:2000], drawn, len(originals))(0.01)
 
 
 def components_at(nodes: int, edges: int) -> None:
@@ -212,7 +213,7 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"peak memory until here {peak:.2f} GB")
     if given.only == "lists":
-        chosen = calibrated(x_ND)
+        chosen = calibrated(x_ND, group_N)
         for threshold in (THRESHOLD, chosen):
             for recheck in (4, images):
                 gone, doubled = lost(x_ND, group_N, threshold, Search(x_ND, "lists", threshold).edges, recheck)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from troodon import run
 from troodon.config import UsageError
-from troodon.curate import copies, gather, pipeline, space
 from troodon.curate import embed as embedding
+from troodon.curate import gather, pipeline, space, thresholds
 from troodon.curate.calibrate import calibrate
 from troodon.curate.config import CurateConfig
 from troodon.curate.dedup import components, identical, keep_order, near_duplicates
@@ -207,7 +207,7 @@ def test_a_killed_run_continues_to_the_same_bytes(selection, pools, tmp_path, mo
         else:
             where, name = {
                 "duplicates": (pipeline, "compare"),
-                "calibration": (copies, "calibrate"),
+                "calibration": (thresholds, "calibrate"),
                 "hits": (pipeline, "gather"),
                 "end": (pipeline, "_link"),
             }[at]

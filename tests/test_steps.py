@@ -1,16 +1,21 @@
 """Curation with everything on: benchmarks, hashes, lists, clusters, marks, other engines; the ledger balances."""
 
+import pickle
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
+from PIL import Image
 
-from troodon import run
+from troodon import run, verbs
 from troodon.config import UsageError
 from troodon.curate import embed as embedding
 from troodon.curate import pipeline
+from troodon.curate.descriptor import Descriptor
 from troodon.curate.engines import Processes
 from troodon.data.attacks import attack
 from troodon.data.index import SCHEMA, Index
@@ -164,3 +169,36 @@ def test_recipes_say_what_the_paper_says():
     assert (paper.threshold, paper.benchmark_threshold, paper.k) == (0.6, 0.45, 4)
     assert (paper.clusters, paper.per_cluster, paper.more_than, paper.cap) == (100_000, 10_000, 3, 1_000_000)
     assert curation.curate_balance().gather == "balance"
+
+
+def test_a_torchscript_file_finds_copies(tmp_path):
+    class Shrinks(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.adaptive_avg_pool2d(x, 4).flatten(1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(Shrinks(), torch.zeros(1, 3, 32, 32)).save(str(tmp_path / "small.pt"))
+    found = Descriptor.load(tmp_path / "small.pt")
+    image = picture(0)
+    x = found.features(found.prepare([image, picture(1)[:20]])).cls
+    assert x.shape == (2, 48)
+    expected = np.asarray(Image.fromarray(image).resize((4, 4), Image.Resampling.BOX), float) / 255
+    np.testing.assert_allclose(x[0].reshape(3, 4, 4)[0], (expected[..., 0] - 0.485) / 0.229, atol=0.05)
+    again = pickle.loads(pickle.dumps(found))
+    assert again.fingerprint == found.fingerprint
+    assert torch.equal(again.features(again.prepare([image])).cls, x[:1])
+    (tmp_path / "text.pt").write_text("no network")
+    with pytest.raises(UsageError, match=r"text\.pt: not a TorchScript copy descriptor"):
+        Descriptor.load(tmp_path / "text.pt")
+
+
+def test_calibrate_measures_and_writes_nothing(tmp_path):
+    write(tmp_path / "photos", {f"{i}.png": png(picture(i)) for i in range(40)} | {"broken.png": b""})
+    found = verbs.calibrate(Pixels(), tmp_path / "photos", images=20, strength=0.3)
+    assert (found["images"], found["copies"]) == (20, 80)
+    assert found["recall"]["resave"] == 1
+    assert 0 < found["threshold"] < 1
+    assert [p.name for p in tmp_path.iterdir()] == ["photos"]
+    with pytest.raises(UsageError, match="of 1 0 can be read"):
+        verbs.calibrate(Pixels(), tmp_path / "photos" / "broken.png")

@@ -20,7 +20,7 @@ from troodon.learn.config import PretrainConfig
 from troodon.run import DOING, RENDEZVOUS, doing, say
 from troodon.verbs.about import Demo, Doctor, Recipes, Report
 from troodon.verbs.common import configured
-from troodon.verbs.curation import Curate
+from troodon.verbs.curation import Calibrate, Curate
 from troodon.verbs.distillation import Distill, by_name
 from troodon.verbs.evaluation import Compare, Evaluate
 from troodon.verbs.images import Embed, Pack, Scan, ShowCrops
@@ -30,7 +30,8 @@ DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
 VERBS: dict[str, type] = {
     "doctor": Doctor, "demo": Demo, "scan": Scan, "pack": Pack, "show crops": ShowCrops, "embed": Embed,
-    "curate": Curate, "pretrain": Pretrain, "distill": Distill, "evaluate": Evaluate, "compare": Compare,
+    "curate": Curate, "curate calibrate": Calibrate, "pretrain": Pretrain, "distill": Distill, "evaluate": Evaluate,
+    "compare": Compare,
     "report": Report, "recipes": Recipes,
 }  # fmt: skip
 # Verbs whose settings start from a name: what a name means, what --help shows without one, and the names.

@@ -6,6 +6,7 @@ from typing import Literal
 
 from troodon.config import UsageError, within
 
+Tokens = Literal["cls", "cls+mean"]
 Space = Literal["plain", "centred", "whitened"]
 Step = Literal["exact", "hash", "duplicate", "benchmark"]
 MARK = re.compile(r"(?P<score>[\w.]+(:\w+)?)(?P<sign>[<>])(?P<limit>-?\d+(\.\d+)?)")
@@ -15,7 +16,7 @@ MARK = re.compile(r"(?P<score>[\w.]+(:\w+)?)(?P<sign>[<>])(?P<limit>-?\d+(\.\d+)
 class CurateConfig:
     """From a pool of images to a selection (https://arxiv.org/abs/2304.07193, section 3 and appendix A)."""
 
-    tokens: Literal["cls", "cls+mean"] = "cls"
+    tokens: Tokens = "cls"
     """What stands for an image: its class token, or that and the mean of its patches."""
     steps: tuple[Step, ...] = ("exact", "duplicate", "benchmark")
     """What is looked for before anything is gathered; any of exact, hash, duplicate, benchmark, in this order."""

@@ -16,20 +16,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy import ndarray
-from PIL import Image
 
 from troodon import run
 from troodon.curate import compose, dedup, leak, space
-from troodon.curate.calibrate import OTHERS, Calibration, calibrate
-from troodon.curate.embed import COPIES, MATRIX, describe, load
+from troodon.curate.embed import COPIES, MATRIX, load
 from troodon.curate.hashes import near_hashes
 from troodon.curate.pool import Pool, mapped, ranges
 from troodon.curate.stage import Counts, counted
-from troodon.data.decode import decode, grey
+from troodon.curate.thresholds import thresholds
 from troodon.search import join
 from troodon.search.exact import above
 
-SEEN_PX = (8, 512)  # about the shorter side of pictures that are attacked: less is no picture, more is not seen
 LISTS = 64  # partitions of a layout that are one unit
 EDGES = pa.schema([("i", pa.int64()), ("j", pa.int64()), ("score", pa.float32())])
 VERDICT = ("exact", "hash", "near", "leak")  # what an image went for
@@ -69,7 +66,7 @@ def compare(pool: Pool, embeddings: Path, backbone: Any) -> Path:
         pq.write_table(pa.table(why | {"cause": cause_N, "score": score_N}), folder / "verdict.parquet")
         x_MD = np.load(folder / "vectors.npy", mmap_mode="r")
         tokens = "cls" if (embeddings / f"{COPIES}.npy").exists() else config.tokens
-        run.write_json(folder / "threshold.json", _thresholds(pool, rows, x_MD, backbone, fitted, tokens, len(shown)))
+        run.write_json(folder / "threshold.json", thresholds(pool, rows, x_MD, backbone, fitted, tokens, len(shown)))
         return counted(before, len(rows), **{kind: int(gone_N.sum()) for kind, gone_N in why.items()})
 
     return pool.here("compare", work, pool.settings(*names), weights, pool.curated, pool.uncurated)
@@ -258,50 +255,3 @@ def _audit(x_MD: ndarray, threshold: float, gone_M: ndarray, protected_M: ndarra
         f"audit: {left.found:,} of {left.looked_at:,} survivors still resemble another ({left.share:.2%}, {interval})"
     )
     return {"looked_at": left.looked_at, "found": left.found, "low": left.low, "high": left.high}
-
-
-def _thresholds(
-    pool: Pool, rows: ndarray, x_MD: ndarray, backbone: Any, fitted: space.Space, tokens: str, shown: int
-) -> dict:
-    """The thresholds of both steps, and the calibration they come from, if either does."""
-    config = pool.config
-    set_here = config.threshold is None and "duplicate" in config.steps
-    set_there = config.benchmark_threshold is None and "benchmark" in config.steps and shown > 0
-    found = _calibrate(pool, rows, x_MD, backbone, fitted, tokens) if set_here or set_there else None
-    threshold, other = config.threshold, config.benchmark_threshold
-    if found is not None:
-        threshold = found.threshold if threshold is None else threshold
-        other = min(found.threshold, found.looser) if other is None else other
-    calibration = None if found is None else found.as_dict()
-    return {"threshold": threshold, "benchmark_threshold": other if shown else None, "calibration": calibration}
-
-
-def _calibrate(
-    pool: Pool, rows: ndarray, x_MD: ndarray, backbone: Any, fitted: space.Space, tokens: str
-) -> Calibration:
-    """Calibrate on images drawn from `rows` of the index, whose vectors are `x_MD`."""
-    config, random = pool.config, np.random.default_rng(pool.config.seed)
-    drawn = random.permutation(len(rows))[:OTHERS]
-    images = [_picture(pool, int(row)) for row in rows[drawn[: config.calibration_images]]]
-    run.say(f"calibrate: attacking {len(images):,} images")
-    see = grey if backbone.channels == 1 else np.asarray
-    result = calibrate(
-        lambda copies: fitted(describe(backbone, [see(copy) for copy in copies], tokens, config.batch)),
-        images,
-        random,
-        others_MD=x_MD[drawn],
-        pool=len(rows),
-        false_merges=config.false_merges,
-        looser=config.benchmark_false_merges,
-    )
-    found = np.mean(list(result.recall.values())) if result.recall else 0.0
-    run.say(f"calibrate: threshold {result.threshold:.3f} finds {found:.0%} of attacked copies")
-    return result
-
-
-def _picture(pool: Pool, row: int) -> ndarray:
-    image = Image.fromarray(decode(pool.index.read(row)))
-    if min(image.size) < SEEN_PX[0]:
-        image = image.resize((max(image.width, SEEN_PX[0]), max(image.height, SEEN_PX[0])))
-    factor = min(image.size) // SEEN_PX[1]
-    return np.asarray(image.reduce(factor) if factor > 1 else image)

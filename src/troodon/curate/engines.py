@@ -44,6 +44,9 @@ class Here:
             perform(stage, home, at)
             yield at
 
+    def close(self) -> None:
+        pass
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -181,6 +184,9 @@ class Ray:
                 except ray.exceptions.RayTaskError as error:
                     raise error.cause from None
                 yield pending.pop(one)
+
+    def close(self) -> None:
+        pass
 
 
 def _remote(stage: Stage, home: str, at: int) -> None:

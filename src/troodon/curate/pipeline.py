@@ -127,7 +127,7 @@ def _check(config: CurateConfig, curated: Index, benchmark: Index, compares: Any
         where = "as they are" if config.duplicate_space == "plain" else config.duplicate_space
         run.say(
             f"warning: threshold {named[0]} holds for a copy descriptor such as SSCD, not for embeddings of "
-            f"{compares.name}, {where}; leave it out to have it calibrated, or see `troodon calibrate`"
+            f"{compares.name}, {where}; leave it out to have it calibrated, or see `troodon curate calibrate`"
         )
 
 

@@ -38,9 +38,10 @@ class Stage:
 
 
 class Engine(Protocol):
-    """Who does the units: `run` does those that wait, and tells each as it is done."""
+    """Who does the units: `run` does those that wait, and tells each as it is done. `close` ends what it started."""
 
     def run(self, stage: Stage, home: Path, waiting: Sequence[int]) -> Iterator[int]: ...
+    def close(self) -> None: ...
 
 
 def counted(before: int, after: int | None = None, **left_out: int) -> Counts:

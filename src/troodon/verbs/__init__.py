@@ -6,13 +6,14 @@ an index or a backbone, training is lent a k-NN to watch itself by.
 
 from troodon.verbs.about import report
 from troodon.verbs.common import load
-from troodon.verbs.curation import curate
+from troodon.verbs.curation import calibrate, curate
 from troodon.verbs.distillation import distill
 from troodon.verbs.evaluation import compare, evaluate
 from troodon.verbs.images import embed, pack, scan, show_crops
 from troodon.verbs.training import pretrain, submit
 
 __all__ = [
+    "calibrate",
     "compare",
     "curate",
     "distill",
