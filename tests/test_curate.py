@@ -195,12 +195,12 @@ def test_a_finished_run_does_nothing_and_another_is_refused(selection, pools):
 @pytest.mark.parametrize("at", ["second part", "duplicates", "calibration", "hits", "end"])
 def test_a_killed_run_continues_to_the_same_bytes(selection, pools, tmp_path, monkeypatch, at):
     out, backbone = tmp_path / "selection", Pixels()
+    config = replace(QUICK, part=48)  # a multiple of the batch: the backbone sees the same batches
 
     def kill(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(embedding, "PART", 48)  # a multiple of the batch: the backbone sees the same batches
         if at == "second part":
             features, calls = Pixels.features, []
             patch.setattr(Pixels, "features", lambda *a: kill() if len(calls) > 3 else calls.append(0) or features(*a))
@@ -213,13 +213,12 @@ def test_a_killed_run_continues_to_the_same_bytes(selection, pools, tmp_path, mo
             }[at]
             patch.setattr(where, name, kill)
         with pytest.raises(KeyboardInterrupt):
-            pipeline.curate(QUICK, *pools, backbone, out)
+            pipeline.curate(config, *pools, backbone, out)
     assert not out.exists()
-    monkeypatch.setattr(embedding, "PART", 48)
     if at == "end":
         monkeypatch.setattr(gather, "top_k", kill)  # is not done again
     before = sum(backbone.seen)
-    pipeline.curate(replace(QUICK, threads=1), *pools, backbone, out)
+    pipeline.curate(replace(config, threads=1), *pools, backbone, out)
     readable = 9 + 89
     again = {"second part": readable - 47 + 160, "duplicates": 160, "calibration": 160}.get(at, 0)
     assert sum(backbone.seen) - before == again  # nothing is embedded twice
@@ -503,10 +502,9 @@ def test_embedding_says_how_fast_it_goes(capsys):
     assert "embed: 10 of 1,000 images" in capsys.readouterr().err
 
 
-def test_a_part_in_which_nothing_can_be_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(embedding, "PART", 2)
+def test_a_part_in_which_nothing_can_be_read(tmp_path):
     index = write(tmp_path / "i", {"a.png": b"", "b.png": b"", "c.png": png(picture(0)), "d.png": png(picture(1))})
-    x, images = embedding.load(embedding.embed(Pixels(), index, tmp_path / "e", batch=2, threads=1))
+    x, images = embedding.load(embedding.embed(Pixels(), index, tmp_path / "e", batch=2, threads=1, part=2))
     assert x.shape == (4, 192)
     assert np.any(x != 0, 1).tolist() == [False, False, True, True]
     assert images["status"].to_pylist() == ["empty", "empty", "ok", "ok"]

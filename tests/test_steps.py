@@ -13,7 +13,6 @@ from PIL import Image
 
 from troodon import run, verbs
 from troodon.config import UsageError
-from troodon.curate import embed as embedding
 from troodon.curate import pipeline
 from troodon.curate.descriptor import Descriptor
 from troodon.curate.engines import Processes
@@ -89,10 +88,9 @@ def test_everything_together_balances_and_says_why(world, tmp_path):
     assert not list(tmp_path.glob("*.work"))
 
 
-def test_whoever_works_the_selection_is_the_same(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(embedding, "PART", 16)
+def test_whoever_works_the_selection_is_the_same(world, tmp_path):
     engine = Processes(2)
-    assert files(made(world, tmp_path / "a", engine=engine, **EVERYTHING)) == files(
+    assert files(made(world, tmp_path / "a", engine=engine, part=16, **EVERYTHING)) == files(
         made(world, tmp_path / "b", **EVERYTHING)
     )
 

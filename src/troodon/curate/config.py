@@ -77,6 +77,8 @@ class CurateConfig:
     goes for a mark."""
     batch: int = 64
     """Images that the backbone sees at once."""
+    part: int = 20_000
+    """Images that are one unit of work when they are read and embedded: what a killed process loses."""
     threads: int = 0
     """Threads that read and decode; 0: as many as there are cores, up to 16."""
     seed: int = 0
@@ -84,8 +86,8 @@ class CurateConfig:
 
     def __post_init__(self) -> None:
         within(self, "", -1, 1, "threshold", "benchmark_threshold", "minimum")
-        within(self, "", 1, None, "k", "batch", "recheck_above", "calibration_images", "rounds", "clusters", "levels")
-        within(self, "", 1, None, "per_cluster", "cap")
+        within(self, "", 1, None, "k", "batch", "part", "recheck_above", "calibration_images", "rounds")
+        within(self, "", 1, None, "clusters", "levels", "per_cluster", "cap")
         within(self, "", 0, None, "threads", "seed", "more_than", "large", "target")
         within(self, "", 0, 8, "hash_radius")
         for name in ("false_merges", "benchmark_false_merges"):

@@ -8,7 +8,7 @@
                       hash     perceptual, 64 bits; null where unreadable or of one colour
                       score_<name>     for every score that was asked for
 
-Every PART images are a unit of the stage "embed" until all are there, so a killed run loses minutes.
+Every `part` images are a unit of the stage "embed" until all are there, so a killed run loses minutes.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ from troodon.search.exact import unit
 
 # Shape suffixes: N images, B images of one batch, D channels of an embedding.
 
-PART = 20_000
+PART = 20_000  # images of a unit
 MATRIX, COPIES = "embeddings", "copies"
 
 
@@ -52,6 +52,7 @@ def embed(
     tokens: str = "cls",
     copies: Backbone | None = None,
     marks: Sequence[str] = (),
+    part: int = PART,
     engine: Engine | None = None,
 ) -> Path:
     """Publish the embeddings of all images of an index in the folder `out`, unless they are there.
@@ -72,8 +73,8 @@ def embed(
     if run.is_done(out, "embeddings", fingerprint, settings):
         return out
     seen_by = {MATRIX: (_bare(backbone), tokens)} | ({} if copies is None else {COPIES: (_bare(copies), "cls")})
-    units = [(start, min(start + PART, len(index))) for start in range(0, len(index), PART)]
-    name = config.fingerprint(fingerprint, PART, batch)  # how images are batched may change the last bit of a vector
+    units = [(start, min(start + part, len(index))) for start in range(0, len(index), part)]
+    name = config.fingerprint(fingerprint, part, batch)  # how images are batched may change the last bit of a vector
     home = out.with_name(f"{out.name}.parts")
     parts = do(Stage("embed", _Look(seen_by, index, scores, batch, threads), units, name), home, engine or Here())
     with run.publish(out, "embeddings", fingerprint, settings) as partial:

@@ -35,7 +35,7 @@ from troodon.data.index import SCHEMA, Index
 from troodon.data.scan import contents
 from troodon.model.backbone import Backbone
 
-NOT_OF_THE_RESULT = ("batch", "threads")  # settings that change how fast, not what
+NOT_OF_THE_RESULT = ("batch", "threads", "part")  # settings that change how fast, not what
 PUBLISHED = (0.6, 0.45)  # thresholds of the paper, which hold for its copy descriptor and for no other network
 NOTHING = Index(SCHEMA.empty_table())
 
@@ -73,7 +73,7 @@ def curate(
     index = Index.concat([curated, uncurated, *([benchmark] if len(benchmark) else [])])
     embeddings = embed(
         backbone, index, work / "embeddings", batch=config.batch, threads=config.threads, tokens=config.tokens,
-        copies=copies, marks=config.marks, engine=engine,
+        copies=copies, marks=config.marks, part=config.part, engine=engine,
     )  # fmt: skip
     x_ND, images = load(embeddings)
     device = None if str(getattr(backbone, "device", "cpu")) == "cpu" else str(backbone.device)

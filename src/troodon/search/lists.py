@@ -21,7 +21,7 @@ from troodon.search.exact import cosines, unit
 
 # Shape suffixes: N rows, L lists, D channels, p lists that a row is compared with, B Q rows of one block, C pairs.
 
-PROBES = 32
+PROBES = 48
 GRID = 4000.0
 SAMPLED = 32  # rows for each list that k-means sees
 ITERATIONS = 5

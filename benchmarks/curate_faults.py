@@ -1,0 +1,184 @@
+"""Curation in trouble: does it end in the same bytes as if nothing had happened?
+
+    python benchmarks/curate_faults.py [--quick] [--kills 20] [--disk FOLDER]
+
+A pool of pictures with attacked copies, a truncated tar and files broken in 30 ways is curated by `troodon curate`,
+with two processes, undisturbed. Then again and again from the start, and at a random moment `kill -9` ends the main process
+or a worker; a killed main process is started again by the same command. `--disk` names a folder on a small file system
+(a tmpfs of some MB): it is filled while curation works there, then emptied, and the same command goes on. `ours` are
+the runs that ended in the same ledger, groups, hits and fingerprint, byte for byte; `rival` is how many there were.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+COMPARED = ("images.parquet", "groups.parquet", "hits.parquet", "embeddings/embeddings.npy")
+
+
+def picture(seed: int) -> np.ndarray:
+    low = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(low).resize((96, 72), Image.Resampling.BICUBIC))
+
+
+def encoded(pixels: np.ndarray, kind: str) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def broken() -> dict[str, bytes]:
+    """Thirty files that are no whole picture."""
+    found = {"empty.jpg": b"", "text.png": b"<html>no</html>", "zeros.jpg": bytes(5000)}
+    for kind in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"):
+        whole = encoded(picture(7), kind)
+        for cut in (0.02, 0.3, 0.6, 0.9):
+            found[f"cut{cut}.{kind.lower()}"] = whole[: int(len(whole) * cut)]
+    chance = np.random.default_rng(1)
+    for kind in ("JPEG", "PNG", "WEBP"):
+        damaged = bytearray(encoded(picture(8), kind))
+        for at in chance.integers(0, len(damaged), 40):
+            damaged[at] = int(chance.integers(256))
+        found[f"damaged.{kind.lower()}"] = bytes(damaged)
+    return found
+
+
+def prepare(home: Path, images: int) -> None:
+    """Curated pictures, a pool, and an untrained backbone: what it says plays no part here."""
+    from troodon.data.attacks import attack
+    from troodon.model.backbone import Backbone
+    from troodon.model.config import Preprocessing, ViTConfig
+
+    chance = np.random.default_rng(0)
+    for folder in ("curated", "pool"):
+        (home / folder).mkdir()
+    for i in range(20):
+        (home / "curated" / f"{i}.png").write_bytes(encoded(picture(i), "PNG"))
+    for i in range(images):
+        pixels = picture(1000 + i) if i % 5 else attack(picture(1000 + i + 1), "jpeg", chance, 0.3)
+        (home / "pool" / f"{i:05d}.jpg").write_bytes(encoded(pixels, "JPEG"))
+    for name, data in broken().items():
+        (home / "pool" / name).write_bytes(data)
+    with tarfile.open(home / "pool" / "cut.tar", "w") as tar:
+        for i in range(50):
+            data = encoded(picture(9000 + i), "PNG")
+            info = tarfile.TarInfo(f"{i:03d}.png")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    whole = (home / "pool" / "cut.tar").read_bytes()
+    (home / "pool" / "cut.tar").write_bytes(whole[: int(len(whole) * 0.7)])
+    network = ViTConfig(dim=48, depth=2, heads=2, patch=8, grid=4, layer_scale=1.0)
+    Backbone.random(network, Preprocessing(resize=32, crop=32)).save(home / "backbone")
+
+
+def start(home: Path, out: Path) -> subprocess.Popen:
+    words = ["curate", "curate_small", "--curated", home / "curated", "--uncurated", home / "pool", "--backbone",
+             home / "backbone", "--out", out, "--part", "64", "--workers", "2", "--calibration-images", "40",
+             "--search", "lists", "--batch", "16"]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "troodon", *map(str, words)], env=environment, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def end(process: subprocess.Popen) -> tuple[int, str]:
+    _, said = process.communicate(timeout=300)
+    return process.returncode, said
+
+
+def children(process: int) -> list[int]:
+    try:
+        return [int(p) for p in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def told(out: Path) -> str:
+    digest = hashlib.sha256(json.loads((out / "manifest.json").read_text())["fingerprint"].encode())
+    for name in COMPARED:
+        digest.update((out / name).read_bytes())
+    return digest.hexdigest()
+
+
+def killed(home: Path, out: Path, chance: random.Random, seconds: float, whom: str) -> str:
+    """Curate with one kill at a random moment; what came of it."""
+    process, until = start(home, out), time.monotonic() + chance.uniform(0.15, 0.9) * seconds
+    while time.monotonic() < until and process.poll() is None:
+        time.sleep(0.01)
+    workers = children(process.pid)
+    victim = process.pid if whom == "main" or not workers else chance.choice(workers)
+    if process.poll() is None:
+        os.kill(victim, signal.SIGKILL)
+    code, said = end(process)
+    if victim == process.pid and code:
+        assert not (out / "manifest.json").exists()
+        code, said = end(start(home, out))
+    assert code == 0, said
+    return told(out)
+
+
+def full_disk(home: Path, disk: Path) -> bool:
+    """Fill a small file system while curation works there; whether it fails, goes on and ends as it should."""
+    process, filler = start(home, disk / "selection"), disk / "filler"
+    while not list(disk.glob("selection.work/**/00001")) and process.poll() is None:
+        time.sleep(0.01)
+    with open(filler, "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(65536))
+        except OSError:
+            pass
+    code, said = end(process)
+    print(f"full disk: exit {code}: {said.strip().splitlines()[-1][:160]}")
+    failed = code == 1 and not (disk / "selection").exists()
+    filler.unlink()
+    code, said = end(start(home, disk / "selection"))
+    assert code == 0, said
+    return failed and told(disk / "selection") == told(home / "calm")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two kills")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--images", type=int, default=600)
+    parser.add_argument("--disk", type=Path)
+    given = parser.parse_args()
+    kills, chance = 2 if given.quick else given.kills, random.Random(0)
+    with tempfile.TemporaryDirectory(prefix="troodon-faults-") as folder:
+        home = Path(folder)
+        prepare(home, 200 if given.quick else given.images)
+        began = time.monotonic()
+        code, said = end(start(home, home / "calm"))
+        assert code == 0, said
+        seconds, calm = time.monotonic() - began, told(home / "calm")
+        summary = json.loads((home / "calm" / "summary.json").read_text())
+        print(f"undisturbed: {seconds:.1f} s; " + ", ".join(f"{s['name']} -{s['dropped']}" for s in summary["stages"]))
+        same = 0
+        for turn in range(kills):
+            whom = "main" if turn % 2 else "worker"
+            same += killed(home, home / f"out{turn}", chance, seconds, whom) == calm
+            print(f"kill {turn + 1}, {whom}: {same} of {turn + 1} the same", flush=True)
+        settings = {"kills": kills, "images": summary["images"]}
+        if given.disk:
+            settings["full_disk"] = full_disk(home, given.disk)
+    print(json.dumps([{"name": "same_after_kill", "ours": same, "rival": kills, "ratio": same / kills, "unit": "runs",
+                       "settings": settings}]))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
