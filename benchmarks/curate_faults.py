@@ -3,10 +3,11 @@
     python benchmarks/curate_faults.py [--quick] [--kills 20] [--disk FOLDER]
 
 A pool of pictures with attacked copies, a truncated tar and files broken in 30 ways is curated by `troodon curate`,
-with two processes, undisturbed. Then again and again from the start, and at a random moment `kill -9` ends the main process
-or a worker; a killed main process is started again by the same command. `--disk` names a folder on a small file system
-(a tmpfs of some MB): it is filled while curation works there, then emptied, and the same command goes on. `ours` are
-the runs that ended in the same ledger, groups, hits and fingerprint, byte for byte; `rival` is how many there were.
+with two processes, undisturbed. Then again and again from the start, and at a random moment `kill -9` ends the main
+process or a worker; a killed main process is started again by the same command. `--disk` names a folder on a small
+file system (a tmpfs of some MB): it is filled while curation works there, then emptied, and the same command goes on.
+`ours` are the runs that ended in the same ledger, groups, hits and fingerprint, byte for byte; `rival` is how many
+there were.
 """
 
 import argparse
