@@ -1,0 +1,237 @@
+"""Copies, leaks and look-alikes among real images: what each way to compare images finds.
+
+    python benchmarks/curate_images.py --data FOLDER [--backbone RUN] [--quick]
+
+FOLDER holds neardup_cifar10_dev.tar, photos_cc0_224.tar and cls_tinyin50_64.tar. Ways to compare: eight by eight
+pixels, an untrained ViT, the backbone given, each whitened; and perceptual hashes.
+
+    judged     4,313 images of CIFAR-10 with 156 pairs that people call the same: average precision over all pairs
+    attacked   photographs against copies of them, 24 kinds at four strengths: average precision over all pairs of a
+               copy and a photograph, recall at the score that no wrong pair reaches, and the same by strength
+    leaks      attacked validation images hidden in a pool, curated against the validation set: what is left, by kind
+    retrieval  half of 50 classes as curated, images of all classes and photographs as pool: precision, recall,
+               collisions, by sample and by cluster; against as many drawn by chance
+"""
+
+import argparse
+import csv
+import io
+import json
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from numpy import ndarray
+
+from troodon import run, verbs
+from troodon.curate import space
+from troodon.curate.config import CurateConfig
+from troodon.curate.embed import describe, embed
+from troodon.curate.hashes import perceptual_hash
+from troodon.curate.pipeline import curate
+from troodon.data.attacks import ATTACKS, attack
+from troodon.data.decode import decode
+from troodon.data.index import Index
+from troodon.data.sources import open_source
+from troodon.model.backbone import Backbone
+from troodon.model.config import Preprocessing, ViTConfig
+from troodon.search.exact import unit
+
+STRENGTHS = (0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What a network must beat: eight by eight pixels."""
+
+    name: str = "pixels"
+    channels: int = 3
+    fingerprint: str = "8x8"
+
+    def prepare(self, images) -> torch.Tensor:
+        parts = [torch.from_numpy(np.array(i)).permute(2, 0, 1)[None].float() / 255 for i in images]
+        return torch.cat([F.interpolate(p, (8, 8), mode="bilinear", antialias=True) for p in parts])
+
+    def features(self, images: torch.Tensor, blocks: int = 1) -> SimpleNamespace:
+        return SimpleNamespace(cls=images.flatten(1), patches=images.permute(0, 2, 3, 1))
+
+
+def average_precision(score_N: ndarray, right_N: ndarray) -> tuple[float, float]:
+    """Of pairs with a score, and the recall at the score that no wrong one reaches. Equal scores count against us."""
+    order = np.lexsort((right_N, -score_N))
+    right = right_N[order]
+    precision = np.cumsum(right) / np.arange(1, len(right) + 1)
+    best_wrong = score_N[~right_N].max(initial=-np.inf)
+    return float(precision[right].sum() / right.sum()), float((score_N[right_N] > best_wrong).mean())
+
+
+def told(images: list[ndarray], how: Any) -> ndarray:
+    """Vectors or, without a backbone, bits as +1 and -1, whose products count equal bits."""
+    if how is not None:
+        return describe(how, images, "cls")
+    hashes = np.array([perceptual_hash(image) or 0 for image in images], ">u8")
+    return np.unpackbits(hashes.view(np.uint8).reshape(-1, 8), axis=1).astype(np.float32) * 2 - 1
+
+
+def spaced(how: Any, base: ndarray) -> Callable[[ndarray], ndarray]:
+    fitted = space.fit("whitened" if how is not None else "plain", base)
+    return lambda x: unit(fitted(x))
+
+
+def judged(data: Path, ways: dict[str, Any]) -> None:
+    tar = data / "neardup_cifar10_dev.tar"
+    index = open_source(tar / "images")
+    at = {Path(path).name: row for row, path in enumerate(index.column("path"))}
+    with tarfile.open(tar) as pack:
+        listed = list(csv.DictReader(io.TextIOWrapper(pack.extractfile("pairs.csv"))))
+    images = [decode(index.read(row)) for row in range(len(index))]
+    pairs = [(at[Path(p["path_a"]).name], at[Path(p["path_b"]).name], p["judgment"]) for p in listed]
+    right = np.zeros((len(index), len(index)), bool)
+    open_ = np.triu(np.ones_like(right), 1)
+    for a, b, judgment in pairs:
+        a, b = min(a, b), max(a, b)
+        right[a, b] = judgment == "1"
+        open_[a, b] = judgment == "1"
+    for name, how in ways.items():
+        x = told(images, how)
+        mapped = spaced(how, x)(x)
+        ap, recall = average_precision((mapped @ mapped.T)[open_], right[open_])
+        print(
+            f"judged     {name:<10} average precision {ap:.3f}, recall before the first wrong pair {recall:.3f}",
+            flush=True,
+        )
+
+
+def attacked(data: Path, ways: dict[str, Any], photos: int) -> list[float]:
+    index, found = open_source(data / "photos_cc0_224.tar"), []
+    images = [decode(index.read(row)) for row in range(len(index))]
+    random = np.random.default_rng(0)
+    copies, of, strengths = [], [], []
+    for row in random.permutation(len(index))[:photos].tolist():
+        for strength in STRENGTHS:
+            for kind in ATTACKS:
+                copies.append(attack(images[row], kind, random, strength))
+                of.append(row)
+                strengths.append(strength)
+    right = np.zeros((len(copies), len(index)), bool)
+    right[np.arange(len(copies)), of] = True
+    for name, how in ways.items():
+        base = told(images, how)
+        mapped = spaced(how, base)
+        score = mapped(told(copies, how)) @ mapped(base).T
+        ap, recall = average_precision(score.ravel(), right.ravel())
+        by = [average_precision(score[s].ravel(), right[s].ravel())[1] for s in
+              (np.array(strengths) == strength for strength in STRENGTHS)]  # fmt: skip
+        shares = ", ".join(f"{strength:g}: {share:.2f}" for strength, share in zip(STRENGTHS, by))
+        print(
+            f"attacked   {name:<10} average precision {ap:.3f}, recall at no wrong pair {recall:.3f} ({shares})",
+            flush=True,
+        )
+        found.append(ap)
+    return found
+
+
+def classes(data: Path) -> tuple[Index, ndarray]:
+    index = open_source(data / "cls_tinyin50_64.tar" / "images" / "train")
+    return index, np.array([Path(path).parent.name for path in index.column("path")])
+
+
+def leaks(data: Path, home: Path, name: str, how: Any, hidden: int) -> float:
+    """Attacked validation images in a pool; the share of them that is left."""
+    index, _ = classes(data)
+    benchmark = open_source(data / "cls_tinyin50_64.tar" / "images" / "val")
+    random = np.random.default_rng(0)
+    folder, kinds = home / f"hidden-{name}", sorted(ATTACKS)
+    folder.mkdir()
+    from PIL import Image
+
+    for i, row in enumerate(random.permutation(len(benchmark))[:hidden].tolist()):
+        kind = kinds[i % len(kinds)]
+        Image.fromarray(attack(decode(benchmark.read(row)), kind, random, 0.5)).save(folder / f"{kind}-{i:04d}.png")
+    pool = Index.concat([index.take(np.sort(random.permutation(len(index))[:5000])), open_source(folder)]).unlabelled()
+    config = CurateConfig(gather="all")
+    out = curate(config, index.take([]), pool, how, home / f"leaks-{name}", benchmark=benchmark)
+    rows = pq.read_table(out / "images.parquet").to_pylist()
+    ours = [r for r in rows if r["path"].startswith(folder.name) and r["pool"] == "uncurated"]
+    left = [r for r in ours if r["kept"]]
+    other = [r for r in rows if r["pool"] == "uncurated" and not r["path"].startswith(folder.name)]
+    wrongly = sum(r["stage"] == "benchmark" for r in other)
+    by_kind: dict[str, list[bool]] = {}
+    for r in ours:
+        by_kind.setdefault(Path(r["path"]).name.partition("-")[0], []).append(r["kept"])
+    worst = ", ".join(
+        f"{kind} {np.mean(kept):.0%}" for kind, kept in sorted(by_kind.items(), key=lambda kv: -np.mean(kv[1]))[:8]
+    )
+    clean = sum(not any(kept) for kept in by_kind.values())
+    threshold = run.read_json(out / "summary.json")["benchmark_threshold"]
+    said = f"{len(left)} of {len(ours)} left at {threshold:.3f}, none of {clean} of {len(by_kind)} kinds; most: {worst}"
+    print(f"leaks      {name:<10} {said}; {wrongly} of {len(other)} others went", flush=True)
+    return len(left) / len(ours)
+
+
+def retrieval(data: Path, home: Path, name: str, how: Any) -> None:
+    """Half of the classes are wanted, 40 images of each are known."""
+    index, label = classes(data)
+    wanted = np.unique(label)[::2]
+    random = np.random.default_rng(0)
+    mine = np.isin(label, wanted)
+    curated_rows = np.concatenate([random.permutation(np.flatnonzero(label == c))[:40] for c in wanted])
+    pool = np.setdiff1d(np.arange(len(index)), curated_rows)
+    photos = open_source(data / "photos_cc0_224.tar")
+    uncurated, curated = Index.concat([index.take(pool), photos]).unlabelled(), index.take(np.sort(curated_rows))
+    right = np.r_[mine[pool], np.zeros(len(photos), bool)]
+    settings = {
+        "sample, k 4": {"k": 4}, "sample, k 32": {"k": 32}, "sample, k 4, filled": {"collisions": "fill"},
+        "cluster, > 0": {"gather": "cluster", "clusters": 500, "more_than": 0},
+        "cluster, > 3": {"gather": "cluster", "clusters": 500, "more_than": 3},
+    }  # fmt: skip
+    seen = embed(how, Index.concat([curated, uncurated]), home / f"seen-{name}", batch=64, threads=0)
+    for at, (words, changes) in enumerate(settings.items()):
+        config = replace(CurateConfig(steps=("exact",)), **changes)
+        out = home / f"retrieval-{name}-{at}"
+        shutil.copytree(seen, home / f"{out.name}.work" / "embeddings")  # images are embedded once for all of these
+        curate(config, curated, uncurated, how, out)
+        table = pq.read_table(out / "images.parquet")
+        kept = table["kept"].to_numpy()[len(curated) :]
+        hits = pq.read_table(out / "hits.parquet")["row"].to_numpy()
+        collide = f", {1 - len(np.unique(hits)) / len(hits):.2f} of hits collide" if len(hits) else ""
+        print(f"retrieval  {name:<10} {words:<20} kept {kept.sum():>5}: precision {right[kept].mean():.3f} "
+              f"(chance {right.mean():.3f}), recall {kept[right].mean():.3f}{collide}", flush=True)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--backbone", type=Path)
+    parser.add_argument("--quick", action="store_true", help="eight photographs, and no pools")
+    parser.add_argument("--photos", type=int, default=60)
+    given = parser.parse_args()
+    torch.manual_seed(0)
+    untrained = ViTConfig(dim=128, depth=4, heads=2, patch=8, grid=6, layer_scale=1.0)
+    networks: dict[str, Any] = {"pixels": Pixels(), "untrained": Backbone.random(untrained, Preprocessing(64, 64))}
+    if given.backbone:
+        networks["trained"] = verbs.load(given.backbone)
+    ways = networks | {"hash": None}
+    judged(given.data, ways)
+    found = attacked(given.data, ways, 8 if given.quick else given.photos)
+    if not given.quick:
+        with tempfile.TemporaryDirectory(prefix="troodon-images-") as folder:
+            for name, how in networks.items():
+                leaks(given.data, Path(folder), name, how, 480)
+                retrieval(given.data, Path(folder), name, how)
+    best, hashes = max(found[:-1]), found[-1]
+    print(json.dumps([{"name": "attacked_average_precision", "ours": best, "rival": hashes, "ratio": best / hashes,
+                       "unit": "average precision", "settings": {"rival": "perceptual hashes"}}]))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
