@@ -84,6 +84,9 @@ def test_everything_together_balances_and_says_why(world, tmp_path):
     assert summary["marked"] == {"side<20": 1, "aspect>2": 1}
     assert summary["search"]["by"] == "lists"
     assert summary["search"]["still_alike"]["found"] == 0
+    page = verbs.report(out, tmp_path / "page.html").read_text()
+    assert "resembles a benchmark image" in page
+    assert "images of benchmarks, and those that resemble one" in page
     assert all((out / "embeddings" / name).exists() for name in ("embeddings.npy", "images.parquet"))
     assert not list(tmp_path.glob("*.work"))
 

@@ -54,12 +54,18 @@ def do(stage: Stage, home: Path, engine: Engine) -> list[Path]:
     parts = [stage.folder(home, at) for at in range(len(stage.units))]
     waiting = [at for at, part in enumerate(parts) if not part.is_dir()]
     if waiting:
-        for left in parts[0].parent.glob("*.partial"):  # of a run that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        _sweep(parts[0].parent)
         progress = Progress(stage.name, "parts", len(waiting))
         for _ in engine.run(stage, home, waiting):
             progress.add(1)
+        _sweep(parts[0].parent)
     return parts
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes have left; all units are done, or nobody works yet."""
+    for left in folder.glob("*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def perform(stage: Stage, home: Path, at: int) -> None:

@@ -139,7 +139,8 @@ class Lists:
             scale_N[place] = scale = 127 / np.abs(x_BD).max(1).clip(1e-6)
             codes_ND[place] = np.rint(x_BD * scale[:, None])
         starts = np.searchsorted(probes_Np[:, 0], every)
-        return Lists(row_N, starts, probes_Np, by_list // probes_Np.shape[1], asked, codes_ND, scale_N)
+        asks = (by_list // probes_Np.shape[1]).astype(np.int32 if len(x_ND) < 2**31 else np.int64)
+        return Lists(row_N, starts, probes_Np, asks, asked, codes_ND, scale_N)
 
     def save(self, folder: Path) -> None:
         """Write it as arrays, which `load` maps from the disk."""

@@ -15,7 +15,7 @@ from numpy import ndarray
 
 from troodon.config import UsageError
 from troodon.search.exact import cosines, unit
-from troodon.search.lists import PROBES, count_for
+from troodon.search.lists import ITERATIONS, PROBES, count_for
 
 MARGIN = 0.2
 CHANNELS = 8  # that one byte stands for
@@ -51,6 +51,8 @@ class Quantised:
         kind = f"IVF{lists},PQ{parts}x8" if rows >= 256 * 39 else f"IVF{lists},Flat"
         index = faiss.index_factory(channels, kind, faiss.METRIC_INNER_PRODUCT)
         index.cp.seed = seed
+        for clustering in (index.cp, *([index.pq.cp] if "PQ" in kind else [])):
+            clustering.niter = ITERATIONS
         drawn = np.random.default_rng(seed).permutation(rows)[: max(lists * SAMPLED, 256 * 64)]
         index.train(unit(x_ND[np.sort(drawn)]))
         for start in range(0, rows, BLOCK):
