@@ -91,6 +91,14 @@ def test_everything_together_balances_and_says_why(world, tmp_path):
     assert not list(tmp_path.glob("*.work"))
 
 
+def test_a_ledger_is_written_in_blocks(world, tmp_path, monkeypatch):
+    whole = made(world, tmp_path / "a", **EVERYTHING)
+    monkeypatch.setattr("troodon.curate.compose.BLOCK", 7)
+    blocks = made(world, tmp_path / "b", **EVERYTHING)
+    tables = [pq.read_table(out / "images.parquet").to_pylist() for out in (whole, blocks)]
+    assert repr(tables[0]) == repr(tables[1])  # not ==: scores may be nan
+
+
 def test_whoever_works_the_selection_is_the_same(world, tmp_path):
     engine = Processes(2)
     assert files(made(world, tmp_path / "a", engine=engine, part=16, **EVERYTHING)) == files(

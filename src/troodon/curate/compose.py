@@ -16,6 +16,7 @@ A cause may itself be dropped later: the first of two identical files as a near-
 retrieved it.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,74 +27,115 @@ from numpy import ndarray
 from troodon.curate.dedup import Verdict
 from troodon.curate.pool import Pool
 from troodon.curate.retrieve import Hits, best_hits
-from troodon.curate.scores import marked
+from troodon.curate.scores import bears, marked
 from troodon.data.index import SCHEMA
 from troodon.search.exact import cosines
 
 STAGES = ("curated", "decode", "exact", "hash", "duplicate", "benchmark", "retrieve")
 DROPS = {"exact": "exact", "hash": "hash", "near": "duplicate", "leak": "benchmark"}  # columns of a verdict
+SAID = {  # of what went for another's sake
+    "hash": "perceptual hash equal, share of bits {:.2f}",
+    "duplicate": "near-duplicate, cosine {:.2f}",
+    "benchmark": "resembles a benchmark image, cosine {:.2f}",
+}
+BLOCK = 65_536  # rows of the ledger that are put into words at once
 
 
-def ledger(pool: Pool, verdict: pa.Table, gathered: Path) -> pa.Table:
-    """Put together what the stages have decided about N images."""
-    config, count, curated_N = pool.config, len(pool.index), pool.curated_N
+@dataclass(frozen=True)
+class Decided:
+    """What the stages have decided about N images, in numbers."""
+
+    stage_N: ndarray  # int8, a place in STAGES
+    cause_N: ndarray  # int64
+    score_N: ndarray  # float32
+    kept_N: ndarray  # bool
+    weight_N: ndarray  # float32
+    rank_N: ndarray  # int32 of its best hit; 0 for none
+    drawn_N: ndarray  # bool
+    shown_N: ndarray  # bool, readable images of benchmarks
+
+    def of(self, stage: str) -> ndarray:
+        return self.stage_N == STAGES.index(stage)
+
+
+def decide(pool: Pool, verdict: pa.Table, gathered: Path) -> Decided:
+    """Put together what the stages have decided; it balances, or an assertion says where not."""
+    count, curated_N = len(pool.index), pool.curated_N
     survives_N = verdict["survives"].to_numpy()
     cause_N, score_N = verdict["cause"].to_numpy().copy(), verdict["score"].to_numpy().copy()
-    stage_N = np.full(count, "decode", object)
+    stage_N = np.full(count, STAGES.index("decode"), np.int8)
     for column, stage in DROPS.items():
         if column in verdict.column_names:
-            stage_N[verdict[column].to_numpy()] = stage
+            stage_N[verdict[column].to_numpy()] = STAGES.index(stage)
     shown_N = pool.readable_N & pool.benchmark_N
-    stage_N[survives_N & curated_N], stage_N[survives_N & ~curated_N] = "curated", "retrieve"
-    stage_N[shown_N] = "benchmark"
-    status, why = pool.images["status"].to_pylist(), pool.images["reason"].to_pylist()
-    reason_N = np.array([f"{s}: {w}" for s, w in zip(status, why)], object)
-    reason_N[stage_N == "exact"] = "byte-identical"
-    for stage, said in (
-        ("hash", "perceptual hash equal, share of bits {:.2f}"),
-        ("duplicate", "near-duplicate, cosine {:.2f}"),
-        ("benchmark", "resembles a benchmark image, cosine {:.2f}"),
-    ):
-        reason_N[stage_N == stage] = [said.format(score) for score in score_N[stage_N == stage]]
-    reason_N[(stage_N == "benchmark") & np.isnan(score_N)] = "joined to an image that resembles a benchmark's"
-    reason_N[shown_N] = "of a benchmark: not to train on"
-    reason_N[stage_N == "curated"] = "kept as is"
+    stage_N[survives_N & curated_N] = STAGES.index("curated")
+    stage_N[survives_N & ~curated_N] = STAGES.index("retrieve")
+    stage_N[shown_N] = STAGES.index("benchmark")
 
     found = pq.read_table(gathered / "hits.parquet")
     of_hits = Hits(*(found[name].to_numpy() for name in ("query", "rank", "row", "score")))
     times_N, best_N = best_hits(of_hits, count)
     hit_N, best = times_N > 0, best_N[times_N > 0]
-    drawn_N = np.zeros(count, bool)
+    rank_N, drawn_N = np.zeros(count, np.int32), np.zeros(count, bool)
+    rank_N[hit_N], cause_N[hit_N], score_N[hit_N] = of_hits.rank_H[best], of_hits.query_H[best], of_hits.score_H[best]
     drawn_N[np.load(gathered / "drawn.npy")] = True
-    assert (stage_N[hit_N | drawn_N] == "retrieve").all()
-    reason_N[stage_N == "retrieve"] = _not_gathered(pool)
-    reason_N[drawn_N] = {"all": "kept: no copy of another", "balance": "drawn evenly"}.get(
+    kept_N = (stage_N == STAGES.index("curated")) | hit_N | drawn_N
+    weight_N = np.where(hit_N & (pool.config.collisions == "multiplicity"), times_N, kept_N).astype(np.float32)
+    decided = Decided(stage_N, cause_N, score_N, kept_N, weight_N, rank_N, drawn_N, shown_N)
+    _balance(decided, pool)
+    return decided
+
+
+def ledger(pool: Pool, decided: Decided, path: Path) -> None:
+    """Write the ledger, some rows at a time."""
+    parts = (_words(pool, decided, slice(start, start + BLOCK)) for start in range(0, max(1, len(pool.index)), BLOCK))
+    first = next(parts)
+    with pq.ParquetWriter(path, first.schema, compression="zstd") as writer:
+        for part in (first, *parts):
+            writer.write_table(part)
+
+
+def _words(pool: Pool, decided: Decided, rows: slice) -> pa.Table:
+    """These rows of the ledger."""
+    config, images = pool.config, pool.images.slice(rows.start, rows.stop - rows.start)
+    stage, score, kept, rank = (getattr(decided, f"{n}_N")[rows] for n in ("stage", "score", "kept", "rank"))
+    drawn, shown = decided.drawn_N[rows], decided.shown_N[rows]
+    named = np.array(STAGES, object)[stage]
+    reason = np.array([f"{s}: {w}" for s, w in zip(images["status"].to_pylist(), images["reason"].to_pylist())], object)
+    reason[named == "exact"] = "byte-identical"
+    for name, said in SAID.items():
+        reason[named == name] = [said.format(number) for number in score[named == name]]
+    reason[(named == "benchmark") & np.isnan(score)] = "joined to an image that resembles a benchmark's"
+    reason[shown] = "of a benchmark: not to train on"
+    reason[named == "curated"] = "kept as is"
+    reason[named == "retrieve"] = _not_gathered(pool)
+    reason[drawn] = {"all": "kept: no copy of another", "balance": "drawn evenly"}.get(
         config.gather, "drawn from a cluster of curated images"
     )
-    reason_N[hit_N] = [f"nearest {rank} of curated image" for rank in of_hits.rank_H[best]]
-    cause_N[hit_N], score_N[hit_N] = of_hits.query_H[best], of_hits.score_H[best]
-
-    kept_N = (stage_N == "curated") | hit_N | drawn_N
-    weight_N = np.where(hit_N & (config.collisions == "multiplicity"), times_N, kept_N)
-    scores = {n: pool.images[n] for n in pool.images.column_names if n.startswith("score_")}
-    plain = {name[len("score_") :]: column.to_numpy() for name, column in scores.items()}
-    pools = np.where(curated_N, "curated", np.where(pool.benchmark_N, "benchmark", "uncurated")).astype(object)
+    reason[rank > 0] = [f"nearest {number} of curated image" for number in rank[rank > 0]]
+    of_pool = np.where(pool.curated_N[rows], "curated", np.where(pool.benchmark_N[rows], "benchmark", "uncurated"))
+    scores = {name: images[name] for name in images.column_names if name.startswith("score_")}
     columns = {
-        "pool": pa.array(pools, pa.string()),
-        "kept": pa.array(kept_N),
-        "weight": pa.array(weight_N.astype(np.float32)),
-        "stage": pa.array(stage_N, pa.string()),
-        "reason": pa.array(reason_N, pa.string()),
-        "cause": pa.array(cause_N),
-        "score": pa.array(score_N, pa.float32()),
+        "pool": pa.array(of_pool.astype(object), pa.string()),
+        "kept": pa.array(kept),
+        "weight": pa.array(decided.weight_N[rows]),
+        "stage": pa.array(named, pa.string()),
+        "reason": pa.array(reason, pa.string()),
+        "cause": pa.array(decided.cause_N[rows]),
+        "score": pa.array(score, pa.float32()),
     }
     if config.marks:
-        columns["marks"] = pa.array(marked(config.marks, plain), pa.string())
-    table = pool.images.select(SCHEMA.names)
+        columns["marks"] = pa.array(marked(config.marks, _plain(images)), pa.string())
+    table = images.select(SCHEMA.names)
     for name, column in (columns | scores).items():
         table = table.append_column(name, column)
-    _balance(stage_N, kept_N, pool, shown_N, cause_N, hit_N)
     return table
+
+
+def _plain(images: pa.Table) -> dict[str, ndarray]:
+    """The scores by name; nan where there is none."""
+    names = [name for name in images.column_names if name.startswith("score_")]
+    return {name[len("score_") :]: images[name].to_numpy() for name in names}
 
 
 def _not_gathered(pool: Pool) -> str:
@@ -104,27 +146,25 @@ def _not_gathered(pool: Pool) -> str:
     return {"sample": near, "cluster": cluster, "auto": f"{near}; {cluster}"}.get(config.gather, "not drawn")
 
 
-def _balance(stage_N: ndarray, kept_N: ndarray, pool: Pool, shown_N: ndarray, cause_N: ndarray, hit_N: ndarray) -> None:
+def _balance(decided: Decided, pool: Pool) -> None:
     """Every image is kept or dropped by one stage, and whatever dropped it for another's sake names that other."""
-    curated_N = pool.curated_N
-    of = {stage: stage_N == stage for stage in STAGES}
-    assert (np.sum(list(of.values()), axis=0) == 1).all()
-    assert kept_N[of["curated"]].all()
-    assert not kept_N[~of["curated"] & ~of["retrieve"]].any()
+    of, kept_N, cause_N, curated_N = decided.of, decided.kept_N, decided.cause_N, pool.curated_N
+    leaked_N, hit_N = of("benchmark") & ~decided.shown_N, decided.rank_N > 0
+    assert of("retrieve")[hit_N | decided.drawn_N].all()
+    assert kept_N[of("curated")].all()
+    assert not kept_N[~of("curated") & ~of("retrieve")].any()
     assert not kept_N[pool.benchmark_N].any()
-    assert not (of["retrieve"] & curated_N).any()
-    named_N = of["exact"] | of["hash"] | of["duplicate"] | (of["benchmark"] & ~shown_N) | hit_N
+    assert not (of("retrieve") & curated_N).any()
+    named_N = of("exact") | of("hash") | of("duplicate") | leaked_N | hit_N
     assert ((cause_N >= 0) == named_N).all()
     cause, caused = cause_N[named_N], np.flatnonzero(named_N)
     assert (cause != caused).all()
-    assert not of["decode"][cause].any()
-    assert pool.benchmark_N[cause_N[of["benchmark"] & ~shown_N]].all()
-    assert (curated_N[cause] | ~curated_N[caused] | of["benchmark"][caused]).all(), "a curated image went for a pool's"
-    assert of["curated"][cause_N[hit_N]].all()
-    near = cause_N[of["duplicate"]]
-    assert not (of["exact"] | of["hash"] | of["duplicate"])[near].any(), (
-        "a near-duplicate went for the sake of one gone"
-    )
+    assert not of("decode")[cause].any()
+    assert pool.benchmark_N[cause_N[leaked_N]].all()
+    assert (curated_N[cause] | ~curated_N[caused] | leaked_N[caused]).all(), "a curated image went for a pool's"
+    assert of("curated")[cause_N[hit_N]].all()
+    near = cause_N[of("duplicate")]
+    assert not (of("exact") | of("hash") | of("duplicate"))[near].any(), "a near-duplicate went for one that is gone"
 
 
 def groups(x_MD: ndarray, rows: ndarray, found: Verdict) -> pa.Table:
@@ -138,10 +178,9 @@ def groups(x_MD: ndarray, rows: ndarray, found: Verdict) -> pa.Table:
     return pa.table({"group": rows[head], "row": rows[member], "kept": kept, "score": score})
 
 
-def summary(pool: Pool, table: pa.Table) -> dict:
+def summary(pool: Pool, decided: Decided) -> dict:
     """Counts by stage, each of which must balance: what goes in comes out or is dropped, and is in the ledger."""
-    config, stage_N, kept_N = pool.config, np.array(table["stage"].to_pylist()), table["kept"].to_numpy()
-    pool_N = np.array(table["pool"].to_pylist())
+    config, kept_N = pool.config, decided.kept_N
     steps = {
         "decode": "images that cannot be read",
         "exact": "files that are byte-identical to one that stays",
@@ -150,24 +189,22 @@ def summary(pool: Pool, table: pa.Table) -> dict:
         "benchmark": "images of benchmarks, and those that resemble one",
         "retrieve": _summed(pool),
     }
-    stages, left = [], len(table)
+    stages, left = [], len(kept_N)
     for name, what in steps.items():
-        dropped = int(((stage_N == name) & ~kept_N).sum())
+        dropped = int((decided.of(name) & ~kept_N).sum())
         done = pool.benchmark_N.any() if name == "benchmark" else name in ("decode", "retrieve", *config.steps)
         if done or dropped:
             stages.append({"name": name, "in": left, "out": left - dropped, "dropped": dropped, "what": what})
         left -= dropped
     assert left == kept_N.sum(), "the ledger does not balance"
-    of_pool = {
-        name: {"in": int((pool_N == name).sum()), "kept": int(((pool_N == name) & kept_N).sum())}
-        for name in ("curated", "uncurated", "benchmark")
-        if name != "benchmark" or pool.benchmark_N.any()
-    }
-    weight = float(table["weight"].to_numpy().sum())
-    told = {"stages": stages, "images": len(table), "kept": int(kept_N.sum()), "weight": weight, **of_pool}
+    of_pool = {"curated": pool.curated_N, "uncurated": ~pool.curated_N & ~pool.benchmark_N}
+    if pool.benchmark_N.any():
+        of_pool["benchmark"] = pool.benchmark_N
+    told: dict = {"stages": stages, "images": len(kept_N), "kept": int(kept_N.sum())}
+    told["weight"] = float(decided.weight_N.sum(dtype=np.float64))
+    told |= {name: {"in": int(mine.sum()), "kept": int((mine & kept_N).sum())} for name, mine in of_pool.items()}
     if config.marks:
-        borne = [mark for each in table["marks"].to_pylist() for mark in each.split()]
-        told["marked"] = {mark: borne.count(mark) for mark in config.marks}
+        told["marked"] = {mark: int(bears(mark, _plain(pool.images)).sum()) for mark in config.marks}
     return told
 
 

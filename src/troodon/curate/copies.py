@@ -55,7 +55,9 @@ def compare(pool: Pool, embeddings: Path, backbone: Any) -> Path:
         if "hash" in config.steps:
             gone, cause, score = _alike(pool, rows, rank_N, protected_N)
             cause_N[gone], score_N[gone], why["hash"][gone] = cause, score, True
-            run.say(f"hash: {len(gone):,} of {len(rows):,} images differ from another in {config.hash_radius} bits")
+            run.say(
+                f"hash: {len(gone):,} of {len(rows):,} images differ from one that stays in {config.hash_radius} bits at most"
+            )
             rows = np.setdiff1d(rows, gone, assume_unique=True)
         fitted = space.fit(config.duplicate_space, x_ND[rows])
         mapped(x_ND, fitted, rows, folder / "vectors.npy")

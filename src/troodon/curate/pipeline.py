@@ -90,11 +90,11 @@ def curate(
 
     began = time.monotonic()
     verdict = pq.read_table(unleaked / "verdict.parquet")
-    ledger = compose.ledger(pool, verdict, gathered)
+    decided = compose.decide(pool, verdict, gathered)
     found = run.read_json(settled / "threshold.json")
-    summary = compose.summary(pool, ledger) | found | {"backbone": backbone.name, "finds_copies": compares.name}
+    summary = compose.summary(pool, decided) | found | {"backbone": backbone.name, "finds_copies": compares.name}
     with run.publish(out, "selection", name, settings) as partial:
-        pq.write_table(ledger, partial / "images.parquet", compression="zstd")
+        compose.ledger(pool, decided, partial / "images.parquet")
         shutil.copy(settled / "groups.parquet", partial)
         shutil.copy(gathered / "hits.parquet", partial)
         if (gathered / "clusters.parquet").exists():

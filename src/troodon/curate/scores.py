@@ -61,12 +61,16 @@ def marked(marks: Sequence[str], scores: dict[str, ndarray]) -> list[str]:
     """For each image the marks that it bears, with spaces between."""
     borne: list[list[str]] = [[] for _ in next(iter(scores.values()), [])]
     for mark in marks:
-        name, sign, limit = _parts(mark)
-        with np.errstate(invalid="ignore"):
-            hits = scores[name] < limit if sign == "<" else scores[name] > limit
-        for row in np.flatnonzero(hits):
+        for row in np.flatnonzero(bears(mark, scores)):
             borne[row].append(mark)
     return [" ".join(each) for each in borne]
+
+
+def bears(mark: str, scores: dict[str, ndarray]) -> ndarray:
+    """Which images bear this mark; none without a score."""
+    name, sign, limit = _parts(mark)
+    with np.errstate(invalid="ignore"):
+        return scores[name] < limit if sign == "<" else scores[name] > limit
 
 
 def _parts(mark: str) -> tuple[str, str, float]:
