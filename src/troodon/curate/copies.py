@@ -56,7 +56,7 @@ def compare(pool: Pool, embeddings: Path, backbone: Any) -> Path:
             gone, cause, score = _alike(pool, rows, rank_N, protected_N)
             cause_N[gone], score_N[gone], why["hash"][gone] = cause, score, True
             run.say(
-                f"hash: {len(gone):,} of {len(rows):,} images differ from one that stays in {config.hash_radius} bits at most"
+                f"hash: {len(gone):,} of {len(rows):,} images are within {config.hash_radius} bits of one that stays"
             )
             rows = np.setdiff1d(rows, gone, assume_unique=True)
         fitted = space.fit(config.duplicate_space, x_ND[rows])

@@ -28,7 +28,7 @@ from troodon.config import UsageError
 from troodon.curate.engines import Here
 from troodon.curate.hashes import perceptual_hash
 from troodon.curate.scores import Score, named
-from troodon.curate.stage import Counts, Engine, Progress, Stage, counted, do, seconds
+from troodon.curate.stage import Counts, Engine, Progress, Stage, code, counted, do, seconds
 from troodon.data.decode import BadImage
 from troodon.data.index import SCHEMA, Index
 from troodon.data.loader import stream
@@ -74,7 +74,9 @@ def embed(
         return out
     seen_by = {MATRIX: (_bare(backbone), tokens)} | ({} if copies is None else {COPIES: (_bare(copies), "cls")})
     units = [(start, min(start + part, len(index))) for start in range(0, len(index), part)]
-    name = config.fingerprint(fingerprint, part, batch)  # how images are batched may change the last bit of a vector
+    name = config.fingerprint(
+        fingerprint, part, batch, code()
+    )  # how images are batched may change the last bit of a vector
     home = out.with_name(f"{out.name}.parts")
     parts = do(Stage("embed", _Look(seen_by, index, scores, batch, threads), units, name), home, engine or Here())
     with run.publish(out, "embeddings", fingerprint, settings) as partial:

@@ -12,7 +12,7 @@ from troodon.config import UsageError, fingerprint
 from troodon.curate.config import CurateConfig
 from troodon.curate.engines import Here
 from troodon.curate.space import Space
-from troodon.curate.stage import Engine, Stage, do
+from troodon.curate.stage import Engine, Stage, code, do
 from troodon.data.index import Index
 
 BLOCK = 65_536  # rows of one unit, where a unit is some rows
@@ -47,12 +47,12 @@ class Pool:
 
     def here(self, name: str, work: Any, *made_from: Any) -> Path:
         """A stage of one unit that this process does: `work(folder)` fills a folder, and returns its counts."""
-        stage = Stage(name, lambda _, folder: work(folder), [0], fingerprint(self.name, *made_from))
+        stage = Stage(name, lambda _, folder: work(folder), [0], fingerprint(self.name, code(), *made_from))
         return do(stage, self.home, Here())[0]
 
     def spread(self, name: str, work: Any, units: list, *made_from: Any) -> list[Path]:
         """A stage whose units the engine does: `work(unit, folder)`."""
-        return do(Stage(name, work, units, fingerprint(self.name, *made_from)), self.home, self.engine)
+        return do(Stage(name, work, units, fingerprint(self.name, code(), *made_from)), self.home, self.engine)
 
     def settings(self, *names: str) -> dict:
         return {name: getattr(self.config, name) for name in names}

@@ -37,7 +37,7 @@ GROUPS, MEMBERS = 8, 6
 QUERIES, HITS = 8, 6
 OFF_TOPIC = 22
 REASONS = 12
-STAGES = ("decode", "exact", "duplicate", "retrieve")  # in the order in which they decide
+STAGES = ("decode", "exact", "hash", "duplicate", "benchmark", "retrieve")  # in the order in which they decide
 
 
 def selection(artifacts: list[Artifact]) -> Part | None:
