@@ -46,7 +46,7 @@ def compare(pool: Pool, embeddings: Path, backbone: Any) -> Path:
         rows = np.flatnonzero(pool.readable_N & ~pool.benchmark_N)
         before = len(rows)
         if "exact" in config.steps:
-            digests = pool.images["sha256"].take(pa.array(rows)).to_pylist()
+            digests = pool.images["sha256"].take(pa.array(rows)).combine_chunks().dictionary_encode().indices.to_numpy()
             cause = dedup.identical(digests, rank_N[rows], protected_N[rows])
             gone = rows[cause >= 0]
             cause_N[gone], score_N[gone], why["exact"][gone] = rows[cause[cause >= 0]], 1.0, True

@@ -40,9 +40,9 @@ def keep_order(curated_N: ndarray, area_N: ndarray, bytes_N: ndarray) -> ndarray
     return rank_N
 
 
-def identical(digests: Sequence[str], rank_N: ndarray, protected_N: ndarray) -> ndarray:
+def identical(digests: Sequence[str] | ndarray, rank_N: ndarray, protected_N: ndarray) -> ndarray:
     """For each image the row kept in its place (N,) int64, -1 if it stays: images with the same digest are one."""
-    _, kind_N = np.unique(np.asarray(digests, dtype=str), return_inverse=True)
+    _, kind_N = np.unique(np.asarray(digests), return_inverse=True)
     order_N = np.lexsort((rank_N, kind_N))
     new_N = np.r_[True, np.diff(kind_N[order_N]) > 0][: len(order_N)]
     cause_N = np.empty(len(order_N), np.int64)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy import ndarray
 
 from troodon.config import UsageError, fingerprint
@@ -43,7 +44,7 @@ class Pool:
 
     @property
     def readable_N(self) -> ndarray:
-        return np.array(self.images["status"].to_pylist()) == "ok"
+        return pc.equal(self.images["status"], "ok").to_numpy()
 
     def here(self, name: str, work: Any, *made_from: Any) -> Path:
         """A stage of one unit that this process does: `work(folder)` fills a folder, and returns its counts."""
