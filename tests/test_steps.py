@@ -129,6 +129,14 @@ def test_clusters_balance_or_all_can_be_gathered(world, tmp_path):
         made(world, tmp_path / "e", curated=NOBODY)
 
 
+@pytest.mark.parametrize("gather", ["sample", "cluster", "auto", "balance", "all"])
+def test_a_pool_of_which_nothing_is_left(tmp_path, gather):
+    one = write(tmp_path / "one", {"a.png": png(picture(0))})
+    copies = write(tmp_path / "copies", {"b.png": png(picture(0)), "c.png": b""})
+    out = pipeline.curate(replace(QUICK, gather=gather), one, copies, Pixels(), tmp_path / "s")
+    assert [r["kept"] for r in rows(out).values()] == [True, False, False]
+
+
 def test_collisions_are_filled(world, tmp_path):
     plain = made(world, tmp_path / "a", k=3, k_of=("second=5",))
     filled = made(world, tmp_path / "b", k=3, k_of=("second=5",), collisions="fill")

@@ -62,7 +62,7 @@ def gather(pool: Pool, embeddings: Path, settled: Path) -> Path:
         work = _Retrieve(looked / "vectors.npy", asking, candidates, deep, pool.device)  # type: ignore[operator]
         parts = pool.spread("retrieve", work, ranges(len(asking), QUERIES), *made_from)
     clusters = None
-    if config.gather == "cluster" or (config.gather == "auto" and not by_sample.all()):
+    if len(candidates) and (config.gather == "cluster" or (config.gather == "auto" and not by_sample.all())):
         clusters = _clusters(pool, looked / "vectors.npy", candidates, made_from)  # type: ignore[operator]
 
     def work(folder: Path) -> Counts:
