@@ -11,9 +11,11 @@ def curate_demo() -> CurateConfig:
 def curate_small() -> CurateConfig:
     """For ten thousand to a million images: thresholds calibrated on the images themselves, four for each curated one.
 
-    Up to half a million images near-duplicates are searched exactly, 80 s for 200,000 on two cores; then by lists.
+    Perceptual hashes come first: 54 to 65 % of attacked copies differ in two bits or less, and no two of 560 photos
+    do, where a small backbone alone finds 41 % before its first wrong pair. Up to half a million images near-duplicates
+    are searched exactly, 80 s for 200,000 on two idle cores; then by lists.
     """
-    return CurateConfig()
+    return CurateConfig(steps=("exact", "hash", "duplicate", "benchmark"))
 
 
 def curate_paper() -> CurateConfig:
@@ -41,4 +43,5 @@ def curate_balance() -> CurateConfig:
 
     What is rare comes to be as frequent as what is common (https://arxiv.org/abs/2405.15613). Not yet run at size.
     """
-    return CurateConfig(gather="balance", levels=(1000, 100, 10))
+    steps = ("exact", "hash", "duplicate", "benchmark")
+    return CurateConfig(steps=steps, gather="balance", levels=(1000, 100, 10))
