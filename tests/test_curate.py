@@ -18,8 +18,8 @@ from torch import Tensor
 
 from troodon import run
 from troodon.config import UsageError
+from troodon.curate import dedup, gather, pipeline, space, thresholds
 from troodon.curate import embed as embedding
-from troodon.curate import gather, pipeline, space, thresholds
 from troodon.curate.calibrate import calibrate
 from troodon.curate.config import CurateConfig
 from troodon.curate.dedup import components, identical, keep_order, near_duplicates
@@ -348,7 +348,7 @@ def test_large_groups_are_rechecked_against_chaining():
 def test_rechecking_in_blocks_is_rechecking_in_order(monkeypatch):
     x = unit(np.random.default_rng(3).standard_normal((400, 4)))
     whole = verdict(x, threshold=0.7)
-    monkeypatch.setattr("troodon.curate.dedup.BLOCK", 7)
+    monkeypatch.setattr(dedup, "BLOCK", 7)
     np.testing.assert_array_equal(verdict(x, threshold=0.7).cause_N, whole.cause_N)
     matrix, stays = x @ x.T, list[int]()
     for row in range(len(x)):  # one by one

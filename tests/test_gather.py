@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from troodon.config import UsageError
+from troodon.curate import hashes as hashes_of
 from troodon.curate import scores
 from troodon.curate.balance import draw_order, evenly, from_clusters, hierarchy, shares
 from troodon.curate.config import CurateConfig
@@ -64,7 +65,7 @@ def test_hashes_within_a_radius_are_all_found_once(radius, monkeypatch):
         for bit in random.integers(0, 64, random.integers(0, 7)).tolist():
             hashes[at] ^= np.uint64(1 << bit)
     hashes[10:30] = hashes[10]
-    monkeypatch.setattr("troodon.curate.hashes.CROWD", 7)
+    monkeypatch.setattr(hashes_of, "CROWD", 7)
     bits = np.bitwise_count(hashes[:, None] ^ hashes[None])
     expected = set(zip(*(part.tolist() for part in np.nonzero(np.triu(bits <= radius, 1)))))
     found = [(i, j) for part in near_hashes(hashes, radius) for i, j in zip(part[0].tolist(), part[1].tolist())]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from troodon import run, verbs
 from troodon.config import UsageError
-from troodon.curate import pipeline
+from troodon.curate import compose, pipeline
 from troodon.curate.descriptor import Descriptor
 from troodon.curate.engines import Processes
 from troodon.data.attacks import attack
@@ -93,7 +93,7 @@ def test_everything_together_balances_and_says_why(world, tmp_path):
 
 def test_a_ledger_is_written_in_blocks(world, tmp_path, monkeypatch):
     whole = made(world, tmp_path / "a", **EVERYTHING)
-    monkeypatch.setattr("troodon.curate.compose.BLOCK", 7)
+    monkeypatch.setattr(compose, "BLOCK", 7)
     blocks = made(world, tmp_path / "b", **EVERYTHING)
     tables = [pq.read_table(out / "images.parquet").to_pylist() for out in (whole, blocks)]
     assert repr(tables[0]) == repr(tables[1])  # not ==: scores may be nan
