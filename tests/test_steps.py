@@ -1,6 +1,8 @@
 """Curation with everything on: benchmarks, hashes, lists, clusters, marks, other engines; the ledger balances."""
 
+import os
 import pickle
+import signal
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +15,8 @@ from PIL import Image
 
 from troodon import run, verbs
 from troodon.config import UsageError
-from troodon.curate import compose, pipeline
+from troodon.curate import compose, engines, pipeline
+from troodon.curate import embed as embedding
 from troodon.curate.descriptor import Descriptor
 from troodon.curate.engines import Processes
 from troodon.data.attacks import attack
@@ -186,6 +189,28 @@ def test_recipes_say_what_the_paper_says():
     assert (paper.threshold, paper.benchmark_threshold, paper.k) == (0.6, 0.45, 4)
     assert (paper.clusters, paper.per_cluster, paper.more_than, paper.cap) == (100_000, 10_000, 3, 1_000_000)
     assert curation.curate_balance().gather == "balance"
+
+
+class Deadly(Pixels):
+    """Ends its process when it sees a picture 13 pixels high."""
+
+    def prepare(self, images):
+        if any(len(image) == 13 for image in images):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().prepare(images)
+
+
+def test_an_image_on_which_processes_die_is_found_and_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(engines, "TRIES", 1)
+    index = write(tmp_path / "i", {f"{i}.png": png(picture(i)[: 13 if i == 1 else 40]) for i in range(3)})
+    engine = Processes(1)
+    out = embedding.embed(Deadly(), index, tmp_path / "e", batch=1, threads=1, part=2, engine=engine)
+    engine.close()
+    images = embedding.load(out)[1]
+    assert images["status"].to_pylist() == ["ok", "deadly", "ok"]
+    assert images["reason"][1].as_py() == "every process that reads it dies"
+    assert "embed: image 1 ended 1 processes, and is left out" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir() if p.name != "i"] == ["e"]
 
 
 def test_a_torchscript_file_finds_copies(tmp_path):

@@ -107,8 +107,11 @@ class _Hashing(Index):
     """An index that notes the hash of whatever is read through it."""
 
     sha256: dict[int, str] = field(default_factory=dict, compare=False, repr=False)
+    avoid: frozenset[int] = frozenset()
 
     def read(self, row: int) -> bytes:
+        if row in self.avoid:
+            raise BadImage("deadly", "every process that reads it dies")
         data = super().read(row)
         self.sha256[row] = hashlib.sha256(data).hexdigest()
         return data
@@ -123,10 +126,15 @@ class _Look:
     scores: Mapping[str, Score]
     batch: int
     threads: int
+    avoid: frozenset[int] = frozenset()  # rows that have ended processes
     gpu = True  # of use, where an engine has one to give
 
+    def avoiding(self, row: int) -> "_Look":
+        return replace(self, avoid=self.avoid | {row})
+
     def __call__(self, unit: tuple[int, int], folder: Path) -> Counts:
-        index, broken = _Hashing(**vars(self.index.take(range(*unit)))), dict[int, BadImage]()
+        avoid = frozenset(row - unit[0] for row in self.avoid)
+        index, broken = _Hashing(**vars(self.index.take(range(*unit))), avoid=avoid), dict[int, BadImage]()
         told, matrices = dict[int, dict](), {name: dict[int, ndarray]() for name in self.seen_by}
         progress = Progress(f"embed {unit[0]:,} to {unit[1]:,}", "images", len(index))
         first = next(iter(self.seen_by.values()))[0]

@@ -1,23 +1,26 @@
 """Who does the units of a stage: this process, other processes of this machine, or a Ray cluster.
 
-None of them is part of the result. A process that dies takes one unit with it, which is done again by a new one; a unit
-that has killed TRIES processes ends the stage, named. A Ray cluster is fed numbers of units, never pixels; placement,
+None of them is part of the result. A process that dies takes one unit with it, which is done again by a new one. In a
+unit that has ended TRIES processes the image that does it is found and left out, named; if none is to blame, the stage
+ends. A Ray cluster is fed numbers of units, never pixels; placement,
 retries, lost nodes and GPUs are Ray's, and all of its machines see `home` under the same path.
 """
 
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from troodon.config import UsageError, nearest
+from troodon import run
+from troodon.config import UsageError, fingerprint, nearest
 from troodon.curate.stage import Engine, Stage, perform
 
 TRIES = 3
@@ -71,7 +74,7 @@ class Processes:
                     if said is None:  # it died
                         deaths[at] += 1
                         if deaths[at] >= TRIES:
-                            raise RuntimeError(f"{stage.name}: part {at} ended {TRIES} processes: {stage.units[at]}")
+                            stage, deaths[at] = _without_culprit(stage, home, at), 0
                         queue.appendleft(at)
                         self.workers.remove(worker)
                         self.workers.append(worker := _Worker(self.count))
@@ -88,6 +91,35 @@ class Processes:
         for worker in self.workers:
             worker.end()
         self.workers.clear()
+
+
+def _without_culprit(stage: Stage, home: Path, at: int) -> Stage:
+    """The stage, avoiding the one row of a unit (first, last) that ends whoever works on it, found by halving.
+
+    RuntimeError, naming the unit, where the stage's work cannot avoid rows, or where no single row is to blame.
+    """
+    unit, avoiding = stage.units[at], getattr(stage.work, "avoiding", None)
+    if avoiding is not None:
+        low, high = unit
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if _deadly(stage, home, (low, middle)) else (middle, high)
+        if _deadly(stage, home, (low, high)):
+            run.say(f"{stage.name}: image {low} ended {TRIES} processes, and is left out")
+            return replace(stage, work=avoiding(low))
+    raise RuntimeError(f"{stage.name}: part {at} ended {TRIES} processes: {unit}")
+
+
+def _deadly(stage: Stage, home: Path, unit: tuple[int, int]) -> bool:
+    """Whether a process dies of these rows."""
+    probe = Stage(f"{stage.name}-probe", stage.work, [unit], fingerprint(stage.fingerprint, unit))
+    worker = _Worker(1)
+    try:
+        worker.give(probe, home, 0)
+        return worker.hear()[1] is None
+    finally:
+        worker.end()
+        shutil.rmtree(probe.folder(home, 0).parent, ignore_errors=True)
 
 
 class _Worker:
