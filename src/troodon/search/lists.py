@@ -21,7 +21,7 @@ from troodon.search.exact import cosines, unit
 
 # Shape suffixes: N rows, L lists, D channels, p lists that a row is compared with, B Q rows of one block, C pairs.
 
-PROBES = 48
+PROBES = 48  # lists that a row is compared with, at most
 GRID = 4000.0
 SAMPLED = 32  # rows for each list that k-means sees
 ITERATIONS = 5
@@ -32,6 +32,11 @@ BLOCK = 4096
 def count_for(rows: int) -> int:
     """How many lists make finding them about as costly as searching them."""
     return max(1, round(2.5 * rows**0.5))
+
+
+def probes_for(lists: int) -> int:
+    """How many lists a row is compared with: a twenty-fourth of them, within bounds."""
+    return min(PROBES, max(8, lists // 24))
 
 
 def kmeans(x_ND: ndarray, count: int, seed: int, iterations: int = ITERATIONS, sampled: int = SAMPLED) -> ndarray:
@@ -123,10 +128,10 @@ class Lists:
         return len(self.starts) - 1
 
     @staticmethod
-    def of(x_ND: ndarray, seed: int = 0, *, count: int | None = None, probes: int = PROBES) -> "Lists":
+    def of(x_ND: ndarray, seed: int = 0, *, count: int | None = None, probes: int | None = None) -> "Lists":
         """Lay the rows of a matrix out in lists; `seed` draws the sample and the first centroids."""
         centroids_LD = kmeans(x_ND, count or count_for(len(x_ND)), seed)
-        probes_Np = nearest(x_ND, centroids_LD, probes)[1]
+        probes_Np = nearest(x_ND, centroids_LD, probes or probes_for(len(centroids_LD)))[1]
         row_N = np.argsort(probes_Np[:, 0], kind="stable")
         probes_Np = probes_Np[row_N]
         every = np.arange(len(centroids_LD) + 1)
