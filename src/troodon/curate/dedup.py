@@ -116,9 +116,7 @@ def settle(
 def components(count: int, edges: Iterable[Edges], label: ndarray | None = None) -> ndarray:
     """Connected components of `count` nodes from edges (i, j, score) that come in parts: (count,) the lowest node
     of each node's component. The order of the edges and of the parts plays no part. `label` are components so far.
-
-    In memory are a number a node and one part. At 60 million edges the union-find of numba took a third of the time;
-    that is seconds, once, and not worth a compiler.
+    In memory are a few numbers a node, and one part.
     """
     label = np.arange(count) if label is None else label.copy()
     for i, j, _ in edges:
