@@ -32,7 +32,6 @@ from troodon.curate.stage import Counts, Engine, Progress, Stage, code, counted,
 from troodon.data.decode import BadImage
 from troodon.data.index import SCHEMA, Index
 from troodon.data.loader import stream
-from troodon.data.scan import contents
 from troodon.model.backbone import Backbone
 from troodon.search.exact import unit
 
@@ -69,7 +68,7 @@ def embed(
     scores = named(marks)
     if scores:
         settings["scores"] = sorted(scores)
-    fingerprint = config.fingerprint(settings, contents(index))
+    fingerprint = config.fingerprint(settings, index.contents())
     if run.is_done(out, "embeddings", fingerprint, settings):
         return out
     seen_by = {MATRIX: (_bare(backbone), tokens)} | ({} if copies is None else {COPIES: (_bare(copies), "cls")})

@@ -32,7 +32,6 @@ from troodon.curate.gather import gather
 from troodon.curate.pool import Pool, need
 from troodon.curate.stage import Engine, seconds
 from troodon.data.index import SCHEMA, Index
-from troodon.data.scan import contents
 from troodon.model.backbone import Backbone
 
 NOT_OF_THE_RESULT = ("batch", "threads", "part")  # settings that change how fast, not what
@@ -63,7 +62,7 @@ def curate(
     settings |= {"backbone": backbone.name, "weights": backbone.fingerprint}
     if copies is not None:
         settings["copies"] = copies.fingerprint
-    name = fingerprint(settings, *(contents(index) for index in (curated, uncurated, benchmark)))
+    name = fingerprint(settings, *(index.contents() for index in (curated, uncurated, benchmark)))
     work = out.with_name(f"{out.name}.work")
     if run.is_done(out, "selection", name, settings):
         shutil.rmtree(work, ignore_errors=True)  # of a run that was killed just before its end

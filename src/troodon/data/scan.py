@@ -59,10 +59,6 @@ KEPT_S = 20  # seconds, after which what was found is written down
 Progress = Callable[[int, int], None]
 
 
-def contents(index: Index) -> str:
-    return index.contents()
-
-
 def scan_to(paths: Sequence[str | Path], out: Path, threads: int, progress: Progress | None = None) -> dict:
     """Scan these sources into the index artifact `out`; the summary.
 
