@@ -5,8 +5,8 @@ import sys
 import types
 
 VERBS = (
-    "calibrate", "compare", "curate", "demo", "distill", "embed", "evaluate", "load", "pack", "pretrain", "report",
-    "scan", "show_crops",
+    "calibrate", "compare", "curate", "demo", "distill", "embed", "evaluate", "leak", "load", "pack", "pretrain",
+    "report", "scan", "show_crops",
 )  # fmt: skip
 __all__ = list(VERBS)
 

@@ -24,6 +24,7 @@ from troodon.verbs.curation import Calibrate, Curate
 from troodon.verbs.distillation import Distill, by_name
 from troodon.verbs.evaluation import Compare, Evaluate
 from troodon.verbs.images import Embed, Pack, Scan, ShowCrops
+from troodon.verbs.leakage import Leak
 from troodon.verbs.training import Pretrain, beginning
 
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
@@ -31,8 +32,7 @@ DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 VERBS: dict[str, type] = {
     "doctor": Doctor, "demo": Demo, "scan": Scan, "pack": Pack, "show crops": ShowCrops, "embed": Embed,
     "curate": Curate, "curate calibrate": Calibrate, "pretrain": Pretrain, "distill": Distill, "evaluate": Evaluate,
-    "compare": Compare,
-    "report": Report, "recipes": Recipes,
+    "compare": Compare, "leak": Leak, "report": Report, "recipes": Recipes,
 }  # fmt: skip
 # Verbs whose settings start from a name: what a name means, what --help shows without one, and the names.
 NAMED: dict[str, tuple[Callable[[str], Any], Any, Iterable[str]]] = {

@@ -10,6 +10,7 @@ from troodon.verbs.curation import calibrate, curate
 from troodon.verbs.distillation import distill
 from troodon.verbs.evaluation import compare, evaluate
 from troodon.verbs.images import embed, pack, scan, show_crops
+from troodon.verbs.leakage import leak
 from troodon.verbs.training import pretrain, submit
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "distill",
     "embed",
     "evaluate",
+    "leak",
     "load",
     "pack",
     "pretrain",

@@ -1,0 +1,74 @@
+"""What of a benchmark is in what was trained on: named, left out, and scored with and without."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from troodon import cli, leak
+from troodon.config import UsageError
+from troodon.data.sources import open_source
+from troodon.model.backbone import Backbone
+from troodon.model.config import Preprocessing, ViTConfig
+from troodon.run import read_json
+
+
+@pytest.fixture
+def places(tmp_path) -> dict[str, Path]:
+    """Thirty images to train on, a labelled benchmark of 24, three of which are among the thirty; and a backbone."""
+    random = np.random.default_rng(0)
+
+    def picture() -> np.ndarray:
+        return np.kron(random.integers(0, 255, (6, 6, 3), dtype=np.uint8), np.ones((4, 4, 1), np.uint8))
+
+    for name in ("training", "benchmark/train/a", "benchmark/train/b", "benchmark/val/a", "benchmark/val/b"):
+        (tmp_path / name).mkdir(parents=True)
+    for i in range(30):
+        Image.fromarray(picture()).save(tmp_path / "training" / f"{i:02d}.png")
+    for i in range(24):
+        image = Image.open(tmp_path / "training" / f"{i:02d}.png") if i in (2, 5, 8) else Image.fromarray(picture())
+        split, label = "train" if i < 12 and i not in (2, 5, 8) else "val", "ab"[i % 2]
+        image.save(tmp_path / "benchmark" / split / label / f"{i:02d}.png")
+    config = ViTConfig(dim=32, depth=2, heads=2, patch=8, grid=3, layer_scale=1.0)
+    Backbone.random(config, Preprocessing(resize=24, crop=24)).save(tmp_path / "backbone")
+    return {name: tmp_path / name for name in ("training", "benchmark", "backbone")}
+
+
+def test_leaks_are_named_left_out_and_scored_with_and_without(places, tmp_path):
+    found = leak(
+        places["backbone"], places["training"], places["benchmark"], tmp_path / "out", suite="quick",
+        settings={"benchmark_threshold": 0.9999, "duplicate_space": "plain"},
+    )  # fmt: skip
+    assert (found["images"], found["leaked"], found["benchmark"], found["benchmark_leaked"]) == (30, 3, 24, 3)
+    pairs = {(pair["image"], pair["benchmark"]) for pair in found["pairs"]}
+    assert pairs == {
+        ("training/02.png", "benchmark/val/a/02.png"),
+        ("training/05.png", "benchmark/val/b/05.png"),
+        ("training/08.png", "benchmark/val/a/08.png"),
+    }
+    assert len(open_source(tmp_path / "out" / "selection")) == 27
+    left = open_source(tmp_path / "out" / "benchmark")
+    assert len(left) == 21
+    assert set(left.column("split")) == {"train", "val"}
+    images = {which: scores[0]["settings"]["protocol"] for which, scores in found["scores"].items()}
+    assert images.keys() == {"all", "without"}
+    assert read_json(tmp_path / "out" / "leaks.json") == found
+    again = leak(
+        places["backbone"], places["training"], places["benchmark"], tmp_path / "out", suite="quick",
+        settings={"benchmark_threshold": 0.9999, "duplicate_space": "plain"},
+    )  # fmt: skip
+    assert again == found
+
+
+def test_the_command_and_its_mistakes(places, tmp_path, capsys):
+    words = ["leak", "--backbone", places["backbone"], "--data", places["training"], "--benchmark", places["benchmark"]]
+    words = [str(w) for w in [*words, "--out", tmp_path / "out", "--suite", "none"]]
+    assert cli.run([*words, "--benchmark-threshold", "0.9999", "--duplicate-space", "plain"]) == cli.DONE
+    out, _ = capsys.readouterr()
+    assert out.startswith("3 of 30 images resemble one of the benchmark's")
+    assert cli.run([*words, "--steps", "exact", "--out", str(tmp_path / "other")]) == cli.MISTAKE
+    assert "has the step benchmark" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="quik"):
+        leak(places["backbone"], places["training"], places["benchmark"], tmp_path / "more", suite="quik")
+    assert not (tmp_path / "more").exists()
