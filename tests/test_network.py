@@ -7,8 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from troodon.model.config import BASE, GIANT, LARGE, SMALL, ViTConfig, flops
-from troodon.model.packing import Layout, attend, pack, residual, unpack
-from troodon.model.vit import ViT, resize_positions
+from troodon.model.head import Prototypes
+from troodon.model.packing import Layout, attend, draw, pack, residual, unpack
+from troodon.model.vit import Mlp, SwiGLU, ViT, gated, resize_positions
 
 TINY = ViTConfig(dim=32, depth=3, heads=2, patch=4, grid=4, registers=2, layer_scale=0.5)
 
@@ -56,27 +57,47 @@ def test_pack_and_unpack_are_inverse():
         assert torch.equal(a, b)
 
 
-def test_stochastic_depth_works_on_few_sequences_and_keeps_the_expectation():
-    groups = [torch.randn(8, 3, 4), torch.randn(5, 2, 4)]
-    x, layout = pack(groups)
-    seen = []
+def test_stochastic_depth_works_on_few_sequences():
+    x, layout = pack([torch.randn(8, 3, 4), torch.randn(5, 2, 4)])
+    for kept in draw(layout, 0.4, 3, x.device):
+        assert kept.layout.groups == ((4, 3), (3, 2))  # max(int(b * 0.6), 1) of each group, whole sequences
+        assert kept.scales == (2.0, 5 / 3)
+        seen = []
+        out = residual(x, lambda y, inner, seen=seen: seen.append(inner) or 2.0 * y, layout, kept)
+        assert seen == [kept.layout]
+        for y, z, gains in zip(unpack(out, layout), unpack(x, layout), ([0, 4], [0, 10 / 3]), strict=True):
+            gained_B = ((y - z) / z).flatten(1).mean(1).sort().values
+            expected = [gains[0]] * (len(y) // 2) + [gains[1]] * (len(y) - len(y) // 2)
+            assert gained_B.tolist() == pytest.approx(expected, abs=1e-4)
 
-    def branch(y, inner):
-        seen.append((len(y), inner.groups))
-        return 2.0 * y
 
+@pytest.mark.parametrize("groups", [((8, 3), (5, 2)), ((10, 3), (20, 2)), ((1, 4),)])
+def test_stochastic_depth_has_the_expectation_and_the_gradients_of_its_masked_form(groups):
+    """Over 3,000 draws, against the same branch on all sequences, multiplied by what each draw gives them."""
     torch.manual_seed(0)
-    mean = torch.stack([residual(x, branch, layout, 0.4) for _ in range(4000)]).mean(0)
-    assert set(seen) == {(4 * 3 + 3 * 2, ((4, 3), (3, 2)))}  # max(int(b * 0.6), 1) of each group, whole sequences
-    torch.testing.assert_close(mean, 3.0 * x, atol=0.2, rtol=0.0)
-
-
-def test_stochastic_depth_of_one_kept_sequence_has_the_gradient_of_its_own_work():
-    x, layout = pack([torch.randn(4, 3, 2)])
+    x, layout = pack([torch.randn(*group, 4) for group in groups])
+    weight = torch.randn(4, 4).requires_grad_()
     x.requires_grad_()
-    residual(x, lambda y, _: 5.0 * y, layout, 0.75).sum().backward()
-    gained = x.grad.view(4, 3, 2)[:, 0, 0]
-    assert sorted(gained.tolist()) == [1.0, 1.0, 1.0, 1.0 + 5.0 * 4]  # one of four, scaled by 4 / 1
+
+    def branch(y, _):
+        return (y @ weight).tanh()
+
+    def gradients(out):
+        return torch.autograd.grad(out.square().sum(), (x, weight))
+
+    mean, count = torch.zeros_like(x), 3000
+    for number, kept in enumerate(draw(layout, 0.4, count, x.device)):
+        ours = residual(x, branch, layout, kept)
+        mean += ours.detach() / count
+        if number < 3:
+            factor_T1 = torch.zeros(len(x), 1)
+            for tokens, scale in zip(kept.tokens_T.split([b * n for b, n in kept.layout.groups]), kept.scales):
+                factor_T1[tokens] = scale
+            masked = x + factor_T1 * branch(x, layout)
+            torch.testing.assert_close(ours, masked)
+            for a, b in zip(gradients(ours), gradients(masked), strict=True):
+                torch.testing.assert_close(a, b)
+    torch.testing.assert_close(mean, (x + branch(x, layout)).detach(), atol=0.06, rtol=0.0)
 
 
 def test_drop_path_is_for_training_only():
@@ -157,3 +178,27 @@ def test_the_varlen_kernel_equals_the_dense_form():
     q, k, v = (torch.randn(tokens, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     for form in (attend, _attend_by_group):
         torch.testing.assert_close(form(q, k, v, layout), _attend_by_group(q, k, v, layout), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+@pytest.mark.parametrize("low", [False, True])
+def test_what_the_backward_pass_makes_again_has_the_gradients_of_its_plain_form(mlp, low):
+    """The MLP, whose activation is not kept, and prototypes, whose directions are not."""
+    torch.manual_seed(0)
+    layers = {"gelu": Mlp, "swiglu": SwiGLU}[mlp](dataclasses.replace(TINY, mlp=mlp))
+    head = Prototypes(48, 16)
+    for p in [*layers.parameters(), *head.parameters()]:
+        torch.nn.init.normal_(p, std=0.5)
+    x, gradients = torch.randn(6, 32, requires_grad=True), []
+    first, activation, last = (
+        (layers.fc1, torch.nn.functional.gelu, layers.fc2) if mlp == "gelu" else (layers.w12, gated, layers.w3)
+    )
+    for ours in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            y = layers(x) if ours else last(activation(first(x)))
+            w = head() if ours else head.weight_g * head.weight_v / head.weight_v.norm(dim=1, keepdim=True)
+        loss = y.float().square().sum() + (w * torch.linspace(-1, 1, 16)).pow(3).sum()
+        gradients.append(torch.autograd.grad(loss, [x, *layers.parameters(), *head.parameters()]))
+    for a, b in zip(*gradients, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=2e-2 if low else 1e-5, atol=2e-2 * float(b.abs().max()) if low else 1e-4)

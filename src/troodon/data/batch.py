@@ -10,14 +10,16 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """B images, each seen as G global and V local crops; crops of one view are contiguous. Only itself is its equal."""
+    """B images, each seen as G global and V local crops; crops of one view are contiguous. Only itself is its equal.
+
+    Masks stay on the host, whatever device the crops are on: how many patches are masked shapes the tensors of a step,
+    and a device that is asked has to be waited for.
+    """
 
     globals_GBCHW: Tensor
     locals_VBCHW: Tensor
     masks_NP: Tensor  # view-major; True where the student sees the mask token
-    images_B2: Tensor | None = (
-        None  # in host memory: each image's row of the index, and which set of crops of it this is
-    )
+    images_B2: Tensor | None = None  # on the host: each image's row of the index, and which set of crops of it this is
 
     def parts(self, count: int) -> list["Batch"]:
         """The batch cut into `count` smaller ones of as many images each."""
@@ -27,7 +29,9 @@ class Batch:
         return [Batch(wide, narrow, masks.flatten(0, 1), which) for (wide, narrow, masks), which in zip(pieces, images)]
 
     def masked(self) -> tuple[Tensor, Tensor]:
-        """(M,) indices of the masked patches in the flattened (N * P), and their (M,) weights."""
+        """(M,) indices of the masked patches in the flattened (N * P), and their (M,) weights, beside the crops."""
         count_N1 = self.masks_NP.sum(1, keepdim=True).clamp(min=1)
         index_M = self.masks_NP.flatten().nonzero().squeeze(1)
-        return index_M, (1.0 / count_N1).expand_as(self.masks_NP).flatten()[index_M]
+        weight_M = (1.0 / count_N1).expand_as(self.masks_NP).flatten()[index_M]
+        device = self.globals_GBCHW.device
+        return index_M.to(device, non_blocking=True), weight_M.to(device, non_blocking=True)

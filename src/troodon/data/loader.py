@@ -224,7 +224,7 @@ class Loader:
         masks_NP = masks.collate(2 * self.images, (height, width), self.masks, random)
         mine = masks_NP.unflatten(0, (2, self.world, -1))[:, self.rank, : views.globals_GBCHW.shape[1]].flatten(0, 1)
         globals_GBCHW, locals_VBCHW = developed
-        return Batch(globals_GBCHW, locals_VBCHW, mine.to(device, non_blocking=True), views.images_B2)
+        return Batch(globals_GBCHW, locals_VBCHW, mine, views.images_B2)
 
 
 _mine: list[Loader] = []  # of a process that works for a loader

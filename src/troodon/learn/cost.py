@@ -125,6 +125,12 @@ class Cost:
         return ({"dino": dino} if c.objective.dino_weight else {}) | ({"ibot": ibot} if c.objective.ibot_weight else {})
 
     @cached_property
+    def heads(self) -> list[HeadConfig]:
+        """Those that are asked: one for both terms, or one for each."""
+        heads = [use.head for use in self.uses.values()]
+        return heads[:1] if self.config.objective.heads == "shared" else heads
+
+    @cached_property
     def parameters(self) -> dict[str, int]:
         """Of the student, by part. A head that no term asks is not made."""
         c = self.config
@@ -193,9 +199,9 @@ class Cost:
         # qkv, proj and the second layer of the MLP (inputs of layer scale), the first layer; attention, its log-sums
         products = self.kept_tokens * w * (5 * dim + (2 if gated else 1) * hidden)
         products += fused * (w * dim + FP32 * vit.heads) + whole * w
-        # inputs and statistics of two norms, and what they give; activation; what stochastic depth adds, and where
-        rest = self.kept_tokens * (2 * (FP32 * dim + 8) + 2 * w * dim + (2 if gated else 1) * hidden * w)
-        rest += self.kept_tokens * 2 * (FP32 * dim + 16) if vit.drop_path else 0
+        # inputs and statistics of two norms, and what they give; where stochastic depth adds
+        rest = self.kept_tokens * (2 * (FP32 * dim + 8) + 2 * w * dim)
+        rest += self.kept_tokens * 2 * 8 if vit.drop_path else 0
         varlen = self.device == "cuda" and w == 2
         rest += 0 if varlen else self.kept_tokens * w * dim  # attention of several groups, copied into one
         return FP32 * self.tokens * dim, products, rest
@@ -221,14 +227,14 @@ class Cost:
             blocks = vit.depth if c.parallel.recompute == "none" else 1
             lasting["weights in bf16"] = copied * blocks * block_parameters(vit)
         heads = float(copied * self.of_heads())
+        heads += sum(w * head.prototypes * head.bottleneck for head in self.heads)
         logits = one = normalising = 0.0
         for use in self.uses.values():
             k, b = use.head.prototypes, use.head.bottleneck
             heads += use.rows * w * (2 * sum(widths(use.head, vit.dim)) - vit.dim)
-            heads += k * b * (FP32 + w)  # directions, and the weights that follow from them
             logits += self.kept_logits(use.rows, use.head)
             one = max(one, 3 * self.chunk(use.rows, use.head) + k * b * w)  # and the gradient of prototypes
-            normalising = max(normalising, 3 * k * b * FP32)  # the gradient on its way through weight normalisation
+            normalising = max(normalising, 2 * k * b * FP32)  # the gradient on its way through weight normalisation
         last = self.tokens * 2 * FP32 * vit.dim
         learning = {"last norm": last, "heads": heads, "logits": max(logits + one, normalising)}
         entered = {
@@ -248,11 +254,8 @@ class Cost:
         return found
 
     def of_teacher(self) -> float:
-        found = 0.0
-        for use in self.uses.values():
-            found += self.width * use.head.prototypes * use.head.bottleneck
-            found += self.kept_logits(self.parts * use.taught, use.head)
-        return found
+        learnt = sum(self.width * head.prototypes * head.bottleneck for head in self.heads)
+        return learnt + sum(self.kept_logits(self.parts * use.taught, use.head) for use in self.uses.values())
 
     def gathered(self) -> dict[str, float]:
         """Of sharded weights, what is whole at a time: a block and the next one, or a head, with its gradient."""
@@ -265,7 +268,7 @@ class Cost:
     def teacher(self) -> dict[str, float]:
         """While the teacher answers, at the peak: its prototypes, logits that are kept, a chunk of the others."""
         vit, w = max((*self.teachers, self.config.vit), key=backbone_parameters), self.width
-        learnt = sum(w * use.head.prototypes * use.head.bottleneck for use in self.uses.values())
+        learnt = sum(w * head.prototypes * head.bottleneck for head in self.heads)
         tokens = self.groups[0][0] * (1 + vit.registers + math.prod(self.grid_of(vit)))
         seeing = {"prototypes": learnt, "one block": tokens * (3 * FP32 * vit.dim + 2 * w * inner(vit))}
         uses = self.uses.values()

@@ -55,6 +55,15 @@ class Branch(nn.Module):
     def patch_head(self) -> Head:
         return self.ibot_head if "ibot_head" in self._modules else self.dino_head
 
+    def answers(self, asked: dict[str, Tensor], compute: torch.dtype) -> dict[str, Answer]:
+        """What the heads say to the rows (M, D) that "dino" and "ibot" ask about; a head of both is asked once."""
+        if len(asked) > 1 and self.patch_head is self.dino_head:
+            rows_MD, prototypes_KD = self.dino_head(torch.cat([*asked.values()])).to(compute)
+            parts = rows_MD.split([len(rows) for rows in asked.values()])
+            return {name: Answer(part_MD, prototypes_KD) for name, part_MD in zip(asked, parts, strict=True)}
+        heads = {"dino": lambda: self.dino_head, "ibot": lambda: self.patch_head}
+        return {name: heads[name]()(rows_MD).to(compute) for name, rows_MD in asked.items()}
+
     def initialize(self) -> None:
         for part in self.children():
             part.initialize()
@@ -106,15 +115,19 @@ class Method:
         """Weighted terms; their sum is what is minimised. Networks run in `compute`, losses in fp32."""
         c, (views, images), locals_ = self.config, batch.globals_GBCHW.shape[:2], len(batch.locals_VBCHW)
         crops = [batch.globals_GBCHW.flatten(0, 1)] + [batch.locals_VBCHW.flatten(0, 1)] * (locals_ > 0)
-        masks = [None if self.teachers else batch.masks_NP, None]
-        terms = {}
+        masks = [None if self.teachers else batch.masks_NP.to(crops[0].device, non_blocking=True), None]
+        terms, asked = {}, {}
         with self.autocast():
             wide, *narrow = self.student.backbone(crops, masks[: len(crops)])
+            patches_MD, weight_M = self._asked(wide.patches_BPD, batch)
+            if targets.cls is not None:
+                asked["dino"] = torch.cat([wide.cls_BD, *(x.cls_BD for x in narrow)])
+            if targets.patches is not None:
+                asked["ibot"] = patches_MD
+            answers = self.student.answers(asked, self.compute)
 
         if targets.cls is not None:
-            with self.autocast():
-                answer = self.student.dino_head(torch.cat([wide.cls_BD, *(x.cls_BD for x in narrow)]))
-            pairs_VGB = self._cross_entropies(answer, images, targets.cls)
+            pairs_VGB = self._cross_entropies(answers["dino"], images, targets.cls)
             # Every (student view, teacher view) pair of an image weighs the same.
             global_pairs, local_pairs = views * (views - 1), views * locals_
             share = global_pairs / (global_pairs + local_pairs)
@@ -122,10 +135,7 @@ class Method:
             if locals_:
                 terms["dino_local"] = c.dino_weight * (1 - share) * losses.dino(pairs_VGB[views:], same_views=False)
         if targets.patches is not None:
-            asked_MD, weight_M = self._asked(wide.patches_BPD, batch)
-            with self.autocast():
-                answer = self.student.patch_head(asked_MD)
-            pairs_M = self._cross_entropies(answer, len(asked_MD), targets.patches)[0, 0]
+            pairs_M = self._cross_entropies(answers["ibot"], len(patches_MD), targets.patches)[0, 0]
             terms["ibot"] = c.ibot_weight * losses.ibot(pairs_M, weight_M, views * images)
         if c.koleo_weight:
             terms["koleo"] = c.koleo_weight * self._spread(wide.cls_BD.unflatten(0, (views, images)))
@@ -133,12 +143,12 @@ class Method:
             terms["gram"] = c.gram_weight * losses.gram(wide.patches_BPD, targets.anchor_NPD)
         if targets.features is not None:
             with self.autocast():
-                answers = self.student.maps(cls=wide.cls_BD, patches=wide.patches_BPD)
+                mapped = self.student.maps(cls=wide.cls_BD, patches=wide.patches_BPD)
             of_patches = {"smooth_l1": losses.smooth_l1, "cosine": losses.cosine_distance}[c.patch_loss]
             how = {"cls": (c.cls_weight, losses.cosine_distance), "patches": (c.patch_weight, of_patches)}
             for kind, wanted in targets.features.items():
                 weight, distance = how[kind]
-                pairs = zip(answers[kind], wanted, strict=True)
+                pairs = zip(mapped[kind], wanted, strict=True)
                 terms[kind] = weight * torch.stack([distance(*pair) for pair in pairs]).mean()
         return terms
 
@@ -149,7 +159,7 @@ class Method:
         if self.teachers:
             return rows_MD, rows_MD.new_full((len(rows_MD),), 1.0 / patches_NPD.shape[1], dtype=torch.float32)
         masked_M, weight_M = batch.masked()
-        return rows_MD[masked_M], weight_M
+        return rows_MD.index_select(0, masked_M), weight_M
 
     def _answers(self, batch: Batch) -> dict[str, Answer]:
         """What the teacher's heads say of the global crops: of class tokens, and of the patches that are asked of."""
@@ -160,16 +170,14 @@ class Method:
         else:
             (seen,) = self.teacher.backbone([batch.globals_GBCHW.flatten(0, 1)])
             cls_ND, patches_NPD = seen.cls_BD, seen.patches_BPD
-        asked = {}
-        if self.config.dino_weight:
-            asked["dino"] = self.teacher.dino_head(cls_ND)
+        asked = {"dino": cls_ND} if self.config.dino_weight else {}
         if self.config.ibot_weight:
-            asked["ibot"] = self.teacher.patch_head(self._asked(patches_NPD, batch)[0])
-        return asked
+            asked["ibot"], _ = self._asked(patches_NPD, batch)
+        return self.teacher.answers(asked, self.compute)
 
     def _cross_entropies(self, answer: Answer, images: int, targets: prototypes.Scaled) -> Tensor:
         """(V, G, B) of the student's answer for V views, one after another, of so many images or patches."""
-        rows_MD, prototypes_KD = answer.to(self.compute)
+        rows_MD, prototypes_KD = answer
         rows_VBD = rows_MD.view(-1, images, rows_MD.shape[-1]) if images else rows_MD[None]
         return prototypes.cross_entropies(rows_VBD, prototypes_KD, targets, self.config.student_temperature)
 
@@ -191,17 +199,17 @@ class Method:
         if knobs.anchor and self.anchor is not None:
             for kept, learned in zip(self.anchor.parameters(), self.average.backbone.parameters(), strict=True):
                 kept.copy_(learned)
-        rows: dict[str, list[Tensor]] = {"dino": [], "ibot": []}
+        rows: dict[str, list[Tensor]] = {}
         learnt, anchored = {}, []
         for part in parts:
             crops_NCHW = part.globals_GBCHW.flatten(0, 1)
             with self.autocast():
-                for name, answer in self._answers(part).items():
-                    rows[name].append(answer.rows_MD)
-                    learnt[name] = answer.prototypes_KD
+                for name, (rows_MD, prototypes_KD) in self._answers(part).items():
+                    rows.setdefault(name, []).append(rows_MD)
+                    learnt[name] = prototypes_KD
                 if knobs.anchored and self.anchor is not None:
                     anchored.append(self.anchor([crops_NCHW])[0].patches_BPD)
-        found = {name: self._targets(name, rows[name], learnt.pop(name), knobs) for name in [*learnt]}
+        found = {name: self._targets(name, rows[name], learnt[name], knobs) for name in rows}
         features = self._features(parts) if c.compared else []
         by_part = zip_longest(found.get("dino", []), found.get("ibot", []), anchored, features)
         return [Targets(*of_part) for of_part in by_part]
@@ -221,7 +229,7 @@ class Method:
 
     def _targets(self, name: str, rows: list[Tensor], prototypes_KD: Tensor, knobs: Knobs) -> list[prototypes.Scaled]:
         """Targets from what the teacher's head answers to the rows of each part."""
-        answer, temperature = Answer(torch.cat(rows), prototypes_KD).to(self.compute), knobs.teacher_temperature
+        answer, temperature = Answer(torch.cat(rows), prototypes_KD), knobs.teacher_temperature
         if self.config.targets == "sinkhorn":
             targets = prototypes.sinkhorn(answer, temperature, self.ranks)
         else:

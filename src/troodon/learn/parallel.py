@@ -129,7 +129,8 @@ def _recomputed(forward: Callable, **how: Any) -> Callable:
     def recomputed(*arguments: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*arguments)
-        return checkpoint(forward, *arguments, use_reentrant=False, **how)
+        # Which sequences a block keeps is drawn before it: there is no randomness inside.
+        return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **how)
 
     return recomputed
 

@@ -11,6 +11,8 @@ from troodon.model.config import HeadConfig
 
 # Shape suffixes: K prototypes, D channels of the bottleneck, M rows: whatever dimensions come before the channels.
 
+ROWS = 4096  # prototypes at a time, where a product of two matrices is only summed
+
 
 class Answer(NamedTuple):
     """What a head says, before the last product: the logits are large, and need not be made at once."""
@@ -35,7 +37,25 @@ class Prototypes(nn.Module):
         self.weight_g = nn.Parameter(torch.empty(prototypes, 1))
 
     def forward(self) -> Tensor:
-        return self.weight_g * (self.weight_v / self.weight_v.norm(dim=1, keepdim=True))
+        return _Directed.apply(self.weight_v, self.weight_g)
+
+
+class _Directed(torch.autograd.Function):
+    """length * v / |v|, whose backward pass keeps no more than its input, and makes no matrix besides the gradient."""
+
+    @staticmethod
+    def forward(ctx, v_KD: Tensor, length_K1: Tensor) -> Tensor:
+        norm_K1 = v_KD.norm(dim=1, keepdim=True)
+        ctx.save_for_backward(v_KD, length_K1, norm_K1)
+        return (v_KD / norm_K1).mul_(length_K1)
+
+    @staticmethod
+    def backward(ctx, gradient_KD: Tensor):  # pyrefly: ignore[bad-override]
+        v_KD, length_K1, norm_K1 = ctx.saved_tensors
+        pairs = zip(gradient_KD.split(ROWS), v_KD.split(ROWS), strict=True)
+        along_K1 = torch.cat([(gradient * v).sum(1, keepdim=True) for gradient, v in pairs]) / norm_K1
+        across_KD = torch.addcmul(gradient_KD, v_KD, along_K1 / norm_K1, value=-1.0)
+        return across_KD.mul_(length_K1 / norm_K1), along_K1
 
 
 class Head(nn.Module):

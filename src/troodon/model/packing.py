@@ -6,13 +6,14 @@ see one long axis, attention and stochastic depth respect where each sequence be
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 # Shape suffixes: T tokens in the pack, D channels, N heads, H channels per head,
-#                 B images in a group, L tokens per image of a group, K images kept.
+#                 B images in a group, L tokens per image of a group; K images kept of it by each of N branches.
 
 
 SHORT = 512  # tokens up to which attention may keep its whole matrix
@@ -77,25 +78,58 @@ def _dense(q_BNLH: Tensor, k_BNLH: Tensor, v_BNLH: Tensor) -> Tensor:
     return scaled_dot_product_attention(q_BNLH, k_BNLH, v_BNLH)
 
 
-def residual(x_TD: Tensor, branch: Branch, layout: Layout, drop: float) -> Tensor:
-    """x + branch(x), with stochastic depth that saves the work (https://arxiv.org/abs/2304.07193, section 5).
+class Kept(NamedTuple):
+    """The sequences of a pack that go through a branch: where their tokens are, how they lie, what scales the gain."""
 
-    Of the b sequences of each group, k = max(int(b (1 - drop)), 1) chosen at random go through the branch;
-    what they gain is scaled by b / k, so that the expectation is that of dropping with rate `drop`.
+    tokens_T: Tensor
+    layout: Layout
+    scales: tuple[float, ...]  # of each group
+
+
+def draw(layout: Layout, drop: float, branches: int, device: torch.device) -> list[Kept]:
+    """Stochastic depth for so many branches (https://arxiv.org/abs/2304.07193, section 5).
+
+    Of the b sequences of each group, k = max(int(b (1 - drop)), 1) chosen at random go through a branch; what they gain
+    is scaled by b / k, so that the expectation is that of dropping with rate `drop`. Always as many: shapes stay.
     """
-    if drop == 0.0:
-        return x_TD + branch(x_TD, layout)
-    kept, groups = [], []
-    start = 0
+    tokens, groups, scales, start = [], [], [], 0
     for count, length in layout.groups:
-        keep = max(int(count * (1.0 - drop)), 1)
-        chosen_K = torch.randperm(count, device=x_TD.device)[:keep]
-        positions_L = torch.arange(length, device=x_TD.device)
-        kept.append((start + chosen_K[:, None] * length + positions_L).flatten())
+        keep = max(int(count * (1.0 - drop)), min(count, 1))
+        chosen_NK = torch.rand(branches, count, device=device).argsort(1)[:, :keep]
+        tokens_NKL = start + chosen_NK[:, :, None] * length + torch.arange(length, device=device)
+        tokens.append(tokens_NKL.flatten(1))
         groups.append((keep, length))
+        scales.append(count / max(keep, 1))
         start += count * length
-    gain_TD = branch(x_TD[torch.cat(kept)], Layout(tuple(groups)))
-    scale = [count / keep for (count, _), (keep, _) in zip(layout.groups, groups, strict=True)]
-    parts = gain_TD.split([keep * length for keep, length in groups])
-    gain_TD = torch.cat([part * s for part, s in zip(parts, scale, strict=True)])
-    return x_TD.index_add(0, torch.cat(kept), gain_TD.to(x_TD.dtype))
+    inner = Layout(tuple(groups))
+    return [Kept(tokens_T, inner, tuple(scales)) for tokens_T in torch.cat(tokens, 1).unbind()]
+
+
+def residual(x_TD: Tensor, branch: Branch, layout: Layout, kept: Kept | None) -> Tensor:
+    """x + branch(x); where only some sequences are kept, the branch works on these alone."""
+    if kept is None:
+        return x_TD + branch(x_TD, layout)
+    gain_TD = branch(x_TD.index_select(0, kept.tokens_T), kept.layout).to(x_TD.dtype)
+    return _Gained.apply(x_TD, gain_TD, kept)
+
+
+class _Gained(torch.autograd.Function):
+    """The pack with the scaled gain of the kept sequences added. Its gradient needs neither: index_add keeps one."""
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, gain_TD: Tensor, kept: Kept) -> Tensor:
+        ctx.save_for_backward(kept.tokens_T)
+        ctx.scales = kept.scales
+        ctx.sizes = sizes = [count * length for count, length in kept.layout.groups]
+        x_TD = x_TD.clone()
+        for tokens_T, part_TD, scale in zip(kept.tokens_T.split(sizes), gain_TD.split(sizes), kept.scales, strict=True):
+            x_TD.index_add_(0, tokens_T, part_TD, alpha=scale)
+        return x_TD
+
+    @staticmethod
+    def backward(ctx, gradient_TD: Tensor):  # pyrefly: ignore[bad-override]
+        (tokens_T,) = ctx.saved_tensors
+        of_gain_TD = gradient_TD.index_select(0, tokens_T)
+        for part_TD, scale in zip(of_gain_TD.split(ctx.sizes), ctx.scales, strict=True):
+            part_TD.mul_(scale)
+        return gradient_TD, of_gain_TD, None

@@ -5,6 +5,7 @@ tokens (https://arxiv.org/abs/2309.16588). All crops of a batch run as one pack.
 names of the released weights, so that those load as they are.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from troodon.model.config import ViTConfig
-from troodon.model.packing import Layout, attend, pack, residual, unpack
+from troodon.model.packing import Kept, Layout, attend, draw, pack, residual, unpack
 
 # Shape suffixes, besides those of packing.py: B images, C colours, P patches, R registers,
 #                                              h w rows and columns of patches.
@@ -48,6 +49,32 @@ class Attention(nn.Module):
         return self.proj(attend(q_TNH, k_TNH, v_TNH, layout).flatten(1))
 
 
+def linear_of(activation: Callable[[Tensor], Tensor], x: Tensor, linear: nn.Linear) -> Tensor:
+    """linear(activation(x)), of which the backward pass finds x alone, and computes the activation again."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # compilers decide that by themselves
+        return linear(activation(x))
+    return _LinearOf.apply(x, linear.weight, linear.bias, activation)
+
+
+class _LinearOf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+        low = weight.to(x.dtype)  # x comes as autocast wants products
+        ctx.save_for_backward(x, low)
+        ctx.activation, ctx.dtype = activation, weight.dtype
+        return F.linear(activation(x), low, bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # pyrefly: ignore[bad-override]
+        x, low = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = ctx.activation(x)
+        (of_x,) = torch.autograd.grad(y, x, gradient @ low)
+        rows = gradient.flatten(0, -2)
+        return of_x, (rows.T @ y.detach().flatten(0, -2)).to(ctx.dtype), rows.sum(0).to(ctx.dtype), None
+
+
 class Mlp(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -55,7 +82,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(config.mlp_hidden, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return linear_of(F.gelu, self.fc1(x), self.fc2)
 
 
 class SwiGLU(nn.Module):
@@ -67,8 +94,12 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(config.mlp_hidden, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * value)
+        return linear_of(gated, self.w12(x), self.w3)
+
+
+def gated(x: Tensor) -> Tensor:
+    gate, value = x.chunk(2, dim=-1)
+    return F.silu(gate) * value
 
 
 class LayerScale(nn.Module):
@@ -86,7 +117,6 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
-        self.drop_path = config.drop_path
         self.norm1 = LayerNorm(config.dim, eps=1e-6)
         self.attn = Attention(config)
         self.ls1 = LayerScale(config)
@@ -94,10 +124,10 @@ class Block(nn.Module):
         self.mlp = {"gelu": Mlp, "swiglu": SwiGLU}[config.mlp](config)
         self.ls2 = LayerScale(config)
 
-    def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
-        drop = self.drop_path if self.training else 0.0
-        x_TD = residual(x_TD, lambda x, layout: self.ls1(self.attn(self.norm1(x), layout)), layout, drop)
-        return residual(x_TD, lambda x, layout: self.ls2(self.mlp(self.norm2(x))), layout, drop)
+    def forward(self, x_TD: Tensor, layout: Layout, kept: Sequence[Kept | None] = (None, None)) -> Tensor:
+        of_attention, of_mlp = kept
+        x_TD = residual(x_TD, lambda x, layout: self.ls1(self.attn(self.norm1(x), layout)), layout, of_attention)
+        return residual(x_TD, lambda x, layout: self.ls2(self.mlp(self.norm2(x))), layout, of_mlp)
 
 
 class PatchEmbed(nn.Module):
@@ -154,9 +184,10 @@ class ViT(nn.Module):
         if not 1 <= count <= len(self.blocks):
             raise ValueError(f"asked for the last {count} blocks of a network of {len(self.blocks)}")
         x_TD, layout = pack([self.embed(x, m) for x, m in zip(groups, masks or [None] * len(groups), strict=True)])
-        outputs = []
+        drop, branches, outputs = self.config.drop_path if self.training else 0.0, 2 * len(self.blocks), []
+        kept = draw(layout, drop, branches, x_TD.device) if drop else [None] * branches
         for done, block in enumerate(self.blocks, start=1):
-            x_TD = block(x_TD, layout)
+            x_TD = block(x_TD, layout, kept[2 * done - 2 : 2 * done])
             if done > len(self.blocks) - count:
                 outputs.append([self.split(x_BLD) for x_BLD in unpack(self.norm(x_TD), layout)])
         return outputs
