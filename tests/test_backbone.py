@@ -1,6 +1,8 @@
 """A backbone: saved, loaded, and the released weights under their several names."""
 
+import dataclasses
 import json
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import troodon
 from troodon.config import UsageError
+from troodon.model import inference
 from troodon.model.backbone import Backbone, open_weights
 from troodon.model.config import Preprocessing, ViTConfig
 
@@ -153,3 +156,37 @@ def test_other_hugging_face_models_are_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(UsageError, match="'vit', not dinov2"):
         open_weights(tmp_path)
+
+
+WIDE = ViTConfig(dim=192, depth=6, heads=3, patch=14, grid=4, registers=2, layer_scale=0.1)
+
+
+@pytest.mark.parametrize("config", [WIDE, dataclasses.replace(WIDE, mlp="swiglu")])
+def test_a_faster_backbone_says_the_same(config, images, tmp_path, monkeypatch):
+    plain = Backbone.random(config, SIGHT, seed=1)
+    exact = plain.features(images, blocks=2)
+    monkeypatch.setattr(inference, "TOKENS_AT_ONCE", 40)  # two images at a time
+    for compute, tolerance in (("fp32", 1e-5), ("bf16", 1e-2)):
+        quick = plain.faster(compute)
+        got = quick.features(images, blocks=2)
+        assert got.patches.shape == exact.patches.shape
+        pairs = [(got.cls, exact.cls), (got.patches, exact.patches), (got.registers, exact.registers)]
+        pairs += [pair for a, b in zip(got.blocks, exact.blocks, strict=True) for pair in zip(a, b, strict=True)]
+        for a, b in pairs:
+            assert a.dtype == torch.float32
+            assert (a - b).norm() <= tolerance * b.norm()
+        quick.save(tmp_path / compute)
+        assert Backbone.load(tmp_path / compute).fingerprint == plain.fingerprint  # it is the same backbone
+    assert plain.faster("auto").compute in (torch.float32, torch.bfloat16)
+    with pytest.raises(UsageError, match="unknown compute 'bf61': did you mean 'bf16'"):
+        plain.faster("bf61")
+
+
+@pytest.mark.parametrize(("slow", "expected"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_the_precision_that_wins_is_chosen(slow, expected, monkeypatch):
+    def autocast(device, compute):
+        time.sleep(0.03 * (compute == slow))
+        return torch.autocast(device.type, compute, enabled=compute != torch.float32)
+
+    monkeypatch.setattr(inference, "autocast", autocast)
+    assert inference.chosen(Backbone.random(CONFIG, SIGHT).vit, (28, 28)) == expected

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from troodon.config import UsageError, fingerprint, pair, to_dict
+from troodon.config import UsageError, fingerprint, nearest, pair, to_dict
+from troodon.model import inference
 from troodon.model.config import Preprocessing, ViTConfig
 from troodon.model.vit import ViT
 from troodon.run import MANIFEST, publish, read_json, write_json
@@ -52,6 +53,8 @@ class Backbone:
     name: str
     fingerprint: str
     read: Callable[[str | Path], np.ndarray] | None = None
+    compute: torch.dtype = torch.float32
+    network: ViT | None = None  # what `faster` made of `vit`, which stays what it is
 
     @property
     def config(self) -> ViTConfig:
@@ -66,7 +69,20 @@ class Backbone:
         return self.vit.cls_token.device
 
     def to(self, device: str | torch.device) -> "Backbone":
-        return dataclasses.replace(self, vit=self.vit.to(device))
+        network = None if self.network is None else self.network.to(device)
+        return dataclasses.replace(self, vit=self.vit.to(device), network=network)
+
+    def faster(self, compute: str = "auto", *, compile: bool = False) -> "Backbone":
+        """The same backbone, whose `features` take less time: products in "bf16", "fp32", or what wins here ("auto").
+
+        In bf16 features are within a hundredth of those in fp32, which `features` gives otherwise. `compile` takes a
+        minute or more before the first images of each size. UsageError for another `compute`.
+        """
+        known = {"fp32": torch.float32, "bf16": torch.bfloat16}
+        if compute not in ("auto", *known):
+            raise nearest("compute", compute, ["auto", *known])
+        dtype = inference.chosen(self.vit, pair(self.preprocessing.crop)) if compute == "auto" else known[compute]
+        return dataclasses.replace(self, compute=dtype, network=inference.faster(self.vit, dtype, compile=compile))
 
     def prepare(self, images: Sequence[np.ndarray]) -> Tensor:
         """uint8 (H, W, C) arrays of any sizes -> (B, C, *crop), resized, cropped and normalised.
@@ -92,14 +108,19 @@ class Backbone:
         """
         if not isinstance(images, Tensor):
             images = self.prepare([self._pixels(image) for image in images])
-        per_block = [tokens for (tokens,) in self.vit.last_blocks([images.to(self.device)], blocks)]
-        last, width = per_block[-1], images.shape[-1] // self.config.patch
-        return Features(
-            cls=last.cls_BD,
-            patches=last.patches_BPD.unflatten(1, (-1, width)),
-            registers=last.registers_BRD,
-            blocks=[(tokens.cls_BD, tokens.patches_BPD.mean(1)) for tokens in per_block],
-        )
+        if self.device.type == "cuda" and images.device.type == "cpu":
+            images = images.pin_memory()  # the copy goes beside what the device still does
+        images, width = images.to(self.device, non_blocking=True), images.shape[-1] // self.config.patch
+        found = []
+        with inference.autocast(self.device, self.compute):
+            for piece in inference.pieces(images, self.vit):
+                per_block = [t for (t,) in (self.network or self.vit).last_blocks([piece], blocks)]
+                means = [(t.cls_BD, t.patches_BPD.mean(1)) for t in per_block]
+                found.append(
+                    Features(per_block[-1].cls_BD, per_block[-1].patches_BPD, per_block[-1].registers_BRD, means)
+                )
+        joined = found[0] if len(found) == 1 else _joined(found)
+        return dataclasses.replace(joined, patches=joined.patches.unflatten(1, (-1, width)))
 
     def _pixels(self, image: str | Path | np.ndarray) -> np.ndarray:
         if isinstance(image, str | Path):
@@ -149,6 +170,13 @@ class Backbone:
             vit = ViT(config)
             vit.initialize()
         return of_state(vit.state_dict(), config, preprocessing, name="random")
+
+
+def _joined(found: list[Features]) -> Features:
+    """Of one piece after another."""
+    whole = (torch.cat([getattr(f, name) for f in found]) for name in ("cls", "patches", "registers"))
+    per_block = zip(*(f.blocks for f in found), strict=True)
+    return Features(*whole, [tuple(map(torch.cat, zip(*block, strict=True))) for block in per_block])
 
 
 def of_state(
