@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from troodon.model.config import BASE, GIANT, LARGE, SMALL, ViTConfig, flops
 from troodon.model.head import Prototypes
-from troodon.model.packing import Layout, attend, draw, pack, residual, unpack
+from troodon.model.packing import Layout, attend, by_group, by_kernel, draw, layout_of, pack, residual, unpack
 from troodon.model.vit import Mlp, SwiGLU, ViT, gated, resize_positions
 
 TINY = ViTConfig(dim=32, depth=3, heads=2, patch=4, grid=4, registers=2, layer_scale=0.5)
@@ -168,16 +168,38 @@ def test_every_parameter_is_initialised():
     assert [n for n, p in vit.named_parameters() if not p.isfinite().all()] == []
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_varlen_kernel_equals_the_dense_form():
-    from troodon.model.packing import _attend_by_group
+def whole_matrix(q, k, v, layout):
+    """Attention over all of the pack at once, masked between sequences."""
+    lengths = torch.tensor(layout.lengths)
+    owner_T = torch.arange(len(lengths)).repeat_interleave(lengths).to(q.device)
+    scores = torch.einsum("tnh,snh->nts", q.float(), k.float()) * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(owner_T[:, None] != owner_T, float("-inf"))
+    return torch.einsum("nts,snh->tnh", scores.softmax(-1), v.float())
 
-    layout = Layout(((3, 65), (8, 17)))
-    tokens = sum(layout.lengths)
-    q, k, v = (torch.randn(tokens, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    for form in (attend, _attend_by_group):
-        torch.testing.assert_close(form(q, k, v, layout), _attend_by_group(q, k, v, layout), atol=2e-2, rtol=2e-2)
+
+@pytest.mark.parametrize(
+    ("form", "device", "dtype"),
+    [
+        (by_group, "cpu", torch.float32),
+        (by_group, "cpu", torch.bfloat16),
+        pytest.param(by_group, "cuda", torch.float32, marks=pytest.mark.gpu),
+        pytest.param(by_group, "cuda", torch.bfloat16, marks=pytest.mark.gpu),
+        pytest.param(by_kernel, "cuda", torch.bfloat16, marks=pytest.mark.gpu),
+    ],
+)
+def test_every_form_of_attention_is_the_same_in_value_and_gradient(form, device, dtype):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    torch.manual_seed(0)
+    layout = layout_of(((3, 65), (8, 17)), torch.device(device))
+    tokens, results = sum(layout.lengths), []
+    given = [torch.randn(tokens, 4, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(4)]
+    for attention in (form, whole_matrix):
+        out = attention(*given[:3], layout).float()
+        results.append([out, *torch.autograd.grad((out * given[3]).sum(), given[:3])])
+    tolerance = 1e-4 if dtype == torch.float32 and device == "cpu" else 3e-2
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance, check_dtype=False)
 
 
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])

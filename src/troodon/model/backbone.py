@@ -174,9 +174,13 @@ class Backbone:
 
 def _joined(found: list[Features]) -> Features:
     """Of one piece after another."""
-    whole = (torch.cat([getattr(f, name) for f in found]) for name in ("cls", "patches", "registers"))
     per_block = zip(*(f.blocks for f in found), strict=True)
-    return Features(*whole, [tuple(map(torch.cat, zip(*block, strict=True))) for block in per_block])
+    return Features(
+        torch.cat([f.cls for f in found]),
+        torch.cat([f.patches for f in found]),
+        torch.cat([f.registers for f in found]),
+        [(torch.cat([cls for cls, _ in block]), torch.cat([mean for _, mean in block])) for block in per_block],
+    )
 
 
 def of_state(

@@ -23,8 +23,8 @@ def faster(vit: ViT, compute: torch.dtype, *, compile: bool = False) -> ViT:
     images once.
     """
     vit = copy.deepcopy(vit).eval().requires_grad_(False)
-    block: Any
-    for block in vit.blocks:
+    blocks: Any = vit.blocks
+    for block in blocks:
         last = block.mlp.fc2 if isinstance(block.mlp, Mlp) else block.mlp.w3
         for linear, scale in ((block.attn.proj, block.ls1), (last, block.ls2)):
             linear.weight.mul_(scale.gamma[:, None])

@@ -5,7 +5,8 @@ see one long axis, attention and stochastic depth respect where each sequence be
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -24,14 +25,22 @@ class Layout:
     """How the token axis is divided: `groups` of `count` sequences of `length` tokens each."""
 
     groups: tuple[tuple[int, int], ...]  # (count, length), known on the host: no device sync
+    offsets: Tensor | None = field(default=None, compare=False)  # where each sequence starts, for kernels that ask
 
     @property
     def lengths(self) -> list[int]:
         return [length for count, length in self.groups for _ in range(count)]
 
-    def offsets(self, device: torch.device) -> Tensor:
-        """Cumulative starts, (S + 1,) int32, as varlen attention kernels want them."""
-        return torch.tensor([0, *self.lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+
+@lru_cache(maxsize=256)  # what is sent to the device is waited for: once for each layout, not in every block
+def layout_of(groups: tuple[tuple[int, int], ...], device: torch.device) -> Layout:
+    """The layout of these groups; on an accelerator with cumulative starts (S + 1,) int32, as its kernel wants."""
+    layout = Layout(groups)
+    if device.type != "cuda":
+        return layout
+    with torch.inference_mode(False):  # training may use it after features did
+        starts = torch.tensor([0, *layout.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return Layout(groups, starts.to(device))
 
 
 Branch = Callable[[Tensor, Layout], Tensor]
@@ -40,7 +49,7 @@ Branch = Callable[[Tensor, Layout], Tensor]
 def pack(groups: list[Tensor]) -> tuple[Tensor, Layout]:
     """[(B, L, D), ...] -> (T, D) and the layout that undoes it."""
     x_TD = torch.cat([x_BLD.flatten(0, 1) for x_BLD in groups])
-    return x_TD, Layout(tuple((x.shape[0], x.shape[1]) for x in groups))
+    return x_TD, layout_of(tuple((x.shape[0], x.shape[1]) for x in groups), x_TD.device)
 
 
 def unpack(x_TD: Tensor, layout: Layout) -> list[Tensor]:
@@ -50,24 +59,32 @@ def unpack(x_TD: Tensor, layout: Layout) -> list[Tensor]:
 
 
 def attend(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, layout: Layout) -> Tensor:
-    """Softmax attention within each sequence of the pack, never across: (T, N, H)."""
-    if q_TNH.is_cuda and q_TNH.dtype in (torch.bfloat16, torch.float16):
-        from torch.nn.attention.varlen import varlen_attn
+    """Softmax attention within each sequence of the pack, never across: (T, N, H).
 
-        offsets, longest = layout.offsets(q_TNH.device), max(layout.lengths)
-        out_TNH = varlen_attn(q_TNH, k_TNH, v_TNH, offsets, offsets, longest, longest)
-        assert isinstance(out_TNH, Tensor)
-        return out_TNH
-    return _attend_by_group(q_TNH, k_TNH, v_TNH, layout)
+    By the variable-length kernel where there is one (an accelerator, half precision); elsewhere group by group.
+    """
+    kernel = q_TNH.is_cuda and q_TNH.dtype in (torch.bfloat16, torch.float16)
+    return (by_kernel if kernel else by_group)(q_TNH, k_TNH, v_TNH, layout)
 
 
-def _attend_by_group(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, layout: Layout) -> Tensor:
+def by_kernel(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, layout: Layout) -> Tensor:
+    """All sequences in one call, without padding or copies."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    assert layout.offsets is not None, "layout_of gives these on an accelerator"
+    longest = max(length for _, length in layout.groups)
+    out_TNH = varlen_attn(q_TNH, k_TNH, v_TNH, layout.offsets, layout.offsets, longest, longest)
+    assert isinstance(out_TNH, Tensor)
+    return out_TNH
+
+
+def by_group(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, layout: Layout) -> Tensor:
     """The specification: one dense attention per group. Runs anywhere; the kernel is tested against it."""
     outputs = []
     for q, k, v in zip(*(unpack(x, layout) for x in (q_TNH, k_TNH, v_TNH)), strict=True):
         out_BNLH = _dense(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         outputs.append(out_BNLH.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
 def _dense(q_BNLH: Tensor, k_BNLH: Tensor, v_BNLH: Tensor) -> Tensor:
@@ -101,7 +118,7 @@ def draw(layout: Layout, drop: float, branches: int, device: torch.device) -> li
         groups.append((keep, length))
         scales.append(count / max(keep, 1))
         start += count * length
-    inner = Layout(tuple(groups))
+    inner = layout_of(tuple(groups), device)
     return [Kept(tokens_T, inner, tuple(scales)) for tokens_T in torch.cat(tokens, 1).unbind()]
 
 
