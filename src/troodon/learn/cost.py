@@ -276,9 +276,3 @@ class Cost:
         directions = max((2 * FP32 * use.head.prototypes * use.head.bottleneck for use in uses), default=0.0)
         asking = {"logits, prototypes": self.of_teacher(), "chunks": max(one, directions)}
         return self.gathered() | max(asking, seeing, key=lambda found: sum(found.values()))
-
-    def update(self) -> dict[str, float]:
-        """In the optimiser: AdamW takes the roots of the second moments of a group of parameters at once."""
-        vit = self.config.vit
-        group = self.parameters["backbone"] if self.config.optim.layer_decay == 1.0 else block_parameters(vit)
-        return {"roots of moments": FP32 * max(group, self.of_heads()) / self.ranks}

@@ -43,7 +43,7 @@ def adamw(student: nn.Module, depth: int, config: OptimConfig) -> torch.optim.Ad
     for name, parameter in student.named_parameters():
         groups[factors(name, depth, config)].append(parameter)
     listed = [{"params": p, "factors": f} for f, p in groups.items()]
-    return torch.optim.AdamW(listed, lr=0.0, betas=config.betas, foreach=True)
+    return torch.optim.AdamW(listed, lr=0.0, betas=config.betas, fused=True)
 
 
 def apply(optimizer: torch.optim.Optimizer, knobs: Knobs) -> None:

@@ -101,7 +101,7 @@ def plan(
         phases={
             "while the student learns": (gradients if config.parallel.accumulate > 1 else {}) | largest.student(),
             "while the teacher answers": largest.teacher(),
-            "while the optimiser works": gradients | largest.update(),
+            "while the optimiser works": gradients,
         },
         images_per_second=images_per_second,
     )  # fmt: skip
