@@ -5,8 +5,9 @@
 Parts:
 
     worth     on the embedded world of each seed: a teacher pretrained for so many steps; a student of a quarter of its
-              parameters distilled from it for as many; by its heads (`distilled`) and by its features (`by features`);
-              and the same student pretrained alone on the same images for as many. `ours` is the distilled student's
+              parameters distilled from it for as many: by its heads (`distilled`), by heads that its backbone alone
+              was given first, for as many steps (`heads first`), and by its features (`by features`); and the same
+              student pretrained alone on the same images for as many. `ours` is the distilled student's
               accuracy, `rival` that of the one alone, k-NN and linear, means over seeds
     cost      seconds of a step of three students in one run, and of three runs. The teacher, a ViT-S/14, is several
               times a student's size
@@ -59,7 +60,13 @@ def worth(home: Path, seeds: list[int], steps: int, tiny: bool) -> list[dict]:
         distill(student, place / "teacher", images, place / "distilled", settings=settings)
         by_features = replace(student, objective=BY_FEATURES)
         distill(by_features, place / "teacher", images, place / "by-features", settings=settings)
-        for name in ("teacher", "alone", "distilled", "by-features"):
+        # Heads for the backbone alone: the recipe `heads`, with the numbers of small data.
+        own = recipes.pretrain("demo")
+        frozen = replace(own.schedules, backbone_frozen=steps)
+        heads = replace(own, schedules=frozen, objective=replace(own.objective, koleo_weight=0.0))
+        pretrain(heads, images, place / "heads", init=place / "teacher" / "backbone", settings=common)
+        distill(student, place / "heads", images, place / "heads-first", settings=settings)
+        for name in ("teacher", "alone", "distilled", "heads-first", "by-features"):
             rows.setdefault(name, []).append(scores(place / name, data, place / f"scores-{name}"))
             print(
                 f"  seed {seed}  {name:<12} " + "  ".join(f"{k} {v:6.1%}" for k, v in rows[name][-1].items()),
@@ -69,7 +76,7 @@ def worth(home: Path, seeds: list[int], steps: int, tiny: bool) -> list[dict]:
     for protocol in rows["teacher"][0]:
         mean = {name: statistics.mean(found[protocol] for found in of) for name, of in rows.items()}
         gap = mean["teacher"] - mean["alone"]
-        for name in ("distilled", "by-features"):
+        for name in ("distilled", "heads-first", "by-features"):
             closed = (mean[name] - mean["alone"]) / gap if gap > 0 else None
             wins = sum(a[protocol] > b[protocol] for a, b in zip(rows[name], rows["alone"]))
             settings = {"seeds": seeds, "steps": steps, "teacher": mean["teacher"], "closed": closed, "seeds_won": wins}

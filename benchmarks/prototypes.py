@@ -78,7 +78,7 @@ class Rows:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="4 images, 65,536 prototypes")
+    parser.add_argument("--quick", action="store_true", help="10 images, 131,072 prototypes, one round")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--plain-images", type=int, default=0, help="images of the plain form; 0 is as many as ours")
     parser.add_argument("--prototypes", type=int, nargs="+", default=[65_536, 131_072])
@@ -86,7 +86,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--against", choices=["plain"], default="plain")
     asked = parser.parse_args()
-    images, counts = (4, [65_536]) if asked.quick else (asked.images, asked.prototypes)
+    if asked.quick:
+        asked.images, asked.prototypes, asked.rounds = 10, [131_072], 1
+    images, counts = asked.images, asked.prototypes
     fewer = min(images, asked.plain_images or images)
     dtype, lines = torch.bfloat16 if asked.bf16 else torch.float32, []
     for count in counts:
