@@ -20,7 +20,7 @@ from PIL import Image
 
 from tests.ranks import on_ranks
 from troodon import dist
-from troodon.config import UsageError
+from troodon.config import UsageError, fingerprint
 from troodon.data.config import CropsConfig
 from troodon.data.sources import open_source
 from troodon.learn import checkpoint, loop
@@ -109,6 +109,23 @@ def test_a_resumed_run_is_the_same_run(images, tmp_path, objective, monkeypatch)
     assert records(tmp_path / "cut") == records(tmp_path / "whole")
     for name, tensor in weights(tmp_path / "whole").items():
         assert torch.equal(tensor, weights(tmp_path / "cut")[name]), name
+
+
+def test_a_run_of_an_earlier_version_goes_on(images, tmp_path):
+    """A setting that it did not know is as it is by default; another value of it is another run."""
+    index = open_source(images)
+    pretrain(CONFIG, index, tmp_path / "run")
+    recorded = tmp_path / "run" / "config.yaml"
+    recorded.write_text(recorded.read_text().replace("  visits: 0\n", ""))
+    said = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    del said["settings"]["config"]["crops"]["visits"]
+    of_then = fingerprint(said["settings"], fingerprint(index.column("path"), index.column("length")))
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(said | {"fingerprint": of_then}))
+    with pytest.raises(UsageError, match=r"other settings \(config.crops.visits: 0 -> 3\)"):
+        pretrain(replace(CONFIG, crops=replace(CONFIG.crops, visits=3)), index, tmp_path / "run")
+    with pytest.raises(UsageError, match="other images"):
+        pretrain(CONFIG, index.take(range(20)[::-1]), tmp_path / "run")
+    pretrain(CONFIG, index, tmp_path / "run")
 
 
 def _killed_after(step, save):

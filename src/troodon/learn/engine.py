@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from troodon import dist
-from troodon.config import UsageError, differences, fingerprint, pair, to_dict, to_yaml
+from troodon.config import UsageError, differences, fingerprint, from_yaml, pair, to_dict, to_yaml
 from troodon.data import sheet
 from troodon.data.index import Index
 from troodon.data.loader import Loader
@@ -268,5 +268,8 @@ def _open(task: Task, index: Index, teachers: Sequence["Teacher"]) -> None:
     elif found["kind"] != "run":
         raise UsageError(f"{out}: already holds an artifact of kind {found['kind']}; choose a new --out")
     elif found["fingerprint"] != name:
-        what = "; ".join(differences(found["settings"], settings)) or "other images"
-        raise UsageError(f"{out}: a run with other settings ({what}); choose a new --out")
+        # Settings that an earlier version did not know are as they are by default.
+        before = found["settings"] | {"config": to_dict(from_yaml(PretrainConfig(), out / "config.yaml"))}
+        if before != settings or found["fingerprint"] != fingerprint(found["settings"], data):
+            what = "; ".join(differences(before, settings)) or "other images"
+            raise UsageError(f"{out}: a run with other settings ({what}); choose a new --out")
