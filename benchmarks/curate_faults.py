@@ -2,7 +2,7 @@
 
     python benchmarks/curate_faults.py [--quick] [--kills 20] [--disk FOLDER]
 
-A pool of pictures with attacked copies, a truncated tar and files broken in 30 ways is curated by `troodon curate`,
+A pool of pictures with attacked copies, a truncated tar and files broken in 28 ways is curated by `troodon curate`,
 with two processes, undisturbed. Then again and again from the start, and at a random moment `kill -9` ends the main
 process or a worker; a killed main process is started again by the same command. `--disk` names a folder on a small
 file system (a tmpfs of some MB): it is filled while curation works there, then emptied, and the same command goes on.
