@@ -250,6 +250,7 @@ def test_heads_are_learnt_for_a_backbone_without_and_then_it_teaches(images, tea
         ({"vit": replace(STUDENT.vit, channels=1),
           "photometric": replace(CONFIG.photometric, mean=(0.5,), std=(0.5,))}, "sees 3 channels"),
         ({"batch": 1}, "batch 1"),
+        ({"reuse": "whole"}, "reuse whole: a student's heads are new"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_brought_together_is_refused_with_the_remedy(images, teacher, tmp_path, change, said):

@@ -74,6 +74,8 @@ def check(tasks: Sequence[Task], index: Index, teachers: Sequence[Teacher], rank
     first = tasks[0]
     for task in tasks:
         sound(task.config, index, task.init, ranks)
+        if task.config.reuse != "backbone":
+            raise UsageError(f"reuse {task.config.reuse}: a student's heads are new; leave it out")
         ours, theirs = ({k: v for k, v in to_dict(t.config).items() if k not in OWN} for t in (first, task))
         if wrong := differences(ours, theirs):
             raise UsageError(f"students see the same images, but {_name(task)} differs: {'; '.join(wrong)}")
