@@ -17,7 +17,7 @@ help:  ## show this list
 
 demo: .venv/base  ## install, then run the whole system on a small made world; ends with the page to open
 	$(PY) -m troodon.cli demo --out demo
-	@find demo -maxdepth 2 -name '*.html' -exec printf 'Open in a browser: %s/%s\n' "$$PWD" {} ';'
+	@find demo -maxdepth 1 -name '*.html' -exec printf 'Open in a browser: %s/%s\n' "$$PWD" {} ';'
 
 test: lint types tests  ## install, then lint, type check and test
 
