@@ -52,6 +52,11 @@ class Pixels:
         return SimpleNamespace(cls=images.flatten(1), patches=images.permute(0, 2, 3, 1))
 
 
+@dataclass(frozen=True)
+class InHalf(Pixels):
+    compute: torch.dtype = torch.bfloat16
+
+
 def picture(seed: int) -> np.ndarray:
     """A smooth picture, like no other, 60 by 48."""
     low = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
@@ -521,4 +526,6 @@ def test_embeddings_are_made_once(pools, tmp_path):
     assert sum(backbone.seen) == 9
     with pytest.raises(UsageError, match="tokens"):
         embedding.embed(backbone, pools[0], out, batch=4, threads=1, tokens="cls+mean")
+    with pytest.raises(UsageError, match="compute"):
+        embedding.embed(InHalf(), pools[0], out, batch=4, threads=1)
     shutil.rmtree(out)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from numpy import ndarray
 
 from troodon import config, run
@@ -61,6 +62,8 @@ def embed(
     `out` holds something else, and for two backbones that want different channels.
     """
     settings: dict[str, Any] = {"backbone": backbone.name, "weights": backbone.fingerprint, "tokens": tokens}
+    if (compute := str(getattr(backbone, "compute", torch.float32))) != str(torch.float32):
+        settings["compute"] = compute.removeprefix("torch.")  # such vectors are close, not equal
     if copies is not None:
         settings["copies"] = copies.fingerprint
         if copies.channels != backbone.channels:

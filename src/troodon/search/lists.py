@@ -21,9 +21,8 @@ from troodon.search.exact import cosines, unit
 
 # Shape suffixes: N rows, L lists, D channels, p lists that a row is compared with, B Q rows of one block, C pairs.
 
-PROBES = 48  # lists that a row is compared with, at most
 GRID = 4000.0
-SAMPLED = 32  # rows for each list that k-means sees
+SAMPLED = 16  # rows for each list that k-means sees
 ITERATIONS = 5
 SLACK = 0.01  # how far a cosine of rows in eight bits may be off; mostly 0.001
 BLOCK = 4096
@@ -31,12 +30,12 @@ BLOCK = 4096
 
 def count_for(rows: int) -> int:
     """How many lists make finding them about as costly as searching them."""
-    return max(1, round(2.5 * rows**0.5))
+    return max(1, round(5 * rows**0.5))
 
 
 def probes_for(lists: int) -> int:
-    """How many lists a row is compared with: a twenty-fourth of them, within bounds."""
-    return min(PROBES, max(8, lists // 24))
+    """How many lists a row is compared with: many small ones find more than few large ones of as many rows."""
+    return max(8, round(1.2 * lists**0.5))
 
 
 def kmeans(x_ND: ndarray, count: int, seed: int, iterations: int = ITERATIONS, sampled: int = SAMPLED) -> ndarray:
@@ -134,18 +133,18 @@ class Lists:
         probes_Np = nearest(x_ND, centroids_LD, probes or probes_for(len(centroids_LD)))[1]
         row_N = np.argsort(probes_Np[:, 0], kind="stable")
         probes_Np = probes_Np[row_N]
-        every = np.arange(len(centroids_LD) + 1)
-        flat = probes_Np.ravel()
-        by_list = np.argsort(flat.astype(np.uint16) if len(centroids_LD) < 2**16 else flat, kind="stable")
-        asked = np.searchsorted(flat[by_list], every)
+        asking = np.arange(0, probes_Np.size + 1, probes_Np.shape[1])
+        by_row = csr_array(
+            (np.ones(probes_Np.size, np.int8), probes_Np.ravel(), asking), (len(x_ND), len(centroids_LD))
+        )
+        by_list = by_row.tocsc()  # counts, and sorts nothing
         codes_ND, scale_N = np.empty(x_ND.shape, np.int8), np.empty(len(x_ND), np.float32)
         for place in blocks(np.arange(len(x_ND))):
             x_BD = unit(x_ND[row_N[place]])
             scale_N[place] = scale = 127 / np.abs(x_BD).max(1).clip(1e-6)
             codes_ND[place] = np.rint(x_BD * scale[:, None])
-        starts = np.searchsorted(probes_Np[:, 0], every)
-        asks = (by_list // probes_Np.shape[1]).astype(np.int32 if len(x_ND) < 2**31 else np.int64)
-        return Lists(row_N, starts, probes_Np, asks, asked, codes_ND, scale_N)
+        starts = np.searchsorted(probes_Np[:, 0], np.arange(len(centroids_LD) + 1))
+        return Lists(row_N, starts, probes_Np, by_list.indices, by_list.indptr, codes_ND, scale_N)
 
     def save(self, folder: Path) -> None:
         """Write it as arrays, which `load` maps from the disk."""

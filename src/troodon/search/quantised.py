@@ -15,7 +15,7 @@ from numpy import ndarray
 
 from troodon.config import UsageError
 from troodon.search.exact import cosines, unit
-from troodon.search.lists import ITERATIONS, PROBES, count_for
+from troodon.search.lists import ITERATIONS, count_for, probes_for
 
 MARGIN = 0.2
 CHANNELS = 8  # that one byte stands for
@@ -64,7 +64,7 @@ class Quantised:
         start = at * BLOCK
         faiss = _faiss()
         query_QD = unit(x_ND[start : start + BLOCK])
-        sought = faiss.SearchParametersIVF(nprobe=PROBES)
+        sought = faiss.SearchParametersIVF(nprobe=probes_for(self.index.nlist))
         lims, _, found = self.index.range_search(query_QD, max(-1.0, threshold - MARGIN), params=sought)
         i = start + np.repeat(np.arange(len(query_QD)), np.diff(lims.astype(np.int64)))
         i, j = i[i != found], found[i != found]
