@@ -6,7 +6,7 @@ Vectors of 384 channels: concepts of very different sizes, a fifth of the images
 some of up to 50, eight of up to 2,000, with cosines from 0.55 to 0.995. Two rounds of inverted lists are compared with
 the exact join of the same vectors in the same process, at a cosine of 0.6, where much is near the threshold. A copy is
 found if it is joined to another image of its group; what can be found is what exact search within the group finds.
-Originals are lost where nothing is kept of a group, at a threshold that aims at one wrong merge in a hundred images.
+Originals are lost where nothing is kept of a group, at the threshold that curation would calibrate by itself.
 `join_recall` is against exact search (`rival` 1), `join_time` against the exact join.
 """
 
@@ -125,13 +125,14 @@ class Search:
 
 
 def calibrated(x_ND: ndarray, group_N: ndarray) -> float:
-    """The threshold at which one image in a hundred would be taken for a copy of another picture; of no copies."""
+    """The threshold that curation would take by itself, from vectors of no copies."""
     from troodon.curate.calibrate import tail
+    from troodon.curate.config import CurateConfig
     from troodon.search.exact import unit
 
     originals = np.random.default_rng(0).permutation(np.unique(group_N))
     drawn = unit(x_ND[originals[:20_000]])
-    return tail(drawn[:2000], drawn, len(originals))(0.01)
+    return tail(drawn[:2000], drawn, len(originals))(CurateConfig.false_merges)
 
 
 def components_at(nodes: int, edges: int) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import time
 
 import numpy as np
@@ -175,6 +176,8 @@ def test_a_faster_backbone_says_the_same(config, images, tmp_path, monkeypatch):
         for a, b in pairs:
             assert a.dtype == torch.float32
             assert (a - b).norm() <= tolerance * b.norm()
+        sent = pickle.loads(pickle.dumps(quick))  # to another process
+        assert torch.equal(sent.features(images).cls, quick.features(images).cls)
         quick.save(tmp_path / compute)
         assert Backbone.load(tmp_path / compute).fingerprint == plain.fingerprint  # it is the same backbone
     assert plain.faster("auto").compute in (torch.float32, torch.bfloat16)

@@ -59,7 +59,7 @@ def calibrate(
     *,
     others_MD: ndarray | None = None,
     pool: int | None = None,
-    false_merges: float = 0.01,
+    false_merges: float = 0.001,
     looser: float = 1.0,
     strength: float = STRENGTH,
 ) -> Calibration:

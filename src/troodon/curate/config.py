@@ -28,8 +28,9 @@ class CurateConfig:
     """How embeddings are compared to find near-duplicates (see space.py)."""
     threshold: float | None = None
     """Cosine above which two images are near-duplicates; none: calibrated on the images themselves."""
-    false_merges: float = 0.01
-    """Calibration: how many other images, on average, one image may be wrongly taken for a copy of."""
+    false_merges: float = 0.001
+    """Calibration: how many other images, on average, one image may be wrongly taken for a copy of. Fewer are, for
+    the threshold is extrapolated with care: of 171,366 planted originals 0.01 lost 27, and 0.001 none."""
     calibration_images: int = 250
     """Calibration: images that are drawn, attacked, and compared."""
     recheck_above: int = 4

@@ -69,8 +69,8 @@ class Backbone:
         return self.vit.cls_token.device
 
     def to(self, device: str | torch.device) -> "Backbone":
-        network = None if self.network is None else self.network.to(device)
-        return dataclasses.replace(self, vit=self.vit.to(device), network=network)
+        """The same backbone there, as it was before `faster`, which looks at the device."""
+        return dataclasses.replace(self, vit=self.vit.to(device), compute=torch.float32, network=None)
 
     def faster(self, compute: str = "auto", *, compile: bool = False) -> "Backbone":
         """The same backbone, whose `features` take less time: products in "bf16", "fp32", or what wins here ("auto").

@@ -61,7 +61,7 @@ def calibrate(
     space: Space = "whitened",
     tokens: Tokens = "cls",
     images: int = 250,
-    false_merges: float = 0.01,
+    false_merges: float = CurateConfig.false_merges,
     strength: float = 0.5,
     seed: int = 0,
 ) -> dict:
@@ -142,7 +142,7 @@ class Calibrate:
     """cls: class tokens; cls+mean: these and mean patch tokens."""
     images: int = 250
     """Images to attack."""
-    false_merges: float = 0.01
+    false_merges: float = CurateConfig.false_merges
     """How many other images, on average, one image may be wrongly taken for a copy of."""
     strength: float = 0.5
     """Of the attacks, up to 1."""
