@@ -61,19 +61,38 @@ def train(
 
         broken = ~torch.stack([value for found in terms for value in found.values()]).isfinite().all()
         stop = broken.new_tensor(asked_to_stop())
-        broken, stop = learners[0].method.ranks.total(torch.stack([broken, stop]).float()).tolist()
+        verdict = learners[0].method.ranks.total(torch.stack([broken, stop]).float())
+        read = reading(verdict)
+        for learner in learners:  # which change nothing where the step is broken
+            setattr(learner.optimizer, "found_inf", verdict[0].clamp(max=1))  # noqa: B010
+            learner.optimizer.step()
+        broken, stop = read()
         if broken:
             for learner in learners:
                 learner.optimizer.zero_grad()
             raise NotFinite(step, {name: value.item() for found in terms for name, value in found.items()})
         for learner, knobs_now, found in zip(learners, knobs, terms, strict=True):
-            learner.optimizer.step()
             learner.optimizer.zero_grad()
             learner.method.after_step(knobs_now)
             learner.after_step(step, batch, found)
         if stop:
             return step + 1
     return steps
+
+
+def reading(x: Tensor) -> Callable[[], list]:
+    """What gives the numbers of a tensor as it is now. On an accelerator that waits for no work launched since."""
+    here = x.to("cpu", non_blocking=True)
+    if not x.is_cuda:
+        return here.tolist
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> list:
+        copied.synchronize()
+        return here.tolist()
+
+    return wait
 
 
 def _gradients(learner: Learner, parts: list[Batch], knobs: Knobs) -> dict[str, Tensor]:
