@@ -6,7 +6,7 @@ Vectors of 384 channels: concepts of very different sizes, a fifth of the images
 some of up to 50, eight of up to 2,000, with cosines from 0.55 to 0.995. Two rounds of inverted lists are compared with
 the exact join of the same vectors in the same process, at a cosine of 0.6, where much is near the threshold. A copy is
 found if it is joined to another image of its group; what can be found is what exact search within the group finds.
-Originals are lost where nothing is kept of a group, at the threshold that curation would calibrate by itself.
+Originals are lost where nothing is kept of a group, at calibrated thresholds.
 `join_recall` is against exact search (`rival` 1), `join_time` against the exact join.
 """
 
@@ -124,15 +124,14 @@ class Search:
         return time.perf_counter() - began, label_N
 
 
-def calibrated(x_ND: ndarray, group_N: ndarray) -> float:
-    """The threshold that curation would take by itself, from vectors of no copies."""
+def calibrated(x_ND: ndarray, group_N: ndarray) -> Callable[[float], float]:
+    """The threshold that calibration gives for so many false merges an image, from vectors of no copies."""
     from troodon.curate.calibrate import tail
-    from troodon.curate.config import CurateConfig
     from troodon.search.exact import unit
 
     originals = np.random.default_rng(0).permutation(np.unique(group_N))
     drawn = unit(x_ND[originals[:20_000]])
-    return tail(drawn[:2000], drawn, len(originals))(CurateConfig.false_merges)
+    return tail(drawn[:2000], drawn, len(originals))
 
 
 def components_at(nodes: int, edges: int) -> None:
@@ -213,9 +212,12 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"peak memory until here {peak:.2f} GB")
     if given.only == "lists" and not given.no_exact:
-        threshold = calibrated(x_ND, group_N)
-        gone, doubled = lost(x_ND, group_N, threshold, Search(x_ND, "lists", threshold).edges, 4)
-        print(f"calibrated, at {threshold:.3f}: {gone:,} originals lost, {doubled:,} copies kept", flush=True)
+        threshold_at = calibrated(x_ND, group_N)
+        for rate in (0.01, 0.001):
+            threshold = threshold_at(rate)
+            gone, doubled = lost(x_ND, group_N, threshold, Search(x_ND, "lists", threshold).edges, 4)
+            said = f"{gone:,} originals lost, {doubled:,} copies kept"
+            print(f"calibrated to {rate:g} false merges an image, at {threshold:.3f}: {said}", flush=True)
     if given.components:
         components_at(given.components * 5 // 6, given.components)
     if given.faiss:  # it brings a second OpenMP, which is best kept from ours

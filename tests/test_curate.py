@@ -470,11 +470,11 @@ def test_real_near_duplicates_are_found_with_nothing_set_by_hand(shared, tmp_pat
     group = dict(zip(groups["row"], groups["group"], strict=True))
     same = [(a, b) for a, b, judgment in pairs if judgment == "1"]
     assert len(same) == 156
-    assert np.mean([a in group and group[a] == group.get(b) for a, b in same]) > 0.85  # 0.89; plain cosines: 0.37
+    assert np.mean([a in group and group[a] == group.get(b) for a, b in same]) > 0.8  # 0.82; plain cosines: 0.37
     known = {image for a, b, _ in pairs for image in (a, b)}
     stages = pq.read_table(out / "images.parquet")["stage"].to_pylist()
     gone = [image for image, stage in enumerate(stages) if stage == "duplicate" and image not in known]
-    assert len(gone) < 0.02 * len(index)  # 47, some of them true duplicates that nobody has judged
+    assert len(gone) < 0.01 * len(index)  # 20, some of them true duplicates that nobody has judged
 
 
 def test_calibration_of_a_network_that_tells_nothing_apart_merges_nothing():

@@ -21,6 +21,7 @@ from troodon.search.exact import cosines, unit
 
 # Shape suffixes: N rows, L lists, D channels, p lists that a row is compared with, B Q rows of one block, C pairs.
 
+PROBES = 84  # lists that a row is compared with, at most
 GRID = 4000.0
 SAMPLED = 16  # rows for each list that k-means sees
 ITERATIONS = 5
@@ -34,8 +35,8 @@ def count_for(rows: int) -> int:
 
 
 def probes_for(lists: int) -> int:
-    """How many lists a row is compared with: many small ones find more than few large ones of as many rows."""
-    return max(8, round(1.2 * lists**0.5))
+    """How many lists a row is compared with. Many small ones find more than few large ones of as many rows."""
+    return min(PROBES, max(8, lists // 45))
 
 
 def kmeans(x_ND: ndarray, count: int, seed: int, iterations: int = ITERATIONS, sampled: int = SAMPLED) -> ndarray:
