@@ -1,5 +1,6 @@
 """Near pairs by lists and by faiss: scores are exact, little is missed, and threads change nothing."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 from troodon.config import UsageError
 from troodon.search import join
 from troodon.search.exact import pairs_above, unit
-from troodon.search.lists import Lists, kmeans, nearest
+from troodon.search.lists import Lists, count_for, kmeans, nearest, probed
 
 
 def planted(rows: int, channels: int = 48, seed: int = 0) -> np.ndarray:
@@ -41,8 +42,20 @@ def test_lists_find_nearly_all_pairs_with_exact_scores(tmp_path):
     assert all(i < j for i, j in found)
     both = found | edges(x, Lists.of(x, 4, probes=8), 0.8)
     assert len(exact) - len(both) <= 0.5 * (len(exact) - len(found))
-    lists.save(tmp_path)
+    Lists.of(x, 3, probes=8, folder=tmp_path)
     assert edges(x, join.load(tmp_path), 0.8) == found
+
+
+def test_rows_whose_lists_are_told_part_by_part_lie_as_at_once(monkeypatch):
+    x = planted(900, 16)
+    monkeypatch.setattr("troodon.search.lists.SORTED", 100)
+    whole, centroids = Lists.of(x, 0), kmeans(x, count_for(len(x)), 0)
+    parts = Lists.by(x, np.concatenate([probed(part, centroids) for part in (x[:200], x[200:])]), len(centroids))
+    for field in dataclasses.fields(Lists):
+        assert np.array_equal(getattr(parts, field.name), getattr(whole, field.name)), field.name
+    for at in range(len(whole)):
+        asking = whole.asks[whole.asked[at] : whole.asked[at + 1]]
+        assert asking.tolist() == np.flatnonzero((whole.probes_Np == at).any(1)).tolist()
 
 
 def test_lists_that_ask_all_others_find_everything():
@@ -109,11 +122,10 @@ def test_faiss_finds_nearly_all_pairs_with_exact_scores(tmp_path):
     pytest.importorskip("faiss")
     x = planted(10_000, 16)
     exact = edges(x, join.lay_out(x, "exact"), 0.9)
-    layout = join.lay_out(x, "faiss")
+    layout = join.lay_out(x, "faiss", folder=tmp_path)
     found = edges(x, layout, 0.9)
     assert found.items() <= exact.items()
     assert len(found) > 0.95 * len(exact)
-    layout.save(tmp_path)
     assert edges(x, join.load(tmp_path), 0.9) == found
 
 

@@ -1,7 +1,8 @@
 """The steps that take copies out of a pool, as stages: exact, hash, duplicate, benchmark. Each writes a verdict.
 
 compare     byte-identical files and equal hashes; vectors of what is left; the threshold and its calibration
-layout, join    edges between these vectors (search/join.py), one round after the other
+centres, probes, layout, join    edges between these vectors (search/join.py), one round after the other; the first
+            two only by lists, and from the second round on `among`, the vectors of those that stay
 duplicate   their groups, who stays of each, and how many are still alike
 benchmark   who resembles an image of a benchmark
 """
@@ -22,10 +23,11 @@ from troodon.curate import compose, dedup, leak, space
 from troodon.curate.embed import COPIES, MATRIX, load
 from troodon.curate.hashes import near_hashes
 from troodon.curate.pool import Pool, mapped, ranges
-from troodon.curate.stage import Counts, counted
+from troodon.curate.stage import Counts, counted, joined
 from troodon.curate.thresholds import thresholds
 from troodon.search import join
 from troodon.search.exact import above
+from troodon.search.lists import Lists, count_for, kmeans, probed
 
 LISTS = 64  # partitions of a layout that are one unit
 EDGES = pa.schema([("i", pa.int64()), ("j", pa.int64()), ("score", pa.float32())])
@@ -168,20 +170,54 @@ class Join:
         among = hashlib.sha256(rows.tobytes()).hexdigest() if len(rows) < len(every) else "all"
         made_from = (self.compared.parent.name, self.how, seed, among)
 
+        matrix = self.compared / "vectors.npy"
+        if len(rows) < len(every):
+            matrix = self.pool.here("among", lambda folder: _among(every, rows, folder), *made_from) / "vectors.npy"
+        parts = list[Path]()
+        if self.how == "lists" and len(rows):  # which of them each row is near takes long, and is shared out
+            centres = self.pool.here("centres", lambda folder: _centres(matrix, seed, folder), *made_from)
+            parts = self.pool.spread("probes", _Probes(centres, matrix), ranges(len(rows)), *made_from)
+
         def lay_out(folder: Path) -> Counts:
-            x_MD = every
-            if len(rows) < len(every):
-                mapped(every, space.Space(), rows, folder / "vectors.npy")
-                x_MD = np.load(folder / "vectors.npy", mmap_mode="r")
-            join.lay_out(x_MD, self.how, seed).save(folder)
+            x_MD = np.load(matrix, mmap_mode="r")
+            if parts:
+                told, lists = folder / "probes.npy", len(np.load(centres / "centroids.npy", mmap_mode="r"))
+                joined(parts, told)
+                Lists.by(x_MD, np.load(told, mmap_mode="r"), lists, folder)
+                told.unlink()
+            else:
+                join.lay_out(x_MD, self.how, seed, folder=folder)
             return counted(len(rows))
 
         laid = self.pool.here("layout", lay_out, *made_from)
-        matrix = laid / "vectors.npy" if len(rows) < len(every) else self.compared / "vectors.npy"
         size = 1 if self.how == "exact" else LISTS
         units = ranges(len(join.load(laid)), size)
         work = _Find(laid, matrix, self.threshold, self.pool.device)
         yield from _edges(self.pool.spread("join", work, units, self.threshold, *made_from))
+
+
+def _among(every_ND: ndarray, rows: ndarray, folder: Path) -> Counts:
+    mapped(every_ND, space.Space(), rows, folder / "vectors.npy")
+    return counted(len(rows))
+
+
+def _centres(matrix: Path, seed: int, folder: Path) -> Counts:
+    x_ND = np.load(matrix, mmap_mode="r")
+    np.save(folder / "centroids.npy", kmeans(x_ND, count_for(len(x_ND)), seed))
+    return counted(len(x_ND))
+
+
+@dataclass(frozen=True)
+class _Probes:
+    """The lists of rows (first, last)."""
+
+    centres: Path
+    matrix: Path
+
+    def __call__(self, unit: tuple[int, int], folder: Path) -> Counts:
+        x_ND = np.load(self.matrix, mmap_mode="r")[slice(*unit)]
+        np.save(folder / "probes.npy", probed(x_ND, np.load(self.centres / "centroids.npy")))
+        return counted(len(x_ND))
 
 
 @dataclass(frozen=True)

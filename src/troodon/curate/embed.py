@@ -29,7 +29,7 @@ from troodon.config import UsageError
 from troodon.curate.engines import Here
 from troodon.curate.hashes import perceptual_hash
 from troodon.curate.scores import Score, named
-from troodon.curate.stage import Counts, Engine, Progress, Stage, code, counted, do, seconds
+from troodon.curate.stage import Counts, Engine, Progress, Stage, code, counted, do, joined, seconds
 from troodon.data.decode import BadImage
 from troodon.data.index import SCHEMA, Index
 from troodon.data.loader import stream
@@ -83,7 +83,7 @@ def embed(
     parts = do(Stage("embed", _Look(seen_by, index, scores, batch, threads), units, name), home, engine or Here())
     with run.publish(out, "embeddings", fingerprint, settings) as partial:
         for matrix in seen_by:
-            _join(parts, partial / f"{matrix}.npy")
+            joined(parts, partial / f"{matrix}.npy")
         tables = [pq.read_table(part / "images.parquet") for part in parts]
         table = pa.concat_tables(tables).combine_chunks() if tables else SCHEMA.empty_table()
         pq.write_table(table, partial / "images.parquet", compression="zstd")
@@ -197,14 +197,3 @@ def _tokens(backbone: Backbone, prepared: Any, tokens: str) -> ndarray:
     features = backbone.features(prepared)
     parts = [features.cls] + ([features.patches.mean((1, 2))] if tokens == "cls+mean" else [])
     return np.concatenate([unit(part.float().cpu().numpy()) for part in parts], axis=1)
-
-
-def _join(parts: Sequence[Path], path: Path) -> None:
-    """A matrix of all parts, one after the other; those without a readable image are as wide as the others."""
-    matrices = [np.load(part / path.name, mmap_mode="r") for part in parts]
-    rows, channels = sum(map(len, matrices)), max((m.shape[1] for m in matrices), default=0)
-    with open(path, "wb") as file:
-        header = {"descr": "<f2", "fortran_order": False, "shape": (rows, channels)}
-        np.lib.format.write_array_header_1_0(file, header)
-        for matrix in matrices:
-            file.write((matrix if matrix.shape[1] else np.zeros((len(matrix), channels), np.float16)).tobytes())

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from troodon import run
 
 Counts = dict[str, Any]
@@ -114,6 +116,18 @@ def seconds(folders: Sequence[Path]) -> dict[str, float]:
     for folder in folders:
         spent.update(run.read_json(folder / "timings.json"))
     return {name: round(value, 3) for name, value in spent.items()}
+
+
+def joined(parts: Sequence[Path], path: Path) -> None:
+    """One matrix of those of this name that the parts hold, one after another; rows without columns become zeros."""
+    matrices = [np.load(part / path.name, mmap_mode="r") for part in parts]
+    rows, channels = sum(map(len, matrices)), max((m.shape[1] for m in matrices), default=0)
+    kind = matrices[0].dtype if matrices else np.dtype(np.float16)
+    with open(path, "wb") as file:
+        header = {"descr": kind.str, "fortran_order": False, "shape": (rows, channels)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for matrix in matrices:
+            file.write((matrix if matrix.shape[1] else np.zeros((len(matrix), channels), kind)).tobytes())
 
 
 def _flush(folder: Path) -> None:

@@ -33,7 +33,6 @@ class Layout(Protocol):
 
     def __len__(self) -> int: ...
     def near(self, x_ND: ndarray, threshold: float, at: int) -> Iterator[tuple[ndarray, ndarray, ndarray]]: ...
-    def save(self, folder: Path) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -66,16 +65,21 @@ def chosen(how: How, rows: int) -> str:
     return how if how != "auto" else "exact" if rows <= EXACT_UP_TO else "lists"
 
 
-def lay_out(x_ND: ndarray, how: How = "auto", seed: int = 0, device: Any = None) -> Layout:
-    """Rows laid out for this search. Another `seed` makes other lists, which miss other pairs."""
+def lay_out(x_ND: ndarray, how: How = "auto", seed: int = 0, device: Any = None, folder: Path | None = None) -> Layout:
+    """Rows laid out for this search; in a folder, where one is given, for `load`. Another `seed` makes other lists,
+    which miss other pairs."""
     kind = chosen(how, len(x_ND))
-    if kind == "exact" or not len(x_ND):
-        return Tiles(len(x_ND), device)
-    if kind == "lists":
-        return Lists.of(x_ND, seed)
-    from troodon.search.quantised import Quantised
+    if kind == "lists" and len(x_ND):
+        return Lists.of(x_ND, seed, folder=folder)
+    if kind == "faiss" and len(x_ND):
+        from troodon.search.quantised import Quantised
 
-    return Quantised.of(x_ND, seed)
+        layout = Quantised.of(x_ND, seed)
+    else:
+        layout = Tiles(len(x_ND), device)
+    if folder is not None:
+        layout.save(folder)
+    return layout
 
 
 def load(folder: Path, device: Any = None) -> Layout:

@@ -12,6 +12,7 @@ multiples of 1 / GRID, whose products and sums stay below 2^24, which float32 ho
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy import ndarray
@@ -19,7 +20,8 @@ from scipy.sparse import csr_array
 
 from troodon.search.exact import cosines, unit
 
-# Shape suffixes: N rows, L lists, D channels, p lists that a row is compared with, B Q rows of one block, C pairs.
+# Shape suffixes: N rows, L lists, D channels, p lists that a row is compared with, B Q rows of one block, C pairs,
+# A all probes of a block.
 
 PROBES = 84  # lists that a row is compared with, at most
 GRID = 4000.0
@@ -27,6 +29,7 @@ SAMPLED = 16  # rows for each list that k-means sees
 ITERATIONS = 5
 SLACK = 0.01  # how far a cosine of rows in eight bits may be off; mostly 0.001
 BLOCK = 4096
+SORTED = 2**16  # rows whose probes are sorted at once
 
 
 def count_for(rows: int) -> int:
@@ -76,6 +79,12 @@ def nearest(x_ND: ndarray, centroids_LD: ndarray, p: int, *, gridded: bool = Fal
     return score_Np / np.float32(GRID**2), list_Np
 
 
+def probed(x_ND: ndarray, centroids_LD: ndarray, probes: int | None = None) -> ndarray:
+    """The lists that each row is compared with (N, p), its own first, in as few bytes as hold their numbers."""
+    found_Np = nearest(x_ND, centroids_LD, probes or probes_for(len(centroids_LD)))[1]
+    return found_Np.astype(np.min_scalar_type(len(centroids_LD)))
+
+
 def on_grid(x_ND: ndarray) -> ndarray:
     """Rows of length one, rounded to whole numbers of 1 / GRID: float32."""
     return np.rint(unit(x_ND) * np.float32(GRID))
@@ -118,7 +127,7 @@ class Lists:
 
     row_N: ndarray  # int64
     starts: ndarray  # (L + 1,) where each list begins
-    probes_Np: ndarray  # int32, the lists of each row, its own first
+    probes_Np: ndarray  # unsigned, the lists of each row, its own first
     asks: ndarray  # (N p,) places of rows, by the list that they ask
     asked: ndarray  # (L + 1,) where those of each list begin
     codes_ND: ndarray  # int8, each row times its scale
@@ -128,29 +137,51 @@ class Lists:
         return len(self.starts) - 1
 
     @staticmethod
-    def of(x_ND: ndarray, seed: int = 0, *, count: int | None = None, probes: int | None = None) -> "Lists":
+    def of(
+        x_ND: ndarray, seed: int = 0, *, count: int | None = None, probes: int | None = None, folder: Path | None = None
+    ) -> "Lists":
         """Lay the rows of a matrix out in lists; `seed` draws the sample and the first centroids."""
         centroids_LD = kmeans(x_ND, count or count_for(len(x_ND)), seed)
-        probes_Np = nearest(x_ND, centroids_LD, probes or probes_for(len(centroids_LD)))[1]
-        row_N = np.argsort(probes_Np[:, 0], kind="stable")
-        probes_Np = probes_Np[row_N]
-        asking = np.arange(0, probes_Np.size + 1, probes_Np.shape[1])
-        by_row = csr_array(
-            (np.ones(probes_Np.size, np.int8), probes_Np.ravel(), asking), (len(x_ND), len(centroids_LD))
-        )
-        by_list = by_row.tocsc()  # counts, and sorts nothing
-        codes_ND, scale_N = np.empty(x_ND.shape, np.int8), np.empty(len(x_ND), np.float32)
-        for place in blocks(np.arange(len(x_ND))):
-            x_BD = unit(x_ND[row_N[place]])
+        return Lists.by(x_ND, probed(x_ND, centroids_LD, probes), len(centroids_LD), folder)
+
+    @staticmethod
+    def by(x_ND: ndarray, probes_Np: ndarray, count: int, folder: Path | None = None) -> "Lists":
+        """Lay rows out whose lists, of so many, are known. In memory are a few numbers a row, where a folder is given
+        to write the rest to, for `load`."""
+
+        def made(name: str, shape: tuple[int, ...], kind: Any) -> ndarray:
+            if folder is None:
+                return np.empty(shape, kind)
+            return np.lib.format.open_memmap(folder / f"{name}.npy", "w+", kind, shape)
+
+        def keep(name: str, values: ndarray) -> ndarray:
+            kept = made(name, values.shape, values.dtype)
+            kept[...] = values
+            return kept
+
+        rows, p = probes_Np.shape
+        order_N = np.argsort(probes_Np[:, 0], kind="stable")
+        starts = np.searchsorted(probes_Np[order_N, 0], np.arange(count + 1))
+        sorted_Np, codes_ND = made("probes_Np", (rows, p), probes_Np.dtype), made("codes_ND", x_ND.shape, np.int8)
+        scale_N, asks_L = made("scale_N", (rows,), np.float32), np.zeros(count, np.int64)
+        for place in blocks(np.arange(rows)):
+            x_BD = unit(x_ND[order_N[place]])
             scale_N[place] = scale = 127 / np.abs(x_BD).max(1).clip(1e-6)
             codes_ND[place] = np.rint(x_BD * scale[:, None])
-        starts = np.searchsorted(probes_Np[:, 0], np.arange(len(centroids_LD) + 1))
-        return Lists(row_N, starts, probes_Np, by_list.indices, by_list.indptr, codes_ND, scale_N)
-
-    def save(self, folder: Path) -> None:
-        """Write it as arrays, which `load` maps from the disk."""
-        for name in (field.name for field in fields(self)):
-            np.save(folder / f"{name}.npy", getattr(self, name))
+            sorted_Np[place] = probes_Np[order_N[place]]
+            asks_L += np.bincount(sorted_Np[place].ravel(), minlength=count)
+        asked = np.r_[0, np.cumsum(asks_L)]
+        asks, next_L = made("asks", (rows * p,), np.int32 if rows < 2**31 else np.int64), asked[:-1].copy()
+        for place in blocks(np.arange(rows), SORTED):
+            list_A = sorted_Np[place].ravel()
+            order_A = np.argsort(list_A, kind="stable")
+            list_A, asks_L = list_A[order_A], np.bincount(list_A, minlength=count)
+            first_L = np.cumsum(asks_L) - asks_L
+            asks[(next_L - first_L)[list_A] + np.arange(len(list_A))] = place[order_A // p]
+            next_L += asks_L
+        return Lists(
+            keep("row_N", order_N), keep("starts", starts), sorted_Np, asks, keep("asked", asked), codes_ND, scale_N
+        )
 
     @staticmethod
     def load(folder: Path) -> "Lists":
