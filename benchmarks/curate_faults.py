@@ -2,12 +2,13 @@
 
     python benchmarks/curate_faults.py [--quick] [--kills 20] [--disk FOLDER]
 
-A pool of pictures with attacked copies, a truncated tar and files broken in 28 ways is curated by `troodon curate`,
-with two processes, undisturbed. Then again and again from the start, and at a random moment `kill -9` ends the main
-process or a worker; a killed main process is started again by the same command. `--disk` names a folder on a small
-file system (a tmpfs of some MB): it is filled while curation works there, then emptied, and the same command goes on.
-`ours` are the runs that ended in the same ledger, groups, hits and fingerprint, byte for byte; `rival` is how many
-there were.
+A pool of pictures with attacked copies, a truncated tar and files broken in 36 ways is curated by `troodon curate`,
+with two processes, undisturbed; its ledger must name every broken file, and have a row for every image. Then again and
+again from the start, and at a random moment `kill -9` ends the main process or a worker; a killed main process is
+started again by the same command. Then by a Ray cluster of two nodes and a head that does no units: undisturbed, and
+with a node killed as one stage begins, each stage in its turn. `--disk` names a folder on a small file system (a tmpfs
+of some MB): it is filled while curation works there, then emptied, and the same command goes on. `ours` are the runs
+that ended in the same ledger, groups, hits and fingerprint, byte for byte; `rival` is how many there were.
 """
 
 import argparse
@@ -17,16 +18,21 @@ import json
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 from PIL import Image
 
+FOLDERS = ("curated", "pool", "benchmark")
+STAGES = ("embed", "compare", "layout", "join", "leaks", "look-alikes", "retrieve", "gather")
 COMPARED = ("images.parquet", "groups.parquet", "hits.parquet", "embeddings/embeddings.npy")
 
 
@@ -42,7 +48,7 @@ def encoded(pixels: np.ndarray, kind: str) -> bytes:
 
 
 def broken() -> dict[str, bytes]:
-    """Thirty files that are no whole picture."""
+    """Files that are no whole picture, each in its own way."""
     found = {"empty.jpg": b"", "text.png": b"<html>no</html>", "zeros.jpg": bytes(5000)}
     for kind in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"):
         whole = encoded(picture(7), kind)
@@ -54,6 +60,14 @@ def broken() -> dict[str, bytes]:
         for at in chance.integers(0, len(damaged), 40):
             damaged[at] = int(chance.integers(256))
         found[f"damaged.{kind.lower()}"] = bytes(damaged)
+    whole = encoded(picture(9), "PNG")
+    sized = struct.pack(">4sII", b"IHDR", 60_000, 60_000) + whole[24:29]  # of 3.6 billion pixels, it says
+    found["huge.png"] = whole[:12] + sized + struct.pack(">I", zlib.crc32(sized)) + whole[33:]
+    found["checksum.png"] = whole[:29] + bytes(4) + whole[33:]
+    found["headless.jpg"] = encoded(picture(9), "JPEG")[2:]
+    found["noise.jpg"] = chance.bytes(5000)
+    found["document.jpg"] = b"%PDF-1.7\n" + chance.bytes(2000)
+    found["sound.webp"] = b"RIFF" + struct.pack("<I", 2036) + b"WAVEfmt " + chance.bytes(2024)
     return found
 
 
@@ -64,10 +78,11 @@ def prepare(home: Path, images: int) -> None:
     from troodon.model.config import Preprocessing, ViTConfig
 
     chance = np.random.default_rng(0)
-    for folder in ("curated", "pool"):
+    for folder in FOLDERS:
         (home / folder).mkdir()
     for i in range(20):
         (home / "curated" / f"{i}.png").write_bytes(encoded(picture(i), "PNG"))
+        (home / "benchmark" / f"{i}.png").write_bytes(encoded(picture(1000 + 7 * i), "PNG"))
     for i in range(images):
         pixels = picture(1000 + i) if i % 5 else attack(picture(1000 + i + 1), "jpeg", chance, 0.3)
         (home / "pool" / f"{i:05d}.jpg").write_bytes(encoded(pixels, "JPEG"))
@@ -85,14 +100,14 @@ def prepare(home: Path, images: int) -> None:
     Backbone.random(network, Preprocessing(resize=32, crop=32)).save(home / "backbone")
 
 
-def start(home: Path, out: Path) -> subprocess.Popen:
-    words = ["curate", "curate_small", "--curated", home / "curated", "--uncurated", home / "pool", "--backbone",
-             home / "backbone", "--out", out, "--part", "64", "--workers", "2", "--calibration-images", "40",
-             "--search", "lists", "--batch", "16"]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def start(home: Path, out: Path, *engine: str, **environment: str) -> subprocess.Popen:
+    words = ["curate", "curate_small", "--curated", home / "curated", "--uncurated", home / "pool",
+             "--benchmark", home / "benchmark", "--backbone", home / "backbone", "--out", out, "--part", "64",
+             "--calibration-images", "40", "--search", "lists", "--batch", "16",
+             *(engine or ("--workers", "2"))]  # fmt: skip
     return subprocess.Popen(
-        [sys.executable, "-m", "troodon", *map(str, words)], env=environment, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "troodon", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
     )  # fmt: skip
 
 
@@ -132,6 +147,51 @@ def killed(home: Path, out: Path, chance: random.Random, seconds: float, whom: s
     return told(out)
 
 
+def named(home: Path, out: Path) -> int:
+    """How many files the ledger names as broken: those that were made so, all and alone, among a row for each image."""
+    rows = pq.read_table(out / "images.parquet").to_pylist()
+    found = {Path(row["path"]).name: row["reason"] for row in rows if row["stage"] == "decode"}
+    assert found.keys() == broken().keys(), found.keys() ^ broken().keys()
+    assert all(found.values()), found
+    assert not any(row["kept"] for row in rows if row["stage"] == "decode")
+    files = [path for folder in FOLDERS for path in (home / folder).iterdir() if path.suffix != ".tar"]
+    assert len(rows) - sum("cut.tar" in row["path"] for row in rows) == len(files)
+    return len(found)
+
+
+def nodes_lost(home: Path, calm: str) -> int | None:
+    """Whole curations by a Ray cluster, in each of which a node dies: how many ended the same. None without Ray."""
+    try:
+        from ray.cluster_utils import Cluster
+    except ImportError:
+        return print("ray is not installed: no node is killed")
+    same = 0
+    for stage in ("", *STAGES):
+        out = home / f"ray-{stage}"
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        nodes, began = [cluster.add_node(num_cpus=1) for _ in range(2)], time.monotonic()
+        process = start(home, out, "--engine", "ray", RAY_ADDRESS=cluster.address)
+        if stage:
+            while process.poll() is None and not list(home.glob(f"{out.name}.work/**/{stage}-*")):
+                time.sleep(0.002)
+            lost = process.poll() is None
+            cluster.remove_node(nodes[len(stage) % 2], allow_graceful=False)
+            assert lost, f"{stage} was not seen"
+        code, said = end(process)
+        cluster.shutdown()
+        assert code == 0, said
+        if stage:
+            same += told(out) == calm
+        else:
+            assert told(out) == calm, "by Ray, undisturbed"
+        seconds = time.monotonic() - began
+        print(
+            f"Ray, {f'a node lost in {stage}' if stage else 'undisturbed'}: {seconds:.1f} s, {same} the same",
+            flush=True,
+        )
+    return same
+
+
 def full_disk(home: Path, disk: Path) -> bool:
     """Fill a small file system while curation works there; whether it fails, goes on and ends as it should."""
     process, filler = start(home, disk / "selection"), disk / "filler"
@@ -154,7 +214,7 @@ def full_disk(home: Path, disk: Path) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two kills")
+    parser.add_argument("--quick", action="store_true", help="two kills, and no Ray")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--images", type=int, default=600)
     parser.add_argument("--disk", type=Path)
@@ -169,16 +229,19 @@ def main() -> None:
         seconds, calm = time.monotonic() - began, told(home / "calm")
         summary = json.loads((home / "calm" / "summary.json").read_text())
         print(f"undisturbed: {seconds:.1f} s; " + ", ".join(f"{s['name']} -{s['dropped']}" for s in summary["stages"]))
-        same = 0
+        broken_files, same = named(home, home / "calm"), 0
         for turn in range(kills):
             whom = "main" if turn % 2 else "worker"
             same += killed(home, home / f"out{turn}", chance, seconds, whom) == calm
             print(f"kill {turn + 1}, {whom}: {same} of {turn + 1} the same", flush=True)
-        settings = {"kills": kills, "images": summary["images"]}
+        settings = {"kills": kills, "images": summary["images"], "broken": broken_files}
+        rows = [("same_after_kill", same, kills)]
+        if not given.quick and (survived := nodes_lost(home, calm)) is not None:
+            rows.append(("same_after_lost_node", survived, len(STAGES)))
         if given.disk:
             settings["full_disk"] = full_disk(home, given.disk)
-    print(json.dumps([{"name": "same_after_kill", "ours": same, "rival": kills, "ratio": same / kills, "unit": "runs",
-                       "settings": settings}]))  # fmt: skip
+    print(json.dumps([{"name": name, "ours": ours, "rival": rival, "ratio": ours / rival, "unit": "runs",
+                       "settings": settings} for name, ours, rival in rows]))  # fmt: skip
 
 
 if __name__ == "__main__":
