@@ -178,17 +178,23 @@ def leaks(data: Path, home: Path, name: str, how: Any, hidden: int) -> float:
     return len(left) / len(ours)
 
 
-def retrieval(data: Path, home: Path, name: str, how: Any) -> None:
-    """Half of the classes are wanted, 40 images of each are known."""
+def halves(data: Path, seed: int = 0, *others: Index) -> tuple[Index, Index, ndarray]:
+    """Half of the classes are wanted, 40 images of each are known: these, the pool, and who of the pool is wanted.
+
+    The pool is all other images of all classes, and then `others`, of which none is wanted.
+    """
     index, label = classes(data)
-    wanted = np.unique(label)[::2]
-    random = np.random.default_rng(0)
-    mine = np.isin(label, wanted)
-    curated_rows = np.concatenate([random.permutation(np.flatnonzero(label == c))[:40] for c in wanted])
-    pool = np.setdiff1d(np.arange(len(index)), curated_rows)
-    photos = open_source(data / "photos_cc0_224.tar")
-    uncurated, curated = Index.concat([index.take(pool), photos]).unlabelled(), index.take(np.sort(curated_rows))
-    right = np.r_[mine[pool], np.zeros(len(photos), bool)]
+    wanted, random = np.unique(label)[::2], np.random.default_rng(seed)
+    rows = np.concatenate([random.permutation(np.flatnonzero(label == c))[:40] for c in wanted])
+    rest = np.setdiff1d(np.arange(len(index)), rows)
+    pool = Index.concat([index.take(rest), *others]).unlabelled()
+    right = np.isin(np.arange(len(pool)), np.flatnonzero(np.isin(label[rest], wanted)))
+    return index.take(np.sort(rows)), pool, right
+
+
+def retrieval(data: Path, home: Path, name: str, how: Any) -> None:
+    """What is gathered for the known images of `halves`, by each way to gather."""
+    curated, uncurated, right = halves(data, 0, open_source(data / "photos_cc0_224.tar"))
     settings = {
         "sample, k 4": {"k": 4}, "sample, k 32": {"k": 32}, "sample, k 4, filled": {"collisions": "fill"},
         "cluster, > 0": {"gather": "cluster", "clusters": 500, "more_than": 0},
