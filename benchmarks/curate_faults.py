@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 FOLDERS = ("curated", "pool", "benchmark")
-STAGES = ("embed", "compare", "layout", "join", "leaks", "look-alikes", "retrieve", "gather")
+STAGES = ("embed", "compare", "centres", "probes", "layout", "join", "leaks", "look-alikes", "retrieve", "gather")
 COMPARED = ("images.parquet", "groups.parquet", "hits.parquet", "embeddings/embeddings.npy")
 
 
