@@ -16,6 +16,15 @@ def gist(image: np.ndarray, side: int = 12) -> np.ndarray:
     return (x - x.mean()).ravel() / (np.linalg.norm(x - x.mean()) + 1e-9)
 
 
+@pytest.mark.parametrize("shape", [(16, 16), (16, 2000), (2000, 16), (33, 64)])
+def test_every_shape_leaves_a_picture(shape):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    for kind in ATTACKS:
+        for strength in (0.01, 0.3, 1.0):
+            for seed in range(3):
+                assert min(attack(image, kind, np.random.default_rng(seed), strength).shape[:2]) >= 8, kind
+
+
 @pytest.mark.parametrize("kind", ATTACKS)
 def test_an_attack_changes_the_picture_but_leaves_it_similar(kind):
     for n, image in enumerate(IMAGES):

@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from troodon.config import UsageError
 from troodon.data.config import CropsConfig
-from troodon.data.crops import NUMBERS, generator, multi_crop, random_box
+from troodon.data.crops import NUMBERS, attacked, generator, multi_crop, random_box
 
 SMALL = CropsConfig(global_px=56, local_px=28, locals=3)
 SHAPES = [(1, 1), (1, 50), (50, 1), (2, 3), (7, 7), (8, 2000), (2000, 8), (57, 40), (300, 301)]
@@ -129,6 +130,58 @@ def test_threads_give_what_one_thread_gives() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(crops, range(40))) == [crops(visit) for visit in range(40)]
+
+
+def test_an_attack_comes_before_the_crop_and_leaves_all_else_as_it_was() -> None:
+    image, whole = picture(90, 70), dataclasses.replace(SMALL, global_scale=(1.0, 1.0), aspect=(7 / 9, 7 / 9), flip=0.0)
+    config = dataclasses.replace(whole, attack=1.0, attack_kinds=("flip",))
+    plain_GCHW, _ = multi_crop(image, whole, generator(0, 0, 0))
+    globals_GCHW, locals_VCHW = multi_crop(image, config, generator(0, 0, 0))
+    assert torch.equal(globals_GCHW, plain_GCHW.flip(-1))
+    random = generator(0, 0, 0)
+    random.integers(2**63, size=2)  # what the attacks are drawn from
+    assert torch.equal(locals_VCHW, multi_crop(image, whole, random)[1])
+    one, other = multi_crop(image, dataclasses.replace(config, attack_kinds=()), generator(0, 0, 0))[0]
+    assert not torch.equal(one, other)  # each crop has its own
+    fewer = dataclasses.replace(config, attack_kinds=(), locals=0)
+    assert torch.equal(multi_crop(image, fewer, generator(0, 0, 0))[0], torch.stack([one, other]))
+
+
+def test_as_many_crops_are_attacked_as_asked_for_each_kind_as_often() -> None:
+    image, count = picture(48, 48), 2000
+    half = dataclasses.replace(SMALL, attack=0.5, attack_kinds=("flip", "crop"))
+    shapes = [attacked(image, half, seed) for seed in range(count)]
+    alone = np.mean([copy is image for copy in shapes])
+    mirrored = np.mean([np.array_equal(copy, image[:, ::-1]) for copy in shapes])
+    assert (alone, mirrored) == (pytest.approx(0.5, abs=0.04), pytest.approx(0.25, abs=0.04))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pictures_of_every_shape_and_grey_ones_are_attacked_or_left_alone(shape: tuple[int, int]) -> None:
+    config = dataclasses.replace(SMALL, attack=1.0)
+    for channels in (1, 3):
+        image = picture(*shape)[:, :, :channels]
+        for visit in range(12):
+            globals_GCHW, _ = multi_crop(image, config, generator(0, 0, visit))
+            assert globals_GCHW.shape == (2, channels, 56, 56)
+
+
+def test_a_large_picture_is_attacked_when_it_is_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = np.asarray(Image.fromarray(picture(12, 16)).resize((800, 600), Image.Resampling.BICUBIC))
+    config = dataclasses.replace(SMALL, attack=1.0, attack_kinds=("vignette",), locals=0)
+    small = multi_crop(image, config, generator(0, 0, 0))[0].float()
+    seen: list[int] = []
+    monkeypatch.setattr("troodon.data.crops.attack", lambda image, *_: seen.append(image.width) or np.asarray(image))
+    multi_crop(image, config, generator(0, 0, 0))
+    assert seen == [200, 200]
+    monkeypatch.undo()
+    monkeypatch.setattr("troodon.data.crops.MARGIN", 1e9)
+    assert 0 < (multi_crop(image, config, generator(0, 0, 0))[0].float() - small).abs().mean() < 3  # of 255
+
+
+def test_unknown_attacks_are_refused_with_the_nearest() -> None:
+    with pytest.raises(UsageError, match=r"crops\.attack_kinds 'flipp': did you mean 'flip'"):
+        CropsConfig(attack_kinds=("flipp",))
 
 
 def test_boxes_have_the_areas_aspects_and_places_of_the_definition() -> None:

@@ -37,8 +37,8 @@ def index(tmp_path):
 
 
 def loader(index, **changes) -> Loader:
-    settings = {"patch": 4, "images": 4, "seed": 7, "threads": 2}
-    return Loader(index, CROPS, PhotometricConfig(), MasksConfig(), **(settings | changes))
+    settings = {"crops": CROPS, "patch": 4, "images": 4, "seed": 7, "threads": 2} | changes
+    return Loader(index, photometric=PhotometricConfig(), masks=MasksConfig(), **settings)
 
 
 def take(loader: Loader, first: int, count: int) -> list:
@@ -187,6 +187,14 @@ def test_processes_give_what_threads_give_and_tell_what_is_broken(index):
     threads, processes = loader(index), loader(index, processes=2)
     assert all(same(a, b) for a, b in zip(take(threads, 0, 5), take(processes, 0, 5), strict=True))
     assert processes.broken == threads.broken
+
+
+def test_attacked_batches_are_a_function_of_the_step_too(index):
+    crops = replace(CROPS, attack=0.9)
+    six = take(loader(index, crops=crops, threads=1), 0, 6)
+    for other in ({"threads": 4}, {"processes": 2}):
+        assert all(same(a, b) for a, b in zip(six[2:], take(loader(index, crops=crops, **other), 2, 4), strict=True))
+    assert not same(six[0], take(loader(index), 0, 1)[0])
 
 
 def test_large_jpegs_are_read_smaller_and_cropped_as_they_would_be(tmp_path, monkeypatch):

@@ -98,3 +98,24 @@ def test_koleo_of_duplicates_is_finite_and_has_finite_gradients():
     loss.backward()
     assert math.isfinite(loss.item())
     assert x.grad.isfinite().all()
+
+
+def test_contrast_is_finding_the_other_view_among_all_but_itself():
+    torch.manual_seed(0)
+    views = torch.randn(2, 5, 4)
+    each = []
+    for view in range(2):
+        for image in range(5):
+            others = [(v, i) for v in range(2) for i in range(5) if (v, i) != (view, image)]
+            cosine = [torch.cosine_similarity(views[view, image], views[v, i], dim=0) for v, i in others]
+            p = (torch.stack(cosine) / 0.1).softmax(0)
+            each.append(-p[others.index((1 - view, image))].log())
+    torch.testing.assert_close(losses.contrast(views, 0.1), torch.stack(each).mean())
+
+
+def test_contrast_of_equal_views_is_that_of_chance_with_finite_gradients():
+    x = torch.ones(2, 6, 8, requires_grad=True)
+    loss = losses.contrast(x, 0.05)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(11))
+    assert x.grad.isfinite().all()

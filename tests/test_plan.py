@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from troodon import recipes, verbs
 from troodon.config import UsageError
 from troodon.data.batch import Batch
-from troodon.data.config import CropsConfig
+from troodon.data.config import CropsConfig, MasksConfig
 from troodon.learn import cost, optim, prototypes
 from troodon.learn.config import ObjectiveConfig, ParallelConfig, PretrainConfig
 from troodon.learn.loop import Learner, train
@@ -44,6 +44,13 @@ CONFIGS = {
     ),
     "swiglu, registers": replace(BASE, vit=replace(BASE.vit, mlp="swiglu", registers=4)),
     "gram": replace(BASE, objective=ObjectiveConfig(gram_weight=1.0)),
+    "contrast": replace(
+        BASE,
+        objective=ObjectiveConfig(dino_weight=0, ibot_weight=0, contrast_weight=1.0),
+        masks=MasksConfig(share=0.0),
+        crops=replace(BASE.crops, locals=0),
+        batch=64,
+    ),
     "centring, one head": replace(BASE, objective=ObjectiveConfig(targets="centring", heads="shared")),
     "large heads": replace(BASE, dino_head=LARGE_HEADS, ibot_head=LARGE_HEADS, batch=4),
     "long, not square": replace(

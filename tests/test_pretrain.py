@@ -426,6 +426,7 @@ def test_what_is_computed_again_is_the_same(images, tmp_path, recompute):
         (ObjectiveConfig(ibot_weight=0), {"dino_global", "dino_local", "koleo"}),
         (ObjectiveConfig(dino_weight=0), {"ibot", "koleo"}),
         (ObjectiveConfig(dino_weight=0, heads="shared", targets="centring", koleo_weight=0), {"ibot"}),
+        (ObjectiveConfig(dino_weight=0, ibot_weight=0, contrast_weight=2.0), {"koleo", "contrast"}),
         (ObjectiveConfig(gram_weight=2.0), {"dino_global", "dino_local", "ibot", "koleo", "gram"}),
     ],
 )
@@ -448,6 +449,8 @@ def test_an_objective_has_the_terms_that_it_weighs(images, tmp_path, objective, 
         ({"parallel": ParallelConfig(accumulate=3)}, "batch 8 does not divide over 1 devices of parallel.accumulate 3 "
          "parts: set batch 9"),
         ({"parallel": ParallelConfig(accumulate=2)}, "koleo_group 0 looks .* that can be exact is 4"),
+        ({"parallel": ParallelConfig(accumulate=2), "objective": ObjectiveConfig(contrast_weight=1, koleo_group=4)},
+         "accumulate 2: objective.contrast_weight compares all images of a step: set it to 1"),
         ({"objective": ObjectiveConfig(koleo_group=3)}, "koleo_group 3 does not divide the batch of 8"),
     ],
 )  # fmt: skip

@@ -111,7 +111,7 @@ def flip(image: Image.Image, r: Generator, strength: float) -> Image.Image:
 
 
 def rotate(image: Image.Image, r: Generator, strength: float) -> Image.Image:
-    """Turned by 1 to 20 degrees, either way; corners black, or cut off."""
+    """Turned by 1 to 20 degrees, either way; corners black, or cut off, if that leaves anything."""
     degrees = 1 + 19 * _some(r, strength)
     turned = image.rotate(_sign(r) * degrees, _BICUBIC)
     if r.random() < 0.5:
@@ -119,7 +119,8 @@ def rotate(image: Image.Image, r: Generator, strength: float) -> Image.Image:
     a = math.radians(degrees)
     keep = 1 / (math.cos(a) + math.sin(a) * max(image.size) / min(image.size))
     dx, dy = image.width * (1 - keep) / 2, image.height * (1 - keep) / 2
-    return turned.crop((math.ceil(dx), math.ceil(dy), math.floor(image.width - dx), math.floor(image.height - dy)))
+    left, top, right, bottom = math.ceil(dx), math.ceil(dy), math.floor(image.width - dx), math.floor(image.height - dy)
+    return turned.crop((left, top, right, bottom)) if min(right - left, bottom - top) >= 8 else turned
 
 
 def brightness(image: Image.Image, r: Generator, strength: float) -> Image.Image:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal
 
-from troodon.config import UsageError, pair, within
+from troodon.config import UsageError, nearest, pair, within
 
 Size = tuple[int, int]  # height and width, in pixels
 
@@ -29,6 +29,11 @@ class CropsConfig:
     """Range of the width over the height of the box that is cut out, drawn log-uniformly; times the crop's own."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
+    attack: float = 0.0
+    """Probability that the picture is attacked, as pictures are on the web, before a global crop is cut out of it: by a
+    kind and a strength drawn for each crop (see data/attacks.py). Only pictures in colour or grey."""
+    attack_kinds: tuple[str, ...] = ()
+    """Kinds of attacks to draw from; all if left out."""
     visits: int = 0
     """Sets of crops and colours that an image has, one for each visit, then again; 0 is new ones for ever. Few of them
     spare a frozen teacher from looking at the same twice."""
@@ -39,10 +44,15 @@ class CropsConfig:
     def __post_init__(self) -> None:
         within(self, "crops.", 1, None, "global_px", "local_px")
         within(self, "crops.", 0, None, "locals", "visits")
-        within(self, "crops.", 0, 1, "global_scale", "local_scale", "flip")
+        within(self, "crops.", 0, 1, "global_scale", "local_scale", "flip", "attack")
         _ranges(self, "crops.", "global_scale", "local_scale", "aspect")
         if min(self.aspect) <= 0:
             raise UsageError(f"crops.aspect {min(self.aspect)}: must be above 0")
+        if self.attack_kinds:
+            from troodon.data.attacks import ATTACKS  # which starts Pillow
+
+            for unknown in [kind for kind in self.attack_kinds if kind not in ATTACKS]:
+                raise nearest("crops.attack_kinds", unknown, ATTACKS)
         for wide, narrow, weight in self.mixed:
             if min(wide, narrow) < 1 or not 0 < weight < math.inf:
                 said = "sides must be 1 or more, and the weight above 0"

@@ -10,10 +10,13 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from troodon.config import pair
+from troodon.data.attacks import ATTACKS, attack
 from troodon.data.config import CropsConfig, Size
+from troodon.data.decode import grey, shown
 
 # Shape suffixes: G the two global crops, V local crops, C colours, H and W pixels.
 # A box is (top, left, height, width) in whole pixels of the image.
@@ -24,6 +27,7 @@ TRIES = 10  # boxes to draw before the central one is taken
 MARGIN = (
     1.5  # pixels, at least, of a smaller copy of the image for each of a crop; 1.3 levels of 256 off in photographs
 )
+SEEN = 16  # pixels of the shorter side: what has fewer is not attacked
 NUMBERS = 2 * TRIES + 3  # random numbers of one crop: area and aspect of every try, two of position, one of flip
 WORD = 2**64 - 1
 
@@ -49,6 +53,8 @@ class Views:
     def __init__(self, config: CropsConfig, random: np.random.Generator, whose: tuple[int, int] = (-1, 0)):
         assert not config.mixed, config.mixed
         self.whose = whose  # the image's row, and which set of crops of it this is
+        # First, so that the number of local crops changes no attack; and only where there are any, as runs go on.
+        self.attacks = random.integers(2**63, size=2).tolist() if config.attack else []
         self.config, self.numbers = config, random.random((2 + config.locals, NUMBERS)).tolist()
         wide, narrow = pair(config.global_px), pair(config.local_px)
         self.kinds = [(config.global_scale, wide)] * 2 + [(config.local_scale, narrow)] * config.locals
@@ -61,11 +67,19 @@ class Views:
         self.size = height, width
         self.boxes = [self._box(u, *kind) for u, kind in zip(self.numbers, self.kinds)]
         spare = min(min(h / size[0], w / size[1]) for (_, _, h, w), (_, size) in zip(self.boxes, self.kinds))
-        return next(times for times in (8, 4, 2, 1) if times == 1 or spare >= times * MARGIN)
+        self.times = next(times for times in (8, 4, 2, 1) if times == 1 or spare >= times * MARGIN)
+        return self.times
 
     def cut(self, image_HWC: np.ndarray) -> tuple[Tensor, Tensor]:
         """uint8 (2, C, *global size) and (V, C, *local size), contiguous, of the image, or of a smaller copy of it."""
-        return self._cut(image_HWC, 0, 2, self.config.global_px), self._cut(image_HWC, 2, None, self.config.local_px)
+        wide, narrow = self.config.global_px, self.config.local_px
+        if not self.attacks:
+            return self._cut(image_HWC, 0, 2, wide), self._cut(image_HWC, 2, None, narrow)
+        # What was not read smaller is made so: an attack costs by the pixel.
+        times = self.times if image_HWC.shape[:2] == self.size else 1
+        copies = [attacked(image_HWC, self.config, seed, times) for seed in self.attacks]
+        globals_ = [self._cut(copy_HWC, view, view + 1, wide) for view, copy_HWC in enumerate(copies)]
+        return torch.cat(globals_), self._cut(image_HWC, 2, None, narrow)
 
     def _box(self, u: list[float], scale: tuple[float, float], size: Size) -> Box:
         low, high = self.config.aspect
@@ -91,6 +105,20 @@ def multi_crop(image_HWC: np.ndarray, config: CropsConfig, random: np.random.Gen
     views = Views(config, random)
     views.draw(*image_HWC.shape[:2])
     return views.cut(image_HWC)
+
+
+def attacked(image_HWC: np.ndarray, config: CropsConfig, seed: int, times: int = 1) -> np.ndarray:
+    """A near-duplicate of the image, made from a copy `times` smaller; or, as often as `config.attack` says, itself.
+
+    uint8 (h, w, C), C being 1 or 3, of another size. Pictures of a few pixels in width or height are left alone.
+    """
+    random = np.random.Generator(np.random.Philox(seed))
+    if random.random() >= config.attack or min(image_HWC.shape[:2]) < SEEN * times:
+        return image_HWC
+    kinds = config.attack_kinds or tuple(ATTACKS)
+    kind, strength = kinds[int(random.integers(len(kinds)))], 1.0 - random.random()
+    copy_HW3 = attack(Image.fromarray(shown(image_HWC)).reduce(times), kind, random, strength)
+    return copy_HW3 if image_HWC.shape[2] == 3 else grey(copy_HW3)
 
 
 def random_box(height: int, width: int, scale: tuple[float, float], aspect: tuple[float, float], u: list[float]) -> Box:

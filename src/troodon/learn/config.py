@@ -23,6 +23,10 @@ class ObjectiveConfig:
     koleo_weight: float = 0.1
     koleo_group: int = 0
     """Images, one after another in the step, among which the nearest neighbour is looked for; 0 is all of them."""
+    contrast_weight: float = 0.0
+    """Of telling images apart: each global view finds the other of its image among those of the step, by their class
+    tokens (https://arxiv.org/abs/2202.10261); 0 is none."""
+    contrast_temperature: float = 0.05
     gram_weight: float = 0.0
     """Of Gram anchoring: patches keep the similarities they had in an earlier average; 0 is none."""
     cls_weight: float = 0.0
@@ -36,11 +40,11 @@ class ObjectiveConfig:
     """Share of the centre that stays at each step, with centring."""
 
     def __post_init__(self) -> None:
-        within(self, "objective.", 1e-4, None, "student_temperature")
+        within(self, "objective.", 1e-4, None, "student_temperature", "contrast_temperature")
         within(self, "objective.", 0, None, "dino_weight", "ibot_weight", "koleo_weight", "koleo_group")
-        within(self, "objective.", 0, None, "gram_weight", "cls_weight", "patch_weight")
+        within(self, "objective.", 0, None, "contrast_weight", "gram_weight", "cls_weight", "patch_weight")
         within(self, "objective.", 0, 1, "centre_momentum")
-        if not (self.by_prototypes or self.compared):
+        if not (self.by_prototypes or self.compared or self.contrast_weight):
             raise UsageError("objective.dino_weight 0 and objective.ibot_weight 0: nothing to learn from; set one to 1")
 
     @property
@@ -161,7 +165,8 @@ def fits(config: PretrainConfig, ranks: int) -> None:
     patch, channels = config.vit.patch, config.vit.channels
     sizes = [("global_px", pair(config.crops.global_px))]  # evaluation sees this one also of a run with mixed sizes
     for wide, narrow, _ in config.crops.sizes():
-        sizes += [("mixed", wide), ("mixed", narrow)] if config.crops.mixed else [("local_px", narrow)]
+        sizes += [("mixed", wide), ("mixed", narrow)] if config.crops.mixed else []
+        sizes += [("local_px", narrow)] if config.crops.locals and not config.crops.mixed else []
     for name, size in sizes:
         if (near := tuple(max(patch, round(px / patch) * patch) for px in size)) != size:
             px, nearest = (" ".join(map(str, s if size[0] != size[1] else s[:1])) for s in (size, near))
@@ -170,6 +175,10 @@ def fits(config: PretrainConfig, ranks: int) -> None:
         fix = f"set photometric.mean and photometric.std to {channels} numbers each"
         raise UsageError(f"photometric.mean has {known} numbers for {channels} channels: {fix}")
 
+    if config.crops.attack and channels not in (1, 3):
+        said = f"pictures in grey or colour are attacked, not images of {channels} channels; set it to 0"
+        raise UsageError(f"crops.attack {config.crops.attack:g}: {said}")
+
     batch, parts, group = config.batch, config.parallel.accumulate, config.objective.koleo_group
     if batch % (ranks * parts):
         near = max(1, round(batch / (ranks * parts))) * ranks * parts
@@ -177,6 +186,9 @@ def fits(config: PretrainConfig, ranks: int) -> None:
         where = f"{ranks} devices" + (f" of parallel.accumulate {parts} parts" if parts > 1 else "")
         other = f", or devices {fewer[-1]}" if fewer else ""
         raise UsageError(f"batch {batch} does not divide over {where}: set batch {near}{other}")
+    if config.objective.contrast_weight and parts > 1:
+        fix = "set it to 1, and a smaller batch or more devices"
+        raise UsageError(f"parallel.accumulate {parts}: objective.contrast_weight compares all images of a step: {fix}")
     if not config.objective.koleo_weight:
         return
     if batch % max(group, 1):

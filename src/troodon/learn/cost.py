@@ -159,7 +159,8 @@ class Cost:
             heads += products * (3 * use.rows + use.taught)
             again += 0.0 if self.kept_logits(use.rows, head) else last * use.rows
             again += 0.0 if self.kept_logits(self.parts * use.taught, head) else teaching * last * use.taught
-        asked = [(t, self.grid_of(t)) for t in self.teachers] or [(vit, self.wide)]
+        asked = [(t, self.grid_of(t)) for t in self.teachers]
+        asked += [(vit, self.wide)] if self.config.objective.by_prototypes and not self.teachers else []
         asked += [(vit, self.wide)] if self.config.objective.gram_weight else []
         teacher = self.groups[0][0] * sum(flops(network, grid) for network, grid in asked)
         found = {"student": 3 * student, "recomputed": again, "teacher": teacher, "heads": heads}
@@ -236,7 +237,8 @@ class Cost:
             one = max(one, 3 * self.chunk(use.rows, use.head) + k * b * w)  # and the gradient of prototypes
             normalising = max(normalising, 2 * k * b * FP32)  # the gradient on its way through weight normalisation
         last = self.tokens * 2 * FP32 * vit.dim
-        learning = {"last norm": last, "heads": heads, "logits": max(logits + one, normalising)}
+        cosines = 3 * FP32 * (2 * c.batch) ** 2 if c.objective.contrast_weight else 0  # of all pairs, and what follows
+        learning = {"last norm": last, "heads": heads, "logits": max(logits + one, normalising), "contrast": cosines}
         entered = {
             "gradients of heads": FP32 * self.of_heads() / self.ranks if self.parts == 1 else 0.0,  # else there already
             "one block": again + self.tokens * FP32 * vit.dim + self.kept_tokens * w * inner(vit),

@@ -91,6 +91,15 @@ def koleo(features_BD: Tensor, eps: float = 1e-8) -> Tensor:
     return -torch.log(F.pairwise_distance(x_BD, x_BD[nearest_B], eps=eps) + eps).mean()
 
 
+def contrast(features_2BD: Tensor, temperature: float) -> Tensor:
+    """Each of two views of B images is to find the other among all the views but itself: the mean cross-entropy of
+    cosines / temperature, "NT-Xent" (https://arxiv.org/abs/2002.05709, section 2.1; for copies
+    https://arxiv.org/abs/2202.10261, section 3.3). ln(2B - 1) where all views look the same."""
+    x_ND = F.normalize(features_2BD.float(), dim=-1).flatten(0, 1)
+    logits_NN = (x_ND @ x_ND.T / temperature).fill_diagonal_(-inf)
+    return F.cross_entropy(logits_NN, torch.arange(len(x_ND), device=x_ND.device).roll(len(x_ND) // 2))
+
+
 def cosine_distance(x_MD: Tensor, y_MD: Tensor) -> Tensor:
     """One minus the cosine, the mean over rows: 0 where all point the same way."""
     return (1.0 - F.cosine_similarity(x_MD.float(), y_MD.float(), dim=-1)).mean()

@@ -7,7 +7,6 @@ and the student sees no mask (section 5). Everything else is the same, so it is 
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -137,8 +136,12 @@ class Method:
         if targets.patches is not None:
             pairs_M = self._cross_entropies(answers["ibot"], len(patches_MD), targets.patches)[0, 0]
             terms["ibot"] = c.ibot_weight * losses.ibot(pairs_M, weight_M, views * images)
+        cls_GBD = wide.cls_BD.unflatten(0, (views, images))
         if c.koleo_weight:
-            terms["koleo"] = c.koleo_weight * self._spread(wide.cls_BD.unflatten(0, (views, images)))
+            terms["koleo"] = c.koleo_weight * self._spread(cls_GBD)
+        if c.contrast_weight:
+            everyones_GBD = self.ranks.gather(cls_GBD.transpose(0, 1)).transpose(0, 1)
+            terms["contrast"] = c.contrast_weight * losses.contrast(everyones_GBD, c.contrast_temperature)
         if targets.anchor_NPD is not None:
             terms["gram"] = c.gram_weight * losses.gram(wide.patches_BPD, targets.anchor_NPD)
         if targets.features is not None:
@@ -211,7 +214,8 @@ class Method:
                     anchored.append(self.anchor([crops_NCHW])[0].patches_BPD)
         found = {name: self._targets(name, rows[name], learnt[name], knobs) for name in rows}
         features = self._features(parts) if c.compared else []
-        by_part = zip_longest(found.get("dino", []), found.get("ibot", []), anchored, features)
+        none: list[None] = [None] * len(parts)
+        by_part = zip(found.get("dino", none), found.get("ibot", none), anchored or none, features or none, strict=True)
         return [Targets(*of_part) for of_part in by_part]
 
     def _features(self, parts: list[Batch]) -> list[dict[str, list[Tensor]]]:

@@ -100,7 +100,7 @@ def plan(
         state=state,
         phases={
             "while the student learns": (gradients if config.parallel.accumulate > 1 else {}) | largest.student(),
-            "while the teacher answers": largest.teacher(),
+            **({"while the teacher answers": largest.teacher()} if "teacher" in steps[0][0] else {}),
             "while the optimiser works": gradients,
         },
         images_per_second=images_per_second,

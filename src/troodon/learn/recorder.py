@@ -31,7 +31,7 @@ from troodon.run import Metrics, say, write_bytes
 Probe = Callable[[Backbone], float]
 WAITING = 0.2  # share of the time that a device waits for images, from which it is said what to do, after
 WAITED = 3  # records in a row
-TERMS = ("dino_global", "dino_local", "ibot", "koleo", "gram", "cls", "patches")
+TERMS = ("dino_global", "dino_local", "ibot", "koleo", "contrast", "gram", "cls", "patches")
 
 
 class Recorder:

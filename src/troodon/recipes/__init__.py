@@ -16,6 +16,7 @@ KNOWN: Mapping[str, Mapping[str, Callable[..., Any]]] = {
         for recipe in (
             own.demo,
             own.small,
+            own.copies_small,
             onward.adapt,
             onward.heads,
             onward.high_resolution,

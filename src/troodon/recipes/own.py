@@ -9,7 +9,7 @@ Where they differ most from the paper; docs/log.md has the runs, of one seed eac
     layer_scale           1, where the paper has 1e-5: a shallow network needs no gentle start. Not varied by itself.
 """
 
-from troodon.data.config import CropsConfig, PhotometricConfig
+from troodon.data.config import CropsConfig, MasksConfig, PhotometricConfig
 from troodon.learn.config import ObjectiveConfig, PretrainConfig
 from troodon.learn.schedules import Schedule, Schedules
 from troodon.model.config import HeadConfig, ViTConfig
@@ -33,6 +33,32 @@ def small(steps: int = 3000) -> PretrainConfig:
         crops=CropsConfig(global_px=48, global_scale=(0.25, 1.0), local_px=24, locals=2),
         photometric=PhotometricConfig(blur=(0.5, 0.1, 0.25), blur_sigma=(0.1, 1.0)),
         **_on_small_data(steps),
+    )
+
+
+def copies_small(steps: int = 3000) -> PretrainConfig:
+    """A copy descriptor: a ViT of 0.8 M parameters that tells copies of an image from all other images.
+
+    Command: troodon pretrain copies_small --data photos/ --out COPIES, and then troodon curate ... --copies COPIES.
+    Each image is seen twice, attacked as pictures are on the web, cropped and recoloured; as in
+    https://arxiv.org/abs/2202.10261, contrast with KoLeo, which keeps different images far apart. It learns nothing of
+    what images mean.
+    """
+    return PretrainConfig(
+        vit=ViTConfig(dim=128, depth=4, heads=2, patch=8, grid=6, layer_scale=1.0),
+        crops=CropsConfig(global_px=48, global_scale=(0.4, 1.0), locals=0, attack=0.8),
+        photometric=PhotometricConfig(jitter=0.5, grey=0.1, blur=(0.2, 0.2, 0.0), blur_sigma=(0.1, 1.5), solarise=0.0),
+        masks=MasksConfig(share=0.0),
+        objective=ObjectiveConfig(dino_weight=0.0, ibot_weight=0.0, contrast_weight=1.0, koleo_weight=1.0),
+        schedules=Schedules(
+            lr=Schedule(peak=1e-3, end=1e-6, warmup=max(0, steps // 10)),
+            weight_decay=Schedule(peak=0.04, end=0.04),
+            momentum=Schedule(peak=0.9, end=0.99),
+        ),
+        steps=steps,
+        batch=128,
+        probe_every=0,
+        checkpoint_every=200,
     )
 
 

@@ -34,6 +34,7 @@ LEARNING = [
     ("dino_local", "DINO, local crops", "Saying of small crops what the teacher says of the large ones."),
     ("ibot", "iBOT, masked patches", "Saying of hidden patches what the teacher, who sees them, says."),
     ("koleo", "KoLeo, spread", "Lower is wider: images pushed apart from their nearest neighbour."),
+    ("contrast", "Contrast", "Finding the other view of an image among all views of the step."),
     ("gram", "Gram anchoring", "Keeping the cosines between patches that an earlier average had."),
     ("knn", "Quick k-NN", "Accuracy of frozen features by their neighbours; labels serve only for this."),
 ]
