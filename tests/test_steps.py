@@ -2,10 +2,12 @@
 
 import os
 import pickle
+import shutil
 import signal
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -22,6 +24,8 @@ from troodon.curate.engines import Processes
 from troodon.data.attacks import attack
 from troodon.data.index import SCHEMA, Index
 from troodon.data.sources import open_source
+from troodon.model.backbone import Backbone
+from troodon.model.config import Preprocessing, ViTConfig
 from troodon.recipes import curation
 
 from .test_curate import QUICK, Pixels, files, picture, png, rows, write
@@ -233,6 +237,47 @@ def test_a_torchscript_file_finds_copies(tmp_path):
     (tmp_path / "text.pt").write_text("no network")
     with pytest.raises(UsageError, match=r"text\.pt: not a TorchScript copy descriptor"):
         Descriptor.load(tmp_path / "text.pt")
+
+
+class Sscd(torch.nn.Module):
+    """The signature of SSCD's files: normalised pixels (B, 3, 288, 288) -> (B, 512), each of length one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 7, 8), torch.nn.ReLU(), torch.nn.Conv2d(32, 64, 3, 4))
+        self.project = torch.nn.Linear(64, 512)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pooled = self.trunk(x).clamp(min=1e-6).pow(3.0).mean([2, 3]).pow(1.0 / 3.0)
+        return torch.nn.functional.normalize(self.project(pooled))
+
+
+def test_published_thresholds_are_warned_of_for_all_but_a_file_like_sscds(world, tmp_path, capsys):
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(Sscd().eval()).save(str(tmp_path / "sscd.torchscript.pt"))
+        torch.jit.script(Sscd().trunk.append(torch.nn.Flatten())).save(str(tmp_path / "any.pt"))
+    sscd, other = (Descriptor.load(tmp_path / name) for name in ("sscd.torchscript.pt", "any.pt"))
+    x_BD = sscd.features(sscd.prepare([picture(0), picture(1)[:20]])).cls
+    assert x_BD.shape == (2, 512)
+    torch.testing.assert_close(x_BD.norm(dim=1), torch.ones(2))
+    paper = replace(curation.curate_paper(), steps=("duplicate", "benchmark"), gather="all")
+
+    def warned(copies: Any, space: Literal["plain", "whitened"] = "plain") -> bool:
+        out, config = tmp_path / "out", replace(paper, duplicate_space=space)
+        pipeline.curate(config, NOBODY, world["uncurated"], Pixels(), out, benchmark=world["benchmark"], copies=copies)
+        summary = run.read_json(out / "summary.json")
+        assert (summary["threshold"], summary["benchmark_threshold"]) == (0.6, 0.45)
+        for folder in tmp_path.glob("out*"):
+            shutil.rmtree(folder)
+        return "warning: threshold 0.6 holds for a copy descriptor such as SSCD" in capsys.readouterr().err
+
+    network = Backbone.random(ViTConfig(dim=32, depth=1, heads=2, patch=8, grid=4), Preprocessing(32, 32))
+    assert not warned(sscd)
+    assert warned(sscd, "whitened")
+    assert warned(other)
+    assert warned(network)
 
 
 def test_calibrate_measures_and_writes_nothing(tmp_path):

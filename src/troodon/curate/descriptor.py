@@ -24,13 +24,16 @@ SIDE = 288  # pixels, to which pictures are resized, whatever their shape: batch
 
 @dataclass(frozen=True)
 class Descriptor:
-    """A network (B, 3, S, S) -> (B, D) in a file; the file travels between processes, not the network."""
+    """A network (B, 3, S, S) -> (B, D) in a file; the file travels between processes, not the network.
+
+    `for_copies`: whether its vectors have length one, as SSCD's do, for which thresholds were published.
+    """
 
     path: Path
     network: Any
     fingerprint: str
     channels: int = 3
-    for_copies: bool = True
+    for_copies: bool = False
 
     @property
     def name(self) -> str:
@@ -44,12 +47,13 @@ class Descriptor:
                 warnings.simplefilter("ignore")  # TorchScript is old; the files are what they are
                 network = torch.jit.load(str(path), map_location="cpu").eval()
             with torch.no_grad():
-                shape = tuple(network(torch.zeros(1, 3, SIDE, SIDE)).shape)
+                found = network(torch.zeros(1, 3, SIDE, SIDE))
         except (RuntimeError, ValueError) as error:
             raise UsageError(f"{path}: not a TorchScript copy descriptor ({str(error).splitlines()[0]})") from None
-        if len(shape) != 2:
-            raise UsageError(f"{path}: gives {shape} for an image; a copy descriptor gives one vector")
-        return Descriptor(path, network, hashlib.sha256(path.read_bytes()).hexdigest()[:12])
+        if found.ndim != 2:
+            raise UsageError(f"{path}: gives {tuple(found.shape)} for an image; a copy descriptor gives one vector")
+        unit = abs(found.norm().item() - 1.0) < 1e-3
+        return Descriptor(path, network, hashlib.sha256(path.read_bytes()).hexdigest()[:12], for_copies=unit)
 
     def __reduce__(self) -> tuple:
         return Descriptor.load, (self.path,)
