@@ -21,7 +21,7 @@ from PIL import Image
 from tests.ranks import on_ranks
 from troodon import dist
 from troodon.config import UsageError, fingerprint
-from troodon.data.config import CropsConfig
+from troodon.data.config import CropsConfig, PhotometricConfig
 from troodon.data.sources import open_source
 from troodon.learn import checkpoint, loop
 from troodon.learn.config import GuardConfig, ObjectiveConfig, ParallelConfig, PretrainConfig
@@ -486,6 +486,14 @@ def test_init_starts_from_given_weights(images, tmp_path):
         ({"crops": CropsConfig(global_px=18, local_px=8)}, "crops.global_px 18 does not divide into patches of 4"),
         ({"crops": CropsConfig(global_px=16, local_px=2)}, "crops.local_px 2 does not .* the nearest is 4"),
         ({"batch": 1}, "batch 1"),
+        (
+            {
+                "crops": CropsConfig(global_px=16, locals=0, attack=0.5),
+                "vit": replace(CONFIG.vit, channels=4),
+                "photometric": PhotometricConfig(mean=(0.5,) * 4, std=(0.5,) * 4),
+            },
+            r"crops.attack 0.5: pictures in grey or colour are attacked, not images of 4 channels",
+        ),
         ({"steps": 0}, "steps 0"),
     ],
 )

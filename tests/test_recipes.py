@@ -10,7 +10,7 @@ from PIL import Image
 from troodon import recipes
 from troodon.config import UsageError
 from troodon.data.sources import open_source
-from troodon.learn.config import PretrainConfig
+from troodon.learn.config import PretrainConfig, fits
 from troodon.learn.parallel import empty
 from troodon.learn.pretrain import pretrain
 from troodon.run import Metrics
@@ -138,6 +138,7 @@ def toy(config: PretrainConfig) -> PretrainConfig:
 @pytest.mark.parametrize("name", recipes.KNOWN["pretrain"])
 def test_every_recipe_builds_and_takes_two_steps(name, tmp_path):
     config = recipes.pretrain(name, lambda: START)
+    fits(config, 1)
     branch = empty(config)  # at its true size, on the meta device
     if config.objective.dino_weight:
         assert branch.dino_head.last_layer.weight_v.shape == (config.dino_head.prototypes, config.dino_head.bottleneck)
