@@ -107,7 +107,8 @@ class Curate:
     benchmark: Images = ()
     """Images that training must not see, nor anything like them."""
     copies: str | None = None
-    """What finds copies, where not the backbone: another one, or a copy descriptor's TorchScript file (.pt)."""
+    """What finds copies, where not the backbone: another one, such as a run of copies_small, or a copy descriptor's
+    TorchScript file (.pt)."""
     engine: str = "local"
     """Who works: local, ray (this machine, or the cluster it belongs to), or a cluster's address, ray://HOST:PORT."""
     workers: int = 0

@@ -98,7 +98,8 @@ class Leak:
     out: str
     """A new folder."""
     copies: str | None = None
-    """What finds copies, where not the backbone: another one, or a copy descriptor's TorchScript file (.pt)."""
+    """What finds copies, where not the backbone: another one, such as a run of copies_small, or a copy descriptor's
+    TorchScript file (.pt)."""
     workers: int = 0
     """Processes; 0 is this one alone."""
     suite: str = "mine"
