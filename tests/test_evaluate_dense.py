@@ -15,7 +15,7 @@ from troodon.evaluate import metrics
 from troodon.evaluate.baselines import LocationPrior, PatchColours
 from troodon.evaluate.config import DenseConfig, EvaluateConfig
 from troodon.evaluate.dense import Depths, Masks, cells, enlarged, fit, predict
-from troodon.evaluate.features import Reader
+from troodon.evaluate.features import Reader, kept_as
 from troodon.evaluate.maps import View, extract_maps, last_four, normalised, resize, spread_four, tokens
 from troodon.evaluate.match import moved, offsets, warped
 from troodon.evaluate.suite import evaluate
@@ -93,6 +93,27 @@ def test_maps_are_what_the_network_says_of_each_window(tmp_path: Path) -> None:
     assert torch.allclose(found[0, 0].movedim(0, -1), direct.patches[0], atol=2e-3)
     assert torch.allclose(cls[0, 0], direct.cls[0], atol=1e-5)
     assert torch.allclose(tokens(backbone, window, (1, 5))[0][0, 1], direct.patches[0])
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_maps_of_a_faster_network_are_those_of_the_network(tmp_path: Path, compute: str) -> None:
+    """In the precision it was made for, in a few windows at a time, and kept apart from those of another precision."""
+    benchmark = street(tmp_path / "s", images=3)
+    vit = ViTConfig(dim=32, depth=6, heads=2, patch=8, grid=4, layer_scale=1.0)
+    plain = Backbone.random(vit, VIEW)
+    fast = plain.faster(compute)
+    made = {}
+    for name, backbone in (("plain", plain), ("fast", fast)):
+        maps = extract_maps(backbone, benchmark.images, View(32), (2, 5), Reader(batch=4))
+        made[name] = maps.get(np.arange(6), (2, 5))
+    for ours, reference in zip(made["fast"], made["plain"]):
+        off = (ours - reference).norm() / reference.norm()
+        assert off < (1e-3 if compute == "fp32" else 2e-2)
+        assert (off > 1e-3) == (compute == "bf16")  # so it was used
+    window = torch.randn(1, 3, 32, 32)
+    assert torch.equal(tokens(fast, window, (5,))[1][:, 0], fast.features(window).cls)
+    same = kept_as(plain, benchmark.images) == kept_as(fast, benchmark.images)
+    assert same == (compute == "fp32")
 
 
 def test_which_blocks_dense_heads_read() -> None:

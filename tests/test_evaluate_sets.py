@@ -7,21 +7,23 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from tests.evaluate_world import Fake, labels_of, make_index
 from troodon import cli, verbs
 from troodon.config import UsageError
 from troodon.data.benchmarks import Benchmark
 from troodon.data.index import SCHEMA, Index
-from troodon.evaluate import classify
+from troodon.evaluate import classify, suite
 from troodon.evaluate.config import EvaluateConfig, LinearConfig, LogisticConfig
 from troodon.evaluate.features import Reader
+from troodon.evaluate.results import releases, versions
 from troodon.evaluate.split import split
 from troodon.evaluate.suite import divided, evaluate
 from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
 from troodon.report.scores import told_apart
-from troodon.verbs.evaluation import opened_benchmarks
+from troodon.verbs.evaluation import opened_benchmarks, table
 
 CONFIG = EvaluateConfig(
     protocols=("knn", "linear", "logistic", "kmeans"), ks=(1,), choose=("held-out", "val"), resamples=50,
@@ -98,6 +100,59 @@ def test_places_that_say_what_they_are_stand_alone_and_the_rest_together(tmp_pat
         opened_benchmarks([tmp_path / "pairs", tmp_path / "pairs"])
 
 
+def test_versions_of_one_release_are_compared_and_of_others_not(tmp_path: Path, monkeypatch) -> None:
+    images = labels_of(*split(make_index(tmp_path / "i", ["red", "green"] * 10), 0), "colours")
+    config = dataclasses.replace(CONFIG, protocols=("knn",))
+    prints = {}
+    for torch_version in ("2.13.0", "2.14.1+cpu", "3.0.0", None):
+        used = {"troodon": "0.1.0", "torch": torch_version, "numpy": "2.3.1", "pillow": "12.0.0", "simplejpeg": None}
+        monkeypatch.setattr(suite, "versions", lambda used=used: used)
+        (score,) = evaluate([Fake()], [images], config, tmp_path / str(torch_version))
+        prints[torch_version] = score["fingerprint"]
+        assert score["versions"] == used
+    assert prints["2.13.0"] == prints["2.14.1+cpu"]
+    assert len(set(prints.values())) == 3
+    assert releases({"troodon": "0.0.3", "torch": "2.13.0", "simplejpeg": "1.9.0"}) == {
+        "troodon": "0.0.3",
+        "torch": "2",
+    }
+    assert versions()["torch"] == torch.__version__
+    assert set(versions()) == set(used)
+
+
+def test_a_table_has_a_column_for_each_backbone() -> None:
+    def score(backbone: str, dataset: str, metric: str, value: float, protocol: str = "knn") -> dict:
+        about = {"backbone": backbone, "dataset": dataset, "protocol": protocol, "metric": metric}
+        return about | {"value": value, "low": value - 0.01, "high": value + 0.01}
+
+    said = table([
+        score("a", "birds", "accuracy", 0.5), score("b", "birds", "accuracy", 0.75),
+        score("a", "rooms", "absrel", 0.25, "depth"), score("prior", "rooms", "absrel", 0.5, "depth"),
+        score("a", "rooms", "rmse", 0.25, "depth"),
+    ])  # fmt: skip
+    first, second = ([line.split("|")[1:-1] for line in block.splitlines()] for block in said.split("\n\n"))
+    first, second = ([[text.strip() for text in line] for line in block] for block in (first, second))
+    assert first[0] == ["data", "protocol", "metric", "a", "b"]
+    assert first[2] == ["birds", "knn", "accuracy, %", "50.0 (49.0-51.0)", "**75.0** (74.0-76.0)"]
+    assert second[2:] == [
+        ["rooms", "depth", "absrel, lower is better", "**0.250** (0.240-0.260)", "0.500 (0.490-0.510)"]
+    ]
+
+
+def test_images_without_labels_have_their_patches_matched(tmp_path: Path) -> None:
+    make_index(tmp_path / "loose", [None] * 4)
+    vit = ViTConfig(dim=32, depth=2, heads=2, patch=8, grid=4, layer_scale=1.0)
+    networks = [Backbone.random(vit, Preprocessing(side, side), seed=7) for side in (32, 40)]
+    networks = [dataclasses.replace(b, name=f"{b.preprocessing.crop} px") for b in networks]
+    scores = verbs.evaluate("mine", networks, tmp_path / "loose", tmp_path / "s")
+    assert {s["protocol"] for s in scores} == {"match"}
+    assert [s["backbone"] for s in scores if s["metric"] == "pck@0.1"] == [
+        "32 px", "40 px", "random", "random, as 40 px", "patch-colours",
+    ]  # fmt: skip
+    with pytest.raises(UsageError, match="has a label"):
+        verbs.evaluate("quick", networks, tmp_path / "loose", tmp_path / "t")
+
+
 def test_compare_puts_only_like_beside_like(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for label in ("red", "blue"):
         make_index(tmp_path / "data" / label, [label] * 8)
@@ -115,6 +170,15 @@ def test_compare_puts_only_like_beside_like(tmp_path: Path, capsys: pytest.Captu
     ]  # fmt: skip
     assert cli.run(["compare", str(tmp_path / "a"), str(tmp_path / "crop")]) == 0
     assert "not to be compared with the one above: view.crop: 32 -> 40" in capsys.readouterr().out
+    entries = json.loads((tmp_path / "a" / "scores.json").read_text())
+    for name, version, fingerprint in (("patched", "2.99.1", {}), ("released", "9.0.0", {"fingerprint": "other"})):
+        (tmp_path / name).mkdir()
+        changed = [e | {"versions": e["versions"] | {"torch": version}} | fingerprint for e in entries]
+        (tmp_path / name / "scores.json").write_text(json.dumps(changed))
+    assert cli.run(["compare", str(tmp_path / "a"), str(tmp_path / "patched")]) == 0
+    said = capsys.readouterr().out
+    assert f"with other versions: {tmp_path / 'patched'}: torch: " in said
+    assert "not to be compared" not in said
     assert cli.run(["compare", str(tmp_path / "data")]) == 2
     assert "holds no scores.json" in capsys.readouterr().err
 

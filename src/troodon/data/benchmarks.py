@@ -5,6 +5,7 @@
     depth      a picture of distances for each image
     retrieval  queries, and for each the images that show the same thing
     copies     pairs of images that are copies of one another
+    none       nothing: what two views of one image say of each other
 
 What lies at a place is known by its files: sets as their owners publish them (layouts.py), and a table of one's own at
 the top, named index.csv or pairs.csv, with the columns
@@ -36,7 +37,7 @@ from troodon.data.labels import read_table, split
 
 # Shape suffixes: N images, Q queries.
 
-Kind = Literal["label", "mask", "depth", "retrieval", "copies"]
+Kind = Literal["label", "mask", "depth", "retrieval", "copies", "none"]
 IGNORE = 255  # the class of a pixel that counts for nothing
 NO_CLASS = re.compile(r"unlabel|void|ignore", re.IGNORECASE)
 SEVERAL = "|"  # between the labels of an image for which any of several is right

@@ -1,6 +1,7 @@
 """Every protocol for every backbone on every set of data: one artifact of scores.
 
-scores.json    one entry for each backbone, protocol and metric, as it would be without having seen the answers
+scores.json    one entry for each backbone, protocol and metric, as it would be without having seen the answers, and the
+               versions of the packages that made it
 details.json   for each of these: every variant tried, with intervals; classes; mistakes; images left out
 pictures/      of the first backbone: pca.png (where it has patches), neighbours.png
 """
@@ -22,7 +23,7 @@ from troodon.evaluate.features import Extractor, Reader, extract, images_fingerp
 from troodon.evaluate.match import match
 from troodon.evaluate.metrics import ERRORS, score
 from troodon.evaluate.pictures import PAIRS, neighbours_picture, pca_picture, spread
-from troodon.evaluate.results import Result
+from troodon.evaluate.results import Result, releases, versions
 from troodon.evaluate.retrieve import find_copies, retrieve
 from troodon.evaluate.split import how_split, labelled, split
 
@@ -33,6 +34,7 @@ MEASURES: dict[str, list[tuple[Protocol, Measure, bool]]] = {
     "copies": [("copies", find_copies, False)],
     "mask": [("segment", pixels.measure, True), ("match", match, True)],
     "depth": [("depth", pixels.measure, True), ("match", match, True)],
+    "none": [("match", match, True)],
 }
 
 
@@ -63,7 +65,7 @@ def evaluate(
     if run.is_done(out, "scores", made_of, settings):
         run.say(f"{out}: already there")
         return run.read_json(out / "scores.json")
-    scores, details = [], []
+    scores, details, used = [], [], versions()
     tell = run.say if dist.rank() == 0 else lambda message: None
     count = sum(len(b.images) for b in benchmarks)
     tell(f"suite {config.suite}: {len(named)} backbones, {len(benchmarks)} sets of data, {count:,} images")
@@ -71,8 +73,8 @@ def evaluate(
         kept = replace(reader, kept={} if scores else reader.kept)  # of the first, until its pictures are drawn
         for result in _results(backbone, lessons, others, config, kept):
             entry = score(result.protocol, result.dataset, result.metric, result.value, result.low, result.high,
-                          result.settings, name, result.like)  # fmt: skip
-            scores.append(entry)
+                          result.settings, name, result.like | {"releases": releases(used)})  # fmt: skip
+            scores.append(entry | {"versions": used})
             what = {"protocol": result.protocol, "dataset": result.dataset, "metric": result.metric}
             details.append({"backbone": name} | what | result.details)
             tell(said(entry))
@@ -97,7 +99,10 @@ def said(entry: dict) -> str:
 
 
 def divided(benchmarks: Sequence[Benchmark], config: EvaluateConfig) -> tuple[list[classify.Lesson], list[Benchmark]]:
-    """Sets of labels, each with those that it teaches; and the others. UsageError for one that nothing here teaches."""
+    """Sets of labels, each with those that it teaches; and the others, that without a label among them where patches
+    are to be matched, which takes none. UsageError for one that nothing here teaches."""
+    if "match" in config.protocols:
+        benchmarks = [replace(b, kind="none") if _without_labels(b) else b for b in benchmarks]
     labels = [b for b in benchmarks if b.kind == "label"]
     lessons = {}
     for b in (b for b in labels if b.learns_from is None):
@@ -108,6 +113,10 @@ def divided(benchmarks: Sequence[Benchmark], config: EvaluateConfig) -> tuple[li
             raise UsageError(f"{b.name}: has only images to test on; give {b.learns_from}, to learn from, beside it")
         lessons[b.learns_from].tests[b.name] = labelled(b.images)
     return list(lessons.values()), [b for b in benchmarks if b.kind != "label"]
+
+
+def _without_labels(benchmark: Benchmark) -> bool:
+    return benchmark.kind == "label" and benchmark.images.table["label"].null_count == len(benchmark.images)
 
 
 def _results(
@@ -122,7 +131,7 @@ def _results(
             if protocol in config.protocols and isinstance(backbone, LocationPrior):
                 if measure is pixels.measure:
                     yield from pixels.place_prior(benchmark, config)
-            elif protocol in config.protocols and hasattr(backbone, "vit" if patches else "features"):
+            elif protocol in config.protocols and hasattr(backbone, "tokens" if patches else "features"):
                 yield from measure(backbone, benchmark, config, reader)
 
 

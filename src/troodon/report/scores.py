@@ -54,7 +54,7 @@ def scores(artifacts: list[Artifact]) -> Part | None:
         groups[entry["dataset"], entry["protocol"], entry["metric"]].append(entry)
     for group in groups.values():
         group.sort(key=lambda e: (-_better(e), e["backbone"]))
-    first = _leading(groups)
+    first = leading(groups)
     others = folded("All metrics", _table(groups)) if len(first) < len(groups) else None
     body = [_words(first), _table(first), _bars(first), others, [_pictures(one, len(artifacts)) for one in artifacts]]
     if not entries:
@@ -73,7 +73,7 @@ def _entries(one: Artifact) -> list[dict]:
     return out
 
 
-def _leading(groups: dict) -> dict:
+def leading(groups: dict) -> dict:
     """Of each protocol the metrics that say most; others only where there are none of these."""
     said = {(d, p) for d, p, metric in groups if not SECOND.fullmatch(metric)}
     return {key: group for key, group in groups.items() if not SECOND.fullmatch(key[2]) or key[:2] not in said}
