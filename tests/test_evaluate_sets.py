@@ -8,11 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 
 from tests.evaluate_world import Fake, labels_of, make_index
 from troodon import cli, verbs
 from troodon.config import UsageError
-from troodon.data.benchmarks import Benchmark
+from troodon.data.benchmarks import Benchmark, tags_of
 from troodon.data.index import SCHEMA, Index
 from troodon.evaluate import classify, suite
 from troodon.evaluate.config import EvaluateConfig, LinearConfig, LogisticConfig
@@ -73,6 +74,32 @@ def test_other_sets_are_tested_with_what_one_teaches(tmp_path: Path) -> None:
         assert set(said) <= {"red", "green"}  # blue is none of its classes
     with pytest.raises(UsageError, match="v2: has only images to test on; give base"):
         evaluate([Fake()], others[:1], CONFIG, tmp_path / "t")
+
+
+def test_any_number_of_tags_for_each_image(tmp_path: Path) -> None:
+    """Bright and red, one, both or neither; what nobody is sure of is neither taught nor counted."""
+    folder, rows = tmp_path / "tagged", ["image,tags,split"]
+    folder.mkdir()
+    for i in range(48):
+        red, bright = i % 2, i // 2 % 2
+        noise = np.random.default_rng(i).normal(0, 8, (20, 20, 3))
+        pixels = np.array([60 + 60 * red, 60 - 30 * red, 60 - 30 * red]) + 90 * bright + noise
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i:02d}.png")
+        tags = [*["red"] * red, *["bright"] * bright]
+        unsure = i % 11 == 10
+        said = "|".join(["?" + ("red", "bright")[i % 2], *["bright"] * (bright and i % 2 == 0)] if unsure else tags)
+        rows.append(f"{i:02d}.png,{said},{'test' if i % 3 == 0 else 'train'}")
+    (folder / "index.csv").write_text("\n".join(rows))
+    (tagged,) = opened_benchmarks([folder])
+    assert (tagged.kind, tagged.classes) == ("tags", ("bright", "red"))
+    assert sorted(np.unique(tags_of(tagged))) == [-1, 0, 1]
+    scores = evaluate([Fake()], [tagged], CONFIG, tmp_path / "s")
+    assert [(s["protocol"], s["metric"]) for s in scores] == [("logistic", "map"), ("logistic", "map_11_points")]
+    assert all(s["value"] > 0.95 and s["low"] <= s["value"] <= s["high"] for s in scores)
+    assert scores[0]["settings"]["classes"] == 2
+    (tmp_path / "tagged" / "index.csv").write_text("image,tags,split\n00.png,,train\n01.png,,test\n")
+    with pytest.raises(UsageError, match="no image to learn from, or to test on, has a tag"):
+        evaluate([Fake()], opened_benchmarks([folder]), CONFIG, tmp_path / "t")
 
 
 def test_a_suite_without_data_for_it_says_so(tmp_path: Path) -> None:

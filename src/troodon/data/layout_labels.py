@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from troodon.data.benchmarks import SEVERAL, Benchmark, Tree
+from troodon.data.benchmarks import SEVERAL, UNSURE, Benchmark, Tree, tagged
 from troodon.data.index import SCHEMA, Index
 
 Row = tuple[str, str, str | None]  # name of the file, label, split
@@ -136,6 +136,18 @@ def cub(tree: Tree) -> Benchmark:
         (f"{home}/images/{file}".lstrip("/"), classes[i], "train" if teaches[i] == "1" else "test")
         for i, file in files.items()
     ])  # fmt: skip
+
+
+def voc2007(tree: Tree) -> Benchmark:
+    """A list for each class says of every image whether it is there (1), not (-1), or hard to tell (0)."""
+    home = tree.one(r"ImageSets/Main/[a-z]+_test\.txt").rpartition("ImageSets/")[0]
+    tags: dict[tuple[str, str], list[str]] = {}
+    for name, match in tree.found(r"ImageSets/Main/([a-z]+)_(trainval|test)\.txt"):
+        for image, answer in (line.split() for line in tree.lines(name) if name.startswith(home)):
+            found = tags.setdefault((f"{home}JPEGImages/{image}.jpg", match[2]), [])
+            found += {"1": [match[1]], "0": [UNSURE + match[1]], "-1": []}[answer]
+    splits = ["train" if part == "trainval" else part for _, part in tags]
+    return tagged(tree, [image for image, _ in tags], [SEVERAL.join(found) for found in tags.values()], splits)
 
 
 class Records:

@@ -31,8 +31,9 @@ PROTOCOLS = {"knn": "k-NN", "linear": "linear", "linear_chosen_on_val": "linear,
              "depth_dpt": "depth, convolutions", "retrieve": "retrieval", "copies": "copies among all pairs",
              "match": "patches matched"}  # fmt: skip
 METRICS = {"accuracy": "accuracy", "miou": "mean IoU", "pixel_accuracy": "pixel accuracy", "nmi": "mutual information",
-           "map": "mean average precision", "micro_ap": "average precision", "absrel": "relative error",
-           "rmse": "RMSE", "rmse_log": "RMSE of logarithms"}  # fmt: skip
+           "map": "mean average precision", "map_11_points": "mean average precision, 11 points",
+           "micro_ap": "average precision", "absrel": "relative error", "rmse": "RMSE",
+           "rmse_log": "RMSE of logarithms"}  # fmt: skip
 ERRORS = {"absrel", "abs_rel", "rmse", "rmse_log", "error", "loss"}  # lower is better, and not a share of anything
 TO = "\N{EN DASH}"
 REFERENCE = re.compile(r"random|histogram|pixel|chance|untrained|prior|patch-colours|mean colour", re.IGNORECASE)
