@@ -17,7 +17,7 @@ from troodon.evaluate.config import DenseConfig, EvaluateConfig
 from troodon.evaluate.dense import Depths, Masks, cells, enlarged, fit, predict
 from troodon.evaluate.features import Reader, kept_as
 from troodon.evaluate.maps import View, extract_maps, last_four, normalised, resize, spread_four, tokens
-from troodon.evaluate.match import moved, offsets, warped
+from troodon.evaluate.match import lit, moved, offsets, warped
 from troodon.evaluate.suite import evaluate
 from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
@@ -144,15 +144,15 @@ def test_depths_are_learnt_by_every_head(tmp_path: Path) -> None:
         rate=1e-2,
         bins=16,
         range=(0.5, 4.0),
-        heads=("linear", "linear_4_ms", "dpt"),
+        heads=("linear", "patches", "linear_4_ms", "dpt"),
         scales=(1.0, 1.5),
     )
     config = dataclasses.replace(CONFIG, dense=dense, protocols=("depth",))
     scores = evaluate([PatchColours(VIEW, 8), LocationPrior()], [benchmark], config, tmp_path / "scores")
     found = {(s["backbone"], s["protocol"]): s["value"] for s in scores if s["metric"] == "absrel"}
     assert set(found) == {
-        ("patch-colours", "depth"), ("patch-colours", "depth_linear_4_ms"), ("patch-colours", "depth_dpt"),
-        ("location-prior", "depth"),
+        ("patch-colours", "depth"), ("patch-colours", "depth_patches"), ("patch-colours", "depth_linear_4_ms"),
+        ("patch-colours", "depth_dpt"), ("location-prior", "depth"),
     }  # fmt: skip
     assert max(v for (b, _), v in found.items() if b == "patch-colours") < 0.3 < found["location-prior", "depth"]
 
@@ -254,6 +254,11 @@ def test_matches_of_patches_that_carry_their_place_are_right() -> None:
     assert off.max() < 1.5 / n
     chance = offsets(torch.randn(n, n, 8), torch.randn(n, n, 8), turn)
     assert (chance < 0.1).mean() < 0.2
+    grey = torch.full((3, 8, 8), 100, dtype=torch.uint8)
+    seen = torch.stack([lit(grey, np.random.default_rng(i)) for i in range(50)])[:, :, 0, 0].float()
+    assert seen.std(0).min() > 15  # every colour changes, and not by one factor
+    assert (seen / seen.mean(1, keepdim=True)).std() > 0.1
+    assert (lit(torch.full((3, 1, 1), 255, dtype=torch.uint8), np.random.default_rng(0)) <= 255).all()
     ramp = torch.arange(64.0).repeat(64, 1)[None].expand(3, -1, -1) * 4
     seen = warped(ramp.to(torch.uint8), turn).float()
     assert abs(float(seen[0, 32, 32]) - 4 * (31.5 + 32 * float(turn[0, 2]))) < 6

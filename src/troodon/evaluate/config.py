@@ -67,6 +67,9 @@ class LogisticConfig:
             raise UsageError(f"logistic.held_out {self.held_out} is not between 0 and 1")
 
 
+Head = Literal["linear", "patches", "linear_4", "linear_4_ms", "dpt"]
+
+
 @dataclass(frozen=True)
 class DenseConfig:
     """What is trained on maps of patches, and how: the same for masks and depths."""
@@ -83,9 +86,10 @@ class DenseConfig:
     """Repetitions with other initial weights and orders; the value is their mean."""
     scales: tuple[float, ...] = (1.0, 1.32, 1.73)
     """Of the multi-scale protocol: times that the shorter side of an image is a window's."""
-    heads: tuple[Literal["linear", "linear_4", "linear_4_ms", "dpt"], ...] = ("linear", "linear_4", "linear_4_ms")
-    """A linear layer on the last block; on four (for masks the last, for depths spread over the network, as in the
-    paper); on four at several scales; convolutions on four, for depth."""
+    heads: tuple[Head, ...] = ("linear", "patches", "linear_4", "linear_4_ms")
+    """A linear layer on the last block; for depth, where that sees the class token too, on its patches alone; on four
+    blocks (for masks the last, for depths spread over the network, as in the paper); on four at several scales;
+    convolutions on four, for depth."""
     bins: int = 256
     """Of depth."""
     unit: float = 0.001
@@ -172,7 +176,7 @@ SUITES = {
         suite="paper",
         linear=LinearConfig(scale="none", least_steps=12500),
         choose=("held-out", "val"),
-        dense=DenseConfig(steps=40000, heads=("linear", "linear_4", "linear_4_ms", "dpt")),
+        dense=DenseConfig(steps=40000, heads=("linear", "patches", "linear_4", "linear_4_ms", "dpt")),
     ),
     "quick": EvaluateConfig(
         suite="quick",

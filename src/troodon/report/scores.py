@@ -27,9 +27,10 @@ from troodon.report.thumbnails import picture
 PROTOCOLS = {"knn": "k-NN", "linear": "linear", "linear_chosen_on_val": "linear, chosen on the images to test on",
              "logistic": "logistic regression", "kmeans": "clusters", "segment": "segmentation",
              "segment_linear_4": "segmentation, 4 blocks", "segment_linear_4_ms": "segmentation, 4 blocks and scales",
-             "depth": "depth", "depth_linear_4": "depth, 4 blocks", "depth_linear_4_ms": "depth, 4 blocks and scales",
+             "depth": "depth", "depth_patches": "depth, patches alone", "depth_linear_4": "depth, 4 blocks",
+             "depth_linear_4_ms": "depth, 4 blocks and scales",
              "depth_dpt": "depth, convolutions", "retrieve": "retrieval", "copies": "copies among all pairs",
-             "match": "patches matched"}  # fmt: skip
+             "match": "patches matched", "match_light": "patches matched, other light"}  # fmt: skip
 METRICS = {"accuracy": "accuracy", "miou": "mean IoU", "pixel_accuracy": "pixel accuracy", "nmi": "mutual information",
            "map": "mean average precision", "map_11_points": "mean average precision, 11 points",
            "micro_ap": "average precision", "absrel": "relative error", "rmse": "RMSE",
