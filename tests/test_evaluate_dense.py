@@ -15,6 +15,7 @@ from troodon.evaluate import metrics
 from troodon.evaluate.baselines import LocationPrior, PatchColours
 from troodon.evaluate.config import DenseConfig, EvaluateConfig
 from troodon.evaluate.dense import Depths, Masks, cells, enlarged, fit, predict
+from troodon.evaluate.discover import overlap
 from troodon.evaluate.features import Reader, kept_as
 from troodon.evaluate.maps import View, extract_maps, last_four, normalised, resize, spread_four, tokens
 from troodon.evaluate.match import lit, moved, offsets, warped
@@ -213,6 +214,32 @@ def test_training_is_a_function_of_its_arguments(tmp_path: Path) -> None:
     a, b, c = (fit("linear", task, maps, (0,), target, windows, few, seed) for seed in (1, 1, 2))
     assert torch.equal(a.layer.weight, b.layer.weight)
     assert not torch.equal(a.layer.weight, c.layer.weight)
+
+
+def test_a_thing_of_another_colour_is_found_where_it_is(tmp_path: Path) -> None:
+    folder, rows, boxes = tmp_path / "things", ["image,tags"], []
+    folder.mkdir()
+    for i in range(6):
+        random = np.random.default_rng(i)
+        top, left = random.integers(0, 5, 2) * 8
+        pixels = random.normal((90, 120, 60), 12, (64, 96, 3))
+        pixels[top : top + 24, left : left + 32] += (90, -60, 60)
+        pixels[56:, 88:] += (90, -60, 60)  # alike, and apart
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+        rows.append(f"{i}.png,thing")
+        boxes.append(np.array([[0, 0, 4, 4], [left, top, left + 32, top + 24]], float))
+    (folder / "index.csv").write_text("\n".join(rows))
+    found = open_benchmark(folder)
+    assert found is not None
+    config = dataclasses.replace(CONFIG, protocols=("discover",), dense=dataclasses.replace(CONFIG.dense, side=64))
+    some = dataclasses.replace(found, objects=(*boxes[:5], np.zeros((0, 4))))
+    (score,) = evaluate([PatchColours(VIEW, 8)], [some], config, tmp_path / "s")
+    assert (score["metric"], score["value"], score["settings"]["images"]) == ("corloc", 1.0, 5)
+    assert score["settings"]["a box of the whole picture"] == 0.0
+    elsewhere = dataclasses.replace(found, objects=tuple(b[:1] for b in boxes))
+    (score,) = evaluate([PatchColours(VIEW, 8)], [elsewhere], config, tmp_path / "t")
+    assert score["value"] == 0.0
+    assert overlap(np.array([0, 0, 4, 2]), np.array([[2, 0, 6, 2], [9, 9, 10, 10]])).tolist() == [1 / 3, 0]
 
 
 def test_mean_iou_is_that_of_a_confusion_matrix() -> None:

@@ -162,6 +162,10 @@ def voc2007(root: Path) -> None:
             text(home / "ImageSets" / "Main" / f"{name}_{part}.txt", "\n".join(lines) + "\n")
         for name in images:
             image(home / "JPEGImages" / f"{name}.jpg")
+            box = "<bndbox><xmax>5</xmax><xmin>2</xmin><ymax>6</ymax><ymin>1</ymin></bndbox>"
+            part = "<part><name>head</name><bndbox><xmin>1</xmin></bndbox></part>"
+            text(home / "Annotations" / f"{name}.xml", f"<annotation><object>{part}{box}</object></annotation>")
+    text(home / "Annotations" / "000007.xml", "<annotation><obj")
 
 
 MASK = np.array([[0, 1, 7, 26], [150, 151, 255, 33]], np.uint8)
@@ -333,6 +337,8 @@ def test_voc2007_says_of_every_class_whether_it_is_there(tmp_path: Path) -> None
         "000001": ("test", "car|person"), "000002": ("test", "?dog|person"),
     }  # fmt: skip
     assert tags_of(found).tolist() == [[1, 0, 1], [0, -1, 1]] * 2
+    boxes = {Path(path).stem: b.tolist() for path, b in zip(found.images.column("path"), found.objects, strict=True)}
+    assert boxes == {"000005": [[1, 0, 5, 6]], "000007": [], "000001": [], "000002": []}
     inside = open_benchmark(tmp_path / "data" / "VOCdevkit" / "VOC2007")
     assert inside is not None
     assert (inside.kind, len(inside.images)) == ("tags", 4)

@@ -63,6 +63,7 @@ class Benchmark:
     gallery: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (N,) rows
     judged: dict[str, Judged] = field(default_factory=dict)  # retrieval: by difficulty
     boxes: dict[int, tuple[float, float, float, float]] = field(default_factory=dict)  # left, top, right, bottom
+    objects: tuple[np.ndarray, ...] = ()  # tags: boxes (K, 4) of each image, as above, where the owner says them
     average: Literal["steps", "trapezoids"] = "steps"  # how the area under precision and recall is taken
     pairs: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))  # copies: rows
     learns_from: str | None = None  # labels: the benchmark that teaches, where this one only tests

@@ -1,7 +1,7 @@
 """What can be set about evaluation. No torch here."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from troodon.config import UsageError, nearest, within
 
@@ -109,8 +109,10 @@ class DenseConfig:
             raise UsageError(f"dense.range {self.range[0]} {self.range[1]}: give the least and the largest distance")
 
 
-Protocol = Literal["knn", "linear", "logistic", "kmeans", "retrieve", "copies", "segment", "depth", "match"]
-ALL: tuple[Protocol, ...] = ("knn", "linear", "logistic", "kmeans", "retrieve", "copies", "segment", "depth", "match")
+Protocol = Literal[
+    "knn", "linear", "logistic", "kmeans", "retrieve", "copies", "segment", "depth", "match", "discover"
+]  # fmt: skip
+ALL: tuple[Protocol, ...] = get_args(Protocol)
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ SUITES = {
         suite="paper",
         linear=LinearConfig(scale="none", least_steps=12500),
         choose=("held-out", "val"),
-        dense=DenseConfig(steps=40000, heads=("linear", "patches", "linear_4", "linear_4_ms", "dpt")),
+        dense=DenseConfig(steps=40000, heads=("linear", "linear_4", "linear_4_ms", "dpt")),
     ),
     "quick": EvaluateConfig(
         suite="quick",

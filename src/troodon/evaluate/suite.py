@@ -19,6 +19,7 @@ from troodon.data.index import Index
 from troodon.evaluate import classify, pixels, tags
 from troodon.evaluate.baselines import LocationPrior
 from troodon.evaluate.config import EvaluateConfig, Protocol
+from troodon.evaluate.discover import discover
 from troodon.evaluate.features import Extractor, Reader, extract, images_fingerprint
 from troodon.evaluate.match import match
 from troodon.evaluate.metrics import ERRORS, score
@@ -30,7 +31,7 @@ from troodon.evaluate.split import how_split, labelled, split
 Measure = Callable[[Any, Benchmark, EvaluateConfig, Reader], Iterator[Result]]
 # What is measured of a set of data that is no set of labels: the protocol, its function, and whether it needs patches.
 MEASURES: dict[str, list[tuple[Protocol, Measure, bool]]] = {
-    "tags": [("logistic", tags.measure, False)],
+    "tags": [("logistic", tags.measure, False), ("discover", discover, True)],
     "retrieval": [("retrieve", retrieve, False)],
     "copies": [("copies", find_copies, False)],
     "mask": [("segment", pixels.measure, True), ("match", match, True)],

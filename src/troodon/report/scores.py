@@ -30,7 +30,8 @@ PROTOCOLS = {"knn": "k-NN", "linear": "linear", "linear_chosen_on_val": "linear,
              "depth": "depth", "depth_patches": "depth, patches alone", "depth_linear_4": "depth, 4 blocks",
              "depth_linear_4_ms": "depth, 4 blocks and scales",
              "depth_dpt": "depth, convolutions", "retrieve": "retrieval", "copies": "copies among all pairs",
-             "match": "patches matched", "match_light": "patches matched, other light"}  # fmt: skip
+             "match": "patches matched", "match_light": "patches matched, other light",
+             "discover": "things found"}  # fmt: skip
 METRICS = {"accuracy": "accuracy", "miou": "mean IoU", "pixel_accuracy": "pixel accuracy", "nmi": "mutual information",
            "map": "mean average precision", "map_11_points": "mean average precision, 11 points",
            "micro_ap": "average precision", "absrel": "relative error", "rmse": "RMSE",
