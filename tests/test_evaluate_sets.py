@@ -136,9 +136,12 @@ def test_versions_of_one_release_are_compared_and_of_others_not(tmp_path: Path, 
         monkeypatch.setattr(suite, "versions", lambda used=used: used)
         (score,) = evaluate([Fake()], [images], config, tmp_path / str(torch_version))
         prints[torch_version] = score["fingerprint"]
-        assert score["versions"] == used
+        assert score["settings"]["versions"] == used
     assert prints["2.13.0"] == prints["2.14.1+cpu"]
     assert len(set(prints.values())) == 3
+    like, unlike = verbs.compare([tmp_path / "2.13.0", tmp_path / "2.14.1+cpu", tmp_path / "3.0.0"])
+    assert like["later"] == {str(tmp_path / "2.14.1+cpu"): ["torch: 2.13.0 -> 2.14.1+cpu"]}
+    assert (unlike["differs"], "later" in unlike) == (["releases.torch: 2 -> 3"], False)
     assert releases({"troodon": "0.0.3", "torch": "2.13.0", "simplejpeg": "1.9.0"}) == {
         "troodon": "0.0.3",
         "torch": "2",
@@ -198,10 +201,10 @@ def test_compare_puts_only_like_beside_like(tmp_path: Path, capsys: pytest.Captu
     assert cli.run(["compare", str(tmp_path / "a"), str(tmp_path / "crop")]) == 0
     assert "not to be compared with the one above: view.crop: 32 -> 40" in capsys.readouterr().out
     entries = json.loads((tmp_path / "a" / "scores.json").read_text())
-    for name, version, fingerprint in (("patched", "2.99.1", {}), ("released", "9.0.0", {"fingerprint": "other"})):
-        (tmp_path / name).mkdir()
-        changed = [e | {"versions": e["versions"] | {"torch": version}} | fingerprint for e in entries]
-        (tmp_path / name / "scores.json").write_text(json.dumps(changed))
+    used = entries[0]["settings"]["versions"] | {"torch": "2.99.1"}
+    patched = [e | {"settings": e["settings"] | {"versions": used}} for e in entries]
+    (tmp_path / "patched").mkdir()
+    (tmp_path / "patched" / "scores.json").write_text(json.dumps(patched))
     assert cli.run(["compare", str(tmp_path / "a"), str(tmp_path / "patched")]) == 0
     said = capsys.readouterr().out
     assert f"with other versions: {tmp_path / 'patched'}: torch: " in said

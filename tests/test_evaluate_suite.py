@@ -20,7 +20,7 @@ from troodon.evaluate.suite import evaluate
 
 LINEAR = LinearConfig(rates=(1e-2, 1e-1), blocks=(1, 2), epochs=1, least_steps=30)
 CONFIG = EvaluateConfig(protocols=("knn", "linear"), ks=(1, 3, 200), linear=LINEAR, resamples=200)
-KEYS = ["protocol", "dataset", "metric", "value", "low", "high", "settings", "backbone", "fingerprint", "versions"]
+KEYS = ["protocol", "dataset", "metric", "value", "low", "high", "settings", "backbone", "fingerprint"]
 
 
 def colours(tmp_path: Path) -> tuple:

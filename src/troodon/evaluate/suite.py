@@ -1,7 +1,6 @@
 """Every protocol for every backbone on every set of data: one artifact of scores.
 
-scores.json    one entry for each backbone, protocol and metric, as it would be without having seen the answers, and the
-               versions of the packages that made it
+scores.json    one entry for each backbone, protocol and metric, as it would be without having seen the answers
 details.json   for each of these: every variant tried, with intervals; classes; mistakes; images left out
 pictures/      of the first backbone: pca.png (where it has patches), neighbours.png
 """
@@ -75,8 +74,9 @@ def evaluate(
         kept = replace(reader, kept={} if scores else reader.kept)  # of the first, until its pictures are drawn
         for result in _results(backbone, lessons, others, config, kept):
             entry = score(result.protocol, result.dataset, result.metric, result.value, result.low, result.high,
-                          result.settings, name, result.like | {"releases": releases(used)})  # fmt: skip
-            scores.append(entry | {"versions": used})
+                          result.settings | {"versions": used}, name,
+                          result.like | {"releases": releases(used)})  # fmt: skip
+            scores.append(entry)
             what = {"protocol": result.protocol, "dataset": result.dataset, "metric": result.metric}
             details.append({"backbone": name} | what | result.details)
             tell(said(entry))

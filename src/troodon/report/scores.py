@@ -233,7 +233,7 @@ def _settings(entries: list[dict]) -> Content:
     for e in entries:
         settings = e.get("settings")
         if isinstance(settings, dict):  # what fingerprints stand for says the same again
-            settings = {name: value for name, value in settings.items() if name != "protocol"}
+            settings = {name: value for name, value in settings.items() if name not in ("protocol", "versions")}
         told = ", ".join(f"{name} {value}" for name, value in flat(settings))
         if told:
             rows.append((e["backbone"], _protocol(e["protocol"]), e["dataset"], told))

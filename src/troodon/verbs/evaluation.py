@@ -202,7 +202,7 @@ def compare(paths: Data) -> list[dict]:
             row = rows.setdefault((*what.values(), like), what | {"like": like, "scores": {}, "differs": []})
             row["scores"][f"{path}: {entry['backbone']}"] = {key: entry[key] for key in ("value", "low", "high")}
             row.setdefault("settings", entry["settings"].get("protocol", {}))
-            used = entry.get("versions", {})
+            used = entry["settings"].get("versions", {})
             if later := differences(row.setdefault("versions", used), used):
                 row.setdefault("later", {})[str(path)] = later
     first: dict[tuple, dict] = {}
