@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from troodon.config import UsageError
+from troodon.config import UsageError, nearest
 from troodon.evaluate.config import EvaluateConfig, suite
 from troodon.verbs.common import Data, Images, configured, opened, paths_of, quoted, some, suggest
 from troodon.verbs.training import check_devices, on_several, written
@@ -46,6 +46,8 @@ def evaluate(
     """
     config = configured(name, EvaluateConfig(), suite, settings)
     check_devices(devices)
+    if compute not in ("fp32", "bf16"):
+        raise nearest("compute", compute, ("fp32", "bf16"))
     from troodon import dist
 
     by_path = all(isinstance(place, str | Path) for place in (*paths_of(backbone), *paths_of(data)))
@@ -148,7 +150,7 @@ class Evaluate:
     """A run, a backbone folder, released weights (.pth), or a Hugging Face folder; or several."""
     data: Images
     """Labelled images: labels from folder names or a labels.csv, splits from folders named train and val; or sets with
-    masks, depths, instances or pairs, as their owners publish them or with an index.csv."""
+    tags, masks, depths, instances or pairs, as their owners publish them or with an index.csv."""
     out: str
     """A new folder for the scores."""
     baselines: bool = True
