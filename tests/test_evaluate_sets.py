@@ -152,7 +152,8 @@ def test_versions_of_one_release_are_compared_and_of_others_not(tmp_path: Path, 
 
 def test_a_table_has_a_column_for_each_backbone() -> None:
     def score(backbone: str, dataset: str, metric: str, value: float, protocol: str = "knn") -> dict:
-        about = {"backbone": backbone, "dataset": dataset, "protocol": protocol, "metric": metric}
+        seen = {"protocol": {"view": {"crop": {"a": 48, "b": 32}[backbone]}}} if backbone != "prior" else {}
+        about = {"backbone": backbone, "dataset": dataset, "protocol": protocol, "metric": metric, "settings": seen}
         return about | {"value": value, "low": value - 0.01, "high": value + 0.01}
 
     said = table([
@@ -162,7 +163,7 @@ def test_a_table_has_a_column_for_each_backbone() -> None:
     ])  # fmt: skip
     first, second = ([line.split("|")[1:-1] for line in block.splitlines()] for block in said.split("\n\n"))
     first, second = ([[text.strip() for text in line] for line in block] for block in (first, second))
-    assert first[0] == ["data", "protocol", "metric", "a", "b"]
+    assert first[0] == ["data", "protocol", "metric", "a, 48 px", "b, 32 px"]
     assert first[2] == ["birds", "knn", "accuracy, %", "50.0 (49.0-51.0)", "**75.0** (74.0-76.0)"]
     assert second[2:] == [
         ["rooms", "depth", "absrel, lower is better", "**0.250** (0.240-0.260)", "0.500 (0.490-0.510)"]
@@ -181,6 +182,10 @@ def test_images_without_labels_have_their_patches_matched(tmp_path: Path) -> Non
     ]  # fmt: skip
     with pytest.raises(UsageError, match="has a label"):
         verbs.evaluate("quick", networks, tmp_path / "loose", tmp_path / "t")
+    with pytest.raises(UsageError, match=r"compute: \['float32', .* -> \['bfloat16'"):
+        verbs.evaluate("mine", networks, tmp_path / "loose", tmp_path / "s", compute="bf16")
+    with pytest.raises(UsageError, match="did you mean 'bf16'"):
+        verbs.evaluate("mine", networks, tmp_path / "loose", tmp_path / "s", compute="bf61")
 
 
 def test_compare_puts_only_like_beside_like(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -23,7 +23,7 @@ from troodon.evaluate.features import Extractor, Reader, extract, images_fingerp
 from troodon.evaluate.match import match
 from troodon.evaluate.metrics import ERRORS, score
 from troodon.evaluate.pictures import PAIRS, neighbours_picture, pca_picture, spread
-from troodon.evaluate.results import Result, releases, versions
+from troodon.evaluate.results import Result, releases, versions, view
 from troodon.evaluate.retrieve import find_copies, retrieve
 from troodon.evaluate.split import how_split, labelled, split
 
@@ -61,6 +61,7 @@ def evaluate(
         pixels.check(benchmark, config)
     named = _distinct(backbones)
     settings = to_dict(config) | {"datasets": [b.name for b in benchmarks], "backbones": list(named)}
+    settings["compute"] = [view(b).get("compute", "none") for b in named.values()]
     images = [images_fingerprint(index, *columns) for index, *columns in _all_images(benchmarks)]
     made_of = fingerprint(settings, images, [b.fingerprint for b in named.values()])
     if run.is_done(out, "scores", made_of, settings):

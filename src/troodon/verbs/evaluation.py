@@ -244,7 +244,8 @@ def compared(rows: list[dict]) -> str:
 def table(scores: list[dict]) -> str:
     """Scores for people, as Markdown: backbones in columns, the best of a row in bold.
 
-    Of each protocol the metrics that say most. Data that other backbones were measured on has a table of its own.
+    Of each protocol the metrics that say most. Data that other backbones were measured on has a table of its own. Where
+    networks see images of several sizes, theirs are told: `compare` would not put these side by side.
     """
     from troodon.report.scores import leading
 
@@ -257,7 +258,11 @@ def table(scores: list[dict]) -> str:
         best = min(map(better, row.values()))
         cells = [cell(row[name], better(row[name]) == best) if name in row else "" for name in names]
         blocks.setdefault(names, []).append([dataset, protocol, told(metric), *cells])
-    return "\n\n".join(markdown(["data", "protocol", "metric", *names], block) for names, block in blocks.items())
+    crops = {s["backbone"]: s["settings"].get("protocol", {}).get("view", {}).get("crop") for s in scores}
+    several = len({str(crop) for crop in crops.values() if crop}) > 1
+    called = {name: f"{name}, {crop} px" if several and crop else name for name, crop in crops.items()}
+    heads = [["data", "protocol", "metric", *(called[name] for name in names)] for names in blocks]
+    return "\n\n".join(map(markdown, heads, blocks.values()))
 
 
 def cell(score: dict, best: bool) -> str:
