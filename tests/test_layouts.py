@@ -342,6 +342,12 @@ def test_voc2007_says_of_every_class_whether_it_is_there(tmp_path: Path) -> None
     inside = open_benchmark(tmp_path / "data" / "VOCdevkit" / "VOC2007")
     assert inside is not None
     assert (inside.kind, len(inside.images)) == ("tags", 4)
+    voc(tmp_path / "data")
+    for part in ("train", "val"):
+        text(tmp_path / "data" / "VOCdevkit" / "VOC2007" / "ImageSets" / "Segmentation" / f"{part}.txt", "000005\n")
+    masks = open_benchmark(tmp_path / "data", "voc2012")
+    assert masks is not None
+    assert [Path(path).stem for path in masks.images.column("path")] == ["2007_000032", "2007_000033"]
 
 
 def test_masks_are_the_classes_that_count(tmp_path: Path) -> None:
