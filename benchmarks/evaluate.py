@@ -79,7 +79,8 @@ def main() -> None:
         for name in asked.sides:
             if not (folder / f"{name}.json").exists():
                 protocols = PROTOCOLS if name == "together" else (name.rpartition(" ")[2],)
-                shutil.rmtree(folder / name, ignore_errors=True)  # of a side that was ended before its time was kept
+                for left in (folder / name, *([folder / "cache"] if name == "together" else [])):
+                    shutil.rmtree(left, ignore_errors=True)  # of a side that was ended before its time was kept
                 cache = folder / "cache" if name == "together" or "kept" in name else None
                 start = time.monotonic()
                 only = replace(config, protocols=protocols)
