@@ -1,14 +1,16 @@
 """One pass of a backbone for every protocol, against each protocol alone.
 
     python benchmarks/evaluate.py                      a ViT-S/14 of random weights on 600 made pictures of 224 px
-    python benchmarks/evaluate.py --images 14000       the same on as many (hours on a processor)
     python benchmarks/evaluate.py --quick              on 48 of 98 px: under a minute on two cores
+    python benchmarks/evaluate.py --data PACK --side 98 --compute bf16 --keep FOLDER --sides together knn
+                                                       on labelled images, two of the sides now; the same command with
+                                                       other sides goes on, and the last one ends with the line
 
 Both sides give the same scores, which is asserted. What a protocol costs when the features are there is told besides.
 """
 
 import argparse
-import json
+import shutil
 import sys
 import tempfile
 import time
@@ -19,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from measure import finish, line
 from troodon.data.benchmarks import Benchmark
 from troodon.data.sources import open_source
 from troodon.evaluate import suite
@@ -27,8 +30,10 @@ from troodon.evaluate.features import Reader
 from troodon.evaluate.suite import evaluate
 from troodon.model.backbone import Backbone
 from troodon.model.config import SMALL, Preprocessing
+from troodon.run import read_json, write_json
 
 PROTOCOLS: tuple[Protocol, ...] = ("knn", "linear", "logistic", "kmeans")
+SIDES = ["together", *PROTOCOLS, *(f"kept {protocol}" for protocol in PROTOCOLS)]
 CLASSES = 8
 
 
@@ -47,45 +52,57 @@ def pictures(folder: Path, count: int, side: int) -> Benchmark:
     return Benchmark("made", "label", open_source(str(folder)))
 
 
+def open_labels(place: str) -> Benchmark:
+    return Benchmark(Path(place).name, "label", open_source(place))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few small pictures: under a minute")
-    parser.add_argument("--images", type=int, default=600)
+    parser.add_argument("--images", type=int, default=600, help="pictures that are made")
+    parser.add_argument("--data", help="labelled images in their place")
+    parser.add_argument("--side", type=int, default=224, help="pixels that the network sees")
+    parser.add_argument("--compute", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="what is timed now")
+    parser.add_argument("--keep", type=Path, help="a folder for what has been timed")
     asked = parser.parse_args()
-    images, side = (48, 98) if asked.quick else (asked.images, 224)
-    suite._draw = lambda *_: None  # pictures run the network too, and would be drawn four times by those alone
+    images, side = (48, 98) if asked.quick else (asked.images, asked.side)
+    suite._draw = lambda *_: None  # pictures run the network too, and would be drawn by every side
     config = replace(SUITES["mine"], protocols=PROTOCOLS, ks=(5, 10), resamples=200)
     backbone = Backbone.random(replace(SMALL, layer_scale=1.0), Preprocessing(round(side * 8 / 7), side))
+    if asked.compute != "fp32":
+        backbone = backbone.faster(asked.compute)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        benchmark = pictures(folder / "images", images, side)
-        with torch.inference_mode():
-            backbone.features(torch.zeros(8, 3, side, side))  # warm
-
-        def timed(name: str, protocols: tuple[Protocol, ...], cache: Path | None = None) -> tuple[float, list[dict]]:
-            start = time.monotonic()
-            only = replace(config, protocols=protocols)
-            scores = evaluate([backbone], [benchmark], only, folder / name, reader=Reader(cache=cache))
-            return time.monotonic() - start, scores
-
-        alone = {protocol: timed(f"alone-{protocol}", (protocol,)) for protocol in PROTOCOLS[:2]}
-        together, scores = timed("together", PROTOCOLS, folder / "cache")
-        alone |= {protocol: timed(f"alone-{protocol}", (protocol,)) for protocol in PROTOCOLS[2:]}
-        again = {protocol: timed(f"again-{protocol}", (protocol,), folder / "cache")[0] for protocol in PROTOCOLS}
-    kept = [(s["protocol"], round(s["value"], 3)) for s in scores]
-    assert kept == [(s["protocol"], round(s["value"], 3)) for _, found in alone.values() for s in found], kept
-    separately = sum(seconds for seconds, _ in alone.values())
-    threads = torch.get_num_threads()
-    print(f"  {images} images of {side} px, {threads} threads, torch {torch.__version__}", file=sys.stderr)
+        folder = asked.keep or Path(scratch)
+        benchmark = open_labels(asked.data) if asked.data else pictures(Path(scratch) / "images", images, side)
+        backbone.features(torch.zeros(8, 3, side, side))  # warm
+        for name in asked.sides:
+            if not (folder / f"{name}.json").exists():
+                protocols = PROTOCOLS if name == "together" else (name.rpartition(" ")[2],)
+                for left in (folder / name, *([folder / "cache"] if name == "together" else [])):
+                    shutil.rmtree(left, ignore_errors=True)  # of a side that was ended before its time was kept
+                cache = folder / "cache" if name == "together" or "kept" in name else None
+                start = time.monotonic()
+                only = replace(config, protocols=protocols)
+                scores = evaluate([backbone], [benchmark], only, folder / name, reader=Reader(cache=cache))
+                seconds = time.monotonic() - start
+                write_json(folder / f"{name}.json", [seconds, [(s["protocol"], round(s["value"], 3)) for s in scores]])
+                print(f"  {name:<16} {seconds:7.2f} s", file=sys.stderr)
+        found = {n: read_json(folder / f"{n}.json") for n in SIDES if (folder / f"{n}.json").exists()}
+    if missing := [name for name in SIDES if name not in found]:
+        print(f"  to be timed yet: {', '.join(missing)}", file=sys.stderr)
+        return
+    for sides in (PROTOCOLS, [f"kept {protocol}" for protocol in PROTOCOLS]):
+        assert found["together"][1] == [score for name in sides for score in found[name][1]], found
+    together, separately = found["together"][0], sum(found[protocol][0] for protocol in PROTOCOLS)
+    count = len(benchmark.images)
+    print(f"  {count} images of {side} px, {asked.compute}, {torch.get_num_threads()} threads", file=sys.stderr)
     for protocol in PROTOCOLS:
-        said = f"{alone[protocol][0]:7.2f} s alone, {again[protocol]:6.2f} s where the features are kept"
+        said = f"{found[protocol][0]:7.2f} s alone, {found[f'kept {protocol}'][0]:6.2f} s where the features are kept"
         print(f"  {protocol:<10} {said}", file=sys.stderr)
-    print(f"  together   {together:7.2f} s, one after another {separately:.2f} s", file=sys.stderr)
-    settings = {"images": images, "side": side, "network": "ViT-S/14, random", "protocols": list(PROTOCOLS),
-                "threads": threads}  # fmt: skip
-    row = {"name": "suite_one_pass", "ours": round(together, 3), "rival": round(separately, 3),
-           "ratio": round(separately / together, 3), "unit": "s", "settings": settings}  # fmt: skip
-    print(json.dumps([row]))
+    network = "ViT-S/14, random"
+    finish([line("suite_one_pass", together, separately, "s", images=count, side=side, network=network,
+                 compute=asked.compute, protocols=list(PROTOCOLS))])  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def test_the_demo_leaves_a_page_and_scores_and_goes_on_where_it_stopped(tmp_path
     assert {entry["protocol"] for entry in scores} == {
         "knn", "linear", "logistic", "kmeans", "duplicates", "retrieval"
     }  # fmt: skip
-    assert len({entry["backbone"] for entry in scores if entry["protocol"] == "knn"}) == 5
+    assert len({entry["backbone"] for entry in scores if entry["protocol"] == "knn"}) == 6
     assert all(0 <= entry["low"] <= entry["value"] <= entry["high"] <= 1 for entry in scores)
     page = (tmp_path / "a demo" / "report.html").read_text()
     assert "planted" in page

@@ -32,6 +32,46 @@ def test_every_strength_is_solved_as_scikit_learn_solves_it() -> None:
         assert (ours.argmax(1) == reference.predict(x_val)).mean() > 0.99
 
 
+def test_tags_are_solved_class_by_class_and_what_nobody_knows_counts_for_nothing() -> None:
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    (x, y), (x_val, _) = made(300), made(200, seed=1)
+    random = np.random.default_rng(3)
+    tags = ((y[:, None] == np.arange(4)) | (random.random((300, 4)) < 0.2)).astype(np.int64)
+    tags[random.random((300, 4)) < 0.1] = -1
+    for strength, model in zip(
+        FEW.strengths, solve(torch.from_numpy(x), torch.from_numpy(tags), 4, FEW.strengths, 2000, 1e-6)
+    ):
+        ours = predict(torch.from_numpy(x_val), model).sigmoid().numpy()
+        for c in range(4):
+            known = tags[:, c] >= 0
+            reference = linear_model.LogisticRegression(C=strength, tol=1e-8, max_iter=5000).fit(
+                x[known], tags[known, c]
+            )
+            assert ours[:, c] == pytest.approx(reference.predict_proba(x_val)[:, 1], abs=4e-3)
+
+
+def test_precision_of_tags_is_that_of_scikit_learn_and_of_voc() -> None:
+    sklearn = pytest.importorskip("sklearn.metrics")
+    random = np.random.default_rng(0)
+    score, tags = random.normal(size=(80, 3)), random.integers(-1, 2, (80, 3))
+    tags[:, 2] = np.minimum(tags[:, 2], 0)  # a class that is nowhere
+    found = metrics.tag_precision(score, tags)
+    assert np.isnan(found[2]).all()
+    for c in range(2):
+        known = tags[:, c] >= 0
+        s, t = score[known, c], tags[known, c]
+        assert found[c, 0] == pytest.approx(sklearn.average_precision_score(t, s))
+        hits = t[np.argsort(-s)]
+        points = [(hits[: i + 1].sum() / hits.sum(), hits[: i + 1].mean()) for i in range(len(hits))]
+        eleven = [max(p for recall, p in points if recall >= tenth / 10 - 1e-9) for tenth in range(11)]
+        assert found[c, 1] == pytest.approx(np.mean(eleven))
+        twice = np.repeat(np.arange(80), 1 + (np.arange(80) % 2))  # an image drawn twice is two images
+        weight = np.stack([np.ones(80, int), 1 + np.arange(80) % 2])
+        many = metrics.tag_precision(score, tags, weight)
+        assert many[c, :, 0] == pytest.approx(found[c])
+        assert many[c, 1, 1] == pytest.approx(metrics.tag_precision(score[twice], tags[twice])[c, 1], abs=0.03)
+
+
 def test_problems_solved_together_are_those_solved_alone() -> None:
     x, y = (torch.from_numpy(a) for a in made(200))
     together = solve(x, y, 4, FEW.strengths, 500, 1e-6)

@@ -15,9 +15,10 @@ from troodon.evaluate import metrics
 from troodon.evaluate.baselines import LocationPrior, PatchColours
 from troodon.evaluate.config import DenseConfig, EvaluateConfig
 from troodon.evaluate.dense import Depths, Masks, cells, enlarged, fit, predict
-from troodon.evaluate.features import Reader
+from troodon.evaluate.discover import overlap
+from troodon.evaluate.features import Reader, kept_as
 from troodon.evaluate.maps import View, extract_maps, last_four, normalised, resize, spread_four, tokens
-from troodon.evaluate.match import moved, offsets, warped
+from troodon.evaluate.match import lit, moved, offsets, warped
 from troodon.evaluate.suite import evaluate
 from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
@@ -95,6 +96,27 @@ def test_maps_are_what_the_network_says_of_each_window(tmp_path: Path) -> None:
     assert torch.allclose(tokens(backbone, window, (1, 5))[0][0, 1], direct.patches[0])
 
 
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_maps_of_a_faster_network_are_those_of_the_network(tmp_path: Path, compute: str) -> None:
+    """In the precision it was made for, in a few windows at a time, and kept apart from those of another precision."""
+    benchmark = street(tmp_path / "s", images=3)
+    vit = ViTConfig(dim=32, depth=6, heads=2, patch=8, grid=4, layer_scale=1.0)
+    plain = Backbone.random(vit, VIEW)
+    fast = plain.faster(compute)
+    made = {}
+    for name, backbone in (("plain", plain), ("fast", fast)):
+        maps = extract_maps(backbone, benchmark.images, View(32), (2, 5), Reader(batch=4))
+        made[name] = maps.get(np.arange(6), (2, 5))
+    for ours, reference in zip(made["fast"], made["plain"]):
+        off = (ours - reference).norm() / reference.norm()
+        assert off < (1e-3 if compute == "fp32" else 2e-2)
+        assert (off > 1e-3) == (compute == "bf16")  # so it was used
+    window = torch.randn(1, 3, 32, 32)
+    assert torch.equal(tokens(fast, window, (5,))[1][:, 0], fast.features(window).cls)
+    same = kept_as(plain, benchmark.images) == kept_as(fast, benchmark.images)
+    assert same == (compute == "fp32")
+
+
 def test_which_blocks_dense_heads_read() -> None:
     assert last_four(12) == (8, 9, 10, 11)
     assert [spread_four(depth) for depth in (12, 24, 40)] == [(2, 5, 8, 11), (4, 11, 17, 23), (9, 19, 29, 39)]
@@ -123,15 +145,15 @@ def test_depths_are_learnt_by_every_head(tmp_path: Path) -> None:
         rate=1e-2,
         bins=16,
         range=(0.5, 4.0),
-        heads=("linear", "linear_4_ms", "dpt"),
+        heads=("linear", "patches", "linear_4_ms", "dpt"),
         scales=(1.0, 1.5),
     )
     config = dataclasses.replace(CONFIG, dense=dense, protocols=("depth",))
     scores = evaluate([PatchColours(VIEW, 8), LocationPrior()], [benchmark], config, tmp_path / "scores")
     found = {(s["backbone"], s["protocol"]): s["value"] for s in scores if s["metric"] == "absrel"}
     assert set(found) == {
-        ("patch-colours", "depth"), ("patch-colours", "depth_linear_4_ms"), ("patch-colours", "depth_dpt"),
-        ("location-prior", "depth"),
+        ("patch-colours", "depth"), ("patch-colours", "depth_patches"), ("patch-colours", "depth_linear_4_ms"),
+        ("patch-colours", "depth_dpt"), ("location-prior", "depth"),
     }  # fmt: skip
     assert max(v for (b, _), v in found.items() if b == "patch-colours") < 0.3 < found["location-prior", "depth"]
 
@@ -194,6 +216,32 @@ def test_training_is_a_function_of_its_arguments(tmp_path: Path) -> None:
     assert not torch.equal(a.layer.weight, c.layer.weight)
 
 
+def test_a_thing_of_another_colour_is_found_where_it_is(tmp_path: Path) -> None:
+    folder, rows, boxes = tmp_path / "things", ["image,tags"], []
+    folder.mkdir()
+    for i in range(6):
+        random = np.random.default_rng(i)
+        top, left = random.integers(0, 5, 2) * 8
+        pixels = random.normal((90, 120, 60), 12, (64, 96, 3))
+        pixels[top : top + 24, left : left + 32] += (90, -60, 60)
+        pixels[56:, 88:] += (90, -60, 60)  # alike, and apart
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+        rows.append(f"{i}.png,thing")
+        boxes.append(np.array([[0, 0, 4, 4], [left, top, left + 32, top + 24]], float))
+    (folder / "index.csv").write_text("\n".join(rows))
+    found = open_benchmark(folder)
+    assert found is not None
+    config = dataclasses.replace(CONFIG, protocols=("discover",), dense=dataclasses.replace(CONFIG.dense, side=64))
+    some = dataclasses.replace(found, objects=(*boxes[:5], np.zeros((0, 4))))
+    (score,) = evaluate([PatchColours(VIEW, 8)], [some], config, tmp_path / "s")
+    assert (score["metric"], score["value"], score["settings"]["images"]) == ("corloc", 1.0, 5)
+    assert score["settings"]["a box of the whole picture"] == 0.0
+    elsewhere = dataclasses.replace(found, objects=tuple(b[:1] for b in boxes))
+    (score,) = evaluate([PatchColours(VIEW, 8)], [elsewhere], config, tmp_path / "t")
+    assert score["value"] == 0.0
+    assert overlap(np.array([0, 0, 4, 2]), np.array([[2, 0, 6, 2], [9, 9, 10, 10]])).tolist() == [1 / 3, 0]
+
+
 def test_mean_iou_is_that_of_a_confusion_matrix() -> None:
     sklearn = pytest.importorskip("sklearn.metrics")
     random = np.random.default_rng(0)
@@ -233,6 +281,11 @@ def test_matches_of_patches_that_carry_their_place_are_right() -> None:
     assert off.max() < 1.5 / n
     chance = offsets(torch.randn(n, n, 8), torch.randn(n, n, 8), turn)
     assert (chance < 0.1).mean() < 0.2
+    grey = torch.full((3, 8, 8), 100, dtype=torch.uint8)
+    seen = torch.stack([lit(grey, np.random.default_rng(i)) for i in range(50)])[:, :, 0, 0].float()
+    assert seen.std(0).min() > 15  # every colour changes, and not by one factor
+    assert (seen / seen.mean(1, keepdim=True)).std() > 0.1
+    assert (lit(torch.full((3, 1, 1), 255, dtype=torch.uint8), np.random.default_rng(0)) <= 255).all()
     ramp = torch.arange(64.0).repeat(64, 1)[None].expand(3, -1, -1) * 4
     seen = warped(ramp.to(torch.uint8), turn).float()
     assert abs(float(seen[0, 32, 32]) - 4 * (31.5 + 32 * float(turn[0, 2]))) < 6

@@ -7,21 +7,24 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
+from PIL import Image
 
 from tests.evaluate_world import Fake, labels_of, make_index
 from troodon import cli, verbs
 from troodon.config import UsageError
-from troodon.data.benchmarks import Benchmark
+from troodon.data.benchmarks import Benchmark, tags_of
 from troodon.data.index import SCHEMA, Index
-from troodon.evaluate import classify
+from troodon.evaluate import classify, suite
 from troodon.evaluate.config import EvaluateConfig, LinearConfig, LogisticConfig
 from troodon.evaluate.features import Reader
+from troodon.evaluate.results import releases, versions
 from troodon.evaluate.split import split
 from troodon.evaluate.suite import divided, evaluate
 from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
 from troodon.report.scores import told_apart
-from troodon.verbs.evaluation import opened_benchmarks
+from troodon.verbs.evaluation import opened_benchmarks, table
 
 CONFIG = EvaluateConfig(
     protocols=("knn", "linear", "logistic", "kmeans"), ks=(1,), choose=("held-out", "val"), resamples=50,
@@ -73,6 +76,32 @@ def test_other_sets_are_tested_with_what_one_teaches(tmp_path: Path) -> None:
         evaluate([Fake()], others[:1], CONFIG, tmp_path / "t")
 
 
+def test_any_number_of_tags_for_each_image(tmp_path: Path) -> None:
+    """Bright and red, one, both or neither; what nobody is sure of is neither taught nor counted."""
+    folder, rows = tmp_path / "tagged", ["image,tags,split"]
+    folder.mkdir()
+    for i in range(48):
+        red, bright = i % 2, i // 2 % 2
+        noise = np.random.default_rng(i).normal(0, 8, (20, 20, 3))
+        pixels = np.array([60 + 60 * red, 60 - 30 * red, 60 - 30 * red]) + 90 * bright + noise
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i:02d}.png")
+        tags = [*["red"] * red, *["bright"] * bright]
+        unsure = i % 11 == 10
+        said = "|".join(["?" + ("red", "bright")[i % 2], *["bright"] * (bright and i % 2 == 0)] if unsure else tags)
+        rows.append(f"{i:02d}.png,{said},{'test' if i % 3 == 0 else 'train'}")
+    (folder / "index.csv").write_text("\n".join(rows))
+    (tagged,) = opened_benchmarks([folder])
+    assert (tagged.kind, tagged.classes) == ("tags", ("bright", "red"))
+    assert sorted(np.unique(tags_of(tagged))) == [-1, 0, 1]
+    scores = evaluate([Fake()], [tagged], CONFIG, tmp_path / "s")
+    assert [(s["protocol"], s["metric"]) for s in scores] == [("logistic", "map"), ("logistic", "map_11_points")]
+    assert all(s["value"] > 0.95 and s["low"] <= s["value"] <= s["high"] for s in scores)
+    assert scores[0]["settings"]["classes"] == 2
+    (tmp_path / "tagged" / "index.csv").write_text("image,tags,split\n00.png,,train\n01.png,,test\n")
+    with pytest.raises(UsageError, match="no image to learn from, or to test on, has a tag"):
+        evaluate([Fake()], opened_benchmarks([folder]), CONFIG, tmp_path / "t")
+
+
 def test_a_suite_without_data_for_it_says_so(tmp_path: Path) -> None:
     base = labels_of(*split(make_index(tmp_path / "base", ["red", "green"] * 5), 0), "base")
     with pytest.raises(UsageError, match=r"none of its protocols \(depth\) has data here"):
@@ -98,6 +127,67 @@ def test_places_that_say_what_they_are_stand_alone_and_the_rest_together(tmp_pat
         opened_benchmarks([tmp_path / "pairs", tmp_path / "pairs"])
 
 
+def test_versions_of_one_release_are_compared_and_of_others_not(tmp_path: Path, monkeypatch) -> None:
+    images = labels_of(*split(make_index(tmp_path / "i", ["red", "green"] * 10), 0), "colours")
+    config = dataclasses.replace(CONFIG, protocols=("knn",))
+    prints = {}
+    for torch_version in ("2.13.0", "2.14.1+cpu", "3.0.0", None):
+        used = {"troodon": "0.1.0", "torch": torch_version, "numpy": "2.3.1", "pillow": "12.0.0", "simplejpeg": None}
+        monkeypatch.setattr(suite, "versions", lambda used=used: used)
+        (score,) = evaluate([Fake()], [images], config, tmp_path / str(torch_version))
+        prints[torch_version] = score["fingerprint"]
+        assert score["settings"]["versions"] == used
+    assert prints["2.13.0"] == prints["2.14.1+cpu"]
+    assert len(set(prints.values())) == 3
+    like, unlike = verbs.compare([tmp_path / "2.13.0", tmp_path / "2.14.1+cpu", tmp_path / "3.0.0"])
+    assert like["later"] == {str(tmp_path / "2.14.1+cpu"): ["torch: 2.13.0 -> 2.14.1+cpu"]}
+    assert (unlike["differs"], "later" in unlike) == (["releases.torch: 2 -> 3"], False)
+    assert releases({"troodon": "0.0.3", "torch": "2.13.0", "simplejpeg": "1.9.0"}) == {
+        "troodon": "0.0.3",
+        "torch": "2",
+    }
+    assert versions()["torch"] == torch.__version__
+    assert set(versions()) == set(used)
+
+
+def test_a_table_has_a_column_for_each_backbone() -> None:
+    def score(backbone: str, dataset: str, metric: str, value: float, protocol: str = "knn") -> dict:
+        seen = {"protocol": {"view": {"crop": {"a": 48, "b": 32}[backbone]}}} if backbone != "prior" else {}
+        about = {"backbone": backbone, "dataset": dataset, "protocol": protocol, "metric": metric, "settings": seen}
+        return about | {"value": value, "low": value - 0.01, "high": value + 0.01}
+
+    said = table([
+        score("a", "birds", "accuracy", 0.5), score("b", "birds", "accuracy", 0.75),
+        score("a", "rooms", "absrel", 0.25, "depth"), score("prior", "rooms", "absrel", 0.5, "depth"),
+        score("a", "rooms", "rmse", 0.25, "depth"),
+    ])  # fmt: skip
+    first, second = ([line.split("|")[1:-1] for line in block.splitlines()] for block in said.split("\n\n"))
+    first, second = ([[text.strip() for text in line] for line in block] for block in (first, second))
+    assert first[0] == ["data", "protocol", "metric", "a, 48 px", "b, 32 px"]
+    assert first[2] == ["birds", "knn", "accuracy, %", "50.0 (49.0-51.0)", "**75.0** (74.0-76.0)"]
+    assert second[2:] == [
+        ["rooms", "depth", "absrel, lower is better", "**0.250** (0.240-0.260)", "0.500 (0.490-0.510)"]
+    ]
+
+
+def test_images_without_labels_have_their_patches_matched(tmp_path: Path) -> None:
+    make_index(tmp_path / "loose", [None] * 4)
+    vit = ViTConfig(dim=32, depth=2, heads=2, patch=8, grid=4, layer_scale=1.0)
+    networks = [Backbone.random(vit, Preprocessing(side, side), seed=7) for side in (32, 40)]
+    networks = [dataclasses.replace(b, name=f"{b.preprocessing.crop} px") for b in networks]
+    scores = verbs.evaluate("mine", networks, tmp_path / "loose", tmp_path / "s")
+    assert {s["protocol"] for s in scores} == {"match", "match_light"}
+    assert [s["backbone"] for s in scores if (s["protocol"], s["metric"]) == ("match", "pck@0.1")] == [
+        "32 px", "40 px", "random", "random, as 40 px", "patch-colours",
+    ]  # fmt: skip
+    with pytest.raises(UsageError, match="has a label"):
+        verbs.evaluate("quick", networks, tmp_path / "loose", tmp_path / "t")
+    with pytest.raises(UsageError, match=r"compute: \['float32', .* -> \['bfloat16'"):
+        verbs.evaluate("mine", networks, tmp_path / "loose", tmp_path / "s", compute="bf16")
+    with pytest.raises(UsageError, match="did you mean 'bf16'"):
+        verbs.evaluate("mine", networks, tmp_path / "loose", tmp_path / "s", compute="bf61")
+
+
 def test_compare_puts_only_like_beside_like(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for label in ("red", "blue"):
         make_index(tmp_path / "data" / label, [label] * 8)
@@ -115,6 +205,15 @@ def test_compare_puts_only_like_beside_like(tmp_path: Path, capsys: pytest.Captu
     ]  # fmt: skip
     assert cli.run(["compare", str(tmp_path / "a"), str(tmp_path / "crop")]) == 0
     assert "not to be compared with the one above: view.crop: 32 -> 40" in capsys.readouterr().out
+    entries = json.loads((tmp_path / "a" / "scores.json").read_text())
+    used = entries[0]["settings"]["versions"] | {"torch": "2.99.1"}
+    patched = [e | {"settings": e["settings"] | {"versions": used}} for e in entries]
+    (tmp_path / "patched").mkdir()
+    (tmp_path / "patched" / "scores.json").write_text(json.dumps(patched))
+    assert cli.run(["compare", str(tmp_path / "a"), str(tmp_path / "patched")]) == 0
+    said = capsys.readouterr().out
+    assert f"with other versions: {tmp_path / 'patched'}: torch: " in said
+    assert "not to be compared" not in said
     assert cli.run(["compare", str(tmp_path / "data")]) == 2
     assert "holds no scores.json" in capsys.readouterr().err
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from troodon.config import UsageError
-from troodon.data.benchmarks import IGNORE, Benchmark
+from troodon.data.benchmarks import IGNORE, Benchmark, tags_of
 from troodon.data.decode import decode
 from troodon.data.layouts import LAYOUTS, open_benchmark
 
@@ -153,6 +153,21 @@ def cub(root: Path) -> None:
         text(root / "CUB_200_2011" / f"{file}.txt", "".join(f"{i + 1} {v}\n" for i, v in enumerate(values)))
 
 
+def voc2007(root: Path) -> None:
+    home = root / "VOCdevkit" / "VOC2007"
+    for part, images in (("trainval", ("000005", "000007")), ("test", ("000001", "000002"))):
+        text(home / "ImageSets" / "Main" / f"{part}.txt", "\n".join(images))
+        for name, said in (("car", " 1 -1"), ("dog", "-1  0"), ("person", " 1  1")):
+            lines = [f"{image} {answer:>2}" for image, answer in zip(images, said.split())]
+            text(home / "ImageSets" / "Main" / f"{name}_{part}.txt", "\n".join(lines) + "\n")
+        for name in images:
+            image(home / "JPEGImages" / f"{name}.jpg")
+            box = "<bndbox><xmax>5</xmax><xmin>2</xmin><ymax>6</ymax><ymin>1</ymin></bndbox>"
+            part = "<part><name>head</name><bndbox><xmin>1</xmin></bndbox></part>"
+            text(home / "Annotations" / f"{name}.xml", f"<annotation><object>{part}{box}</object></annotation>")
+    text(home / "Annotations" / "000007.xml", "<annotation><obj")
+
+
 MASK = np.array([[0, 1, 7, 26], [150, 151, 255, 33]], np.uint8)
 
 
@@ -235,7 +250,8 @@ MADE: dict[str, Callable[[Path], None]] = {
     "inaturalist": inaturalist, "places205": places, "food101": food, "cifar10": cifar(1), "cifar100": cifar(2),
     "sun397": sun, "cars": cars, "aircraft": aircraft, "dtd": dtd, "pets": pets,
     "caltech101": lambda root: classes(root, "101_ObjectCategories/{}/image_{:04d}.jpg", ("crab", "BACKGROUND_Google")),
-    "flowers102": flowers, "cub200": cub, "ade20k": ade, "cityscapes": cityscapes, "voc2012": voc, "nyuv2": nyu,
+    "flowers102": flowers, "cub200": cub, "voc2007": voc2007,
+    "ade20k": ade, "cityscapes": cityscapes, "voc2012": voc, "nyuv2": nyu,
     "kitti": kitti, "sun-rgbd": sun_rgbd, "roxford5k": oxford, "met": met, "amstertime": amstertime,
     "copydays": copydays,
 }  # fmt: skip
@@ -262,6 +278,8 @@ def test_each_layout_is_known_by_its_files_and_every_image_can_be_read(name: str
     if found.kind == "label" and found.learns_from is None:
         assert splits in ({"train", "val"}, {"train", "test"}, {None})
         assert len(set(found.images.column("label"))) == (1 if name == "caltech101" else 2)
+    if found.kind == "tags":
+        assert splits == {"train", "test"}
     if found.kind in ("mask", "depth"):
         assert splits in ({"train", "val"}, {None})
     if found.kind == "retrieval":
@@ -308,6 +326,28 @@ def test_it_may_lie_in_a_zip(tmp_path: Path) -> None:
     found = open_benchmark(tmp_path / "ade.zip")
     assert found is not None
     assert (found.name, len(found.images)) == ("ade20k", 2)
+
+
+def test_voc2007_says_of_every_class_whether_it_is_there(tmp_path: Path) -> None:
+    found = opened(tmp_path, "voc2007")
+    assert found.classes == ("car", "dog", "person")
+    rows = zip(found.images.column("path"), found.images.column("split"), found.images.column("label"))
+    assert {Path(path).stem: (split, label) for path, split, label in rows} == {
+        "000005": ("train", "car|person"), "000007": ("train", "?dog|person"),
+        "000001": ("test", "car|person"), "000002": ("test", "?dog|person"),
+    }  # fmt: skip
+    assert tags_of(found).tolist() == [[1, 0, 1], [0, -1, 1]] * 2
+    boxes = {Path(path).stem: b.tolist() for path, b in zip(found.images.column("path"), found.objects, strict=True)}
+    assert boxes == {"000005": [[1, 0, 5, 6]], "000007": [], "000001": [], "000002": []}
+    inside = open_benchmark(tmp_path / "data" / "VOCdevkit" / "VOC2007")
+    assert inside is not None
+    assert (inside.kind, len(inside.images)) == ("tags", 4)
+    voc(tmp_path / "data")
+    for part in ("train", "val"):
+        text(tmp_path / "data" / "VOCdevkit" / "VOC2007" / "ImageSets" / "Segmentation" / f"{part}.txt", "000005\n")
+    masks = open_benchmark(tmp_path / "data", "voc2012")
+    assert masks is not None
+    assert [Path(path).stem for path in masks.images.column("path")] == ["2007_000032", "2007_000033"]
 
 
 def test_masks_are_the_classes_that_count(tmp_path: Path) -> None:

@@ -1,14 +1,17 @@
 """Evaluation sets: images, and a truth of one kind about them.
 
     label      a class for each image, and which images teach and which test
+    tags       any number of classes for each image
     mask       a picture of classes for each image
     depth      a picture of distances for each image
     retrieval  queries, and for each the images that show the same thing
     copies     pairs of images that are copies of one another
+    none       nothing: what two views of one image say of each other
 
 What lies at a place is known by its files: sets as their owners publish them (layouts.py), and a table of one's own at
 the top, named index.csv or pairs.csv, with the columns
 
+    image, tags [, split]                      as car|person|?dog; what stands behind a ? is there or not: nobody says
     image, mask [, split]                      classes.txt, where there is one, names the classes (see named_classes)
     image or rgb, depth [, split]              counts of `depth.unit` metres, 0 where nothing was measured
     image, instance [, role]                   the other images of its instance are right for each of role "query"
@@ -36,10 +39,11 @@ from troodon.data.labels import read_table, split
 
 # Shape suffixes: N images, Q queries.
 
-Kind = Literal["label", "mask", "depth", "retrieval", "copies"]
+Kind = Literal["label", "tags", "mask", "depth", "retrieval", "copies", "none"]
 IGNORE = 255  # the class of a pixel that counts for nothing
 NO_CLASS = re.compile(r"unlabel|void|ignore", re.IGNORECASE)
-SEVERAL = "|"  # between the labels of an image for which any of several is right
+SEVERAL = "|"  # between the labels of an image for which any of several is right, and between its tags
+UNSURE = "?"  # before a tag that counts for nothing
 Judged = list[tuple[np.ndarray, np.ndarray]]  # for each query: rows that are right, and rows that count for nothing
 
 
@@ -52,13 +56,14 @@ class Benchmark:
     images: Index
     truth: Index | None = None  # of masks and depths: the picture of each image, row for row
     read: Callable[[bytes], np.ndarray] = plane  # from such a picture's bytes to classes (IGNORE for none), or counts
-    classes: tuple[str, ...] = ()  # of masks
+    classes: tuple[str, ...] = ()  # of masks and tags; tags are what stands in the column of labels
     unit: float | None = None  # of depths: metres of a count, where the owner says it
     range: tuple[float, float] | None = None  # metres that count, where the owner says it
     queries: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (Q,) rows
     gallery: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (N,) rows
     judged: dict[str, Judged] = field(default_factory=dict)  # retrieval: by difficulty
     boxes: dict[int, tuple[float, float, float, float]] = field(default_factory=dict)  # left, top, right, bottom
+    objects: tuple[np.ndarray, ...] = ()  # tags: boxes (K, 4) of each image, as above, where the owner says them
     average: Literal["steps", "trapezoids"] = "steps"  # how the area under precision and recall is taken
     pairs: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))  # copies: rows
     learns_from: str | None = None  # labels: the benchmark that teaches, where this one only tests
@@ -152,6 +157,8 @@ def own(tree: Tree) -> Benchmark | None:
     if "instance" in table:
         roles = table.get("role", ["query"] * len(images))
         return instances(tree, tree.name, images, table["instance"], [role == "query" for role in roles])
+    if "tags" in table:
+        return tagged(tree, images, table["tags"], parts)
     if "mask" in table:
         read, classes = named_classes(tree.lines("classes.txt")) if "classes.txt" in tree.where else (None, ())
         masks, read = tree.index(table["mask"]), read or (lambda data: classed(plane(data), IGNORE))
@@ -159,6 +166,22 @@ def own(tree: Tree) -> Benchmark | None:
     if "depth" in table:
         return Benchmark(tree.name, "depth", tree.index(images, splits=parts), tree.index(table["depth"]))
     return None
+
+
+def tagged(tree: Tree, images: Sequence[str], tags: Sequence[str], splits: Sequence[str | None] | None) -> Benchmark:
+    """Images with any number of classes each."""
+    classes = sorted({tag.removeprefix(UNSURE) for said in tags for tag in said.split(SEVERAL)} - {""})
+    return Benchmark(tree.name, "tags", tree.index(images, tags, splits), classes=tuple(classes))
+
+
+def tags_of(benchmark: Benchmark) -> np.ndarray:
+    """The tags of each image (N, C): 1 is there, 0 is not, -1 nobody knows."""
+    place = {name: i for i, name in enumerate(benchmark.classes)}
+    tags_NC = np.zeros((len(benchmark.images), len(place)), np.int64)
+    for row, said in enumerate(benchmark.images.column("label")):
+        for tag in filter(None, said.split(SEVERAL)):
+            tags_NC[row, place[tag.removeprefix(UNSURE)]] = -1 if tag.startswith(UNSURE) else 1
+    return tags_NC
 
 
 def named_classes(lines: Sequence[str]) -> tuple[Callable[[bytes], np.ndarray], tuple[str, ...]]:

@@ -6,13 +6,15 @@ Each function makes a `Benchmark` of a `Tree`; its name is set by who asks (layo
 import io
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow as pa
 
-from troodon.data.benchmarks import SEVERAL, Benchmark, Tree
+from troodon.data.benchmarks import SEVERAL, UNSURE, Benchmark, Tree, tagged
 from troodon.data.index import SCHEMA, Index
 
 Row = tuple[str, str, str | None]  # name of the file, label, split
@@ -136,6 +138,36 @@ def cub(tree: Tree) -> Benchmark:
         (f"{home}/images/{file}".lstrip("/"), classes[i], "train" if teaches[i] == "1" else "test")
         for i, file in files.items()
     ])  # fmt: skip
+
+
+def voc2007(tree: Tree) -> Benchmark:
+    """A list for each class says of every image whether it is there (1), not (-1), or hard to tell (0).
+
+    The boxes are those of the images to learn from, all things that are there, hard to tell or not (pixels from 1).
+    """
+    home = tree.one(r"ImageSets/Main/[a-z]+_test\.txt").rpartition("ImageSets/")[0]
+    tags: dict[tuple[str, str], list[str]] = {}
+    for name, match in tree.found(r"ImageSets/Main/([a-z]+)_(trainval|test)\.txt"):
+        for image, answer in (line.split() for line in tree.lines(name) if name.startswith(home)):
+            found = tags.setdefault((f"{home}JPEGImages/{image}.jpg", match[2]), [])
+            found += {"1": [match[1]], "0": [UNSURE + match[1]], "-1": []}[answer]
+    splits = ["train" if part == "trainval" else part for _, part in tags]
+    found = tagged(tree, [image for image, _ in tags], [SEVERAL.join(found) for found in tags.values()], splits)
+    homes = [f"{home}Annotations/{PurePosixPath(image).stem}.xml" if part == "trainval" else "" for image, part in tags]
+    return replace(found, objects=tuple(_boxes(tree.read(name)) if name in tree.where else NOWHERE for name in homes))
+
+
+NOWHERE = np.zeros((0, 4))
+
+
+def _boxes(said: bytes) -> np.ndarray:
+    """Left, top, right and bottom of each thing (K, 4), none where the file cannot be read; its parts are no things."""
+    try:
+        boxes = ElementTree.fromstring(said).findall("object/bndbox")
+        edges = [[float(box.findtext(edge, "")) for edge in ("xmin", "ymin", "xmax", "ymax")] for box in boxes]
+    except (ElementTree.ParseError, ValueError):
+        return NOWHERE
+    return np.array(edges).reshape(-1, 4) - [1, 1, 0, 0]
 
 
 class Records:

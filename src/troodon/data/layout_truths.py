@@ -82,9 +82,10 @@ def voc_classes(data: bytes) -> np.ndarray:
 
 
 def voc(tree: Tree) -> Benchmark:
+    """Of several years that lie in one devkit, the last."""
     names, pictures, parts = [], [], []
     for split in ("train", "val"):
-        name = tree.one(rf"ImageSets/Segmentation/{split}\.txt")
+        name = tree.found(rf"ImageSets/Segmentation/{split}\.txt")[-1][0]
         home = name[: -len(f"ImageSets/Segmentation/{split}.txt")]
         for line in tree.lines(name):
             names.append(f"{home}JPEGImages/{line.strip()}.jpg")

@@ -135,6 +135,12 @@ LAYOUTS: dict[str, Layout] = {
         labels.cub, (r"image_class_labels\.txt",), "https://www.vision.caltech.edu/datasets/cub_200_2011",
         ((r"images\.txt", "images.txt"), (r"train_test_split\.txt", "train_test_split.txt")),
     ),
+    "voc2007": Layout(
+        labels.voc2007, (r"VOC2007/ImageSets/Main|ImageSets/Main/[a-z]+_test\.txt",),
+        "http://host.robots.ox.ac.uk/pascal/VOC/voc2007 (VOCtrainval_06-Nov-2007 and VOCtest_06-Nov-2007)",
+        ((r"ImageSets/Main/[a-z]+_trainval\.txt", "ImageSets/Main/*_trainval.txt"),
+         (r"ImageSets/Main/[a-z]+_test\.txt", "ImageSets/Main/*_test.txt"), (r"JPEGImages", "JPEGImages/")),
+    ),
     # ---- masks
     "ade20k": Layout(
         paired(r"images/(training|validation)/(.+)\.jpg", (r"annotations/\1/\2.png",),

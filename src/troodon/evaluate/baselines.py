@@ -1,6 +1,6 @@
 """Descriptors without learning, which a network must beat. Each stands in for a backbone in `extract`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -110,17 +110,12 @@ class PatchColours:
     def device(self) -> torch.device:
         return torch.device("cpu")
 
-    @property
-    def vit(self) -> "PatchColours":
-        return self
-
-    def last_blocks(self, groups: list[Tensor], count: int) -> list[list[Any]]:
-        """What `ViT.last_blocks` gives: patches (B, P, D), and their mean in the place of the class token."""
-        (x_BCHW,) = groups
+    def tokens(self, x_BCHW: Tensor, blocks: int) -> Iterator[list[Any]]:
+        """What `Backbone.tokens` gives: patches (B, P, D), and their mean in the place of the class token."""
         x_BChwpp = x_BCHW.unfold(2, self.patch, self.patch).unfold(3, self.patch, self.patch)
         x_BDhw = torch.cat([x_BChwpp.mean((-2, -1)), x_BChwpp.std((-2, -1), unbiased=False)], 1)
         patches_BPD = x_BDhw.flatten(2).transpose(1, 2)
-        return [[SimpleNamespace(patches_BPD=patches_BPD, cls_BD=patches_BPD.mean(1))]]
+        yield [SimpleNamespace(patches_BPD=patches_BPD, cls_BD=patches_BPD.mean(1))]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What can be set about evaluation. No torch here."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from troodon.config import UsageError, nearest, within
 
@@ -67,6 +67,9 @@ class LogisticConfig:
             raise UsageError(f"logistic.held_out {self.held_out} is not between 0 and 1")
 
 
+Head = Literal["linear", "patches", "linear_4", "linear_4_ms", "dpt"]
+
+
 @dataclass(frozen=True)
 class DenseConfig:
     """What is trained on maps of patches, and how: the same for masks and depths."""
@@ -83,9 +86,10 @@ class DenseConfig:
     """Repetitions with other initial weights and orders; the value is their mean."""
     scales: tuple[float, ...] = (1.0, 1.32, 1.73)
     """Of the multi-scale protocol: times that the shorter side of an image is a window's."""
-    heads: tuple[Literal["linear", "linear_4", "linear_4_ms", "dpt"], ...] = ("linear", "linear_4", "linear_4_ms")
-    """A linear layer on the last block; on four (for masks the last, for depths spread over the network, as in the
-    paper); on four at several scales; convolutions on four, for depth."""
+    heads: tuple[Head, ...] = ("linear", "patches", "linear_4", "linear_4_ms")
+    """A linear layer on the last block; for depth, where that sees the class token too, on its patches alone; on four
+    blocks (for masks the last, for depths spread over the network, as in the paper); on four at several scales;
+    convolutions on four, for depth."""
     bins: int = 256
     """Of depth."""
     unit: float = 0.001
@@ -105,8 +109,10 @@ class DenseConfig:
             raise UsageError(f"dense.range {self.range[0]} {self.range[1]}: give the least and the largest distance")
 
 
-Protocol = Literal["knn", "linear", "logistic", "kmeans", "retrieve", "copies", "segment", "depth", "match"]
-ALL: tuple[Protocol, ...] = ("knn", "linear", "logistic", "kmeans", "retrieve", "copies", "segment", "depth", "match")
+Protocol = Literal[
+    "knn", "linear", "logistic", "kmeans", "retrieve", "copies", "segment", "depth", "match", "discover"
+]  # fmt: skip
+ALL: tuple[Protocol, ...] = get_args(Protocol)
 
 
 @dataclass(frozen=True)

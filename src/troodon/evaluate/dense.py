@@ -133,7 +133,7 @@ def fit(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         kind = heads.Dense if head == "dpt" else heads.Linear
-        model = kind(len(blocks), maps.channels, task.out, task.cls).to(device)
+        model = kind(len(blocks), maps.channels, task.out, task.cls and head != "patches").to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.rate, weight_decay=config.weight_decay)
     batch, warm = min(config.batch, len(windows_W)), max(1, config.steps // 10)
     order: list[int] = []

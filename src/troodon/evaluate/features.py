@@ -23,6 +23,7 @@ from troodon.config import UsageError, fingerprint
 from troodon.data.decode import BadImage
 from troodon.data.index import Index
 from troodon.data.loader import stream
+from troodon.evaluate.results import versions
 
 # Shape suffixes: N images, B images of a batch, L last blocks (oldest first), D channels.
 
@@ -112,8 +113,7 @@ def extract(
         blocks = min(blocks, backbone.config.depth)
     boxes = boxes or {}
     cut = [sorted(boxes.items())] if boxes else []
-    computed = str(getattr(backbone, "compute", torch.float32))  # products in bf16 give features of their own
-    key = fingerprint(backbone.fingerprint, images_fingerprint(index), blocks, computed, *cut)
+    key = kept_as(backbone, index, blocks, *cut)
     if key in reader.kept:
         return reader.kept[key]
     parts = in_parts(
@@ -125,6 +125,12 @@ def extract(
     cls, mean, rows = (np.concatenate([getattr(p, name) for p in parts]) for name in ("cls_NLD", "mean_NLD", "rows"))
     told(left_out, len(rows), len(index))
     return reader.kept.setdefault(key, FrozenFeatures(backbone.name, cls, mean, rows, left_out))
+
+
+def kept_as(backbone: Extractor, index: Index, *what: Any) -> str:
+    """The name of features in the cache: of who gives them, in which precision, by which versions, of which images."""
+    computed = str(getattr(backbone, "compute", torch.float32))  # products in bf16 give features of their own
+    return fingerprint(backbone.fingerprint, images_fingerprint(index), computed, versions(), *what)
 
 
 def in_parts(

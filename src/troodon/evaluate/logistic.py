@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from troodon.evaluate.config import LogisticConfig
+from troodon.evaluate.metrics import tag_precision
 from troodon.evaluate.split import stratified
 
 # Shape suffixes: N training images, M validation images, D channels (one of them constant), C classes,
@@ -30,7 +32,7 @@ class Logistic:
     """What the J classifiers say."""
 
     strengths: tuple[float, ...]
-    held_out_J: np.ndarray  # accuracy on the held-out training images, trained without them
+    held_out_J: np.ndarray  # accuracy, or mean average precision, on held-out training images, trained without them
     logits_MC: Tensor  # of the chosen one, trained on all training images
     chosen: int
     chosen_on: str
@@ -41,24 +43,33 @@ def logistic(
 ) -> Logistic:
     """Choose C on held-out images, then train on all. Where no class has two images, the largest C is taken.
 
-    Features are divided by the root of their mean square, one number for all, so that C means the same for every
-    network; channels keep their proportions.
+    Labels are one class for each image (N,), or tags (N, C): 1 is there, 0 is not, -1 counts for nothing. Features are
+    divided by the root of their mean square, one number for all, so that C means the same for every network; channels
+    keep their proportions.
     """
     x_ND = torch.from_numpy(np.ascontiguousarray(train_ND)).float()
     size = x_ND.square().mean().sqrt().clamp_min(1e-12)
     x_ND, x_MD = x_ND / size, torch.from_numpy(np.ascontiguousarray(val_MD)).float() / size
     y_N = torch.from_numpy(labels_N).long()
-    held_N = torch.from_numpy(stratified(labels_N, config.held_out, seed))
+    first_N = labels_N if labels_N.ndim == 1 else (labels_N > 0).argmax(1)
+    held_N = torch.from_numpy(stratified(first_N, config.held_out, seed))
     strengths = config.strengths
     if held_N.any():
         model_JDC = solve(x_ND[~held_N], y_N[~held_N], classes, strengths, config.steps, config.tolerance)
-        held_J = torch.stack([(predict(x_ND[held_N], w).argmax(1) == y_N[held_N]).float().mean() for w in model_JDC])
+        held_J = torch.tensor([judged(predict(x_ND[held_N], w), y_N[held_N]) for w in model_JDC])
         best = torch.nonzero(held_J == held_J.max()).flatten()
         chosen, on = int(best[len(best) // 2]), "held-out training images"  # the middle of those that tie
     else:
         held_J, chosen, on = torch.zeros(len(strengths)), len(strengths) - 1, "nothing (too few images to hold any out)"
     (model_DC,) = solve(x_ND, y_N, classes, (strengths[chosen],), config.steps, config.tolerance)
     return Logistic(strengths, held_J.numpy(), predict(x_MD, model_DC), chosen, on)
+
+
+def judged(logits_MC: Tensor, labels_M: Tensor) -> float:
+    """Accuracy; of tags, mean average precision over the classes that are there."""
+    if labels_M.ndim == 1:
+        return float((logits_MC.argmax(1) == labels_M).float().mean())
+    return float(np.nanmean([steps for steps, _ in tag_precision(logits_MC.numpy(), labels_M.numpy())]))
 
 
 def predict(x_MD: Tensor, model_DC: Tensor) -> Tensor:
@@ -71,14 +82,16 @@ def solve(
 ) -> Tensor:
     """Models (J, D + 1, C) that minimise the sum of cross-entropies times C, plus half the squared weights.
 
-    The penalty is scikit-learn's: not on what is added. One problem is done when no entry of its gradient, divided by
-    C times the number of images, is above `tolerance`.
+    Of tags, the cross-entropies of each class by itself: as many problems of two classes as there are classes. The
+    penalty is scikit-learn's: not on what is added. One problem is done when no entry of its gradient, divided by C
+    times the number of images, is above `tolerance`.
     """
     x_ND = torch.cat([x_ND, x_ND.new_ones(len(x_ND), 1)], 1)
     (images, dim), problems = x_ND.shape, len(strengths)
     penalty_J = 1 / (torch.tensor(strengths, dtype=torch.float64).to(x_ND.dtype) * images)
     kept_D1 = torch.ones(dim, 1)
     kept_D1[-1] = 0
+    entropy = of_classes if labels_N.ndim == 1 else of_tags
     rows = max(1, CHUNK // (classes * problems))
 
     def loss(w_JW: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,10 +100,8 @@ def solve(
         flat_DF = w_JDC.permute(1, 0, 2).reshape(dim, -1)
         value_J, slope_DF = x_ND.new_zeros(len(w_JDC)), torch.zeros_like(flat_DF)
         for x, y in zip(x_ND.split(rows), labels_N.split(rows)):
-            log_NJC = (x @ flat_DF).view(len(x), -1, classes).log_softmax(-1)
-            value_J -= log_NJC[torch.arange(len(x)), :, y].sum(0)
-            error_NJC = log_NJC.exp_()
-            error_NJC[torch.arange(len(x)), :, y] -= 1
+            value, error_NJC = entropy((x @ flat_DF).view(len(x), -1, classes), y)
+            value_J += value
             slope_DF.addmm_(x.T, error_NJC.view(len(x), -1))
         slope_JDC = slope_DF.view(dim, -1, classes).permute(1, 0, 2) / images
         weight_J = penalty_J[which, None, None]
@@ -104,6 +115,22 @@ def solve(
         for which in torch.arange(problems).split(together)
     ]
     return torch.cat(solved).view(problems, dim, classes)
+
+
+def of_classes(z_NJC: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of cross-entropies (J,), and its gradient in the logits."""
+    log_NJC = z_NJC.log_softmax(-1)
+    value_J = -log_NJC[torch.arange(len(z_NJC)), :, labels_N].sum(0)
+    error_NJC = log_NJC.exp_()
+    error_NJC[torch.arange(len(z_NJC)), :, labels_N] -= 1
+    return value_J, error_NJC
+
+
+def of_tags(z_NJC: Tensor, tags_NC: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of each class by itself, where it is known."""
+    known_N1C, there_N1C = (tags_NC >= 0)[:, None].float(), (tags_NC > 0)[:, None].float()
+    value_J = ((F.softplus(z_NJC) - z_NJC * there_N1C) * known_N1C).sum((0, 2))
+    return value_J, (z_NJC.sigmoid() - there_N1C) * known_N1C
 
 
 def _lbfgs(loss: Loss, which_J: Tensor, w_JW: Tensor, steps: int, tolerance: float) -> Tensor:

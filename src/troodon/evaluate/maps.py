@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from troodon import run
-from troodon.config import fingerprint
 from troodon.data.decode import BadImage
 from troodon.data.index import Index
-from troodon.evaluate.features import Reader, finite, images_fingerprint, in_parts, told
+from troodon.evaluate.features import Reader, finite, in_parts, kept_as, told
 
 # Shape suffixes: N windows, B of a batch, L chosen blocks (oldest first), h w patches, D channels, S pixels of a side.
 
@@ -123,7 +122,7 @@ def window_side(backbone: Any, side: int) -> int:
 
 def extract_maps(backbone: Any, index: Index, view: View, blocks: tuple[int, ...], reader: Reader) -> Maps:
     """Maps of every readable image. UsageError when none can be read."""
-    key = fingerprint(backbone.fingerprint, images_fingerprint(index), "maps", view, blocks)
+    key = kept_as(backbone, index, "maps", view, blocks)
     parts = in_parts(
         index, PART, key, reader,
         make=lambda rows: _extract(backbone, index, rows, view, blocks, reader), write=_write, read=_read,
@@ -136,11 +135,12 @@ def extract_maps(backbone: Any, index: Index, view: View, blocks: tuple[int, ...
 @torch.inference_mode()
 def tokens(backbone: Any, x_BCSS: Tensor, blocks: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Patches (B, L, h, w, D) and class tokens (B, L, D) of normalised windows after each of `blocks`, on the CPU."""
-    found = backbone.vit.last_blocks([x_BCSS.to(backbone.device)], backbone.config.depth - blocks[0])
-    chosen = [found[b - blocks[0]][0] for b in blocks]
-    width = x_BCSS.shape[-1] // backbone.config.patch
-    patches = torch.stack([c.patches_BPD.unflatten(1, (-1, width)) for c in chosen], 1)
-    return patches.cpu(), torch.stack([c.cls_BD for c in chosen], 1).float().cpu()
+    width, patches, cls = x_BCSS.shape[-1] // backbone.config.patch, [], []
+    for found in backbone.tokens(x_BCSS.to(backbone.device), backbone.config.depth - blocks[0]):
+        chosen = [found[b - blocks[0]] for b in blocks]
+        patches.append(torch.stack([c.patches_BPD.unflatten(1, (-1, width)) for c in chosen], 1).cpu())
+        cls.append(torch.stack([c.cls_BD for c in chosen], 1).float().cpu())
+    return torch.cat(patches), torch.cat(cls)
 
 
 def normalised(backbone: Any, x_NCSS: Tensor) -> Tensor:

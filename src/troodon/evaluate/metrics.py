@@ -76,6 +76,36 @@ def average_precision(relevant_N: np.ndarray, positives: int, how: str = "steps"
     return float(precision.sum() / positives)
 
 
+def precisions(relevant_N: np.ndarray, weight_RN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Average precision (R,) of a ranking, best first, in which images count so often; NaN where none is relevant.
+
+    Two ways: the sum of "steps", as in `average_precision`; and that of VOC 2007, the mean over recalls of 0, 0.1 ... 1
+    of the largest precision at this recall or more (https://doi.org/10.1007/s11263-009-0275-4, section 4.2).
+    """
+    if not len(relevant_N):
+        return np.full(len(weight_RN), np.nan), np.full(len(weight_RN), np.nan)
+    found_RN, seen_RN = np.cumsum(weight_RN * relevant_N, 1), np.cumsum(weight_RN, 1)
+    precision_RN, total_R = found_RN / np.maximum(seen_RN, 1), found_RN[:, -1]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        steps_R = (weight_RN * relevant_N * precision_RN).sum(1) / total_R
+    best_RN = np.maximum.accumulate(precision_RN[:, ::-1], 1)[:, ::-1]
+    firsts_RT = np.stack([(10 * found_RN >= tenth * total_R[:, None]).argmax(1) for tenth in range(11)], 1)
+    eleven_R = np.take_along_axis(best_RN, firsts_RT, 1).mean(1)
+    return steps_R, np.where(total_R > 0, eleven_R, np.nan)
+
+
+def tag_precision(score_NC: np.ndarray, tags_NC: np.ndarray, weight_RN: np.ndarray | None = None) -> np.ndarray:
+    """Average precision of each class, in two ways (C, 2), or in each resample (C, 2, R); -1 counts for nothing."""
+    weight_RN = np.ones((1, len(score_NC)), np.int64) if weight_RN is None else weight_RN
+    found = []
+    for score_N, tags_N in zip(score_NC.T, tags_NC.T, strict=True):
+        order = np.argsort(-score_N, kind="stable")
+        order = order[tags_N[order] >= 0]
+        found.append(precisions(tags_N[order] > 0, weight_RN[:, order]))
+    found_C2R = np.array(found)
+    return found_C2R[:, :, 0] if len(weight_RN) == 1 else found_C2R
+
+
 def micro_ap(score_P: np.ndarray, right_P: np.ndarray, resamples: int, seed: int) -> tuple[float, float, float]:
     """Average precision of all pairs in one ranking, and its interval over the pairs that are right.
 

@@ -61,7 +61,7 @@ def measure(backbone: Any, benchmark: Benchmark, config: EvaluateConfig, reader:
     four = last_four(depth) if protocol == "segment" else spread_four(depth)
     side = window_side(backbone, dense.side)
     blocks = tuple(sorted({*four, depth - 1}))
-    heads = [head for head in dense.heads if (head != "dpt" or protocol == "depth")]
+    heads = [head for head in dense.heads if protocol == "depth" or head not in ("patches", "dpt")]
     learn, test = (extract_maps(backbone, part.images, View(side), blocks, reader) for part in (train, val))
     target_Wnn, usable_W = cells(train, task, learn)
     if not len(usable_W):
@@ -72,7 +72,7 @@ def measure(backbone: Any, benchmark: Benchmark, config: EvaluateConfig, reader:
     images = same_images(benchmark.images, "split")
     fitted: dict[tuple[str, int], Any] = {}  # of one scale and of several it is the same head
     for head in heads:
-        used = four if head != "linear" else (depth - 1,)
+        used = four if head not in ("linear", "patches") else (depth - 1,)
         scales = [test]
         if head == "linear_4_ms":
             views = [View(side, scale) for scale in dense.scales]

@@ -15,24 +15,27 @@ from troodon.config import UsageError, fingerprint, to_dict
 from troodon.data.benchmarks import Benchmark
 from troodon.data.decode import decode
 from troodon.data.index import Index
-from troodon.evaluate import classify, pixels
+from troodon.evaluate import classify, pixels, tags
 from troodon.evaluate.baselines import LocationPrior
 from troodon.evaluate.config import EvaluateConfig, Protocol
+from troodon.evaluate.discover import discover
 from troodon.evaluate.features import Extractor, Reader, extract, images_fingerprint
 from troodon.evaluate.match import match
 from troodon.evaluate.metrics import ERRORS, score
 from troodon.evaluate.pictures import PAIRS, neighbours_picture, pca_picture, spread
-from troodon.evaluate.results import Result
+from troodon.evaluate.results import Result, releases, versions, view
 from troodon.evaluate.retrieve import find_copies, retrieve
 from troodon.evaluate.split import how_split, labelled, split
 
 Measure = Callable[[Any, Benchmark, EvaluateConfig, Reader], Iterator[Result]]
 # What is measured of a set of data that is no set of labels: the protocol, its function, and whether it needs patches.
 MEASURES: dict[str, list[tuple[Protocol, Measure, bool]]] = {
+    "tags": [("logistic", tags.measure, False), ("discover", discover, True)],
     "retrieval": [("retrieve", retrieve, False)],
     "copies": [("copies", find_copies, False)],
     "mask": [("segment", pixels.measure, True), ("match", match, True)],
     "depth": [("depth", pixels.measure, True), ("match", match, True)],
+    "none": [("match", match, True)],
 }
 
 
@@ -58,12 +61,13 @@ def evaluate(
         pixels.check(benchmark, config)
     named = _distinct(backbones)
     settings = to_dict(config) | {"datasets": [b.name for b in benchmarks], "backbones": list(named)}
+    settings["compute"] = [view(b).get("compute", "none") for b in named.values()]
     images = [images_fingerprint(index, *columns) for index, *columns in _all_images(benchmarks)]
     made_of = fingerprint(settings, images, [b.fingerprint for b in named.values()])
     if run.is_done(out, "scores", made_of, settings):
         run.say(f"{out}: already there")
         return run.read_json(out / "scores.json")
-    scores, details = [], []
+    scores, details, used = [], [], versions()
     tell = run.say if dist.rank() == 0 else lambda message: None
     count = sum(len(b.images) for b in benchmarks)
     tell(f"suite {config.suite}: {len(named)} backbones, {len(benchmarks)} sets of data, {count:,} images")
@@ -71,7 +75,8 @@ def evaluate(
         kept = replace(reader, kept={} if scores else reader.kept)  # of the first, until its pictures are drawn
         for result in _results(backbone, lessons, others, config, kept):
             entry = score(result.protocol, result.dataset, result.metric, result.value, result.low, result.high,
-                          result.settings, name, result.like)  # fmt: skip
+                          result.settings | {"versions": used}, name,
+                          result.like | {"releases": releases(used)})  # fmt: skip
             scores.append(entry)
             what = {"protocol": result.protocol, "dataset": result.dataset, "metric": result.metric}
             details.append({"backbone": name} | what | result.details)
@@ -97,7 +102,10 @@ def said(entry: dict) -> str:
 
 
 def divided(benchmarks: Sequence[Benchmark], config: EvaluateConfig) -> tuple[list[classify.Lesson], list[Benchmark]]:
-    """Sets of labels, each with those that it teaches; and the others. UsageError for one that nothing here teaches."""
+    """Sets of labels, each with those that it teaches; and the others, that without a label among them where patches
+    are to be matched, which takes none. UsageError for one that nothing here teaches."""
+    if "match" in config.protocols:
+        benchmarks = [replace(b, kind="none") if _without_labels(b) else b for b in benchmarks]
     labels = [b for b in benchmarks if b.kind == "label"]
     lessons = {}
     for b in (b for b in labels if b.learns_from is None):
@@ -108,6 +116,10 @@ def divided(benchmarks: Sequence[Benchmark], config: EvaluateConfig) -> tuple[li
             raise UsageError(f"{b.name}: has only images to test on; give {b.learns_from}, to learn from, beside it")
         lessons[b.learns_from].tests[b.name] = labelled(b.images)
     return list(lessons.values()), [b for b in benchmarks if b.kind != "label"]
+
+
+def _without_labels(benchmark: Benchmark) -> bool:
+    return benchmark.kind == "label" and benchmark.images.table["label"].null_count == len(benchmark.images)
 
 
 def _results(
@@ -122,7 +134,7 @@ def _results(
             if protocol in config.protocols and isinstance(backbone, LocationPrior):
                 if measure is pixels.measure:
                     yield from pixels.place_prior(benchmark, config)
-            elif protocol in config.protocols and hasattr(backbone, "vit" if patches else "features"):
+            elif protocol in config.protocols and hasattr(backbone, "tokens" if patches else "features"):
                 yield from measure(backbone, benchmark, config, reader)
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Tensor
 from troodon.config import UsageError, fingerprint, nearest, pair, to_dict
 from troodon.model import inference
 from troodon.model.config import Preprocessing, ViTConfig
-from troodon.model.vit import ViT
+from troodon.model.vit import Tokens, ViT
 from troodon.run import MANIFEST, publish, read_json, write_json
 
 # Shape suffixes: B images, C colours, H W pixels, D channels, R registers, h w rows and columns of patches.
@@ -112,15 +112,18 @@ class Backbone:
             images = images.pin_memory()  # the copy goes beside what the device still does
         images, width = images.to(self.device, non_blocking=True), images.shape[-1] // self.config.patch
         found = []
-        with inference.autocast(self.device, self.compute):
-            for piece in inference.pieces(images, self.vit):
-                per_block = [t for (t,) in (self.network or self.vit).last_blocks([piece], blocks)]
-                means = [(t.cls_BD, t.patches_BPD.mean(1)) for t in per_block]
-                found.append(
-                    Features(per_block[-1].cls_BD, per_block[-1].patches_BPD, per_block[-1].registers_BRD, means)
-                )
+        for per_block in self.tokens(images, blocks):
+            means = [(t.cls_BD, t.patches_BPD.mean(1)) for t in per_block]
+            found.append(Features(per_block[-1].cls_BD, per_block[-1].patches_BPD, per_block[-1].registers_BRD, means))
         joined = found[0] if len(found) == 1 else _joined(found)
         return dataclasses.replace(joined, patches=joined.patches.unflatten(1, (-1, width)))
+
+    def tokens(self, images_BCHW: Tensor, blocks: int) -> Iterator[list[Tokens]]:
+        """Tokens after each of the last blocks, oldest first, of a few images at a time, as `faster` has set it."""
+        for piece in inference.pieces(images_BCHW, self.vit):
+            with torch.inference_mode(), inference.autocast(self.device, self.compute):
+                found = (self.network or self.vit).last_blocks([piece], blocks)
+            yield [tokens for (tokens,) in found]
 
     def _pixels(self, image: str | Path | np.ndarray) -> np.ndarray:
         if isinstance(image, str | Path):

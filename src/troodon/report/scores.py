@@ -27,12 +27,15 @@ from troodon.report.thumbnails import picture
 PROTOCOLS = {"knn": "k-NN", "linear": "linear", "linear_chosen_on_val": "linear, chosen on the images to test on",
              "logistic": "logistic regression", "kmeans": "clusters", "segment": "segmentation",
              "segment_linear_4": "segmentation, 4 blocks", "segment_linear_4_ms": "segmentation, 4 blocks and scales",
-             "depth": "depth", "depth_linear_4": "depth, 4 blocks", "depth_linear_4_ms": "depth, 4 blocks and scales",
+             "depth": "depth", "depth_patches": "depth, patches alone", "depth_linear_4": "depth, 4 blocks",
+             "depth_linear_4_ms": "depth, 4 blocks and scales",
              "depth_dpt": "depth, convolutions", "retrieve": "retrieval", "copies": "copies among all pairs",
-             "match": "patches matched"}  # fmt: skip
+             "match": "patches matched", "match_light": "patches matched, other light",
+             "discover": "things found"}  # fmt: skip
 METRICS = {"accuracy": "accuracy", "miou": "mean IoU", "pixel_accuracy": "pixel accuracy", "nmi": "mutual information",
-           "map": "mean average precision", "micro_ap": "average precision", "absrel": "relative error",
-           "rmse": "RMSE", "rmse_log": "RMSE of logarithms"}  # fmt: skip
+           "map": "mean average precision", "map_11_points": "mean average precision, 11 points",
+           "micro_ap": "average precision", "absrel": "relative error", "rmse": "RMSE",
+           "rmse_log": "RMSE of logarithms"}  # fmt: skip
 ERRORS = {"absrel", "abs_rel", "rmse", "rmse_log", "error", "loss"}  # lower is better, and not a share of anything
 TO = "\N{EN DASH}"
 REFERENCE = re.compile(r"random|histogram|pixel|chance|untrained|prior|patch-colours|mean colour", re.IGNORECASE)
@@ -54,7 +57,7 @@ def scores(artifacts: list[Artifact]) -> Part | None:
         groups[entry["dataset"], entry["protocol"], entry["metric"]].append(entry)
     for group in groups.values():
         group.sort(key=lambda e: (-_better(e), e["backbone"]))
-    first = _leading(groups)
+    first = leading(groups)
     others = folded("All metrics", _table(groups)) if len(first) < len(groups) else None
     body = [_words(first), _table(first), _bars(first), others, [_pictures(one, len(artifacts)) for one in artifacts]]
     if not entries:
@@ -73,7 +76,7 @@ def _entries(one: Artifact) -> list[dict]:
     return out
 
 
-def _leading(groups: dict) -> dict:
+def leading(groups: dict) -> dict:
     """Of each protocol the metrics that say most; others only where there are none of these."""
     said = {(d, p) for d, p, metric in groups if not SECOND.fullmatch(metric)}
     return {key: group for key, group in groups.items() if not SECOND.fullmatch(key[2]) or key[:2] not in said}
@@ -230,7 +233,7 @@ def _settings(entries: list[dict]) -> Content:
     for e in entries:
         settings = e.get("settings")
         if isinstance(settings, dict):  # what fingerprints stand for says the same again
-            settings = {name: value for name, value in settings.items() if name != "protocol"}
+            settings = {name: value for name, value in settings.items() if name not in ("protocol", "versions")}
         told = ", ".join(f"{name} {value}" for name, value in flat(settings))
         if told:
             rows.append((e["backbone"], _protocol(e["protocol"]), e["dataset"], told))
