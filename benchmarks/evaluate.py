@@ -89,17 +89,18 @@ def main() -> None:
                 write_json(folder / f"{name}.json", [seconds, [(s["protocol"], round(s["value"], 3)) for s in scores]])
                 print(f"  {name:<16} {seconds:7.2f} s", file=sys.stderr)
         found = {n: read_json(folder / f"{n}.json") for n in SIDES if (folder / f"{n}.json").exists()}
-    if missing := [name for name in SIDES if name not in found]:
+    if missing := [name for name in ("together", *PROTOCOLS) if name not in found]:
         print(f"  to be timed yet: {', '.join(missing)}", file=sys.stderr)
         return
-    for sides in (PROTOCOLS, [f"kept {protocol}" for protocol in PROTOCOLS]):
-        assert found["together"][1] == [score for name in sides for score in found[name][1]], found
+    for name in found:
+        said = [score for score in found["together"][1] if name == "together" or score[0] == name.rpartition(" ")[2]]
+        assert found[name][1] == said, found
     together, separately = found["together"][0], sum(found[protocol][0] for protocol in PROTOCOLS)
     count = len(benchmark.images)
     print(f"  {count} images of {side} px, {asked.compute}, {torch.get_num_threads()} threads", file=sys.stderr)
     for protocol in PROTOCOLS:
-        said = f"{found[protocol][0]:7.2f} s alone, {found[f'kept {protocol}'][0]:6.2f} s where the features are kept"
-        print(f"  {protocol:<10} {said}", file=sys.stderr)
+        kept = f", {found[f'kept {protocol}'][0]:6.2f} s where features are kept" if f"kept {protocol}" in found else ""
+        print(f"  {protocol:<10} {found[protocol][0]:7.2f} s alone{kept}", file=sys.stderr)
     network = "ViT-S/14, random"
     finish([line("suite_one_pass", together, separately, "s", images=count, side=side, network=network,
                  compute=asked.compute, protocols=list(PROTOCOLS))])  # fmt: skip
