@@ -2,7 +2,8 @@
 
 Spherical k-means on a sample gives lists; each row lies in the list of its nearest centroid, and is compared with all
 rows in the lists that are nearest to it. Of 200,000 rows of 384 channels two rounds, the second over what survives and
-with other lists, find 99.6 % of the copies that exact search finds, in a third of its time; of a million 99.2 %. Rows lie in their lists in eight bits, which propose; the rows themselves decide, as in exact.py.
+with other lists, find 99.6 % of the copies that exact search finds, in a third of its time; of a million 99.2 %. Rows
+lie in their lists in eight bits, which propose; the rows themselves decide, as in exact.py.
 
 Lists do not depend on threads, blocks or devices: centroids, and rows where they meet them, are whole numbers,
 multiples of 1 / GRID, whose products and sums stay below 2^24, which float32 holds exactly in whatever order.
