@@ -17,7 +17,9 @@ HIGH_RESOLUTION = 518  # pixels, as in the paper
 def high_resolution(start: PretrainConfig, steps: int = 10_000) -> PretrainConfig:
     """The last phase of the paper: crops of 518 pixels, every schedule in 10,000 steps.
 
-    Section 5 of https://arxiv.org/abs/2304.07193. Command: troodon pretrain high_resolution --init RUN --data SELECTION --out RUN-518
+    Section 5 of https://arxiv.org/abs/2304.07193.
+
+    Command: troodon pretrain high_resolution --init RUN --data SELECTION --out RUN-518
     Positions are resized once, to the grid of the large crops (the longer side's, if they are not square). From a run
     its heads go on learning; a backbone alone gets new ones, which learn by themselves first. The paper's learning
     rate was never published: a tenth of the first phase's is ours. For mixed resolutions set crops.mixed. Not yet run
