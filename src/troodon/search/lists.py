@@ -25,7 +25,7 @@ from troodon.search.exact import cosines, unit
 
 PROBES = 84  # lists that a row is compared with, at most
 GRID = 4000.0
-SAMPLED = 16  # rows for each list that k-means sees
+SAMPLED = (16, 32, 80_000)  # rows for each list that k-means sees, at least and at most, and in all
 ITERATIONS = 5
 SLACK = 0.01  # how far a cosine of rows in eight bits may be off; mostly 0.001
 BLOCK = 4096
@@ -33,22 +33,23 @@ SORTED = 2**16  # rows whose probes are sorted at once
 
 
 def count_for(rows: int) -> int:
-    """How many lists make finding them about as costly as searching them."""
-    return max(1, round(5 * rows**0.5))
+    """How many lists make finding them about as costly as searching them, and none too short to be worth its turn."""
+    return max(1, round(min(5 * rows**0.5, rows / 56)))
 
 
 def probes_for(lists: int) -> int:
     """How many lists a row is compared with. Many small ones find more than few large ones of as many rows."""
-    return min(PROBES, max(8, lists // 45))
+    return min(PROBES, max(14, lists // 45))
 
 
-def kmeans(x_ND: ndarray, count: int, seed: int, iterations: int = ITERATIONS, sampled: int = SAMPLED) -> ndarray:
-    """Centroids (L, D) float32 on the grid, from at most `count` x `sampled` rows drawn by `seed`.
+def kmeans(x_ND: ndarray, count: int, seed: int, iterations: int = ITERATIONS, sampled: int = 0) -> ndarray:
+    """Centroids (L, D) float32 on the grid, from at most `count` x `sampled` (0: SAMPLED) rows drawn by `seed`.
 
     L is `count`, or the number of rows where these are fewer. A centroid that nobody is nearest to takes the place of
     the row that is farthest from its own.
     """
-    random = np.random.default_rng(seed)
+    random, (least, most, every) = np.random.default_rng(seed), SAMPLED
+    sampled = sampled or max(least, min(most, every // max(1, count)))
     drawn = np.sort(random.permutation(len(x_ND))[: count * sampled])
     count = min(count, len(drawn))
     rows = np.concatenate([on_grid(x_ND[part]) for part in blocks(drawn)] or [np.zeros((0, x_ND.shape[1]), np.float32)])
