@@ -1,5 +1,6 @@
 """A step: the same losses as when it is written the usual way, and no wait for the device but the guard's."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from troodon.data.batch import Batch
 from troodon.data.config import CropsConfig
 from troodon.learn import optim
 from troodon.learn.config import ObjectiveConfig, PretrainConfig
-from troodon.learn.loop import Learner, train
+from troodon.learn.loop import Learner, NotFinite, train
 from troodon.learn.losses import Ranks
 from troodon.learn.method import Branch, Method
 from troodon.learn.parallel import empty
@@ -58,6 +59,29 @@ def test_three_steps_are_those_of_the_usual_way(objective, mlp):
     ours, usual = (steps(kind(config.objective, *branches(config)), config, seen, 3) for kind in (Method, UsualMethod))
     for a, b in zip(ours, usual, strict=True):
         assert {n: v.item() for n, v in a.items()} == pytest.approx({n: v.item() for n, v in b.items()}, rel=2e-5)
+
+
+def test_a_broken_step_changes_nothing(monkeypatch):
+    method, seen = Method(CONFIG.objective, *branches(CONFIG)), batch(CONFIG)
+    optimizer = optim.adamw(method.student, CONFIG.vit.depth, CONFIG.optim)
+    learner = Learner(method, optimizer, CONFIG.schedules, CONFIG.optim, lambda *_: None)
+
+    def take(first: int) -> list[torch.Tensor]:
+        how = {"accumulate": 1, "seed": 0, "rank": 0, "asked_to_stop": lambda: False}
+        train([learner], iter([seen]), first_step=first, steps=first + 1, **how)
+        moments = [value for state in optimizer.state.values() for value in state.values()]
+        return [x.detach().clone() for x in (*method.student.parameters(), *method.average.parameters(), *moments)]
+
+    before = take(50)
+    losses = method.losses
+    monkeypatch.setattr(method, "losses", lambda *asked: {n: x * math.nan for n, x in losses(*asked).items()})
+    with pytest.raises(NotFinite):
+        take(51)
+    monkeypatch.undo()
+    moments = [value for state in optimizer.state.values() for value in state.values()]
+    after = [*method.student.parameters(), *method.average.parameters(), *moments]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(before, take(51), strict=True))
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,12 @@ from troodon import run
 from troodon.curate import compose, dedup, leak, space
 from troodon.curate.embed import COPIES, MATRIX, load
 from troodon.curate.hashes import near_hashes
-from troodon.curate.pool import Pool, mapped, ranges
+from troodon.curate.pool import Assign, Pool, mapped, ranges
 from troodon.curate.stage import Counts, counted, joined
 from troodon.curate.thresholds import thresholds
 from troodon.search import join
 from troodon.search.exact import above
-from troodon.search.lists import Lists, count_for, kmeans, probed
+from troodon.search.lists import Lists, count_for, kmeans
 
 LISTS = 64  # partitions of a layout that are one unit
 EDGES = pa.schema([("i", pa.int64()), ("j", pa.int64()), ("score", pa.float32())])
@@ -176,12 +176,12 @@ class Join:
         parts = list[Path]()
         if self.how == "lists" and len(rows):  # which of them each row is near takes long, and is shared out
             centres = self.pool.here("centres", lambda folder: _centres(matrix, seed, folder), *made_from)
-            parts = self.pool.spread("probes", _Probes(centres, matrix), ranges(len(rows)), *made_from)
+            parts = self.pool.spread("probes", Assign(matrix, centres / "centroids.npy"), ranges(len(rows)), *made_from)
 
         def lay_out(folder: Path) -> Counts:
             x_MD = np.load(matrix, mmap_mode="r")
             if parts:
-                told, lists = folder / "probes.npy", len(np.load(centres / "centroids.npy", mmap_mode="r"))
+                told, lists = folder / "lists.npy", len(np.load(centres / "centroids.npy", mmap_mode="r"))
                 joined(parts, told)
                 Lists.by(x_MD, np.load(told, mmap_mode="r"), lists, folder)
                 told.unlink()
@@ -205,19 +205,6 @@ def _centres(matrix: Path, seed: int, folder: Path) -> Counts:
     x_ND = np.load(matrix, mmap_mode="r")
     np.save(folder / "centroids.npy", kmeans(x_ND, count_for(len(x_ND)), seed))
     return counted(len(x_ND))
-
-
-@dataclass(frozen=True)
-class _Probes:
-    """The lists of rows (first, last)."""
-
-    centres: Path
-    matrix: Path
-
-    def __call__(self, unit: tuple[int, int], folder: Path) -> Counts:
-        x_ND = np.load(self.matrix, mmap_mode="r")[slice(*unit)]
-        np.save(folder / "probes.npy", probed(x_ND, np.load(self.centres / "centroids.npy")))
-        return counted(len(x_ND))
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from troodon import run
 from troodon.curate import space
 from troodon.curate.balance import ITERATIONS, SAMPLED, evenly, from_clusters, hierarchy
 from troodon.curate.embed import load
-from troodon.curate.pool import Pool, mapped, ranges
+from troodon.curate.pool import Assign, Pool, mapped, ranges
 from troodon.curate.retrieve import Hits, fill
 from troodon.curate.stage import Counts, counted
 from troodon.search.exact import top_k
-from troodon.search.lists import kmeans, nearest
+from troodon.search.lists import kmeans
 
 QUERIES = 16_384  # of one unit
 DEEPER = 8  # times as many hits are looked at as are wanted, where images may be taken already
@@ -121,19 +121,8 @@ def _clusters(pool: Pool, vectors: Path, candidates: ndarray, made_from: tuple) 
 
     trained = pool.here("cluster", train, *made_from)
     count = len(np.load(vectors, mmap_mode="r"))
-    parts = pool.spread("assign", _Assign(vectors, trained / "centroids.npy"), ranges(count), *made_from)
-    return np.concatenate([np.load(part / "cluster.npy") for part in parts])
-
-
-@dataclass(frozen=True)
-class _Assign:
-    vectors: Path
-    centroids: Path
-
-    def __call__(self, unit: tuple[int, int], folder: Path) -> Counts:
-        rows = np.load(self.vectors, mmap_mode="r")[slice(*unit)]
-        np.save(folder / "cluster.npy", nearest(rows, np.load(self.centroids), 1)[1][:, 0])
-        return counted(len(rows))
+    parts = pool.spread("assign", Assign(vectors, trained / "centroids.npy", 1), ranges(count), *made_from)
+    return np.concatenate([np.load(part / "lists.npy")[:, 0] for part in parts]).astype(np.int32)
 
 
 @dataclass(frozen=True)

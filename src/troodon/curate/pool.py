@@ -13,8 +13,9 @@ from troodon.config import UsageError, fingerprint
 from troodon.curate.config import CurateConfig
 from troodon.curate.engines import Here
 from troodon.curate.space import Space
-from troodon.curate.stage import Engine, Stage, code, do
+from troodon.curate.stage import Counts, Engine, Stage, code, counted, do
 from troodon.data.index import Index
+from troodon.search.lists import probed
 
 BLOCK = 65_536  # rows of one unit, where a unit is some rows
 
@@ -67,6 +68,20 @@ def mapped(x_ND: ndarray, space: Space, rows: ndarray, path: Path) -> None:
     for start in range(0, len(rows), BLOCK):
         out[start : start + BLOCK] = space(x_ND[rows[start : start + BLOCK]])
     out.flush()
+
+
+@dataclass(frozen=True)
+class Assign:
+    """The centroids that rows (first, last) of a matrix are nearest to, best first (N, p), as `probed` gives them."""
+
+    vectors: Path
+    centroids: Path
+    p: int | None = None
+
+    def __call__(self, unit: tuple[int, int], folder: Path) -> Counts:
+        rows = np.load(self.vectors, mmap_mode="r")[slice(*unit)]
+        np.save(folder / "lists.npy", probed(rows, np.load(self.centroids), self.p))
+        return counted(len(rows))
 
 
 def need(images: int, readable_N: ndarray, table: pa.Table, what: str) -> None:
