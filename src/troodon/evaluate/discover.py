@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 from troodon.data.benchmarks import Benchmark
@@ -65,16 +66,9 @@ def box_of(patches_hwD: Tensor) -> np.ndarray:
     first = fewest[0]
     kind = fewest[alike_PP[first, fewest] > 0]
     thing_hw = (alike_PP[:, kind].sum(1) > 0).view(h, w)
-    grown_hw, before = torch.zeros(h, w, dtype=torch.bool), 0
-    grown_hw.view(-1)[first] = True
-    while (size := int(grown_hw.sum())) > before:  # what touches it, a step further each time
-        before = size
-        near_hw = grown_hw.clone()
-        near_hw[1:] |= grown_hw[:-1]
-        near_hw[:-1] |= grown_hw[1:]
-        near_hw[:, 1:] |= grown_hw[:, :-1]
-        near_hw[:, :-1] |= grown_hw[:, 1:]
-        grown_hw |= near_hw & thing_hw
+    thing_hw.view(-1)[first] = True
+    part_hw, _ = ndimage.label(thing_hw.numpy())  # what touches by its sides is one part
+    grown_hw = torch.from_numpy(part_hw == part_hw.flat[int(first)])
     ys, xs = (torch.nonzero(grown_hw.any(d)).flatten() for d in (1, 0))
     return np.array([xs[0] / w, ys[0] / h, (xs[-1] + 1) / w, (ys[-1] + 1) / h])
 
