@@ -3,13 +3,14 @@
     python benchmarks/curate_images.py --data FOLDER [--backbone RUN ...] [--parts PART ...] [--quick]
 
 FOLDER holds neardup_cifar10_dev.tar, photos_cc0_224.tar and cls_tinyin50_64.tar. Ways to compare: eight by eight
-pixels, an untrained ViT, the backbones given, each whitened; and perceptual hashes.
+pixels, an untrained ViT, the backbones given, these with pixels, each whitened; and perceptual hashes.
 
     judged     4,313 images of CIFAR-10 with 156 pairs that people call the same: average precision over all pairs
     attacked   photographs against copies of them, 24 kinds at four strengths: average precision over all pairs of a
                copy and a photograph, recall at the score that no wrong pair reaches, and the same by strength; and by
                kind the share of copies that lie nearer to their photograph than to any other
-    leaks      attacked validation images hidden in a pool, curated against the validation set: what is left, by kind
+    leaks      attacked validation images hidden in a pool, curated against the validation set: what is left, by kind;
+               without pixels and disguises, with either, and with both
     retrieval  half of 50 classes as curated, images of all classes and photographs as pool: precision, recall,
                collisions, by sample and by cluster; against as many drawn by chance
 """
@@ -22,21 +23,21 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-import torch.nn.functional as F
 from numpy import ndarray
+from PIL import Image
 
 from troodon import run, verbs
 from troodon.curate import space
 from troodon.curate.config import CurateConfig
-from troodon.curate.embed import describe, embed
+from troodon.curate.embed import embed
+from troodon.curate.finder import Finder, Pixels
 from troodon.curate.hashes import perceptual_hash
 from troodon.curate.pipeline import curate
 from troodon.data.attacks import ATTACKS, attack
@@ -51,22 +52,6 @@ PARTS = ("judged", "leaks", "retrieval")  # besides the attacked photographs
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 
 
-@dataclass(frozen=True)
-class Pixels:
-    """What a network must beat: eight by eight pixels."""
-
-    name: str = "pixels"
-    channels: int = 3
-    fingerprint: str = "8x8"
-
-    def prepare(self, images) -> torch.Tensor:
-        parts = [torch.from_numpy(np.array(i)).permute(2, 0, 1)[None].float() / 255 for i in images]
-        return torch.cat([F.interpolate(p, (8, 8), mode="bilinear", antialias=True) for p in parts])
-
-    def features(self, images: torch.Tensor, blocks: int = 1) -> SimpleNamespace:
-        return SimpleNamespace(cls=images.flatten(1), patches=images.permute(0, 2, 3, 1))
-
-
 def average_precision(score_N: ndarray, right_N: ndarray) -> tuple[float, float]:
     """Of pairs with a score, and the recall at the score that no wrong one reaches. Equal scores count against us."""
     order = np.lexsort((right_N, -score_N))
@@ -76,20 +61,20 @@ def average_precision(score_N: ndarray, right_N: ndarray) -> tuple[float, float]
     return float(precision[right].sum() / right.sum()), float((score_N[right_N] > best_wrong).mean())
 
 
-def told(images: list[ndarray], how: Any) -> ndarray:
-    """Vectors or, without a backbone, bits as +1 and -1, whose products count equal bits."""
+def told(images: list[ndarray], how: Finder | None) -> ndarray:
+    """Vectors or, without a finder, bits as +1 and -1, whose products count equal bits."""
     if how is not None:
-        return describe(how, images, "cls")
+        return how(images)
     hashes = np.array([perceptual_hash(image) or 0 for image in images], ">u8")
     return np.unpackbits(hashes.view(np.uint8).reshape(-1, 8), axis=1).astype(np.float32) * 2 - 1
 
 
-def spaced(how: Any, base: ndarray) -> Callable[[ndarray], ndarray]:
+def spaced(how: Finder | None, base: ndarray) -> Callable[[ndarray], ndarray]:
     fitted = space.fit("whitened" if how is not None else "plain", base)
     return lambda x: unit(fitted(x))
 
 
-def judged(data: Path, ways: dict[str, Any]) -> None:
+def judged(data: Path, ways: dict[str, Finder | None]) -> None:
     tar = data / "neardup_cifar10_dev.tar"
     index = open_source(tar / "images")
     at = {Path(path).name: row for row, path in enumerate(index.column("path"))}
@@ -113,7 +98,7 @@ def judged(data: Path, ways: dict[str, Any]) -> None:
         )
 
 
-def attacked(data: Path, ways: dict[str, Any], photos: int) -> list[float]:
+def attacked(data: Path, ways: dict[str, Finder | None], photos: int) -> list[float]:
     index, found = open_source(data / "photos_cc0_224.tar"), []
     images = [decode(index.read(row)) for row in range(len(index))]
     random = np.random.default_rng(0)
@@ -152,21 +137,28 @@ def classes(data: Path) -> tuple[Index, ndarray]:
     return index, np.array([Path(path).parent.name for path in index.column("path")])
 
 
-def leaks(data: Path, home: Path, name: str, how: Any, hidden: int) -> float:
-    """Attacked validation images in a pool; the share of them that is left."""
+def leaks(data: Path, home: Path, name: str, how: Any, hidden: int, seed: int) -> None:
+    """Attacked validation images in a pool, and how many of them are left: by the network alone, with pixels, with
+    disguises, and with both, which is what curation does."""
     index, _ = classes(data)
     benchmark = open_source(data / "cls_tinyin50_64.tar" / "images" / "val")
-    random = np.random.default_rng(0)
-    folder, kinds = home / f"hidden-{name}", sorted(ATTACKS)
+    random = np.random.default_rng(seed)
+    folder, kinds = home / f"hidden-{name}-{seed}", sorted(ATTACKS)
     folder.mkdir()
-    from PIL import Image
-
     for i, row in enumerate(random.permutation(len(benchmark))[:hidden].tolist()):
         kind = kinds[i % len(kinds)]
         Image.fromarray(attack(decode(benchmark.read(row)), kind, random, 0.5)).save(folder / f"{kind}-{i:04d}.png")
     pool = Index.concat([index.take(np.sort(random.permutation(len(index))[:5000])), open_source(folder)]).unlabelled()
-    config = CurateConfig(gather="all")
-    out = curate(config, index.take([]), pool, how, home / f"leaks-{name}", benchmark=benchmark)
+    ways = {"alone": (False, 0), "pixels": (True, 0), "disguised": (False, 30), "both": (True, 30)}
+    for words, (pixels, disguises) in ways.items():
+        if pixels and isinstance(how, Pixels):
+            continue
+        config = CurateConfig(gather="all", pixels=pixels, disguises=disguises)
+        out = curate(config, index.take([]), pool, how, home / f"leaks-{name}-{seed}-{words}", benchmark=benchmark)
+        _left(f"{name}, {words}, {seed}", out, folder)
+
+
+def _left(name: str, out: Path, folder: Path) -> None:
     rows = pq.read_table(out / "images.parquet").to_pylist()
     ours = [r for r in rows if r["path"].startswith(folder.name) and r["pool"] == "uncurated"]
     left = [r for r in ours if r["kept"]]
@@ -183,8 +175,7 @@ def leaks(data: Path, home: Path, name: str, how: Any, hidden: int) -> float:
     clean = sum(not any(kept) for kept in by_kind.values())
     threshold = run.read_json(out / "summary.json")["benchmark_threshold"]
     said = f"{len(left)} of {len(ours)} left at {threshold:.3f}, none of {clean} of {len(by_kind)} kinds; {worst}"
-    print(f"leaks      {name:<10} {said}; {wrongly} of {len(other)} others went", flush=True)
-    return len(left) / len(ours)
+    print(f"leaks      {name:<24} {said}; {wrongly} of {len(other)} others went", flush=True)
 
 
 def halves(data: Path, seed: int = 0, *others: Index) -> tuple[Index, Index, ndarray]:
@@ -230,12 +221,15 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--quick", action="store_true", help="eight photographs, and no pools")
     parser.add_argument("--photos", type=int, default=60)
+    parser.add_argument("--seeds", type=int, default=3, help="of what is hidden among the pool's images, and how")
     given = parser.parse_args()
     torch.manual_seed(0)
     untrained = ViTConfig(dim=128, depth=4, heads=2, patch=8, grid=6, layer_scale=1.0)
-    networks: dict[str, Any] = {"pixels": Pixels(), "untrained": Backbone.random(untrained, Preprocessing(64, 64))}
+    networks: dict[str, Any] = {"pixels": Pixels(3), "untrained": Backbone.random(untrained, Preprocessing(64, 64))}
     networks |= {path.name: verbs.load(path) for path in given.backbone}
-    ways = networks | {"hash": None}
+    ways: dict[str, Finder | None] = {name: Finder(how, pixels=False) for name, how in networks.items()}
+    ways |= {f"{name}, pixels": Finder(how) for name, how in networks.items() if name != "pixels"}
+    ways["hash"] = None
     if "judged" in given.parts:
         judged(given.data, ways)
     found = attacked(given.data, ways, 8 if given.quick else given.photos)
@@ -243,7 +237,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="troodon-images-") as folder:
             for name, how in networks.items():
                 if "leaks" in given.parts:
-                    leaks(given.data, Path(folder), name, how, 480)
+                    for seed in range(given.seeds):
+                        leaks(given.data, Path(folder), name, how, 480, seed)
                 if "retrieval" in given.parts:
                     retrieval(given.data, Path(folder), name, how)
     best, hashes = max(found[:-1]), found[-1]

@@ -23,6 +23,7 @@ from troodon.curate import embed as embedding
 from troodon.curate.calibrate import calibrate
 from troodon.curate.config import CurateConfig
 from troodon.curate.dedup import components, identical, keep_order, near_duplicates
+from troodon.curate.finder import Finder
 from troodon.curate.retrieve import Hits, best_hits, retrieve
 from troodon.curate.stage import Progress
 from troodon.data.attacks import attack
@@ -434,11 +435,11 @@ def pictures(count: int, first: int = 0) -> list[np.ndarray]:
 
 def test_calibration_separates_copies_from_look_alikes():
     images, pool = pictures(60), pictures(400)
-    x = embedding.describe(Pixels(), pool, "cls")
+    x = Finder(Pixels(), pixels=False)(pool)
     mapped = space.fit("whitened", x)
 
     def look(batch):
-        return mapped(embedding.describe(Pixels(), batch, "cls"))
+        return mapped(Finder(Pixels(), pixels=False)(batch))
 
     vectors_ = mapped(x)
     found = calibrate(look, images, np.random.default_rng(0), others_MD=vectors_, false_merges=0.02)

@@ -22,6 +22,7 @@ import numpy as np
 from numpy import ndarray
 from numpy.random import Generator
 
+from troodon.curate.leak import disguised
 from troodon.data.attacks import ATTACKS, attack
 from troodon.search.exact import unit
 
@@ -33,6 +34,7 @@ COPIES = 4  # of each image, by attacks in turn
 STRENGTH = 0.5  # of the attacks: a JPEG of quality 34, 83 % of the area, turned by ten degrees ...
 FOUND = 0.95  # share of the copies: enough
 OTHERS = 20_000  # to compare with, at most
+MASKED = 100  # images that are disguised, at most
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Calibration:
     """A threshold, and what to expect of it."""
 
     threshold: float
-    looser: float  # the threshold at a higher rate, for images of a benchmark
+    benchmark_threshold: float  # the same at another rate, for images of a benchmark in their disguises
+    benchmark_recall: float | None  # share of the copies that it finds
     false_merges: float  # others that one image is wrongly taken for a copy of, on average, as aimed at
     images: int  # that were drawn
     copies: int  # that were made of them
@@ -60,14 +63,15 @@ def calibrate(
     others_MD: ndarray | None = None,
     pool: int | None = None,
     false_merges: float = 0.001,
-    looser: float = 1.0,
+    benchmark_false_merges: float = 1.0,
+    disguises: int = 0,
     strength: float = STRENGTH,
 ) -> Calibration:
     """Choose the threshold for images uint8 (H, W, 3) that were drawn from a pool of `pool` images.
 
     `embed_images` gives vectors (B, D) whose cosines are compared. `others_MD` holds those of images of the pool,
-    first of all of `images` themselves; without it they are compared with one another. `looser` is another rate of
-    false merges, for whose threshold there is also a use.
+    first of all of `images` themselves; without it they are compared with one another. `benchmark_false_merges` is the
+    rate for images of a benchmark, that are compared in so many `disguises` (leak.py).
     """
     if others_MD is None:
         others_MD = embed_images(list(images))
@@ -76,12 +80,22 @@ def calibrate(
     original_nD = others_MD[: len(images)]
     threshold_at = tail(original_nD, others_MD, pool or len(others_MD))
 
+    seen_nVD = original_nD[:MASKED, None]  # these images as such and in disguise
+    if disguises and len(seen_nVD):
+        masked = [unit(embed_images(disguised(image, disguises))) for image in images[:MASKED]]
+        seen_nVD = np.concatenate([seen_nVD, np.stack(masked)], axis=1)
+    of_benchmark = tail(original_nD[:MASKED], others_MD, pool or len(others_MD), seen_nVD)
+    benchmark_threshold, leaks = of_benchmark(benchmark_false_merges), list[bool]()
+
     scores = {kind: list[ndarray]() for kind in ATTACKS}
     kinds = list(ATTACKS)
     for turn in range(COPIES if len(images) else 0):
         names = [kinds[(at * COPIES + turn) % len(kinds)] for at in range(len(images))]
         copies = [attack(image, name, random, strength) for image, name in zip(images, names, strict=True)]
-        cosine_n = np.einsum("nd,nd->n", unit(embed_images(copies)), original_nD)
+        copy_nD = unit(embed_images(copies))
+        cosine_n = np.einsum("nd,nd->n", copy_nD, original_nD)
+        masked_nV = np.einsum("nd,nvd->nv", copy_nD[:MASKED], seen_nVD)
+        leaks += (masked_nV.max(1) > benchmark_threshold).tolist()
         for name, cosine in zip(names, cosine_n, strict=True):
             scores[name].append(cosine)
     every = np.array([cosine for of_kind in scores.values() for cosine in of_kind])
@@ -92,7 +106,8 @@ def calibrate(
     threshold = max(threshold_at(false_merges), round(float(np.quantile(every, 1 - FOUND)), 6) if len(every) else -1.0)
     return Calibration(
         threshold=threshold,
-        looser=threshold_at(looser),
+        benchmark_threshold=benchmark_threshold,
+        benchmark_recall=round(float(np.mean(leaks)), 4) if leaks else None,
         false_merges=false_merges,
         images=len(images),
         copies=len(every),
@@ -106,12 +121,17 @@ def calibrate(
     )
 
 
-def tail(original_nD: ndarray, others_MD: ndarray, pool: int) -> Callable[[float], float]:
-    """The threshold that `rate` others of an image exceed, on average over the images, in a pool of this size."""
+def tail(
+    original_nD: ndarray, others_MD: ndarray, pool: int, seen_nVD: ndarray | None = None
+) -> Callable[[float], float]:
+    """The threshold that `rate` others of an image exceed, on average over the images, in a pool of this size; where
+    they are seen in several ways, by whichever is nearest. Of `others_MD` the first are the images themselves."""
     count = min(len(original_nD), len(others_MD))
     if pool < 3 or count < 2:
         return lambda rate: 1.0
     score_nM = original_nD @ others_MD.T
+    for seen_nD in () if seen_nVD is None else seen_nVD.swapaxes(0, 1):
+        np.maximum(score_nM, seen_nD @ others_MD.T, out=score_nM)
     score_nM[np.arange(count), np.arange(count)] = -1
     score = np.sort(score_nM, axis=None)[::-1]
 

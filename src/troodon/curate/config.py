@@ -22,6 +22,8 @@ class CurateConfig:
     """What is looked for before anything is gathered; any of exact, hash, duplicate, benchmark, in this order."""
     within_curated: Literal["keep", "drop"] = "keep"
     """Duplicates among the curated images themselves: keep every readable one, or drop them too."""
+    pixels: bool = True
+    """Look for copies by what 8 x 8 pixels tell as well as by the network (see finder.py)."""
     hash_radius: int = 2
     """Step hash: bits of 64 in which perceptual hashes of copies may differ."""
     duplicate_space: Space = "whitened"
@@ -43,6 +45,9 @@ class CurateConfig:
     """Cosine above which an image counts as a benchmark's; none: calibrated."""
     benchmark_false_merges: float = 1.0
     """Calibration: how many images, on average, one benchmark image may wrongly cost."""
+    disguises: int = 30
+    """Attacked copies of each benchmark image that are looked for as well, padded, turned, mirrored and so on: the pool
+    is compared with so many more images, and finds more leaks. 30 at most, the most useful ones first; 0: none."""
     benchmark_mode: Literal["direct", "component"] = "direct"
     """What goes for a benchmark image: images that resemble it, or also all that resemble these, and so on."""
     gather: Literal["sample", "cluster", "auto", "balance", "all"] = "sample"
@@ -91,6 +96,7 @@ class CurateConfig:
         within(self, "", 1, None, "clusters", "levels", "per_cluster", "cap")
         within(self, "", 0, None, "threads", "seed", "more_than", "large", "target")
         within(self, "", 0, 8, "hash_radius")
+        within(self, "", 0, 30, "disguises")
         for name in ("false_merges", "benchmark_false_merges"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} {getattr(self, name)}: must be above 0; 0.01 is one image in a hundred")

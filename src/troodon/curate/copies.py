@@ -4,11 +4,14 @@ compare     byte-identical files and equal hashes; vectors of what is left; the 
 centres, probes, layout, join    edges between these vectors (search/join.py), one round after the other; the first
             two only by lists, and from the second round on `among`, the vectors of those that stay
 duplicate   their groups, who stays of each, and how many are still alike
-benchmark   who resembles an image of a benchmark
+disguises   the vectors of benchmark images, attacked in many ways
+leaks       edges from what is left to benchmark images, as such and in disguise
+benchmark   who resembles one
 """
 
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,28 +23,33 @@ from numpy import ndarray
 
 from troodon import run
 from troodon.curate import compose, dedup, leak, space
-from troodon.curate.embed import COPIES, MATRIX, load
+from troodon.curate.finder import Finder
 from troodon.curate.hashes import near_hashes
+from troodon.curate.leak import disguised
 from troodon.curate.pool import Assign, Pool, mapped, ranges
-from troodon.curate.stage import Counts, counted, joined
-from troodon.curate.thresholds import thresholds
+from troodon.curate.stage import Counts, Progress, counted, joined
+from troodon.curate.thresholds import picture, thresholds
+from troodon.data.decode import BadImage, decode
+from troodon.data.index import Index
+from troodon.data.threads import in_turn, threads_or_all
 from troodon.search import join
 from troodon.search.exact import above
 from troodon.search.lists import Lists, count_for, kmeans
 
+DISGUISED_PX = 256  # about the shorter side: thirty of each image lie in memory
 LISTS = 64  # partitions of a layout that are one unit
 EDGES = pa.schema([("i", pa.int64()), ("j", pa.int64()), ("score", pa.float32())])
 VERDICT = ("exact", "hash", "near", "leak")  # what an image went for
 
 
-def compare(pool: Pool, embeddings: Path, backbone: Any) -> Path:
+def compare(pool: Pool, embeddings: Path, finder: Finder) -> Path:
     """The steps "exact" and "hash", and all that the step "duplicate" needs."""
     names = ("steps", "within_curated", "hash_radius", "duplicate_space", "threshold", "false_merges",
-             "calibration_images", "benchmark_threshold", "benchmark_false_merges", "seed", "tokens")  # fmt: skip
-    config, weights = pool.config, backbone.fingerprint
+             "calibration_images", "benchmark_threshold", "benchmark_false_merges", "disguises", "seed")  # fmt: skip
+    config = pool.config
 
     def work(folder: Path) -> Counts:
-        x_ND = load(embeddings, COPIES if (embeddings / f"{COPIES}.npy").exists() else MATRIX)[0]
+        x_ND = finder.stored(embeddings)
         cause_N, score_N = np.full(len(x_ND), -1, np.int64), np.full(len(x_ND), np.nan, np.float32)
         rank_N, protected_N = order(pool)
         why = {kind: np.zeros(len(x_ND), bool) for kind in ("exact", "hash")}
@@ -61,7 +69,8 @@ def compare(pool: Pool, embeddings: Path, backbone: Any) -> Path:
                 f"hash: {len(gone):,} of {len(rows):,} images are within {config.hash_radius} bits of one that stays"
             )
             rows = np.setdiff1d(rows, gone, assume_unique=True)
-        fitted = space.fit(config.duplicate_space, x_ND[rows])
+        fitted = space.fit(config.duplicate_space, x_ND, rows)
+        fitted.save(folder / "space.npz")
         mapped(x_ND, fitted, rows, folder / "vectors.npy")
         shown = np.flatnonzero(pool.readable_N & pool.benchmark_N)
         mapped(x_ND, fitted, shown, folder / "benchmark.npy")
@@ -69,11 +78,10 @@ def compare(pool: Pool, embeddings: Path, backbone: Any) -> Path:
         np.save(folder / "shown.npy", shown)
         pq.write_table(pa.table(why | {"cause": cause_N, "score": score_N}), folder / "verdict.parquet")
         x_MD = np.load(folder / "vectors.npy", mmap_mode="r")
-        tokens = "cls" if (embeddings / f"{COPIES}.npy").exists() else config.tokens
-        run.write_json(folder / "threshold.json", thresholds(pool, rows, x_MD, backbone, fitted, tokens, len(shown)))
+        run.write_json(folder / "threshold.json", thresholds(pool, rows, x_MD, finder, fitted, len(shown)))
         return counted(before, len(rows), **{kind: int(gone_N.sum()) for kind, gone_N in why.items()})
 
-    return pool.here("compare", work, pool.settings(*names), weights, pool.curated, pool.uncurated)
+    return pool.here("compare", work, pool.settings(*names), finder.fingerprint, pool.curated, pool.uncurated)
 
 
 def duplicates(pool: Pool, compared: Path) -> Path:
@@ -117,7 +125,7 @@ def duplicates(pool: Pool, compared: Path) -> Path:
     return pool.here("duplicate", work, *made_from)
 
 
-def benchmark(pool: Pool, compared: Path, settled: Path) -> Path:
+def benchmark(pool: Pool, compared: Path, settled: Path, finder: Finder) -> Path:
     """The step "benchmark": which survivors resemble an image of a benchmark; the verdict with these gone."""
     config, shown = pool.config, np.load(compared / "shown.npy")
     if "benchmark" not in config.steps or not len(shown):
@@ -126,7 +134,13 @@ def benchmark(pool: Pool, compared: Path, settled: Path) -> Path:
     threshold = run.read_json(compared / "threshold.json")["benchmark_threshold"]
     rows, verdict = np.load(compared / "rows.npy"), pq.read_table(settled / "verdict.parquet")
     made_from = (pool.settings(*names), settled.parent.name)
-    parts = pool.spread("leaks", _Leaks(compared, threshold, pool.device), ranges(len(rows)), *made_from)
+    masked, disguises = list[Path](), config.disguises if finder.channels in (1, 3) else 0
+    if disguises:
+        units = ranges(len(shown), max(1, config.part // disguises))
+        disguise = _Disguise(finder.bare(), pool.index.take(shown), compared, disguises, config.threads)
+        masked = pool.spread("disguises", disguise, units, disguises, len(units), compared.parent.name)
+    finds = _Leaks(compared, masked, threshold, pool.device)
+    parts = pool.spread("leaks", finds, ranges(len(rows)), *made_from, disguises)
 
     def work(folder: Path) -> Counts:
         survives_N = verdict["survives"].to_numpy().copy()
@@ -146,7 +160,7 @@ def benchmark(pool: Pool, compared: Path, settled: Path) -> Path:
         left = int(survives_N.sum())
         return counted(left + len(gone), left, leak=len(gone))
 
-    return pool.here("benchmark", work, *made_from)
+    return pool.here("benchmark", work, *made_from, disguises)
 
 
 def order(pool: Pool) -> tuple[ndarray, ndarray]:
@@ -222,18 +236,61 @@ class _Find:
 
 
 @dataclass(frozen=True)
+class _Disguise:
+    """The vectors of images (first, last) of benchmarks in all disguises (N V, D), and in `of.npy` which images these
+    are. What cannot be read again has none."""
+
+    finder: Finder
+    index: Index
+    compared: Path
+    disguises: int
+    threads: int
+    gpu = True
+
+    def __call__(self, unit: tuple[int, int], folder: Path) -> Counts:
+        index, fitted = self.index.take(range(*unit)), space.Space.load(self.compared / "space.npz")
+        vectors, of = list[ndarray](), list[int]()
+        progress = Progress(f"disguises {unit[0]:,} to {unit[1]:,}", "images", len(index))
+
+        def load(row: int) -> list[ndarray]:
+            try:
+                return disguised(picture(decode(index.read(row)), DISGUISED_PX), self.disguises)
+            except (BadImage, OSError):
+                return []
+
+        count = threads_or_all(self.threads)
+        with ThreadPoolExecutor(count, "disguises") as threads:
+            for row, images in enumerate(in_turn(threads, load, range(len(index)), count + 1)):
+                if images:
+                    vectors.append(fitted(self.finder.pictures(images, len(images))).astype(np.float16))
+                    of += [unit[0] + row] * len(images)
+                progress.add(1)
+        np.save(folder / "vectors.npy", np.concatenate(vectors) if vectors else np.zeros((0, 0), np.float16))
+        np.save(folder / "of.npy", np.array(of, np.int64))
+        return counted(len(index), len(vectors), unreadable=len(index) - len(vectors))
+
+
+@dataclass(frozen=True)
 class _Leaks:
-    """Edges from rows (first, last) to images of benchmarks."""
+    """Edges from rows (first, last) to images of benchmarks, as such and in disguise."""
 
     compared: Path
+    masked: list[Path]
     threshold: float
     device: Any
 
     def __call__(self, unit: tuple[int, int], folder: Path) -> Counts:
-        x_ND, other_MD = (np.load(self.compared / f"{n}.npy", mmap_mode="r") for n in ("vectors", "benchmark"))
-        x_BD = x_ND[slice(*unit)]
-        found = above(x_BD, self.threshold, other_MD, device=self.device)
-        return _write(folder, ((unit[0] + i, j, score) for i, j, score in found))
+        x_BD = np.load(self.compared / "vectors.npy", mmap_mode="r")[slice(*unit)]
+        return _write(folder, ((unit[0] + i, j, score) for i, j, score in self._near(x_BD)))
+
+    def _near(self, x_BD: ndarray) -> Iterator[dedup.Edges]:
+        yield from above(
+            x_BD, self.threshold, np.load(self.compared / "benchmark.npy", mmap_mode="r"), device=self.device
+        )
+        for part in self.masked:
+            other_MD, of_M = np.load(part / "vectors.npy", mmap_mode="r"), np.load(part / "of.npy")
+            for i, j, score in above(x_BD, self.threshold, other_MD, device=self.device) if len(of_M) else ():
+                yield i, of_M[j], score
 
 
 def _write(folder: Path, edges: Iterator[dedup.Edges]) -> Counts:

@@ -2,6 +2,7 @@
 
     embeddings.npy    (N, D); row i is image i; zeros where it could not be read
     copies.npy        the same by a second backbone, where copies are to be found by another
+    pixels.npy        the same by nothing but small pictures, where these help to find copies (finder.py)
     images.parquet    the index, and what reading each image has told:
                       status   "ok", or what BadImage says       reason   why not, in one line; null where ok
                       width, height    in pixels, upright        sha256   of the bytes; null where unreadable
@@ -27,6 +28,7 @@ from numpy import ndarray
 from troodon import config, run
 from troodon.config import UsageError
 from troodon.curate.engines import Here
+from troodon.curate.finder import COPIES, MATRIX, PIXELS, Pixels, bare, tokens_of
 from troodon.curate.hashes import perceptual_hash
 from troodon.curate.scores import Score, named
 from troodon.curate.stage import Counts, Engine, Progress, Stage, code, counted, do, joined, seconds
@@ -34,12 +36,10 @@ from troodon.data.decode import BadImage
 from troodon.data.index import SCHEMA, Index
 from troodon.data.loader import stream
 from troodon.model.backbone import Backbone
-from troodon.search.exact import unit
 
 # Shape suffixes: N images, B images of one batch, D channels of an embedding.
 
 PART = 20_000  # images of a unit
-MATRIX, COPIES = "embeddings", "copies"
 
 
 def embed(
@@ -51,6 +51,7 @@ def embed(
     threads: int,
     tokens: str = "cls",
     copies: Backbone | None = None,
+    pixels: bool = False,
     marks: Sequence[str] = (),
     part: int = PART,
     engine: Engine | None = None,
@@ -58,8 +59,8 @@ def embed(
     """Publish the embeddings of all images of an index in the folder `out`, unless they are there.
 
     `tokens` is "cls" or "cls+mean": the class token, or it and the mean patch side by side; each of length one.
-    `copies` sees every image too, its class token only. `marks` name scores to give (see scores.py). UsageError when
-    `out` holds something else, and for two backbones that want different channels.
+    `copies` sees every image too, its class token only; and `pixels` are kept. `marks` name scores to give (see
+    scores.py). UsageError when `out` holds something else, and for two backbones that want different channels.
     """
     settings: dict[str, Any] = {"backbone": backbone.name, "weights": backbone.fingerprint, "tokens": tokens}
     if (compute := str(getattr(backbone, "compute", torch.float32))) != str(torch.float32):
@@ -68,13 +69,19 @@ def embed(
         settings["copies"] = copies.fingerprint
         if copies.channels != backbone.channels:
             raise UsageError(f"{copies.name} takes {copies.channels} channels, {backbone.name} {backbone.channels}")
+    if pixels:
+        settings["pixels"] = Pixels.fingerprint
     scores = named(marks)
     if scores:
         settings["scores"] = sorted(scores)
     fingerprint = config.fingerprint(settings, index.contents())
     if run.is_done(out, "embeddings", fingerprint, settings):
         return out
-    seen_by = {MATRIX: (_bare(backbone), tokens)} | ({} if copies is None else {COPIES: (_bare(copies), "cls")})
+    seen_by = {MATRIX: (bare(backbone), tokens)}
+    if copies is not None:
+        seen_by[COPIES] = bare(copies), "cls"
+    if pixels:
+        seen_by[PIXELS] = Pixels(backbone.channels), "cls"
     units = [(start, min(start + part, len(index))) for start in range(0, len(index), part)]
     name = config.fingerprint(
         fingerprint, part, batch, code()
@@ -97,13 +104,6 @@ def load(folder: Path, matrix: str = MATRIX) -> tuple[ndarray, pa.Table]:
     return np.load(folder / f"{matrix}.npy", mmap_mode="r"), pq.read_table(folder / "images.parquet")
 
 
-def describe(backbone: Backbone, images: Sequence[ndarray], tokens: str, batch: int = 64) -> ndarray:
-    """Embeddings (N, D) float32 of uint8 (H, W, C) arrays, as `embed` stores them but for the rounding."""
-    starts = range(0, len(images), batch)
-    parts = [_tokens(backbone, backbone.prepare(images[start : start + batch]), tokens) for start in starts]
-    return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
-
-
 @dataclass(frozen=True)
 class _Hashing(Index):
     """An index that notes the hash of whatever is read through it."""
@@ -123,7 +123,7 @@ class _Hashing(Index):
 class _Look:
     """What is done for rows (start, stop) of the index."""
 
-    seen_by: Mapping[str, tuple[Backbone, str]]
+    seen_by: Mapping[str, tuple[Any, str]]
     index: Index
     scores: Mapping[str, Score]
     batch: int
@@ -148,7 +148,7 @@ class _Look:
         for rows, (said, prepared) in images:
             told.update(zip(rows, said, strict=True))
             for (name, (backbone, tokens)), ready in zip(self.seen_by.items(), prepared, strict=True):
-                matrices[name].update(zip(rows, _tokens(backbone, ready, tokens).astype(np.float16), strict=True))
+                matrices[name].update(zip(rows, tokens_of(backbone, tokens, ready).astype(np.float16), strict=True))
             progress.add(len(rows))
 
         for name, rows in matrices.items():
@@ -186,14 +186,3 @@ class _Look:
         for name, column in columns.items():
             table = table.append_column(name, column)
         return table
-
-
-def _bare(backbone: Any) -> Any:
-    """Without the reader of paths that it was lent: other processes get pixels, and it may not travel."""
-    return replace(backbone, read=None) if getattr(backbone, "read", None) is not None else backbone
-
-
-def _tokens(backbone: Backbone, prepared: Any, tokens: str) -> ndarray:
-    features = backbone.features(prepared)
-    parts = [features.cls] + ([features.patches.mean((1, 2))] if tokens == "cls+mean" else [])
-    return np.concatenate([unit(part.float().cpu().numpy()) for part in parts], axis=1)

@@ -48,7 +48,7 @@ def gather(pool: Pool, embeddings: Path, settled: Path) -> Path:
 
     def look(folder: Path) -> Counts:
         x_ND = load(embeddings)[0]
-        mapped(x_ND, space.fit(config.retrieve_space, x_ND[survivors]), survivors, folder / "vectors.npy")
+        mapped(x_ND, space.fit(config.retrieve_space, x_ND, survivors), survivors, folder / "vectors.npy")
         return counted(len(survivors))
 
     spreads = config.gather != "all"

@@ -2,15 +2,35 @@
 
 Relative de-duplication (https://arxiv.org/abs/2304.07193, appendix A.3): against other images, and with another
 threshold, than de-duplication of a pool in itself.
+
+A benchmark is small and its copies may not get through, so its images are compared with in disguise too: padded,
+turned, mirrored, written on. A padded copy in the pool is far from its original, and near to the padded original.
 """
 
+import zlib
 from collections.abc import Iterable
 
 import numpy as np
 from numpy import ndarray
 
 from troodon.curate.dedup import Edges, components
+from troodon.data.attacks import attack
 from troodon.search.exact import above, pairs_above
+
+# The attacks that networks bear least, and their strengths. The first ones matter most.
+DISGUISES = (
+    ("flip", 1.0), ("pad", 0.5), ("rotate", 0.5), ("screenshot", 0.5), ("crop", 0.5), ("grey", 0.8), ("sticker", 0.5),
+    ("text", 0.5), ("pad", 0.2), ("pad", 0.65), ("rotate", 0.35), ("rotate", 0.65), ("crop", 0.35), ("crop", 0.65),
+    ("mix", 0.35), ("mix", 0.65), ("pad", 0.4), ("pad", 0.8), ("sticker", 0.35), ("sticker", 0.65), ("text", 0.35),
+    ("text", 0.65), ("screenshot", 0.35), ("screenshot", 0.65), ("stretch", 0.35), ("stretch", 0.65), ("pad", 0.35),
+    ("pad", 0.6), ("rotate", 0.8), ("grey", 0.5),
+)  # fmt: skip
+
+
+def disguised(image: ndarray, count: int) -> list[ndarray]:
+    """The image (H, W, 3) uint8 in the first `count` disguises, and always in the same."""
+    random = np.random.default_rng(zlib.crc32(image.tobytes()))
+    return [attack(image, kind, random, strength) for kind, strength in DISGUISES[:count]]
 
 
 def leaks(x_ND: ndarray, benchmark_MD: ndarray, threshold: float, *, mode: str = "direct") -> tuple[ndarray, ndarray]:

@@ -28,6 +28,7 @@ from troodon.curate.copies import benchmark as against_benchmark
 from troodon.curate.copies import compare, duplicates
 from troodon.curate.embed import embed, load
 from troodon.curate.engines import Here
+from troodon.curate.finder import Finder
 from troodon.curate.gather import gather
 from troodon.curate.pool import Pool, need
 from troodon.curate.stage import Engine, seconds
@@ -58,6 +59,7 @@ def curate(
     """
     compares = backbone if copies is None else copies
     _check(config, curated, benchmark, compares)
+    finder = Finder.of(compares, config.tokens if copies is None else "cls", config.pixels)
     settings = {k: v for k, v in to_dict(config).items() if k not in NOT_OF_THE_RESULT}
     settings |= {"backbone": backbone.name, "weights": backbone.fingerprint}
     if copies is not None:
@@ -72,7 +74,7 @@ def curate(
     index = Index.concat([curated, uncurated, *([benchmark] if len(benchmark) else [])])
     embeddings = embed(
         backbone, index, work / "embeddings", batch=config.batch, threads=config.threads, tokens=config.tokens,
-        copies=copies, marks=config.marks, part=config.part, engine=engine,
+        copies=copies, pixels=finder.pixels, marks=config.marks, part=config.part, engine=engine,
     )  # fmt: skip
     x_ND, images = load(embeddings)
     device = None if str(getattr(backbone, "device", "cpu")) == "cpu" else str(backbone.device)
@@ -82,9 +84,9 @@ def curate(
     if config.gather in ("sample", "cluster", "auto"):
         need(len(curated), pool.readable_N, images, "curated")
 
-    compared = compare(pool, embeddings, compares)
+    compared = compare(pool, embeddings, finder)
     settled = duplicates(pool, compared)
-    unleaked = against_benchmark(pool, compared, settled)
+    unleaked = against_benchmark(pool, compared, settled, finder)
     gathered = gather(pool, embeddings, unleaked)
 
     began = time.monotonic()

@@ -60,11 +60,10 @@ class Pool:
         return {name: getattr(self.config, name) for name in names}
 
 
-def mapped(x_ND: ndarray, space: Space, rows: ndarray, path: Path) -> None:
+def mapped(x_ND: Any, space: Space, rows: ndarray, path: Path) -> None:
     """Write the vectors of these rows as compared in `space`, one block at a time."""
-    width = space(x_ND[:1]).shape[1]
-    kind = x_ND.dtype if space.mean_D is None else np.float32
-    out = np.lib.format.open_memmap(path, "w+", kind, (len(rows), width))
+    first = space(x_ND[:1])
+    out = np.lib.format.open_memmap(path, "w+", first.dtype, (len(rows), first.shape[1]))
     for start in range(0, len(rows), BLOCK):
         out[start : start + BLOCK] = space(x_ND[rows[start : start + BLOCK]])
     out.flush()

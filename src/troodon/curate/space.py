@@ -15,6 +15,8 @@ of copies among them. Whitened on the images at hand, copies stand out again. Me
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy import ndarray
@@ -44,34 +46,44 @@ class Space:
         parts = [self._map(x_ND[start : start + BLOCK]) for start in range(0, len(x_ND), BLOCK)]
         return np.concatenate(parts) if parts else self._map(x_ND[:0])
 
+    def save(self, path: Path) -> None:
+        np.savez(path, **{name: value for name, value in vars(self).items() if value is not None})
+
+    @staticmethod
+    def load(path: Path) -> "Space":
+        with np.load(path) as file:
+            return Space(**file)
+
     def _map(self, x_BD: ndarray) -> ndarray:
         x_BD = unit(x_BD) - self.mean_D
         return unit(x_BD if self.matrix_DK is None else x_BD @ self.matrix_DK)
 
 
-def fit(kind: config.Space, x_ND: ndarray) -> Space:
-    """The space of this kind for these embeddings: two passes over them, in float64 where they are summed up."""
-    if kind == "plain" or not len(x_ND):
+def fit(kind: config.Space, x_ND: Any, rows_N: ndarray | None = None) -> Space:
+    """The space of this kind for these rows of a matrix, all if none are told: two passes over them, some at a time, in
+    float64 where they are summed up."""
+    rows_N = np.arange(len(x_ND)) if rows_N is None else rows_N
+    if kind == "plain" or not len(rows_N):
         return Space()
-    channels = x_ND.shape[1]
-    mean_D = sum((block_BD.sum(0, dtype=np.float64) for block_BD in _blocks(x_ND)), np.zeros(channels)) / len(x_ND)
+    channels, count = x_ND[:1].shape[1], len(rows_N)
+    mean_D = sum((block_BD.sum(0, dtype=np.float64) for block_BD in _blocks(x_ND, rows_N)), np.zeros(channels)) / count
     mean_D = mean_D.astype(np.float32)
     if kind == "centred":
         return Space(mean_D)
     covariance_DD = np.zeros((channels, channels))
-    for block_BD in _blocks(x_ND):
+    for block_BD in _blocks(x_ND, rows_N):
         block_BD -= mean_D
         covariance_DD += block_BD.T @ block_BD
-    variance_D, axes_DD = np.linalg.eigh(covariance_DD / len(x_ND))
+    variance_D, axes_DD = np.linalg.eigh(covariance_DD / count)
     variance_D, axes_DD = variance_D[::-1].clip(min=0), axes_DD[:, ::-1]
     if variance_D.sum() < 1e-12:  # all embeddings are the same
         return Space(mean_D)
     needed = int(np.searchsorted(variance_D.cumsum() / variance_D.sum(), VARIANCE)) + 1
-    count = min(needed, COMPONENTS, max(1, len(x_ND) - 1))
-    variance_K = (1 - SHRINKAGE) * variance_D[:count] + SHRINKAGE * variance_D[:count].mean()
-    return Space(mean_D, (axes_DD[:, :count] / np.sqrt(variance_K)).astype(np.float32))
+    kept = min(needed, COMPONENTS, max(1, count - 1))
+    variance_K = (1 - SHRINKAGE) * variance_D[:kept] + SHRINKAGE * variance_D[:kept].mean()
+    return Space(mean_D, (axes_DD[:, :kept] / np.sqrt(variance_K)).astype(np.float32))
 
 
-def _blocks(x_ND: ndarray) -> Iterator[ndarray]:
-    for start in range(0, len(x_ND), BLOCK):
-        yield unit(x_ND[start : start + BLOCK])
+def _blocks(x_ND: Any, rows_N: ndarray) -> Iterator[ndarray]:
+    for start in range(0, len(rows_N), BLOCK):
+        yield unit(x_ND[rows_N[start : start + BLOCK]])

@@ -28,6 +28,8 @@ def curate_paper() -> CurateConfig:
         steps=("exact", "hash", "duplicate", "benchmark"),
         within_curated="keep",
         duplicate_space="plain",
+        pixels=False,
+        disguises=0,
         threshold=0.6,
         benchmark_threshold=0.45,
         benchmark_mode="component",

@@ -60,16 +60,19 @@ def calibrate(
     *,
     space: Space = "whitened",
     tokens: Tokens = "cls",
+    pixels: bool = True,
     images: int = 250,
     false_merges: float = CurateConfig.false_merges,
     strength: float = 0.5,
     seed: int = 0,
 ) -> dict:
-    """How near copies of these images lie by this backbone, and how near other images: see curate/calibrate.py.
+    """How near copies of these images lie by this backbone (and `pixels` beside it), and how near other images: see
+    curate/calibrate.py.
 
     Returns the threshold, the share of attacked copies found by kind of attack, and a table of both for other rates of
     false merges. Nothing is written.
     """
+    from troodon.curate.finder import Finder
     from troodon.curate.thresholds import measure
     from troodon.data.sources import open_source
 
@@ -78,7 +81,8 @@ def calibrate(
     config = CurateConfig(
         duplicate_space=space, tokens=tokens, calibration_images=images, false_merges=false_merges, seed=seed
     )  # fmt: skip
-    return measure(config, open_source(*paths_of(data)), _finds_copies(backbone), strength).as_dict()
+    finder = Finder.of(_finds_copies(backbone), tokens, pixels)
+    return measure(config, open_source(*paths_of(data)), finder, strength).as_dict()
 
 
 def _finds_copies(backbone: Any) -> Any:
@@ -141,6 +145,8 @@ class Calibrate:
     """How embeddings are compared."""
     tokens: Tokens = "cls"
     """cls: class tokens; cls+mean: these and mean patch tokens."""
+    pixels: bool = True
+    """Look by 8 x 8 pixels as well, as curation does."""
     images: int = 250
     """Images to attack."""
     false_merges: float = CurateConfig.false_merges
@@ -154,7 +160,7 @@ class Calibrate:
 
     def run(self) -> None:
         found = calibrate(
-            self.backbone, self.data, space=self.space, tokens=self.tokens, images=self.images,
+            self.backbone, self.data, space=self.space, tokens=self.tokens, pixels=self.pixels, images=self.images,
             false_merges=self.false_merges, strength=self.strength, seed=self.seed,
         )  # fmt: skip
         if self.json:

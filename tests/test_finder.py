@@ -1,0 +1,184 @@
+"""What copies are found by: a network and pixels side by side; and benchmark images in disguise."""
+
+from dataclasses import replace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from troodon.config import UsageError
+from troodon.curate import embed as embedding
+from troodon.curate import pipeline, space
+from troodon.curate.calibrate import calibrate
+from troodon.curate.config import CurateConfig
+from troodon.curate.finder import Finder, Pixels
+from troodon.curate.leak import DISGUISES, disguised
+from troodon.data.attacks import ATTACKS, attack
+from troodon.data.decode import grey
+from troodon.data.index import SCHEMA, Index
+from troodon.data.sources import open_source
+from troodon.model.backbone import Backbone
+from troodon.model.config import Preprocessing, ViTConfig
+from troodon.search.exact import unit
+
+from .test_curate import QUICK, picture, png, rows, write
+from .test_curate import Pixels as Colours
+
+NOBODY = Index(SCHEMA.empty_table())
+
+
+def backbone(channels: int = 3) -> Backbone:
+    config = ViTConfig(dim=32, depth=1, heads=2, patch=8, grid=3, layer_scale=1.0, channels=channels)
+    torch.manual_seed(0)
+    return Backbone.random(config, Preprocessing(24, 24, (0.5,) * channels, (0.25,) * channels))
+
+
+def test_pixels_say_nothing_of_brightness_contrast_and_side():
+    images = [picture(seed) for seed in range(4)]
+    look = Finder(Pixels(3), pixels=False)
+    x, darker, flatter = (
+        unit(look(some)) for some in (images, [i // 2 for i in images], [i // 2 + 100 for i in images])
+    )
+    assert x.shape == (4, 192)
+    assert np.einsum("nd,nd->n", x, darker).min() > 0.995
+    assert np.einsum("nd,nd->n", x, flatter).min() > 0.995
+    assert np.einsum("nd,nd->n", x, unit(look([i[:, ::-1] for i in images]))).min() > 0.99
+    assert (x @ x.T)[~np.eye(4, dtype=bool)].max() < 0.9
+    assert not look([np.full((20, 30, 3), 77, np.uint8)]).any()  # one colour: nothing to compare
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_a_network_and_pixels_stand_side_by_side_and_are_stored(channels, tmp_path):
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 255, (30, 24 + n, channels), dtype=np.uint8) for n in range(5)]
+    for n, image in enumerate(images):
+        np.save(tmp_path / f"{n}.npy", image)
+    network, width = backbone(channels), 192 if channels > 2 else 64
+    x = Finder(network, "cls+mean")(images, batch=2)
+    assert x.shape == (5, 64 + width)
+    for part in (x[:, :32], x[:, 32:64], x[:, 64:]):
+        np.testing.assert_allclose(np.linalg.norm(part, axis=1), 1, atol=1e-5)
+    np.testing.assert_array_equal(Finder(network, "cls+mean", pixels=False)(images, batch=2), x[:, :64])
+    index = open_source(tmp_path)
+    folder = embedding.embed(
+        network, index, tmp_path / "e", batch=2, threads=1, tokens="cls+mean", pixels=True
+    )  # fmt: skip
+    stored = Finder(network, "cls+mean").stored(folder)
+    assert len(stored) == 5
+    np.testing.assert_allclose(stored[:], x, atol=1e-3)
+    np.testing.assert_array_equal(stored[np.array([3, 1])], stored[:][[3, 1]])
+    if channels == 1:
+        shown = [picture(seed) for seed in range(3)]
+        np.testing.assert_array_equal(Finder(network).pictures(shown), Finder(network)([grey(i) for i in shown]))
+
+
+def test_a_copy_descriptor_is_left_by_itself():
+    assert Finder.of(backbone(), "cls", pixels=True).pixels
+    assert not Finder.of(backbone(), "cls", pixels=False).pixels
+
+    class ForCopies(Colours):
+        for_copies = True
+
+    assert not Finder.of(ForCopies(), "cls", pixels=True).pixels
+    assert (
+        len({Finder(backbone(), tokens, p).fingerprint for tokens in ("cls", "cls+mean") for p in (True, False)}) == 4
+    )
+
+
+def test_a_space_is_fitted_to_some_rows_of_a_matrix_in_blocks(monkeypatch):
+    x = np.random.default_rng(0).standard_normal((300, 12)).astype(np.float32)
+    some = np.arange(0, 300, 2)
+    wanted = space.fit("whitened", x[some])
+    monkeypatch.setattr(space, "BLOCK", 7)
+    found = space.fit("whitened", x, some)
+    np.testing.assert_allclose(np.abs(found.matrix_DK), np.abs(wanted.matrix_DK), rtol=1e-3)
+
+
+def test_spaces_are_written_and_read(tmp_path):
+    x = np.random.default_rng(0).standard_normal((30, 12)).astype(np.float32)
+    for kind in ("plain", "centred", "whitened"):
+        fitted = space.fit(kind, x)
+        fitted.save(tmp_path / f"{kind}.npz")
+        np.testing.assert_array_equal(space.Space.load(tmp_path / f"{kind}.npz")(x), fitted(x))
+
+
+def test_disguises_depend_on_the_image_alone():
+    assert {kind for kind, _ in DISGUISES} <= ATTACKS.keys()
+    first, again = disguised(picture(1), 30), disguised(picture(1).copy(), 30)
+    assert len(first) == len(DISGUISES) == 30
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(a.shape == picture(1).shape and np.array_equal(a, picture(1)) for a in first)
+    assert all(np.array_equal(a, b) for a, b in zip(first, disguised(picture(1), 8)))
+    with pytest.raises(UsageError, match="disguises 31"):
+        CurateConfig(disguises=31)
+
+
+def test_calibration_knows_of_disguises():
+    pool = [picture(seed) for seed in range(150)]
+    look = Finder(Pixels(3), pixels=False)
+    fitted = space.fit("whitened", x := look(pool))
+
+    def found(count: int):
+        random = np.random.default_rng(0)
+        return calibrate(lambda some: fitted(look(some)), pool[:30], random, others_MD=fitted(x), disguises=count)
+
+    bare, masked = found(0), found(8)
+    assert masked.threshold == bare.threshold  # of copies within a pool, which know of none
+    assert masked.benchmark_threshold > bare.benchmark_threshold  # more looks, more chances to be wrong
+    assert masked.benchmark_recall > bare.benchmark_recall > 0.5
+
+
+@pytest.fixture(scope="module")
+def hidden(tmp_path_factory) -> tuple[Index, Index]:
+    """Sixty pictures and forty copies of a benchmark's eight: padded, mirrored, turned, with a sticker, in a window."""
+    home, random = tmp_path_factory.mktemp("hidden"), np.random.default_rng(7)
+    copies = {
+        f"{kind}-{n}.png": png(attack(picture(300 + n), kind, random, 0.5))
+        for kind in ("pad", "flip", "rotate", "sticker", "screenshot") for n in range(8)
+    }  # fmt: skip
+    write(home / "pool", {f"{n}.png": png(picture(n)) for n in range(60)} | copies)
+    write(home / "benchmark", {f"{n}.png": png(picture(300 + n)) for n in range(8)} | {"broken.png": b"no"})
+    return open_source(home / "pool"), open_source(home / "benchmark")
+
+
+def leaked(hidden, out, network, **changes) -> tuple[int, int, dict]:
+    """How many copies went, how many others, and the ledger by name."""
+    config = replace(QUICK, steps=("benchmark",), gather="all", benchmark_false_merges=0.05, **changes)
+    out = pipeline.curate(config, NOBODY, hidden[0], network, out, benchmark=hidden[1])
+    ledger = rows(out)
+    went = {name for name, row in ledger.items() if row["stage"] == "benchmark" and row["pool"] == "uncurated"}
+    copies = {name for name in went if "-" in name}
+    return len(copies), len(went - copies), ledger
+
+
+def test_benchmark_images_are_found_in_disguise(hidden, tmp_path):
+    bare, wrong, _ = leaked(hidden, tmp_path / "bare", Colours(), disguises=0, pixels=False)
+    assert bare < 34
+    assert wrong <= 5
+    found, wrong, ledger = leaked(hidden, tmp_path / "masked", Colours(), pixels=False)
+    assert found >= 38 > bare
+    assert wrong <= 5
+    assert ledger["flip-3.png"]["cause"] == next(r["at"] for r in ledger.values() if r["path"] == "benchmark/3.png")
+
+
+def test_pixels_help_a_network_that_sees_little(hidden, tmp_path):
+    alone, _, _ = leaked(hidden, tmp_path / "alone", backbone(), pixels=False)
+    both, wrong, _ = leaked(hidden, tmp_path / "both", backbone())
+    assert both > alone + 5
+    assert both >= 36
+    assert wrong <= 5
+
+
+def test_images_of_many_channels_have_no_disguises(tmp_path):
+    random = np.random.default_rng(0)
+    images = random.integers(0, 255, (9, 24, 24, 5), dtype=np.uint8)
+    for name, some in (("pool", images), ("benchmark", images[:2])):
+        (tmp_path / name).mkdir()
+        for n, image in enumerate(some):
+            np.save(tmp_path / name / f"{name}-{n}.npy", image)
+    config = CurateConfig(gather="all", threshold=0.99, benchmark_threshold=0.99, duplicate_space="plain")
+    out = pipeline.curate(config, NOBODY, open_source(tmp_path / "pool"), backbone(5), tmp_path / "s",
+                          benchmark=open_source(tmp_path / "benchmark"))  # fmt: skip
+    assert pq.read_table(out / "images.parquet").num_rows == 11
+    assert sum(r["stage"] == "benchmark" and r["pool"] == "uncurated" for r in rows(out).values()) == 2
