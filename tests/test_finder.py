@@ -34,17 +34,17 @@ def backbone(channels: int = 3) -> Backbone:
     return Backbone.random(config, Preprocessing(24, 24, (0.5,) * channels, (0.25,) * channels))
 
 
-def test_pixels_say_nothing_of_brightness_contrast_and_side():
+def test_pixels_say_nothing_of_brightness_and_contrast_and_little_of_sides():
     images = [picture(seed) for seed in range(4)]
     look = Finder(Pixels(3), pixels=False)
     x, darker, flatter = (
         unit(look(some)) for some in (images, [i // 2 for i in images], [i // 2 + 100 for i in images])
     )
-    assert x.shape == (4, 192)
+    assert x.shape == (4, 288)
     assert np.einsum("nd,nd->n", x, darker).min() > 0.995
     assert np.einsum("nd,nd->n", x, flatter).min() > 0.995
-    assert np.einsum("nd,nd->n", x, unit(look([i[:, ::-1] for i in images]))).min() > 0.99
-    assert (x @ x.T)[~np.eye(4, dtype=bool)].max() < 0.9
+    assert np.einsum("nd,nd->n", x, unit(look([i[:, ::-1] for i in images]))).min() > 0.7
+    assert (x @ x.T)[~np.eye(4, dtype=bool)].max() < 0.6
     assert not look([np.full((20, 30, 3), 77, np.uint8)]).any()  # one colour: nothing to compare
 
 
@@ -54,7 +54,7 @@ def test_a_network_and_pixels_stand_side_by_side_and_are_stored(channels, tmp_pa
     images = [random.integers(0, 255, (30, 24 + n, channels), dtype=np.uint8) for n in range(5)]
     for n, image in enumerate(images):
         np.save(tmp_path / f"{n}.npy", image)
-    network, width = backbone(channels), 192 if channels > 2 else 64
+    network, width = backbone(channels), 288 if channels > 2 else 96
     x = Finder(network, "cls+mean")(images, batch=2)
     assert x.shape == (5, 64 + width)
     for part in (x[:, :32], x[:, 32:64], x[:, 64:]):
