@@ -32,8 +32,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 FOLDERS = ("curated", "pool", "benchmark")
-STAGES = ("embed", "compare", "centres", "probes", "layout", "join", "leaks", "look-alikes", "retrieve", "gather")
-COMPARED = ("images.parquet", "groups.parquet", "hits.parquet", "embeddings/embeddings.npy")
+STAGES = ("embed", "compare", "centres", "probes", "layout", "join", "disguises", "leaks", "look-alikes", "retrieve",
+          "gather")  # fmt: skip
+COMPARED = ("images.parquet", "groups.parquet", "hits.parquet", "embeddings/embeddings.npy", "embeddings/pixels.npy")
 
 
 def picture(seed: int) -> np.ndarray:
