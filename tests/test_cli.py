@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -42,6 +43,21 @@ def run(*words: object, code: int = 0, capsys) -> tuple[str, str]:
     assert cli.run([str(w) for w in words]) == code
     out, err = capsys.readouterr()
     return out, err
+
+
+def test_a_copy_descriptor_is_trained_calibrated_and_used(photos, tmp_path, capsys):
+    small = ["--steps", "2", "--batch", "8", "--vit.dim", "32", "--vit.depth", "1"]
+    _, err = run("pretrain", "copies_small", "--data", photos, "--out", tmp_path / "my copies", *small, capsys=capsys)
+    suggested = shlex.split(err[err.index("next:") :].splitlines()[1])
+    assert suggested[:3] == ["troodon", "curate", "calibrate"]
+    out, _ = run(*suggested[1:], "--images", "10", capsys=capsys)
+    assert "copies of 10 images, found by attack" in out
+    curate = ["curate", "curate_small", "--uncurated", photos, "--gather", "all", "--copies", tmp_path / "my copies",
+              "--backbone", tmp_path / "my copies", "--out", tmp_path / "selection"]  # fmt: skip
+    run(*curate, capsys=capsys)
+    assert {p.name for p in (tmp_path / "selection" / "embeddings").glob("*.npy")} == {
+        "embeddings.npy", "copies.npy", "pixels.npy"
+    }  # fmt: skip
 
 
 def test_the_main_job(photos, tmp_path, capsys):

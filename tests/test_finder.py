@@ -13,8 +13,7 @@ from troodon.curate import pipeline, space
 from troodon.curate.calibrate import calibrate
 from troodon.curate.config import CurateConfig
 from troodon.curate.finder import Finder, Pixels
-from troodon.curate.leak import DISGUISES, disguised
-from troodon.data.attacks import ATTACKS, attack
+from troodon.data.attacks import ATTACKS, DISGUISES, attack, disguised
 from troodon.data.decode import grey
 from troodon.data.index import SCHEMA, Index
 from troodon.data.sources import open_source

@@ -10,23 +10,23 @@ from troodon.curate import scores
 from troodon.curate.balance import draw_order, evenly, from_clusters, hierarchy, shares
 from troodon.curate.config import CurateConfig
 from troodon.curate.hashes import near_hashes, perceptual_hash
-from troodon.curate.leak import leaks, nearest_hits
+from troodon.curate.leak import nearest_hits, spread
 from troodon.curate.retrieve import Hits, fill
 from troodon.data.attacks import attack
-from troodon.search.exact import unit
+from troodon.search.exact import above, unit
 
 from .test_curate import chain, picture
 
 
 def test_leaks_are_the_nearest_benchmark_images_and_components_chain():
     x, benchmark = chain(0, 20, 41, 90, 180), chain(95, 2, 1)
-    row, score = leaks(x, benchmark, 0.93)
+    row, score = nearest_hits(5, above(x, 0.93, benchmark))
     assert row.tolist() == [2, 1, -1, 0, -1]
     np.testing.assert_allclose(score[[0, 1, 3]], np.cos(np.radians([1, 18, 5])), atol=1e-6)
-    row, score = leaks(x, benchmark, 0.93, mode="component")
-    assert row.tolist() == [2, 1, 2, 0, -1]  # 41 degrees resembles 20, which resembles 1
     assert np.isnan(score[[2, 4]]).all()
-    assert leaks(x, benchmark[:0], 0.9)[0].tolist() == [-1] * 5
+    joined = spread(row, score, above(x, 0.93))
+    assert joined.tolist() == [2, 1, 2, 0, -1]  # 41 degrees resembles 20, which resembles 1
+    assert nearest_hits(5, above(x, 0.9, benchmark[:0]))[0].tolist() == [-1] * 5
 
 
 def test_the_best_hit_does_not_depend_on_the_order_of_tiles():

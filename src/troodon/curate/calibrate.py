@@ -22,8 +22,7 @@ import numpy as np
 from numpy import ndarray
 from numpy.random import Generator
 
-from troodon.curate.leak import disguised
-from troodon.data.attacks import ATTACKS, attack
+from troodon.data.attacks import ATTACKS, attack, disguised
 from troodon.search.exact import unit
 
 # Shape suffixes: n images that were drawn, M others, D channels.

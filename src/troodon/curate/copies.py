@@ -1,17 +1,14 @@
-"""The steps that take copies out of a pool, as stages: exact, hash, duplicate, benchmark. Each writes a verdict.
+"""The steps that take copies out of a pool, as stages: exact, hash, duplicate. Each writes a verdict; the step
+"benchmark" is in leak.py.
 
 compare     byte-identical files and equal hashes; vectors of what is left; the threshold and its calibration
 centres, probes, layout, join    edges between these vectors (search/join.py), one round after the other; the first
             two only by lists, and from the second round on `among`, the vectors of those that stay
 duplicate   their groups, who stays of each, and how many are still alike
-disguises   the vectors of benchmark images, attacked in many ways
-leaks       edges from what is left to benchmark images, as such and in disguise
-benchmark   who resembles one
 """
 
 import hashlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,24 +19,17 @@ import pyarrow.parquet as pq
 from numpy import ndarray
 
 from troodon import run
-from troodon.curate import compose, dedup, leak, space
+from troodon.curate import compose, dedup, space
 from troodon.curate.finder import Finder
 from troodon.curate.hashes import near_hashes
-from troodon.curate.leak import disguised
 from troodon.curate.pool import Assign, Pool, mapped, ranges
-from troodon.curate.stage import Counts, Progress, counted, joined
-from troodon.curate.thresholds import picture, thresholds
-from troodon.data.decode import BadImage, decode
-from troodon.data.index import Index
-from troodon.data.threads import in_turn, threads_or_all
+from troodon.curate.stage import Counts, counted, joined
+from troodon.curate.thresholds import thresholds
 from troodon.search import join
-from troodon.search.exact import above
 from troodon.search.lists import Lists, count_for, kmeans
 
-DISGUISED_PX = 256  # about the shorter side: thirty of each image lie in memory
 LISTS = 64  # partitions of a layout that are one unit
 EDGES = pa.schema([("i", pa.int64()), ("j", pa.int64()), ("score", pa.float32())])
-VERDICT = ("exact", "hash", "near", "leak")  # what an image went for
 
 
 def compare(pool: Pool, embeddings: Path, finder: Finder) -> Path:
@@ -125,44 +115,6 @@ def duplicates(pool: Pool, compared: Path) -> Path:
     return pool.here("duplicate", work, *made_from)
 
 
-def benchmark(pool: Pool, compared: Path, settled: Path, finder: Finder) -> Path:
-    """The step "benchmark": which survivors resemble an image of a benchmark; the verdict with these gone."""
-    config, shown = pool.config, np.load(compared / "shown.npy")
-    if "benchmark" not in config.steps or not len(shown):
-        return settled
-    names = ("benchmark_threshold", "benchmark_mode", "benchmark_false_merges")
-    threshold = run.read_json(compared / "threshold.json")["benchmark_threshold"]
-    rows, verdict = np.load(compared / "rows.npy"), pq.read_table(settled / "verdict.parquet")
-    made_from = (pool.settings(*names), settled.parent.name)
-    masked, disguises = list[Path](), config.disguises if finder.channels in (1, 3) else 0
-    if disguises:
-        units = ranges(len(shown), max(1, config.part // disguises))
-        disguise = _Disguise(finder.bare(), pool.index.take(shown), compared, disguises, config.threads)
-        masked = pool.spread("disguises", disguise, units, disguises, len(units), compared.parent.name)
-    finds = _Leaks(compared, masked, threshold, pool.device)
-    parts = pool.spread("leaks", finds, ranges(len(rows)), *made_from, disguises)
-
-    def work(folder: Path) -> Counts:
-        survives_N = verdict["survives"].to_numpy().copy()
-        place, score = leak.nearest_hits(len(rows), _edges(parts))
-        if config.benchmark_mode == "component":
-            place = leak.spread(place, score, Join(pool, compared, threshold, "exact")(np.arange(len(rows)), 0))
-        leaked = (place >= 0) & survives_N[rows]
-        gone = rows[leaked]
-        cause_N, score_N, leak_N = (verdict[n].to_numpy().copy() for n in ("cause", "score", "exact"))
-        leak_N[:] = False
-        cause_N[gone], score_N[gone], leak_N[gone] = shown[place[leaked]], score[leaked], True
-        survives_N[gone] = False
-        told = {name: verdict[name] for name in ("exact", "hash", "near")}
-        columns = {"survives": survives_N, **told, "leak": leak_N, "cause": cause_N, "score": score_N}
-        pq.write_table(pa.table(columns), folder / "verdict.parquet")
-        run.say(f"benchmark: {len(gone):,} of {len(rows):,} images resemble one of {len(shown):,} of the benchmarks")
-        left = int(survives_N.sum())
-        return counted(left + len(gone), left, leak=len(gone))
-
-    return pool.here("benchmark", work, *made_from, disguises)
-
-
 def order(pool: Pool) -> tuple[ndarray, ndarray]:
     """The rank by the keep rule of every image, and which of them stay whatever they resemble."""
     width_N, height_N, bytes_N = (pool.images[c].fill_null(0).to_numpy() for c in ("width", "height", "length"))
@@ -207,7 +159,7 @@ class Join:
         size = 1 if self.how == "exact" else LISTS
         units = ranges(len(join.load(laid)), size)
         work = _Find(laid, matrix, self.threshold, self.pool.device)
-        yield from _edges(self.pool.spread("join", work, units, self.threshold, *made_from))
+        yield from read_edges(self.pool.spread("join", work, units, self.threshold, *made_from))
 
 
 def _among(every_ND: ndarray, rows: ndarray, folder: Path) -> Counts:
@@ -232,68 +184,10 @@ class _Find:
 
     def __call__(self, unit: tuple[int, int], folder: Path) -> Counts:
         x_ND, layout = np.load(self.matrix, mmap_mode="r"), join.load(self.laid, self.device)
-        return _write(folder, (tile for at in range(*unit) for tile in layout.near(x_ND, self.threshold, at)))
+        return write_edges(folder, (tile for at in range(*unit) for tile in layout.near(x_ND, self.threshold, at)))
 
 
-@dataclass(frozen=True)
-class _Disguise:
-    """The vectors of images (first, last) of benchmarks in all disguises (N V, D), and in `of.npy` which images these
-    are. What cannot be read again has none."""
-
-    finder: Finder
-    index: Index
-    compared: Path
-    disguises: int
-    threads: int
-    gpu = True
-
-    def __call__(self, unit: tuple[int, int], folder: Path) -> Counts:
-        index, fitted = self.index.take(range(*unit)), space.Space.load(self.compared / "space.npz")
-        vectors, of = list[ndarray](), list[int]()
-        progress = Progress(f"disguises {unit[0]:,} to {unit[1]:,}", "images", len(index))
-
-        def load(row: int) -> list[ndarray]:
-            try:
-                return disguised(picture(decode(index.read(row)), DISGUISED_PX), self.disguises)
-            except (BadImage, OSError):
-                return []
-
-        count = threads_or_all(self.threads)
-        with ThreadPoolExecutor(count, "disguises") as threads:
-            for row, images in enumerate(in_turn(threads, load, range(len(index)), count + 1)):
-                if images:
-                    vectors.append(fitted(self.finder.pictures(images, len(images))).astype(np.float16))
-                    of += [unit[0] + row] * len(images)
-                progress.add(1)
-        np.save(folder / "vectors.npy", np.concatenate(vectors) if vectors else np.zeros((0, 0), np.float16))
-        np.save(folder / "of.npy", np.array(of, np.int64))
-        return counted(len(index), len(vectors), unreadable=len(index) - len(vectors))
-
-
-@dataclass(frozen=True)
-class _Leaks:
-    """Edges from rows (first, last) to images of benchmarks, as such and in disguise."""
-
-    compared: Path
-    masked: list[Path]
-    threshold: float
-    device: Any
-
-    def __call__(self, unit: tuple[int, int], folder: Path) -> Counts:
-        x_BD = np.load(self.compared / "vectors.npy", mmap_mode="r")[slice(*unit)]
-        return _write(folder, ((unit[0] + i, j, score) for i, j, score in self._near(x_BD)))
-
-    def _near(self, x_BD: ndarray) -> Iterator[dedup.Edges]:
-        yield from above(
-            x_BD, self.threshold, np.load(self.compared / "benchmark.npy", mmap_mode="r"), device=self.device
-        )
-        for part in self.masked:
-            other_MD, of_M = np.load(part / "vectors.npy", mmap_mode="r"), np.load(part / "of.npy")
-            for i, j, score in above(x_BD, self.threshold, other_MD, device=self.device) if len(of_M) else ():
-                yield i, of_M[j], score
-
-
-def _write(folder: Path, edges: Iterator[dedup.Edges]) -> Counts:
+def write_edges(folder: Path, edges: Iterator[dedup.Edges]) -> Counts:
     total = 0
     with pq.ParquetWriter(folder / "edges.parquet", EDGES, compression="zstd") as writer:
         for tile in edges:
@@ -303,7 +197,7 @@ def _write(folder: Path, edges: Iterator[dedup.Edges]) -> Counts:
     return counted(total)
 
 
-def _edges(parts: list[Path]) -> Iterator[dedup.Edges]:
+def read_edges(parts: list[Path]) -> Iterator[dedup.Edges]:
     for part in parts:
         with pq.ParquetFile(part / "edges.parquet") as file:
             for batch in file.iter_batches(1 << 20):

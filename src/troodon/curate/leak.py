@@ -1,50 +1,139 @@
-"""Leaks: images that are near-duplicates of a benchmark's, and would make its scores mean less.
+"""The step "benchmark", as stages: near-duplicates of a benchmark's images, which would make its scores mean less.
 
 Relative de-duplication (https://arxiv.org/abs/2304.07193, appendix A.3): against other images, and with another
-threshold, than de-duplication of a pool in itself.
+threshold, than de-duplication of a pool in itself. "direct": whoever resembles a benchmark image goes. "component": so
+do images that resemble one that does, and so on, which is the paper's way, takes far more, and chains.
 
 A benchmark is small and its copies may not get through, so its images are compared with in disguise too: padded,
 turned, mirrored, written on. A padded copy in the pool is far from its original, and near to the padded original.
+
+disguises   the vectors of benchmark images, attacked in many ways
+leaks       edges from what is left to benchmark images, as such and in disguise
+benchmark   who resembles one
 """
 
-import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy import ndarray
 
+from troodon import run
+from troodon.curate import space
+from troodon.curate.copies import Join, read_edges, write_edges
 from troodon.curate.dedup import Edges, components
-from troodon.data.attacks import attack
-from troodon.search.exact import above, pairs_above
+from troodon.curate.finder import Finder
+from troodon.curate.pool import Pool, ranges
+from troodon.curate.stage import Counts, Progress, counted
+from troodon.curate.thresholds import picture
+from troodon.data.attacks import disguised
+from troodon.data.decode import BadImage, decode
+from troodon.data.index import Index
+from troodon.data.threads import in_turn, threads_or_all
+from troodon.search.exact import above
 
-# The attacks that networks bear least, and their strengths. The first ones matter most.
-DISGUISES = (
-    ("flip", 1.0), ("pad", 0.5), ("rotate", 0.5), ("screenshot", 0.5), ("crop", 0.5), ("grey", 0.8), ("sticker", 0.5),
-    ("text", 0.5), ("pad", 0.2), ("pad", 0.65), ("rotate", 0.35), ("rotate", 0.65), ("crop", 0.35), ("crop", 0.65),
-    ("mix", 0.35), ("mix", 0.65), ("pad", 0.4), ("pad", 0.8), ("sticker", 0.35), ("sticker", 0.65), ("text", 0.35),
-    ("text", 0.65), ("screenshot", 0.35), ("screenshot", 0.65), ("stretch", 0.35), ("stretch", 0.65), ("pad", 0.35),
-    ("pad", 0.6), ("rotate", 0.8), ("grey", 0.5),
-)  # fmt: skip
-
-
-def disguised(image: ndarray, count: int) -> list[ndarray]:
-    """The image (H, W, 3) uint8 in the first `count` disguises, and always in the same."""
-    random = np.random.default_rng(zlib.crc32(image.tobytes()))
-    return [attack(image, kind, random, strength) for kind, strength in DISGUISES[:count]]
+DISGUISED_PX = 256  # about the shorter side: thirty of each image lie in memory
 
 
-def leaks(x_ND: ndarray, benchmark_MD: ndarray, threshold: float, *, mode: str = "direct") -> tuple[ndarray, ndarray]:
-    """Which images resemble a benchmark's, cosine above `threshold`: for each the row of the benchmark image, -1 for
-    none, and their cosine.
+def leaks(pool: Pool, compared: Path, settled: Path, finder: Finder) -> Path:
+    """The step "benchmark": which survivors resemble an image of a benchmark; the verdict with these gone."""
+    config, shown = pool.config, np.load(compared / "shown.npy")
+    if "benchmark" not in config.steps or not len(shown):
+        return settled
+    names = ("benchmark_threshold", "benchmark_mode", "benchmark_false_merges")
+    threshold = run.read_json(compared / "threshold.json")["benchmark_threshold"]
+    rows, verdict = np.load(compared / "rows.npy"), pq.read_table(settled / "verdict.parquet")
+    made_from = (pool.settings(*names), settled.parent.name)
+    masked, disguises = list[Path](), config.disguises if finder.channels in (1, 3) else 0
+    if disguises:
+        units = ranges(len(shown), max(1, config.part // disguises))
+        disguise = _Disguise(finder.bare(), pool.index.take(shown), compared, disguises, config.threads)
+        masked = pool.spread("disguises", disguise, units, disguises, len(units), compared.parent.name)
+    finds = _Leaks(compared, masked, threshold, pool.device)
+    parts = pool.spread("leaks", finds, ranges(len(rows)), *made_from, disguises)
 
-    "direct": the nearest one. "component": so also images that resemble one that does, and so on, which is the paper's
-    way, takes far more, and chains; these name the benchmark image of the one they hang on, with no cosine (nan).
-    """
-    hits = above(x_ND, threshold, benchmark_MD)
-    row_N, score_N = nearest_hits(len(x_ND), hits)
-    if mode == "component":
-        row_N = spread(row_N, score_N, [pairs_above(x_ND, threshold)])
-    return row_N, score_N
+    def work(folder: Path) -> Counts:
+        survives_N = verdict["survives"].to_numpy().copy()
+        place, score = nearest_hits(len(rows), read_edges(parts))
+        if config.benchmark_mode == "component":
+            place = spread(place, score, Join(pool, compared, threshold, "exact")(np.arange(len(rows)), 0))
+        leaked = (place >= 0) & survives_N[rows]
+        gone = rows[leaked]
+        cause_N, score_N, leak_N = (verdict[n].to_numpy().copy() for n in ("cause", "score", "exact"))
+        leak_N[:] = False
+        cause_N[gone], score_N[gone], leak_N[gone] = shown[place[leaked]], score[leaked], True
+        survives_N[gone] = False
+        told = {name: verdict[name] for name in ("exact", "hash", "near")}
+        columns = {"survives": survives_N, **told, "leak": leak_N, "cause": cause_N, "score": score_N}
+        pq.write_table(pa.table(columns), folder / "verdict.parquet")
+        run.say(f"benchmark: {len(gone):,} of {len(rows):,} images resemble one of {len(shown):,} of the benchmarks")
+        left = int(survives_N.sum())
+        return counted(left + len(gone), left, leak=len(gone))
+
+    return pool.here("benchmark", work, *made_from, disguises)
+
+
+@dataclass(frozen=True)
+class _Disguise:
+    """The vectors of images (first, last) of benchmarks in all disguises (N V, D), and in `of.npy` which images these
+    are. What cannot be read again has none."""
+
+    finder: Finder
+    index: Index
+    compared: Path
+    disguises: int
+    threads: int
+    gpu = True
+
+    def __call__(self, unit: tuple[int, int], folder: Path) -> Counts:
+        index, fitted = self.index.take(range(*unit)), space.Space.load(self.compared / "space.npz")
+        vectors, of = list[ndarray](), list[int]()
+        progress = Progress(f"disguises {unit[0]:,} to {unit[1]:,}", "images", len(index))
+
+        def load(row: int) -> list[ndarray]:
+            try:
+                return disguised(picture(decode(index.read(row)), DISGUISED_PX), self.disguises)
+            except (BadImage, OSError):
+                return []
+
+        count = threads_or_all(self.threads)
+        with ThreadPoolExecutor(count, "disguises") as threads:
+            for row, images in enumerate(in_turn(threads, load, range(len(index)), count + 1)):
+                if images:
+                    vectors.append(fitted(self.finder.pictures(images, len(images))).astype(np.float16))
+                    of += [unit[0] + row] * len(images)
+                progress.add(1)
+        np.save(folder / "vectors.npy", np.concatenate(vectors) if vectors else np.zeros((0, 0), np.float16))
+        np.save(folder / "of.npy", np.array(of, np.int64))
+        return counted(len(index), len(vectors), unreadable=len(index) - len(vectors))
+
+
+@dataclass(frozen=True)
+class _Leaks:
+    """Edges from rows (first, last) to images of benchmarks, as such and in disguise."""
+
+    compared: Path
+    masked: list[Path]
+    threshold: float
+    device: Any
+
+    def __call__(self, unit: tuple[int, int], folder: Path) -> Counts:
+        x_BD = np.load(self.compared / "vectors.npy", mmap_mode="r")[slice(*unit)]
+        return write_edges(folder, ((unit[0] + i, j, score) for i, j, score in self._near(x_BD)))
+
+    def _near(self, x_BD: ndarray) -> Iterator[Edges]:
+        yield from above(
+            x_BD, self.threshold, np.load(self.compared / "benchmark.npy", mmap_mode="r"), device=self.device
+        )
+        for part in self.masked:
+            other_MD, of_M = np.load(part / "vectors.npy", mmap_mode="r"), np.load(part / "of.npy")
+            for i, j, score in above(x_BD, self.threshold, other_MD, device=self.device) if len(of_M) else ():
+                yield i, of_M[j], score
 
 
 def nearest_hits(count: int, hits: Iterable[Edges]) -> tuple[ndarray, ndarray]:

@@ -24,12 +24,12 @@ from troodon import run
 from troodon.config import UsageError, fingerprint, to_dict
 from troodon.curate import compose
 from troodon.curate.config import CurateConfig
-from troodon.curate.copies import benchmark as against_benchmark
 from troodon.curate.copies import compare, duplicates
 from troodon.curate.embed import embed, load
 from troodon.curate.engines import Here
 from troodon.curate.finder import Finder
 from troodon.curate.gather import gather
+from troodon.curate.leak import leaks
 from troodon.curate.pool import Pool, need
 from troodon.curate.stage import Engine, seconds
 from troodon.data.index import SCHEMA, Index
@@ -86,7 +86,7 @@ def curate(
 
     compared = compare(pool, embeddings, finder)
     settled = duplicates(pool, compared)
-    unleaked = against_benchmark(pool, compared, settled, finder)
+    unleaked = leaks(pool, compared, settled, finder)
     gathered = gather(pool, embeddings, unleaked)
 
     began = time.monotonic()

@@ -9,6 +9,7 @@ The kinds follow the Copydays set (Jegou and others, 2008) and the image similar
 import functools
 import io
 import math
+import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -254,3 +255,18 @@ _DETAIL = (resave, jpeg, blur, sharpen, noise, text, sticker)
 ATTACKS: dict[str, Callable[[Image.Image | ndarray, Generator, float], ndarray]] = {
     f.__name__: _on_arrays(f) for f in (*_DETAIL, *_GEOMETRY, *_COLOUR, mix)
 }
+
+# The kinds that networks bear least, and their strengths. The first ones matter most.
+DISGUISES = (
+    ("flip", 1.0), ("pad", 0.5), ("rotate", 0.5), ("screenshot", 0.5), ("crop", 0.5), ("grey", 0.8), ("sticker", 0.5),
+    ("text", 0.5), ("pad", 0.2), ("pad", 0.65), ("rotate", 0.35), ("rotate", 0.65), ("crop", 0.35), ("crop", 0.65),
+    ("mix", 0.35), ("mix", 0.65), ("pad", 0.4), ("pad", 0.8), ("sticker", 0.35), ("sticker", 0.65), ("text", 0.35),
+    ("text", 0.65), ("screenshot", 0.35), ("screenshot", 0.65), ("stretch", 0.35), ("stretch", 0.65), ("pad", 0.35),
+    ("pad", 0.6), ("rotate", 0.8), ("grey", 0.5),
+)  # fmt: skip
+
+
+def disguised(image: ndarray, count: int) -> list[ndarray]:
+    """The image (H, W, 3) uint8 in the first `count` disguises, and always in the same."""
+    random = np.random.default_rng(zlib.crc32(image.tobytes()))
+    return [attack(image, kind, random, strength) for kind, strength in DISGUISES[:count]]

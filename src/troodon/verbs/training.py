@@ -248,7 +248,9 @@ class Pretrain:
         )  # fmt: skip
         if folder is not None and self.out is not None:
             print(folder)
-            suggest(
-                f"troodon evaluate mine --backbone {quoted(self.out)} --data LABELLED --out {quoted(self.out)}-scores",
-                f"troodon report {quoted(self.out)}",
-            )
+            of, where = self.config.objective, quoted(self.out)
+            measure = f"troodon evaluate mine --backbone {where} --data LABELLED --out {where}-scores"
+            if of.contrast_weight and not of.by_prototypes:  # it only learned to find copies
+                images = " ".join(map(quoted, self.data))
+                measure = f"troodon curate calibrate --backbone {where} --data {images}"
+            suggest(measure, f"troodon report {where}")
