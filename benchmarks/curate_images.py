@@ -9,6 +9,7 @@ pixels, an untrained ViT, the backbones given, these with pixels, each whitened;
     attacked   photographs against copies of them, 24 kinds at four strengths: average precision over all pairs of a
                copy and a photograph, recall at the score that no wrong pair reaches, and the same by strength; and by
                kind the share of copies that lie nearer to their photograph than to any other
+    pairs      photographs and attacked copies of 240 of them, de-duplicated by hashes and vectors: who is left
     leaks      attacked validation images hidden in a pool, curated against the validation set: what is left, by kind;
                without pixels and disguises, with either, and with both
     retrieval  half of 50 classes as curated, images of all classes and photographs as pool: precision, recall,
@@ -48,7 +49,7 @@ from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
 from troodon.search.exact import unit
 
-PARTS = ("judged", "leaks", "retrieval")  # besides the attacked photographs
+PARTS = ("judged", "pairs", "leaks", "retrieval")  # besides the attacked photographs
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 
 
@@ -81,10 +82,10 @@ def judged(data: Path, ways: dict[str, Finder | None]) -> None:
     with tarfile.open(tar) as pack:
         listed = list(csv.DictReader(io.TextIOWrapper(pack.extractfile("pairs.csv"))))
     images = [decode(index.read(row)) for row in range(len(index))]
-    pairs = [(at[Path(p["path_a"]).name], at[Path(p["path_b"]).name], p["judgment"]) for p in listed]
+    known = [(at[Path(p["path_a"]).name], at[Path(p["path_b"]).name], p["judgment"]) for p in listed]
     right = np.zeros((len(index), len(index)), bool)
     open_ = np.triu(np.ones_like(right), 1)
-    for a, b, judgment in pairs:
+    for a, b, judgment in known:
         a, b = min(a, b), max(a, b)
         right[a, b] = judgment == "1"
         open_[a, b] = judgment == "1"
@@ -192,6 +193,33 @@ def halves(data: Path, seed: int = 0, *others: Index) -> tuple[Index, Index, nda
     return index.take(np.sort(rows)), pool, right
 
 
+def pairs(data: Path, home: Path, name: str, how: Any, copied: int = 240) -> None:
+    """Photographs and attacked copies of some, de-duplicated: of how many pairs both stay, and what else went."""
+    index, random = open_source(data / "photos_cc0_224.tar"), np.random.default_rng(0)
+    folder, kinds, of = home / f"copies-{name}", sorted(ATTACKS), dict[str, str]()
+    folder.mkdir()
+    for i, row in enumerate(random.permutation(len(index))[:copied].tolist()):
+        file = folder / f"{kinds[i % len(kinds)]}-{i:04d}.png"
+        Image.fromarray(attack(decode(index.read(row)), kinds[i % len(kinds)], random, 0.5)).save(file)
+        of[f"{folder.name}/{file.name}"] = index.path(row)
+    pool = Index.concat([index, open_source(folder)]).unlabelled()
+    for words, pixels in (("alone", False), ("pixels", True)):
+        if pixels and isinstance(how, Pixels):
+            continue
+        config = CurateConfig(steps=("exact", "hash", "duplicate"), gather="all", pixels=pixels)
+        out = curate(config, index.take([]), pool, how, home / f"pairs-{name}-{words}")
+        rows = pq.read_table(out / "images.parquet").to_pylist()
+        kept = {row["path"] for row in rows if row["kept"]}
+        both = [Path(copy).name.partition("-")[0] for copy, original in of.items() if {copy, original} <= kept]
+        wrong = sum(
+            not row["kept"] and {row["path"], rows[row["cause"]]["path"]} not in [{*pair} for pair in of.items()]
+            for row in rows
+        )
+        said = ", ".join(f"{kind} {both.count(kind)}" for kind in sorted(set(both), key=lambda k: -both.count(k)))
+        print(f"pairs      {name + ', ' + words:<24} {len(both)} of {copied} copies beside their originals: {said}; "
+              f"{wrong} other images went", flush=True)  # fmt: skip
+
+
 def retrieval(data: Path, home: Path, name: str, how: Any) -> None:
     """What is gathered for the known images of `halves`, by each way to gather."""
     curated, uncurated, right = halves(data, 0, open_source(data / "photos_cc0_224.tar"))
@@ -236,6 +264,8 @@ def main() -> None:
     if not given.quick:
         with tempfile.TemporaryDirectory(prefix="troodon-images-") as folder:
             for name, how in networks.items():
+                if "pairs" in given.parts:
+                    pairs(given.data, Path(folder), name, how)
                 if "leaks" in given.parts:
                     for seed in range(given.seeds):
                         leaks(given.data, Path(folder), name, how, 480, seed)

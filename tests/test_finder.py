@@ -6,13 +6,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from troodon.config import UsageError
 from troodon.curate import embed as embedding
 from troodon.curate import pipeline, space
 from troodon.curate.calibrate import calibrate
 from troodon.curate.config import CurateConfig
-from troodon.curate.finder import Finder, Pixels
+from troodon.curate.finder import WIDEST, Finder, Pixels, frame
 from troodon.data.attacks import ATTACKS, DISGUISES, attack, disguised
 from troodon.data.decode import grey
 from troodon.data.index import SCHEMA, Index
@@ -45,6 +46,24 @@ def test_pixels_say_nothing_of_brightness_and_contrast_and_little_of_sides():
     assert np.einsum("nd,nd->n", x, unit(look([i[:, ::-1] for i in images]))).min() > 0.7
     assert (x @ x.T)[~np.eye(4, dtype=bool)].max() < 0.6
     assert not look([np.full((20, 30, 3), 77, np.uint8)]).any()  # one colour: nothing to compare
+
+
+def test_a_frame_says_nothing_but_a_sky_is_part_of_the_picture():
+    look, original = Finder(Pixels(3), pixels=False), picture(5)
+    x = unit(look([original]))[0]
+    framed = [
+        np.pad(original, ((a, a), (b, b), (0, 0)), constant_values=c)
+        for a, b, c in ((9, 9, 0), (8, 0, 255), (0, 7, 90))
+    ]
+    noisy = np.clip(framed[2] + np.random.default_rng(0).normal(0, 3, framed[2].shape), 0, 255).astype(np.uint8)
+    for image in (*framed, noisy):
+        assert unit(look([image]))[0] @ x > 0.9
+    below = np.pad(original, ((24, 0), (0, 0), (0, 0)), constant_values=230)
+    assert frame(Image.fromarray(below)) == (0, 0)
+    assert unit(look([below]))[0] @ x < 0.6
+    one_colour = np.full((20, 20, 3), 9, np.uint8)
+    assert frame(Image.fromarray(one_colour)) == (WIDEST / 32, WIDEST / 32)
+    assert not look([one_colour]).any()
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])
@@ -115,7 +134,7 @@ def test_disguises_depend_on_the_image_alone():
 
 def test_calibration_knows_of_disguises():
     pool = [picture(seed) for seed in range(150)]
-    look = Finder(Pixels(3), pixels=False)
+    look = Finder(Colours(), pixels=False)
     fitted = space.fit("whitened", x := look(pool))
 
     def found(count: int):

@@ -32,15 +32,19 @@ from troodon.search.exact import unit
 # Shape suffixes: N images, B of one batch, D channels.
 
 SIDE = 8  # pixels: with 6, 10 or 12 as much is found
+GRID, ONE_COLOUR = 32, 10.0  # lines among which a frame is looked for, levels of 255 within which it is of one colour
+WIDEST = 9  # lines of a frame. It is as wide on the other side: else it is a part of the picture, such as its sky
+BOX = Image.Resampling.BOX
 SIGNED = 0.5  # with 0 fewer pairs that people call the same are found, with 0.7 fewer mirrored copies
 MATRIX, COPIES, PIXELS = "embeddings", "copies", "pixels"  # the files that vectors lie in, see embed.py
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """A network that only makes pictures small: its token is the pixels of the first three channels, less their mean,
-    so that brightness and contrast say nothing; and for a mirrored picture it is nearly the same: the sum of left and
-    right, their difference, and the size of it, which weighs more."""
+    """A network that only makes pictures small: its token is the pixels of the first three channels, less the mean of
+    each, so that brightness, contrast and the colour of the whole say nothing. Nor does a frame of one colour. For a
+    mirrored picture it is nearly the same: the sum of left and right, their difference, and the size of it, which
+    weighs more."""
 
     channels: int
     name: str = "pixels"
@@ -52,14 +56,29 @@ class Pixels:
 
     def _small(self, image_HWC: ndarray) -> ndarray:
         picture = Image.fromarray(image_HWC[..., 0] if self.channels < 3 else image_HWC[..., :3])
-        return np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BOX)).reshape(SIDE, SIDE, -1)
+        (h, w), (above, beside) = image_HWC.shape[:2], frame(picture)
+        inside = (w * beside, h * above, w * (1 - beside), h * (1 - above))
+        return np.asarray(picture.resize((SIDE, SIDE), BOX, inside)).reshape(SIDE, SIDE, -1)
 
     def features(self, images_BHWC: Tensor, blocks: int = 1) -> SimpleNamespace:
-        x_BHWC = images_BHWC - images_BHWC.mean((1, 2, 3), keepdim=True)
+        x_BHWC = images_BHWC - images_BHWC.mean((1, 2), keepdim=True)
         left, right = x_BHWC[:, :, : SIDE // 2], x_BHWC[:, :, SIDE // 2 :].flip(2)
         differ = left - right
         parts = [left + right, differ * SIGNED, differ.abs() * (1 - SIGNED**2) ** 0.5]
         return SimpleNamespace(cls=torch.cat(parts, 1).flatten(1))
+
+
+def frame(picture: Image.Image) -> tuple[float, float]:
+    """What share of the height above and below, and of the width at either side, is of one colour."""
+    x_GGC = np.asarray(picture.resize((GRID, GRID), BOX), np.float32).reshape(GRID, GRID, -1)
+    lines = []
+    for x_LGC in (x_GGC, x_GGC.swapaxes(0, 1)):
+        sides = []
+        for inwards_LGC in (x_LGC, x_LGC[::-1]):
+            off_L = np.abs(inwards_LGC - np.median(inwards_LGC[0], axis=0)).max((1, 2)) > ONE_COLOUR
+            sides.append(int(off_L.argmax()) if off_L.any() else GRID)
+        lines.append(min(*sides, WIDEST))
+    return lines[0] / GRID, lines[1] / GRID
 
 
 @dataclass(frozen=True)
