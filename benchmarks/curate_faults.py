@@ -176,7 +176,8 @@ def nodes_lost(home: Path, calm: str) -> int | None:
         nodes, began = [cluster.add_node(num_cpus=1) for _ in range(2)], time.monotonic()
         process = start(home, out, "--engine", "ray", RAY_ADDRESS=cluster.address)
         if stage:
-            while process.poll() is None and not list(home.glob(f"{out.name}.work/**/{stage}-*")):
+            begun = f"{out.name}.work/{'embeddings.parts/' if stage == 'embed' else ''}{stage}-*"
+            while process.poll() is None and not list(home.glob(begun)):
                 time.sleep(0.002)
             lost = process.poll() is None
             cluster.remove_node(nodes[len(stage) % 2], allow_graceful=False)

@@ -11,7 +11,7 @@ pixels, an untrained ViT, the backbones given, these with pixels, each whitened;
                kind the share of copies that lie nearer to their photograph than to any other
     pairs      photographs and attacked copies of 240 of them, de-duplicated by hashes and vectors: who is left
     leaks      attacked validation images hidden in a pool, curated against the validation set: what is left, by kind;
-               without pixels and disguises, with either, and with both
+               by the network alone, with pixels, and then with disguises
     retrieval  half of 50 classes as curated, images of all classes and photographs as pool: precision, recall,
                collisions, by sample and by cluster; against as many drawn by chance
 """
@@ -139,8 +139,8 @@ def classes(data: Path) -> tuple[Index, ndarray]:
 
 
 def leaks(data: Path, home: Path, name: str, how: Any, hidden: int, seed: int) -> None:
-    """Attacked validation images in a pool, and how many of them are left: by the network alone, with pixels, with
-    disguises, and with both, which is what curation does."""
+    """Attacked validation images in a pool, and how many of them are left: by the network alone, with pixels, and then
+    with disguises, which is what curation does."""
     index, _ = classes(data)
     benchmark = open_source(data / "cls_tinyin50_64.tar" / "images" / "val")
     random = np.random.default_rng(seed)
@@ -150,10 +150,9 @@ def leaks(data: Path, home: Path, name: str, how: Any, hidden: int, seed: int) -
         kind = kinds[i % len(kinds)]
         Image.fromarray(attack(decode(benchmark.read(row)), kind, random, 0.5)).save(folder / f"{kind}-{i:04d}.png")
     pool = Index.concat([index.take(np.sort(random.permutation(len(index))[:5000])), open_source(folder)]).unlabelled()
-    ways = {"alone": (False, 0), "pixels": (True, 0), "disguised": (False, 30), "both": (True, 30)}
+    beside = not isinstance(how, Pixels)
+    ways = {"alone": (False, 0)} | ({"pixels": (True, 0)} if beside else {}) | {"disguises": (beside, 30)}
     for words, (pixels, disguises) in ways.items():
-        if pixels and isinstance(how, Pixels):
-            continue
         config = CurateConfig(gather="all", pixels=pixels, disguises=disguises)
         out = curate(config, index.take([]), pool, how, home / f"leaks-{name}-{seed}-{words}", benchmark=benchmark)
         _left(f"{name}, {words}, {seed}", out, folder)

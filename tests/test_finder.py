@@ -88,7 +88,7 @@ def test_a_network_and_pixels_stand_side_by_side_and_are_stored(channels, tmp_pa
     np.testing.assert_array_equal(stored[np.array([3, 1])], stored[:][[3, 1]])
     if channels == 1:
         shown = [picture(seed) for seed in range(3)]
-        np.testing.assert_array_equal(Finder(network).pictures(shown), Finder(network)([grey(i) for i in shown]))
+        np.testing.assert_array_equal(Finder(network).of_colour(shown), [grey(i) for i in shown])
 
 
 def test_a_copy_descriptor_is_left_by_itself():

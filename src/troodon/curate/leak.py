@@ -95,18 +95,19 @@ class _Disguise:
         vectors, of = list[ndarray](), list[int]()
         progress = Progress(f"disguises {unit[0]:,} to {unit[1]:,}", "images", len(index))
 
-        def load(row: int) -> list[ndarray]:
+        def load(row: int) -> Any:
             try:
-                return disguised(picture(decode(index.read(row)), DISGUISED_PX), self.disguises)
+                images = disguised(picture(decode(index.read(row)), DISGUISED_PX), self.disguises)
+                return self.finder.prepare(self.finder.of_colour(images))
             except (BadImage, OSError):
-                return []
+                return None
 
         count = threads_or_all(self.threads)
         with ThreadPoolExecutor(count, "disguises") as threads:
-            for row, images in enumerate(in_turn(threads, load, range(len(index)), count + 1)):
-                if images:
-                    vectors.append(fitted(self.finder.pictures(images, len(images))).astype(np.float16))
-                    of += [unit[0] + row] * len(images)
+            for row, prepared in enumerate(in_turn(threads, load, range(len(index)), count + 1)):
+                if prepared is not None:
+                    vectors.append(fitted(self.finder.vectors(prepared)).astype(np.float16))
+                    of += [unit[0] + row] * self.disguises
                 progress.add(1)
         np.save(folder / "vectors.npy", np.concatenate(vectors) if vectors else np.zeros((0, 0), np.float16))
         np.save(folder / "of.npy", np.array(of, np.int64))

@@ -77,7 +77,7 @@ def _attack(
 ) -> Calibration:
     run.say(f"calibrate: attacking {len(images):,} images")
     result = calibrate(
-        lambda copies: fitted(finder.pictures(copies, config.batch)),
+        lambda copies: fitted(finder(finder.of_colour(copies), config.batch)),
         images,
         random,
         others_MD=others_MD,
