@@ -151,7 +151,7 @@ def leaks(data: Path, home: Path, name: str, how: Any, hidden: int, seed: int) -
         Image.fromarray(attack(decode(benchmark.read(row)), kind, random, 0.5)).save(folder / f"{kind}-{i:04d}.png")
     pool = Index.concat([index.take(np.sort(random.permutation(len(index))[:5000])), open_source(folder)]).unlabelled()
     beside = not isinstance(how, Pixels)
-    ways = {"alone": (False, 0)} | ({"pixels": (True, 0)} if beside else {}) | {"disguises": (beside, 30)}
+    ways = {"alone": (False, 0)} | ({"pixels": (True, 0)} if beside else {}) | {"disguises": (beside, 12)}
     for words, (pixels, disguises) in ways.items():
         config = CurateConfig(gather="all", pixels=pixels, disguises=disguises)
         out = curate(config, index.take([]), pool, how, home / f"leaks-{name}-{seed}-{words}", benchmark=benchmark)

@@ -45,9 +45,9 @@ class CurateConfig:
     """Cosine above which an image counts as a benchmark's; none: calibrated."""
     benchmark_false_merges: float = 1.0
     """Calibration: how many images, on average, one benchmark image may wrongly cost."""
-    disguises: int = 30
-    """Attacked copies of each benchmark image that are looked for as well, padded, turned, mirrored and so on: the pool
-    is compared with so many more images, and finds more leaks. 30 at most, the most useful ones first; 0: none."""
+    disguises: int = 12
+    """Attacked copies of each benchmark image that are looked for as well, turned, written on, in a window and so on:
+    as many more images to look at and to compare with, and more leaks found. 16 at most, the best first; 0: none."""
     benchmark_mode: Literal["direct", "component"] = "direct"
     """What goes for a benchmark image: images that resemble it, or also all that resemble these, and so on."""
     gather: Literal["sample", "cluster", "auto", "balance", "all"] = "sample"
@@ -96,7 +96,7 @@ class CurateConfig:
         within(self, "", 1, None, "clusters", "levels", "per_cluster", "cap")
         within(self, "", 0, None, "threads", "seed", "more_than", "large", "target")
         within(self, "", 0, 8, "hash_radius")
-        within(self, "", 0, 30, "disguises")
+        within(self, "", 0, 16, "disguises")
         for name in ("false_merges", "benchmark_false_merges"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} {getattr(self, name)}: must be above 0; 0.01 is one image in a hundred")

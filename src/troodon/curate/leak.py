@@ -5,7 +5,7 @@ threshold, than de-duplication of a pool in itself. "direct": whoever resembles 
 do images that resemble one that does, and so on, which is the paper's way, takes far more, and chains.
 
 A benchmark is small and its copies may not get through, so its images are compared with in disguise too: padded,
-turned, mirrored, written on. A padded copy in the pool is far from its original, and near to the padded original.
+turned, mirrored, written on. A turned copy in the pool is far from its original, and near to the turned original.
 
 disguises   the vectors of benchmark images, attacked in many ways
 leaks       edges from what is left to benchmark images, as such and in disguise
@@ -37,7 +37,7 @@ from troodon.data.index import Index
 from troodon.data.threads import in_turn, threads_or_all
 from troodon.search.exact import above
 
-DISGUISED_PX = 256  # about the shorter side: thirty of each image lie in memory
+DISGUISED_PX = 256  # about the shorter side: a dozen of each image lie in memory
 
 
 def leaks(pool: Pool, compared: Path, settled: Path, finder: Finder) -> Path:
