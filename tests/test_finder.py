@@ -139,9 +139,17 @@ def test_calibration_knows_of_disguises():
 
     def found(count: int):
         random = np.random.default_rng(0)
-        return calibrate(lambda some: fitted(look(some)), pool[:30], random, others_MD=fitted(x), disguises=count)
+        return calibrate(
+            lambda some: fitted(look(some)),
+            pool[:30],
+            random,
+            others_MD=fitted(x),
+            disguises=count,
+            benchmark_false_merges=1.0,
+        )
 
     bare, masked = found(0), found(8)
+    assert calibrate(lambda some: fitted(look(some)), pool[:5], np.random.default_rng(0)).benchmark_threshold is None
     assert masked.threshold == bare.threshold  # of copies within a pool, which know of none
     assert masked.benchmark_threshold > bare.benchmark_threshold  # more looks, more chances to be wrong
     assert masked.benchmark_recall > bare.benchmark_recall > 0.5

@@ -41,7 +41,7 @@ class Calibration:
     """A threshold, and what to expect of it."""
 
     threshold: float
-    benchmark_threshold: float  # the same at another rate, for images of a benchmark in their disguises
+    benchmark_threshold: float | None  # the same at another rate, for images of a benchmark in their disguises
     benchmark_recall: float | None  # share of the copies that it finds
     false_merges: float  # others that one image is wrongly taken for a copy of, on average, as aimed at
     images: int  # that were drawn
@@ -62,7 +62,7 @@ def calibrate(
     others_MD: ndarray | None = None,
     pool: int | None = None,
     false_merges: float = 0.001,
-    benchmark_false_merges: float = 1.0,
+    benchmark_false_merges: float | None = None,
     disguises: int = 0,
     strength: float = STRENGTH,
 ) -> Calibration:
@@ -70,7 +70,7 @@ def calibrate(
 
     `embed_images` gives vectors (B, D) whose cosines are compared. `others_MD` holds those of images of the pool,
     first of all of `images` themselves; without it they are compared with one another. `benchmark_false_merges` is the
-    rate for images of a benchmark, that are compared in so many `disguises` (leak.py).
+    rate for images of a benchmark, where there is one, which are compared in so many `disguises` (leak.py).
     """
     if others_MD is None:
         others_MD = embed_images(list(images))
@@ -79,12 +79,14 @@ def calibrate(
     original_nD = others_MD[: len(images)]
     threshold_at = tail(original_nD, others_MD, pool or len(others_MD))
 
+    benchmark_threshold, of_benchmark = None, list[float]()
     seen_nVD = original_nD[:MASKED, None]  # these images as such and in disguise
-    if disguises and len(seen_nVD):
-        masked = [unit(embed_images(disguised(image, disguises))) for image in images[:MASKED]]
-        seen_nVD = np.concatenate([seen_nVD, np.stack(masked)], axis=1)
-    of_benchmark = tail(original_nD[:MASKED], others_MD, pool or len(others_MD), seen_nVD)
-    benchmark_threshold, leaks = of_benchmark(benchmark_false_merges), list[bool]()
+    if benchmark_false_merges is not None:
+        if disguises and len(seen_nVD):
+            masked = [unit(embed_images(disguised(image, disguises))) for image in images[:MASKED]]
+            seen_nVD = np.concatenate([seen_nVD, np.stack(masked)], axis=1)
+        at = tail(original_nD[:MASKED], others_MD, pool or len(others_MD), seen_nVD)
+        benchmark_threshold = at(benchmark_false_merges)
 
     scores = {kind: list[ndarray]() for kind in ATTACKS}
     kinds = list(ATTACKS)
@@ -93,8 +95,7 @@ def calibrate(
         copies = [attack(image, name, random, strength) for image, name in zip(images, names, strict=True)]
         copy_nD = unit(embed_images(copies))
         cosine_n = np.einsum("nd,nd->n", copy_nD, original_nD)
-        masked_nV = np.einsum("nd,nvd->nv", copy_nD[:MASKED], seen_nVD)
-        leaks += (masked_nV.max(1) > benchmark_threshold).tolist()
+        of_benchmark += np.einsum("nd,nvd->nv", copy_nD[:MASKED], seen_nVD).max(1).tolist()
         for name, cosine in zip(names, cosine_n, strict=True):
             scores[name].append(cosine)
     every = np.array([cosine for of_kind in scores.values() for cosine in of_kind])
@@ -106,7 +107,9 @@ def calibrate(
     return Calibration(
         threshold=threshold,
         benchmark_threshold=benchmark_threshold,
-        benchmark_recall=round(float(np.mean(leaks)), 4) if leaks else None,
+        benchmark_recall=None
+        if not of_benchmark or benchmark_threshold is None
+        else recall(of_benchmark, benchmark_threshold),
         false_merges=false_merges,
         images=len(images),
         copies=len(every),

@@ -25,24 +25,25 @@ def thresholds(pool: Pool, rows: ndarray, x_MD: ndarray, finder: Finder, fitted:
     config = pool.config
     set_here = config.threshold is None and "duplicate" in config.steps
     set_there = config.benchmark_threshold is None and "benchmark" in config.steps and shown > 0
-    masks = config.disguises if set_there else 0
-    found = _calibrate(pool, rows, x_MD, finder, fitted, masks) if set_here or set_there else None
+    rate = config.benchmark_false_merges if set_there else None
+    found = _calibrate(pool, rows, x_MD, finder, fitted, rate) if set_here or set_there else None
     threshold, other = config.threshold, config.benchmark_threshold
     if found is not None:
         threshold = found.threshold if threshold is None else threshold
-        other = min(found.threshold, found.benchmark_threshold) if other is None else other
+        if found.benchmark_threshold is not None:
+            other = min(found.threshold, found.benchmark_threshold)
     calibration = None if found is None else found.as_dict()
     return {"threshold": threshold, "benchmark_threshold": other if shown else None, "calibration": calibration}
 
 
 def _calibrate(
-    pool: Pool, rows: ndarray, x_MD: ndarray, finder: Finder, fitted: space.Space, disguises: int
+    pool: Pool, rows: ndarray, x_MD: ndarray, finder: Finder, fitted: space.Space, rate: float | None
 ) -> Calibration:
     """Calibrate on images drawn from `rows` of the index, whose vectors are `x_MD`."""
     random = np.random.default_rng(pool.config.seed)
     drawn = random.permutation(len(rows))[:OTHERS]
     images = [_picture(pool.index, int(row)) for row in rows[drawn[: pool.config.calibration_images]]]
-    return _attack(pool.config, images, random, x_MD[drawn], len(rows), finder, fitted, disguises)
+    return _attack(pool.config, images, random, x_MD[drawn], len(rows), finder, fitted, rate)
 
 
 def measure(config: CurateConfig, index: Index, finder: Finder, strength: float) -> Calibration:
@@ -61,7 +62,7 @@ def measure(config: CurateConfig, index: Index, finder: Finder, strength: float)
     x_ND = np.concatenate(parts)
     fitted = space.fit(config.duplicate_space, x_ND)
     images = [_picture(index, row) for row in rows[: config.calibration_images]]
-    return _attack(config, images, random, fitted(x_ND), len(index), finder, fitted, 0, strength)
+    return _attack(config, images, random, fitted(x_ND), len(index), finder, fitted, None, strength)
 
 
 def _attack(
@@ -72,7 +73,7 @@ def _attack(
     pool: int,
     finder: Finder,
     fitted: space.Space,
-    disguises: int,
+    benchmark_false_merges: float | None,
     strength: float = STRENGTH,
 ) -> Calibration:
     run.say(f"calibrate: attacking {len(images):,} images")
@@ -83,13 +84,13 @@ def _attack(
         others_MD=others_MD,
         pool=pool,
         false_merges=config.false_merges,
-        benchmark_false_merges=config.benchmark_false_merges,
-        disguises=disguises,
+        benchmark_false_merges=benchmark_false_merges,
+        disguises=config.disguises,
         strength=strength,
     )
     found = np.mean(list(result.recall.values())) if result.recall else 0.0
     run.say(f"calibrate: threshold {result.threshold:.3f} finds {found:.0%} of attacked copies")
-    if disguises and result.benchmark_recall is not None:
+    if result.benchmark_threshold is not None:
         at, found = result.benchmark_threshold, result.benchmark_recall
         run.say(f"calibrate: of a benchmark's, threshold {at:.3f} finds {found:.1%}")
     return result
