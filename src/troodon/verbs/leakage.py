@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from troodon.model.backbone import Backbone
 
 # It only looks for a benchmark's images. What it names shall be right, where curation would rather lose some.
-LEAKS = CurateConfig(steps=("benchmark",), gather="all", benchmark_false_merges=0.01)
+LEAKS = CurateConfig(steps=("benchmark",), gather="all", benchmark_false_merges=0.001)
 ON_DISK = "leaks.json"
 
 
