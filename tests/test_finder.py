@@ -26,6 +26,7 @@ from .test_curate import QUICK, picture, png, rows, write
 from .test_curate import Pixels as Colours
 
 NOBODY = Index(SCHEMA.empty_table())
+QUICK_ALL = replace(QUICK, gather="all")
 
 
 def backbone(channels: int = 3) -> Backbone:
@@ -170,7 +171,7 @@ def hidden(tmp_path_factory) -> tuple[Index, Index]:
 
 def leaked(hidden, out, network, **changes) -> tuple[int, int, dict]:
     """How many copies went, how many others, and the ledger by name."""
-    config = replace(QUICK, steps=("benchmark",), gather="all", benchmark_false_merges=0.05, **changes)
+    config = replace(QUICK_ALL, steps=("benchmark",), benchmark_false_merges=0.05, **changes)
     out = pipeline.curate(config, NOBODY, hidden[0], network, out, benchmark=hidden[1])
     ledger = rows(out)
     went = {name for name, row in ledger.items() if row["stage"] == "benchmark" and row["pool"] == "uncurated"}
@@ -194,6 +195,13 @@ def test_pixels_help_a_network_that_sees_little(hidden, tmp_path):
     assert both > alone + 5
     assert both >= 36
     assert wrong <= 5
+
+
+def test_a_pool_without_a_readable_image_has_no_leaks(hidden, tmp_path):
+    write(tmp_path / "pool", {f"{n}.png": b"no picture" for n in range(3)})
+    pool = open_source(tmp_path / "pool")
+    out = pipeline.curate(QUICK_ALL, NOBODY, pool, Colours(), tmp_path / "s", benchmark=hidden[1])
+    assert not any(row["kept"] for row in rows(out).values())
 
 
 def test_images_of_many_channels_have_no_disguises(tmp_path):

@@ -33,7 +33,7 @@ COPIES = 4  # of each image, by attacks in turn
 STRENGTH = 0.5  # of the attacks: a JPEG of quality 34, 83 % of the area, turned by ten degrees ...
 FOUND = 0.95  # share of the copies: enough
 OTHERS = 20_000  # to compare with, at most
-MASKED = 100  # images that are disguised, at most
+DISGUISED = 100  # images that are disguised, at most
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def calibrate(
 
     `embed_images` gives vectors (B, D) whose cosines are compared. `others_MD` holds those of images of the pool,
     first of all of `images` themselves; without it they are compared with one another. `benchmark_false_merges` is the
-    rate for images of a benchmark, where there is one, which are compared in so many `disguises` (leak.py).
+    rate for images of a benchmark, where there is one, which are compared in so many `disguises` (data/attacks.py).
     """
     if others_MD is None:
         others_MD = embed_images(list(images))
@@ -80,12 +80,12 @@ def calibrate(
     threshold_at = tail(original_nD, others_MD, pool or len(others_MD))
 
     benchmark_threshold, of_benchmark = None, list[float]()
-    seen_nVD = original_nD[:MASKED, None]  # these images as such and in disguise
+    seen_nVD = original_nD[:DISGUISED, None]  # these images as such and in disguise
     if benchmark_false_merges is not None:
         if disguises and len(seen_nVD):
-            masked = [unit(embed_images(disguised(image, disguises))) for image in images[:MASKED]]
-            seen_nVD = np.concatenate([seen_nVD, np.stack(masked)], axis=1)
-        at = tail(original_nD[:MASKED], others_MD, pool or len(others_MD), seen_nVD)
+            attacked = [unit(embed_images(disguised(image, disguises))) for image in images[:DISGUISED]]
+            seen_nVD = np.concatenate([seen_nVD, np.stack(attacked)], axis=1)
+        at = tail(original_nD[:DISGUISED], others_MD, pool or len(others_MD), seen_nVD)
         benchmark_threshold = at(benchmark_false_merges)
 
     scores = {kind: list[ndarray]() for kind in ATTACKS}
@@ -95,7 +95,7 @@ def calibrate(
         copies = [attack(image, name, random, strength) for image, name in zip(images, names, strict=True)]
         copy_nD = unit(embed_images(copies))
         cosine_n = np.einsum("nd,nd->n", copy_nD, original_nD)
-        of_benchmark += np.einsum("nd,nvd->nv", copy_nD[:MASKED], seen_nVD).max(1).tolist()
+        of_benchmark += np.einsum("nd,nvd->nv", copy_nD[:DISGUISED], seen_nVD).max(1).tolist()
         for name, cosine in zip(names, cosine_n, strict=True):
             scores[name].append(cosine)
     every = np.array([cosine for of_kind in scores.values() for cosine in of_kind])
@@ -103,13 +103,12 @@ def calibrate(
     def recall(cosines: Sequence | ndarray, threshold: float) -> float:
         return round(float((np.asarray(cosines) > threshold).mean()), 4)
 
+    found = recall(of_benchmark, benchmark_threshold) if of_benchmark and benchmark_threshold is not None else None
     threshold = max(threshold_at(false_merges), round(float(np.quantile(every, 1 - FOUND)), 6) if len(every) else -1.0)
     return Calibration(
         threshold=threshold,
         benchmark_threshold=benchmark_threshold,
-        benchmark_recall=None
-        if not of_benchmark or benchmark_threshold is None
-        else recall(of_benchmark, benchmark_threshold),
+        benchmark_recall=found,
         false_merges=false_merges,
         images=len(images),
         copies=len(every),

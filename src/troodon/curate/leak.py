@@ -49,12 +49,12 @@ def leaks(pool: Pool, compared: Path, settled: Path, finder: Finder) -> Path:
     threshold = run.read_json(compared / "threshold.json")["benchmark_threshold"]
     rows, verdict = np.load(compared / "rows.npy"), pq.read_table(settled / "verdict.parquet")
     made_from = (pool.settings(*names), settled.parent.name)
-    masked, disguises = list[Path](), config.disguises if finder.channels in (1, 3) else 0
+    looks, disguises = list[Path](), config.disguises if finder.channels in (1, 3) else 0
     if disguises:
         units = ranges(len(shown), max(1, config.part // disguises))
         disguise = _Disguise(finder.bare(), pool.index.take(shown), compared, disguises, config.threads)
-        masked = pool.spread("disguises", disguise, units, disguises, len(units), compared.parent.name)
-    finds = _Leaks(compared, masked, threshold, pool.device)
+        looks = pool.spread("disguises", disguise, units, disguises, len(units), compared.parent.name)
+    finds = _Leaks(compared, looks, threshold, pool.device)
     parts = pool.spread("leaks", finds, ranges(len(rows)), *made_from, disguises)
 
     def work(folder: Path) -> Counts:
@@ -119,7 +119,7 @@ class _Leaks:
     """Edges from rows (first, last) to images of benchmarks, as such and in disguise."""
 
     compared: Path
-    masked: list[Path]
+    disguises: list[Path]
     threshold: float
     device: Any
 
@@ -131,7 +131,7 @@ class _Leaks:
         yield from above(
             x_BD, self.threshold, np.load(self.compared / "benchmark.npy", mmap_mode="r"), device=self.device
         )
-        for part in self.masked:
+        for part in self.disguises:
             other_MD, of_M = np.load(part / "vectors.npy", mmap_mode="r"), np.load(part / "of.npy")
             for i, j, score in above(x_BD, self.threshold, other_MD, device=self.device) if len(of_M) else ():
                 yield i, of_M[j], score

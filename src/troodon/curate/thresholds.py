@@ -90,7 +90,7 @@ def _attack(
     )
     found = np.mean(list(result.recall.values())) if result.recall else 0.0
     run.say(f"calibrate: threshold {result.threshold:.3f} finds {found:.0%} of attacked copies")
-    if result.benchmark_threshold is not None:
+    if result.benchmark_recall is not None:
         at, found = result.benchmark_threshold, result.benchmark_recall
         run.say(f"calibrate: of a benchmark's, threshold {at:.3f} finds {found:.1%}")
     return result
