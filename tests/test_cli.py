@@ -192,6 +192,15 @@ def test_debug_shows_where(capsys, tmp_path):
     assert "Traceback" in err
 
 
+def test_a_crash_leaves_where_it_was():
+    code = "import os, signal; from troodon import cli\n"
+    code += "cli.run = lambda words: os.kill(os.getpid(), signal.SIGSEGV)\ncli.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGSEGV
+    assert "Segmentation fault" in done.stderr
+    assert "cli.py" in done.stderr
+
+
 @pytest.mark.parametrize("verb", ["", *cli.VERBS])
 def test_help_is_quick_and_loads_nothing_heavy(verb):
     code = f"import sys; sys.argv = ['troodon', *{verb.split()!r}, '--help']; from troodon import cli\n"

@@ -5,6 +5,7 @@ Neither `--help` nor a mistake in a command loads torch.
 """
 
 import dataclasses
+import faulthandler
 import json
 import os
 import sys
@@ -46,6 +47,8 @@ NAMED: dict[str, tuple[Callable[[str], Any], Any, Iterable[str]]] = {
 
 def main() -> None:
     """The command `troodon`."""
+    if sys.stderr is not None:
+        faulthandler.enable()  # a crash in a library leaves where each thread was
     sys.exit(run(sys.argv[1:]))
 
 

@@ -21,6 +21,7 @@ from troodon.run import DOING, RENDEZVOUS, doing, read_json, say, write_json
 
 GRACE_S = 5.0  # for the others to end by themselves when a rank is lost; one that waits for it never would
 SAVING_S = 600.0  # for ranks that were asked to stop: a step and a checkpoint of the largest network fit in
+TAIL = 100  # lines of a rank that could not say what ended it: where each of its threads was, when it crashed
 MISTAKE, STOPPED = 2, 130  # exit codes: the user's mistake; asked to stop, and has saved
 
 
@@ -145,7 +146,7 @@ def _how_it_ended(folder: Path, codes: list[int], fallen: list[int], asked: list
         return Ended(STOPPED, **(left or {"said": "interrupted"}))
     if left:
         return Ended(code, left["said"] if code == MISTAKE else f"{who}: {left['said']}", left["trace"])
-    if tail := (folder / f"{culprit}.err").read_text(errors="replace").splitlines()[-20:]:
+    if tail := (folder / f"{culprit}.err").read_text(errors="replace").splitlines()[-TAIL:]:
         say("\n".join(tail))
     if code > 0:
         return Ended(1, f"{who} ended with exit code {code}")
