@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 import torch.multiprocessing
 
 
@@ -19,6 +20,8 @@ def on_ranks(world: int, function: Callable, *arguments: Any) -> list[Any]:
 
 def _work(rank: int, world: int, folder: str, function: Callable, arguments: tuple) -> None:
     torch.set_num_threads(1)
+    for gathering in ("all_gather_tensor", "all_gather_single"):  # older and newer name
+        setattr(funcol, gathering, _crashes)
     os.environ["LOCAL_RANK"] = str(rank)
     store = dist.FileStore(f"{folder}/store", world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
@@ -27,3 +30,7 @@ def _work(rank: int, world: int, folder: str, function: Callable, arguments: tup
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def _crashes(*_: Any, **__: Any) -> None:
+    raise AssertionError("this crashes gloo now and then: see `dist.unsharded`")

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from tests.ranks import on_ranks
 from troodon import dist
@@ -181,6 +183,20 @@ def test_sharded_equals_single_in_low_precision_too(images, tmp_path):
     for a, b in zip(records(tmp_path / "single"), records(tmp_path / "sharded"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=5e-3)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=5e-2)
+
+
+def test_what_is_sharded_is_whole_on_rank_zero():
+    first, *others = on_ranks(3, _unsharded, (1, 3, 4, 7))
+    for x in first:
+        assert torch.equal(x, torch.arange(2.0 * len(x)).reshape(-1, 2))
+    assert [len(x) for x in first] == [1, 3, 4, 7]
+    assert others == [[None] * 4] * 2
+
+
+def _unsharded(sizes):
+    mesh = init_device_mesh("cpu", (dist.world(),))
+    tensors = [torch.arange(2.0 * rows).reshape(-1, 2) for rows in sizes]
+    return [dist.unsharded(distribute_tensor(x, mesh, [Shard(0)])) for x in tensors]
 
 
 def test_the_quick_knn_is_read_on_one_rank_of_two(images, tmp_path):

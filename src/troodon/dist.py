@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from troodon.config import UsageError
 from troodon.launch import end_with_parent, first_to_fail
@@ -87,6 +88,23 @@ def gather(x: Tensor) -> Tensor:
     if own.requires_grad:
         own.register_hook(lambda gradient: gradient * world())
     return torch.cat(rows)
+
+
+def unsharded(x: Tensor) -> Tensor | None:
+    """All rows of a tensor that may be sharded, on rank zero, without gradients; None on the others.
+
+    `DTensor.full_tensor` gathers in a way that crashes gloo now and then, when it is done again and again: gloo's two
+    threads both write the name of what they did last, and both free the one before if it is long (torch 2.13).
+    """
+    if not isinstance(x, DTensor):
+        return x.detach() if rank() == 0 else None
+    each = -(-len(x) // world())  # the last ranks may hold fewer, or none
+    mine = x.to_local().detach()
+    padded = mine.new_zeros(each, *x.shape[1:])
+    padded[: len(mine)] = mine
+    rows = [torch.empty_like(padded) for _ in range(world())] if rank() == 0 else None
+    dist.gather(padded, rows)
+    return torch.cat(rows)[: len(x)] if rows else None
 
 
 def gather_objects(thing: Any) -> list[Any]:

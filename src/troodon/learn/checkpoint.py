@@ -15,18 +15,12 @@ import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from troodon import dist
 from troodon.config import UsageError, to_dict
@@ -89,7 +83,7 @@ class Saver:
         if (manifest(self.run / "backbone") or {}).get("fingerprint") != saved.fingerprint:
             saved.save(self.run / "backbone")
 
-    def _publish(self, stored: Future, partial: Path, weights: dict[str, Any], progress: Progress) -> None:
+    def _publish(self, stored: Future, partial: Path, weights: dict[str, Tensor], progress: Progress) -> None:
         """Once all ranks have written, give the checkpoint its name."""
         try:
             stored.result()
@@ -100,7 +94,7 @@ class Saver:
                 shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
             raise
 
-    def _complete(self, partial: Path, weights: dict[str, Any], progress: Progress) -> None:
+    def _complete(self, partial: Path, weights: dict[str, Tensor], progress: Progress) -> None:
         name, config = self.run.resolve().name, self.config
         backbone = of_state(weights, config.vit, self.preprocessing, name=name)
         backbone.save(partial / "backbone")
@@ -142,11 +136,11 @@ def heads(run: Path, config: PretrainConfig) -> dict[str, Tensor]:
     return state["average"]
 
 
-def whole(module: torch.nn.Module) -> dict[str, Any]:
+def whole(module: torch.nn.Module) -> dict[str, Tensor]:
     """The weights of a module that may be sharded, whole and on the CPU of rank zero. Every rank must call it."""
-    state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     # Copies: on the CPU they would be the weights that go on learning.
-    return {name: w.clone() for name, w in state.items() if isinstance(w, Tensor)}
+    state = module.state_dict().items()
+    return {name: full.to("cpu", copy=True) for name, w in state if (full := dist.unsharded(w)) is not None}
 
 
 def finished(run: Path) -> list[Path]:
