@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from troodon import run
+from troodon import run, verbs
 from troodon.config import UsageError
 from troodon.data.index import SCHEMA
 from troodon.report import charts, markup
@@ -301,13 +301,26 @@ def whole(demo: Path) -> Page:
     return read(report([demo], demo.parent / "report.html"))
 
 
+def test_copies_are_counted_also_where_some_of_them_are_broken(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    image = Image.fromarray(np.arange(1200, dtype=np.uint8).reshape(20, 20, 3))
+    for name, level in (("a", 0), ("copy-of-a", 0), ("in-other-bytes", 9)):
+        image.save(tmp_path / "photos" / f"{name}.png", compress_level=level)
+    for name in ("broken", "as-broken", "so-broken"):
+        (tmp_path / "photos" / f"{name}.png").write_bytes(b"<html>")
+    verbs.scan(tmp_path / "photos", tmp_path / "index")
+    page = read(report([tmp_path / "index"], tmp_path / "report.html"))
+    assert "3 files are byte for byte a copy of another, in 2 groups." in page.text
+    assert "1 more has the pixels of another in other bytes." in page.text
+
+
 def test_a_full_set_has_every_section(whole: Page) -> None:
     for title in TITLES:
         assert whole.text.count(title) >= 2, title  # once in the contents, once over the section
     targets = {attrs["href"][1:] for attrs in whole.of("a")}
     assert targets <= {attrs.get("id") for _, attrs in whole.elements}, "a link that leads nowhere"
     for said in [
-        "60 images were found, curation kept 43 of 60, a network learned from the pixels alone for 2,000 steps, and",
+        "60 images were found, curation kept 43 of 60, a network learned without labels for 2,000 steps, and",
         "frozen features reach 71.2 % on shapes by k-NN.",
         "k-NN 71.2 % (68.0-74.1), random network 35.0 %, colour histogram 14.1 %",
         "2 files cannot be read (1 truncated, 1 missing)",
@@ -516,7 +529,7 @@ def test_two_runs_are_told_apart(tmp_path: Path) -> None:
     make_run(tmp_path / "two", list(metrics(100)), finished=False)
     page = read(report([tmp_path / "one", tmp_path / "two", tmp_path / "one"], tmp_path))
     assert re.findall(r"<h3>(.*?)</h3>", (tmp_path / "report.html").read_text()) == ["one", "two"]
-    assert "2 networks learned from the pixels alone for 2,000 steps." in page.text
+    assert "2 networks learned without labels for 2,000 steps." in page.text
 
 
 def test_no_torch_is_needed() -> None:

@@ -91,7 +91,7 @@ def gather(x: Tensor) -> Tensor:
 
 
 def unsharded(x: Tensor) -> Tensor | None:
-    """All rows of a tensor that may be sharded, on rank zero, without gradients; None on the others.
+    """All rows of a tensor that may be sharded, on rank zero, without gradients; None on the others, which call it too.
 
     `DTensor.full_tensor` gathers in a way that crashes gloo now and then, when it is done again and again: gloo's two
     threads both write the name of what they did last, and both free the one before if it is long (torch 2.13).

@@ -96,10 +96,6 @@ class Finder:
         return Finder(backbone, tokens, pixels and not getattr(backbone, "for_copies", False))
 
     @property
-    def name(self) -> str:
-        return self.backbone.name
-
-    @property
     def channels(self) -> int:
         return self.backbone.channels
 

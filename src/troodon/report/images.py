@@ -188,16 +188,14 @@ def _identical(index: Index) -> Content:
     alike = _groups(index, "pixels") if _known(index, "pixels") else by_bytes
     if not alike:
         return h("p", "No two files hold the same picture.", class_="prose")
-    copies, resaved = (sum(len(rows) - 1 for rows in groups) for groups in (by_bytes, alike))
-    resaved -= copies
-    said = []
+    digests, said = index.column("sha256"), []
+    copies = sum(len(rows) - 1 for rows in by_bytes)
+    resaved = sum(len({digests[row] for row in rows}) - 1 for rows in alike)
     if copies:
         who = f"{plural(copies, 'file')} {'is' if copies == 1 else 'are'}"
         said.append(f"{who} byte for byte a copy of another, in {plural(len(by_bytes), 'group')}.")
     if resaved:
-        said.append(
-            f"{plural(resaved, 'more')} {'has' if resaved == 1 else 'have'} the pixels of another in other bytes."
-        )
+        said.append(f"{number(resaved)} more {'has' if resaved == 1 else 'have'} the pixels of another in other bytes.")
     labels, splits = index.column("label"), index.column("split")
 
     def kinds(rows: list[int]) -> tuple[int, int]:

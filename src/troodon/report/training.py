@@ -91,7 +91,7 @@ def training(runs: list[Artifact]) -> Part | None:
     card = Card("steps", number(most), "still going" if not _finished(longest) else _time(_records(longest)[0]))
     who = "a network" if len(runs) == 1 else f"{number(len(runs))} networks"
     what = "has learned" if len(runs) == 1 and went_on else "learned"
-    clause = f"{who} {what} from the pixels alone for {plural(most, 'step')}" if most else f"{who} began to learn"
+    clause = f"{who} {what} without labels for {plural(most, 'step')}" if most else f"{who} began to learn"
     if alarmed:
         clause += f" (not healthy: {', '.join(alarmed)})"
     return Part("training", "Training", join(body), (card,) if most else (), clause)
