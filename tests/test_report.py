@@ -498,6 +498,17 @@ def test_scores_without_pictures_values_or_intervals(tmp_path: Path) -> None:
     assert "The scores are empty." in read(report([tmp_path], tmp_path)).text
 
 
+def test_charts_of_one_protocol_name_their_metrics(tmp_path: Path) -> None:
+    both = [
+        {"backbone": "run", "dataset": "planted", "protocol": "duplicates", "metric": metric, "value": 0.8}
+        for metric in ("precision", "recall")
+    ]
+    make_scores(tmp_path / "scores", both)
+    page = read(report([tmp_path], tmp_path / "report.html"))
+    assert "Duplicates on planted: precision" in page.text
+    assert "Duplicates on planted: recall" in page.text
+
+
 def test_a_funnel_is_counted_from_the_ledger_where_it_was_not_recorded(demo: Path, tmp_path: Path) -> None:
     selection = tmp_path / "selection"
     with publish(selection, "selection", "0", {}) as part:

@@ -158,7 +158,7 @@ def _sides(index: Index) -> Content:
     short = np.array([min(size) for size in sizes])
     (width, height), most = Counter(sizes).most_common(1)[0]
     low, half, high = (number(int(v)) for v in (short.min(), np.median(short), short.max()))
-    said = f"From {low} to {high} pixels, half of them above {half}."
+    said = f"From {low} to {high} pixels, half of them {half} or more."
     if most > 0.2 * len(sizes):
         said += f" {share(most / len(sizes))} are {number(width)} by {number(height)}."
     edges = _edges(float(short.min()), float(short.max()))

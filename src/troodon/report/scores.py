@@ -1,7 +1,7 @@
 """What the features are worth: every backbone under every protocol, with intervals, best first."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 from troodon.report import charts
 from troodon.report.artifacts import Artifact
@@ -192,7 +192,7 @@ def _table(groups: dict) -> Content:
 
 
 def _bars(groups: dict) -> Content:
-    out = []
+    out, several = [], Counter((dataset, protocol) for dataset, protocol, _ in groups)
     for (dataset, protocol, metric), group in groups.items():
         known = [e for e in group if is_number(e["value"])]
         if not known:
@@ -209,7 +209,9 @@ def _bars(groups: dict) -> Content:
             says = f"{_value(e)} ({_interval(e)})" if interval else _value(e)
             rows.append(charts.Bar(e["backbone"], says, (("ref" if is_reference(e) else "c1", e["value"]),), interval))
         title = f"{_protocol(protocol)} on {dataset}" if dataset else _protocol(protocol)
-        title = title[:1].upper() + title[1:] if protocol not in PROTOCOLS or protocol != "knn" else title
+        if several[dataset, protocol] > 1:
+            title += f": {METRICS.get(metric, metric)}"
+        title = title[:1].upper() + title[1:] if protocol != "knn" else title
         unit, scale = ("", 1.0) if error else (f"{SPACE}%", 100.0)
         said = "Lower is better." if error else None
         out.append(figure(charts.bars(rows, label=title, top=top, unit=unit, scale=scale), title, said))
