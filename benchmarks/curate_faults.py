@@ -74,9 +74,9 @@ def broken() -> dict[str, bytes]:
 
 def prepare(home: Path, images: int) -> None:
     """Curated pictures, a pool, and an untrained backbone: what it says plays no part here."""
-    from troodon.data.attacks import attack
     from troodon.model.backbone import Backbone
     from troodon.model.config import Preprocessing, ViTConfig
+    from troodon.views.attacks import attack
 
     chance = np.random.default_rng(0)
     for folder in FOLDERS:

@@ -41,13 +41,13 @@ from troodon.curate.embed import embed
 from troodon.curate.finder import Finder, Pixels
 from troodon.curate.hashes import perceptual_hash
 from troodon.curate.pipeline import curate
-from troodon.data.attacks import ATTACKS, attack
-from troodon.data.decode import decode
-from troodon.data.index import Index
-from troodon.data.sources import open_source
+from troodon.images.decode import decode
+from troodon.images.index import Index
+from troodon.images.sources import open_source
 from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
 from troodon.search.exact import unit
+from troodon.views.attacks import ATTACKS, attack
 
 PARTS = ("judged", "pairs", "leaks", "retrieval")  # besides the attacked photographs
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)

@@ -33,11 +33,11 @@ from scipy.stats import t
 from curate_images import halves
 from troodon import load, recipes
 from troodon.curate.pipeline import curate
-from troodon.data.benchmarks import Benchmark
-from troodon.data.index import Index
-from troodon.data.sources import open_source
 from troodon.evaluate.config import suite
+from troodon.evaluate.sets.benchmark import Benchmark
 from troodon.evaluate.suite import evaluate
+from troodon.images.index import Index
+from troodon.images.sources import open_source
 from troodon.learn.pretrain import pretrain
 
 ARMS = ("all", "curated", "topped up", "random", "ideal")

@@ -27,11 +27,11 @@ import torch
 
 from troodon import distill, evaluate, pretrain, recipes
 from troodon.config import to_dict
-from troodon.data import world
-from troodon.data.config import CropsConfig
 from troodon.demo import EMBEDDED_WORLD
 from troodon.learn.config import ObjectiveConfig, PretrainConfig
 from troodon.model.config import ViTConfig
+from troodon.views.config import CropsConfig
+from troodon.world.write import write as write_world
 
 BY_FEATURES = ObjectiveConfig(dino_weight=0.0, ibot_weight=0.0, koleo_weight=0.0, cls_weight=1.0, patch_weight=1.0)
 
@@ -48,7 +48,7 @@ def worth(home: Path, seeds: list[int], steps: int, tiny: bool) -> list[dict]:
     for seed in seeds:
         place = home / f"seed-{seed}"
         sizes = replace(EMBEDDED_WORLD, clean=200, copies=20, off_topic=20, broken=2, curated=20, train=120, val=60)
-        world.write(place / "world", seed, sizes if tiny else EMBEDDED_WORLD)
+        write_world(place / "world", seed, sizes if tiny else EMBEDDED_WORLD)
         images, data = place / "world" / "uncurated", place / "world" / "evaluation"
         common = {"seed": seed, "threads": 1, "probe_every": 0, "steps": steps}
         common |= {"schedules": {"lr": {"warmup": steps // 10}}}

@@ -24,10 +24,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from troodon.config import to_yaml
-from troodon.data.config import CropsConfig
 from troodon.learn.config import PretrainConfig
 from troodon.learn.schedules import Schedule, Schedules
 from troodon.model.config import HeadConfig, ViTConfig
+from troodon.views.config import CropsConfig
 
 CONFIG = PretrainConfig(
     vit=ViTConfig(dim=64, depth=3, heads=2, patch=4, grid=4, layer_scale=0.1, drop_path=0.0),

@@ -22,12 +22,12 @@ import torch
 from PIL import Image
 
 from measure import finish, line
-from troodon.data.benchmarks import Benchmark
-from troodon.data.sources import open_source
 from troodon.evaluate import suite
 from troodon.evaluate.config import SUITES, Protocol
 from troodon.evaluate.features import Reader
+from troodon.evaluate.sets.benchmark import Benchmark
 from troodon.evaluate.suite import evaluate
+from troodon.images.sources import open_source
 from troodon.model.backbone import Backbone
 from troodon.model.config import SMALL, Preprocessing
 from troodon.run import read_json, write_json

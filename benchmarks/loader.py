@@ -37,11 +37,11 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from troodon.data import decode as decoder
-from troodon.data import photometric
-from troodon.data.config import CropsConfig, MasksConfig, PhotometricConfig
-from troodon.data.loader import Loader
-from troodon.data.sources import open_source
+from troodon.images import decode as decoder
+from troodon.images.sources import open_source
+from troodon.views import photometric
+from troodon.views.config import CropsConfig, MasksConfig, PhotometricConfig
+from troodon.views.loader import Loader
 
 CROPS, COLOURS = CropsConfig(), PhotometricConfig()
 SIZES = {"500x375": (500, 375), "4000x3000": (4000, 3000)}
@@ -214,8 +214,8 @@ def sources(folder: Path) -> list[dict]:
         def __getitem__(self, row: int) -> dict:
             return {"image": {"bytes": list(files.values())[row]}}
 
-    from troodon.data.config import PackConfig
-    from troodon.data.pack import pack
+    from troodon.images.config import PackConfig
+    from troodon.images.pack import pack
 
     pack(open_source(home), folder / "packed", PackConfig(), 1)
     places = [
@@ -255,9 +255,9 @@ def start(folder: Path, files: int) -> list[dict]:
     code = f"""
 import time; began = time.perf_counter()
 import torch
-from troodon.data.config import *
-from troodon.data.loader import Loader
-from troodon.data.sources import open_source
+from troodon.views.config import *
+from troodon.views.loader import Loader
+from troodon.images.sources import open_source
 loaded = time.perf_counter()
 index = open_source({str(home)!r})
 listed = time.perf_counter()

@@ -26,8 +26,8 @@ from PIL import Image
 from measure import finish, line, seconds
 from troodon.curate.embed import embed
 from troodon.curate.hashes import near_hashes
-from troodon.data.decode import decode
-from troodon.data.sources import open_source
+from troodon.images.decode import decode
+from troodon.images.sources import open_source
 from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
 from troodon.search.exact import above, top_k, unit

@@ -29,7 +29,7 @@ SHARD = 10_000
 def write(folder: Path, images: int) -> None:
     """An artifact of so many images; as Index.save would leave it."""
     from troodon import run
-    from troodon.data.index import SCHEMA
+    from troodon.images.index import SCHEMA
 
     with run.publish(folder, "index", "synthetic", {}) as partial:
         (partial / "images.parquet").touch()
@@ -53,9 +53,9 @@ def memory() -> dict[str, float]:
 def work(folder: Path, worker: int, workers: int, batches: int, answer: multiprocessing.Queue) -> None:
     import torch
 
-    from troodon.data.config import CropsConfig, MasksConfig, PhotometricConfig
-    from troodon.data.loader import Loader
-    from troodon.data.sources import open_source
+    from troodon.images.sources import open_source
+    from troodon.views.config import CropsConfig, MasksConfig, PhotometricConfig
+    from troodon.views.loader import Loader
 
     torch.zeros(1)
     before, began = memory(), time.perf_counter()

@@ -20,7 +20,6 @@ import torch
 
 from measure import device, finish, line, peak_memory, seconds, settle
 from troodon import dist, recipes
-from troodon.data.batch import Batch
 from troodon.learn import optim
 from troodon.learn.config import ParallelConfig, PretrainConfig
 from troodon.learn.loop import Learner, train
@@ -28,6 +27,7 @@ from troodon.learn.method import Method
 from troodon.learn.parallel import build, first_weights
 from troodon.learn.plan import people, plan, product_rate, total
 from troodon.model.config import BASE, GIANT, LARGE, SMALL, ViTConfig
+from troodon.views.batch import Batch
 from usual import UsualMethod
 
 SIZES = {"small": SMALL, "base": BASE, "large": LARGE, "giant": GIANT}

@@ -9,9 +9,9 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from troodon.data.benchmarks import Benchmark
-from troodon.data.index import SCHEMA, Index
 from troodon.evaluate.features import FrozenFeatures
+from troodon.evaluate.sets.benchmark import Benchmark
+from troodon.images.index import SCHEMA, Index
 
 COLOURS = {"red": (200, 60, 60), "green": (60, 190, 70), "blue": (50, 80, 210), "grey": (128, 128, 128)}
 

@@ -16,11 +16,11 @@ import scipy.ndimage
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from troodon.data.config import CropsConfig, PhotometricConfig
-from troodon.data.crops import Views, generator, multi_crop
-from troodon.data.decode import decode
-from troodon.data.photometric import NEUTRAL, apply
-from troodon.data.sources import open_source
+from troodon.images.decode import decode
+from troodon.images.sources import open_source
+from troodon.views.config import CropsConfig, PhotometricConfig
+from troodon.views.crops import Views, generator, multi_crop
+from troodon.views.photometric import NEUTRAL, apply
 
 PLAIN = PhotometricConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 COLUMNS = ("brightness", "contrast", "saturation", "hue", "order", "grey", "sigma", "solarise")

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from troodon.data import decode as decoder
-from troodon.data.decode import BadImage, decode, probe
+from troodon.images import decode as decoder
+from troodon.images.decode import BadImage, decode, probe
 
 WAYS = ("flip", "cut", "grow", "blank", "splice")
 HANGS_S = 60  # for one picture; then every thread's place is printed, and the process ends

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from troodon.data.batch import Batch
 from troodon.learn import optim
 from troodon.learn.config import ObjectiveConfig, OptimConfig
 from troodon.learn.method import Branch, Method
@@ -23,6 +22,7 @@ from troodon.learn.schedules import Knobs
 from troodon.model.backbone import config_of
 from troodon.model.config import HeadConfig, ViTConfig
 from troodon.model.vit import ViT
+from troodon.views.batch import Batch
 
 
 class Line(NamedTuple):

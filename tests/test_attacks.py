@@ -3,8 +3,8 @@ import pytest
 from PIL import Image
 
 from troodon.config import UsageError
-from troodon.data.attacks import ATTACKS, attack
-from troodon.data.world_scene import render
+from troodon.views.attacks import ATTACKS, attack
+from troodon.world.scene import render
 
 IMAGES = [render(1, k, px=64).image for k in range(3)]
 RESIZED = {"shrink", "enlarge", "stretch", "crop", "pad", "screenshot"}

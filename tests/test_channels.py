@@ -20,19 +20,20 @@ from troodon import verbs
 from troodon.config import UsageError, from_dict
 from troodon.curate.config import CurateConfig
 from troodon.curate.pipeline import curate
-from troodon.data import decode as module
-from troodon.data import sheet
-from troodon.data.config import CropsConfig, MasksConfig, PhotometricConfig
-from troodon.data.crops import generator, multi_crop
-from troodon.data.decode import BadImage, decode, grey, probe, shown
-from troodon.data.loader import Loader, stream
-from troodon.data.photometric import NEUTRAL, apply
-from troodon.data.sources import open_source
 from troodon.evaluate.baselines import BASELINES, ColourHistogram, RawPixels
+from troodon.images import decode as module
+from troodon.images.decode import BadImage, decode, grey, probe, shown
+from troodon.images.reading import stream
+from troodon.images.sources import open_source
 from troodon.learn.pretrain import check, pretrain
 from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
 from troodon.report.thumbnails import thumbnail
+from troodon.views import sheet
+from troodon.views.config import CropsConfig, MasksConfig, PhotometricConfig
+from troodon.views.crops import generator, multi_crop
+from troodon.views.loader import Loader
+from troodon.views.photometric import NEUTRAL, apply
 
 
 def array(channels: int, seed: int = 0, height: int = 24, width: int = 20) -> np.ndarray:

@@ -7,7 +7,7 @@ import pytest
 from troodon import config as c
 from troodon import recipes
 from troodon.config import UsageError
-from troodon.data.config import CropsConfig
+from troodon.views.config import CropsConfig
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from troodon.config import UsageError
-from troodon.data.config import CropsConfig
-from troodon.data.crops import NUMBERS, attacked, generator, multi_crop, random_box
+from troodon.views.config import CropsConfig
+from troodon.views.crops import NUMBERS, attacked, generator, multi_crop, random_box
 
 SMALL = CropsConfig(global_px=56, local_px=28, locals=3)
 SHAPES = [(1, 1), (1, 50), (50, 1), (2, 3), (7, 7), (8, 2000), (2000, 8), (57, 40), (300, 301)]
@@ -171,11 +171,11 @@ def test_a_large_picture_is_attacked_when_it_is_smaller(monkeypatch: pytest.Monk
     config = dataclasses.replace(SMALL, attack=1.0, attack_kinds=("vignette",), locals=0)
     small = multi_crop(image, config, generator(0, 0, 0))[0].float()
     seen: list[int] = []
-    monkeypatch.setattr("troodon.data.crops.attack", lambda image, *_: seen.append(image.width) or np.asarray(image))
+    monkeypatch.setattr("troodon.views.crops.attack", lambda image, *_: seen.append(image.width) or np.asarray(image))
     multi_crop(image, config, generator(0, 0, 0))
     assert seen == [200, 200]
     monkeypatch.undo()
-    monkeypatch.setattr("troodon.data.crops.MARGIN", 1e9)
+    monkeypatch.setattr("troodon.views.crops.MARGIN", 1e9)
     assert 0 < (multi_crop(image, config, generator(0, 0, 0))[0].float() - small).abs().mean() < 3  # of 255
 
 

@@ -26,10 +26,10 @@ from troodon.curate.dedup import components, identical, keep_order, near_duplica
 from troodon.curate.finder import Finder
 from troodon.curate.retrieve import Hits, best_hits, retrieve
 from troodon.curate.stage import Progress
-from troodon.data.attacks import attack
-from troodon.data.index import SCHEMA, Index
-from troodon.data.sources import open_source
+from troodon.images.index import SCHEMA, Index
+from troodon.images.sources import open_source
 from troodon.search.exact import pairs_above, unit
+from troodon.views.attacks import attack
 
 # Pictures of noise have no look-alikes, so the threshold may aim at next to no false merges.
 QUICK = CurateConfig(calibration_images=40, false_merges=1e-6, threads=2, batch=16)

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
-from troodon.data import decode as module
-from troodon.data.decode import BadImage, decode, probe
+from troodon.images import decode as module
+from troodon.images.decode import BadImage, decode, probe
 
 
 @pytest.fixture(autouse=True)
@@ -320,7 +320,7 @@ def test_the_fast_decoder_is_used_and_pillow_answers_when_it_fails(monkeypatch):
 
 
 def test_pillow_is_silenced_when_the_module_is_imported():
-    code = "import warnings, troodon.data.decode; warnings.warn_explicit('noise', UserWarning, 'x.py', 1, 'PIL.Any')"
+    code = "import warnings, troodon.images.decode; warnings.warn_explicit('noise', UserWarning, 'x.py', 1, 'PIL.Any')"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 

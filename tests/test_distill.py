@@ -13,9 +13,7 @@ from tests.ranks import on_ranks
 from tests.test_pretrain import CONFIG, records, weights
 from troodon import cli, distill, load, pretrain
 from troodon.config import UsageError, to_yaml
-from troodon.data.batch import Batch
-from troodon.data.config import MasksConfig
-from troodon.data.sources import open_source
+from troodon.images.sources import open_source
 from troodon.learn import checkpoint, losses
 from troodon.learn import distill as training
 from troodon.learn.config import ObjectiveConfig
@@ -26,6 +24,8 @@ from troodon.learn.teacher import Frozen, Kept, moments, standardised
 from troodon.model.vit import ViT
 from troodon.run import read_json
 from troodon.verbs.distillation import taught
+from troodon.views.batch import Batch
+from troodon.views.config import MasksConfig
 
 STUDENT = replace(
     CONFIG, vit=replace(CONFIG.vit, dim=16, depth=1, patch=8, grid=2, registers=1), masks=MasksConfig(share=0.0)

@@ -9,8 +9,6 @@ import torch
 from PIL import Image
 
 from troodon.config import UsageError
-from troodon.data.benchmarks import IGNORE, Benchmark, Tree, depth_seen, own
-from troodon.data.layouts import open_benchmark
 from troodon.evaluate import metrics
 from troodon.evaluate.baselines import LocationPrior, PatchColours
 from troodon.evaluate.config import DenseConfig, EvaluateConfig
@@ -19,6 +17,8 @@ from troodon.evaluate.discover import overlap
 from troodon.evaluate.features import Reader, kept_as
 from troodon.evaluate.maps import View, extract_maps, last_four, normalised, resize, spread_four, tokens
 from troodon.evaluate.match import lit, moved, offsets, warped
+from troodon.evaluate.sets.benchmark import IGNORE, Benchmark, Tree, depth_seen, own
+from troodon.evaluate.sets.layouts import open_benchmark
 from troodon.evaluate.suite import evaluate
 from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig

@@ -9,10 +9,10 @@ import torch
 
 from tests.evaluate_world import Fake, make_index
 from troodon.config import UsageError
-from troodon.data.decode import decode
 from troodon.evaluate import features
 from troodon.evaluate.baselines import BASELINES, ColourHistogram, RawPixels
 from troodon.evaluate.features import Reader, extract
+from troodon.images.decode import decode
 from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
 

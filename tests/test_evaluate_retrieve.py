@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from tests.evaluate_world import Fake, make_index
-from troodon.data.benchmarks import Benchmark
 from troodon.evaluate import metrics
 from troodon.evaluate.config import EvaluateConfig
 from troodon.evaluate.features import Reader
 from troodon.evaluate.retrieve import find_copies, rank_queries, retrieve, score_pairs
+from troodon.evaluate.sets.benchmark import Benchmark
 
 NOTHING = np.zeros(0, np.int64)
 
@@ -90,7 +90,7 @@ def make_index_of(folder: Path, index):
     """The same rows, as long as their files are now."""
     import pyarrow as pa
 
-    from troodon.data.index import Index
+    from troodon.images.index import Index
 
     lengths = pa.array([Path(c).stat().st_size for c in index.column("container")], pa.int64())
     return Index(index.table.set_column(index.table.schema.get_field_index("length"), "length", lengths))

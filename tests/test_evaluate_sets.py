@@ -13,14 +13,14 @@ from PIL import Image
 from tests.evaluate_world import Fake, labels_of, make_index
 from troodon import cli, verbs
 from troodon.config import UsageError
-from troodon.data.benchmarks import Benchmark, tags_of
-from troodon.data.index import SCHEMA, Index
 from troodon.evaluate import classify, suite
 from troodon.evaluate.config import EvaluateConfig, LinearConfig, LogisticConfig
 from troodon.evaluate.features import Reader
 from troodon.evaluate.results import releases, versions
+from troodon.evaluate.sets.benchmark import Benchmark, tags_of
 from troodon.evaluate.split import split
 from troodon.evaluate.suite import divided, evaluate
+from troodon.images.index import SCHEMA, Index
 from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
 from troodon.report.scores import told_apart

@@ -10,13 +10,13 @@ from PIL import Image
 from tests.evaluate_world import Fake, labels_of, make_index
 from troodon import run
 from troodon.config import UsageError
-from troodon.data.benchmarks import Benchmark
-from troodon.data.index import Index
 from troodon.evaluate.baselines import ColourHistogram
 from troodon.evaluate.config import EvaluateConfig, LinearConfig
 from troodon.evaluate.features import Reader
+from troodon.evaluate.sets.benchmark import Benchmark
 from troodon.evaluate.split import how_split, split
 from troodon.evaluate.suite import evaluate
+from troodon.images.index import Index
 
 LINEAR = LinearConfig(rates=(1e-2, 1e-1), blocks=(1, 2), epochs=1, least_steps=30)
 CONFIG = EvaluateConfig(protocols=("knn", "linear"), ks=(1, 3, 200), linear=LINEAR, resamples=200)
@@ -185,7 +185,7 @@ def test_what_cannot_be_scored_is_said_before_anything_runs(tmp_path: Path) -> N
 
 def test_real_photographs(tmp_path: Path, shared) -> None:
     """The colour histogram on three classes of photographs: far above chance, far below perfect."""
-    sources = pytest.importorskip("troodon.data.sources")
+    sources = pytest.importorskip("troodon.images.sources")
     index = sources.open_source(shared("cls_caltech20_112.tar"))
     labels = np.asarray(index.column("label"), dtype=object)
     index = index.take(np.flatnonzero(np.isin(labels, sorted(set(labels))[:3]))[::2])

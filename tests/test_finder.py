@@ -14,13 +14,13 @@ from troodon.curate import pipeline, space
 from troodon.curate.calibrate import calibrate
 from troodon.curate.config import CurateConfig
 from troodon.curate.finder import WIDEST, Finder, Pixels, frame
-from troodon.data.attacks import ATTACKS, DISGUISES, attack, disguised
-from troodon.data.decode import grey
-from troodon.data.index import SCHEMA, Index
-from troodon.data.sources import open_source
+from troodon.images.decode import grey
+from troodon.images.index import SCHEMA, Index
+from troodon.images.sources import open_source
 from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
 from troodon.search.exact import unit
+from troodon.views.attacks import ATTACKS, DISGUISES, attack, disguised
 
 from .test_curate import QUICK, picture, png, rows, write
 from .test_curate import Pixels as Colours

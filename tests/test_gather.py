@@ -12,8 +12,8 @@ from troodon.curate.config import CurateConfig
 from troodon.curate.hashes import near_hashes, perceptual_hash
 from troodon.curate.leak import nearest_hits, spread
 from troodon.curate.retrieve import Hits, fill
-from troodon.data.attacks import attack
 from troodon.search.exact import above, unit
+from troodon.views.attacks import attack
 
 from .test_curate import chain, picture
 

@@ -8,8 +8,7 @@ import torch
 
 from tests.ranks import on_ranks
 from troodon import dist
-from troodon.data import world
-from troodon.data.sources import open_source
+from troodon.images.sources import open_source
 from troodon.learn import health
 from troodon.learn.config import GuardConfig, ObjectiveConfig
 from troodon.learn.losses import ALONE, Ranks
@@ -17,13 +16,15 @@ from troodon.learn.pretrain import pretrain
 from troodon.learn.schedules import Schedule
 from troodon.recipes import own
 from troodon.run import Metrics
+from troodon.world.scene import WorldConfig
+from troodon.world.write import write as write_world
 
 
 @pytest.fixture(scope="session")
 def pool(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    sizes = world.WorldConfig(clean=240, copies=0, off_topic=0, broken=0, curated=1, train=1, val=1)
-    world.write(folder / "world", 0, sizes)
+    sizes = WorldConfig(clean=240, copies=0, off_topic=0, broken=0, curated=1, train=1, val=1)
+    write_world(folder / "world", 0, sizes)
     return open_source(folder / "world" / "uncurated")
 
 

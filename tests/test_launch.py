@@ -17,7 +17,7 @@ import torch
 from tests.test_pretrain import CONFIG, images, records, weights  # noqa: F401  images is a fixture
 from troodon import cli, dist, launch, verbs
 from troodon.config import UsageError, to_yaml
-from troodon.data.sources import open_source
+from troodon.images.sources import open_source
 from troodon.learn import checkpoint
 from troodon.learn.config import ObjectiveConfig
 from troodon.learn.engine import Interrupted

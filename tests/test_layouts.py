@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from troodon.config import UsageError
-from troodon.data.benchmarks import IGNORE, Benchmark, tags_of
-from troodon.data.decode import decode
-from troodon.data.layouts import LAYOUTS, open_benchmark
+from troodon.evaluate.sets.benchmark import IGNORE, Benchmark, tags_of
+from troodon.evaluate.sets.layouts import LAYOUTS, open_benchmark
+from troodon.images.decode import decode
 
 A, B = "n01440764", "n01443537"
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from troodon import cli, leak
 from troodon.config import UsageError
-from troodon.data.sources import open_source
+from troodon.images.sources import open_source
 from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
 from troodon.run import read_json

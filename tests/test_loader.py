@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 
 from troodon.config import UsageError
-from troodon.data.config import CropsConfig, MasksConfig, PhotometricConfig
-from troodon.data.crops import generator, multi_crop
-from troodon.data.decode import decode
-from troodon.data.loader import Loader, stream
-from troodon.data.order import deal, permute
-from troodon.data.sources import open_source
+from troodon.images.decode import decode
+from troodon.images.reading import stream
+from troodon.images.sources import open_source
+from troodon.views.config import CropsConfig, MasksConfig, PhotometricConfig
+from troodon.views.crops import generator, multi_crop
+from troodon.views.loader import Loader
+from troodon.views.order import deal, permute
 
 CROPS = CropsConfig(global_px=16, local_px=8, locals=3)
 CPU = torch.device("cpu")
@@ -203,7 +204,7 @@ def test_large_jpegs_are_read_smaller_and_cropped_as_they_would_be(tmp_path, mon
     rough.resize((1600, 1200), Image.Resampling.BICUBIC).save(tmp_path / "large.jpg", quality=95)
     one, sizes = loader(open_source(tmp_path), images=1), []
     small = [one.views(position)[:2] for position in range(10)]
-    monkeypatch.setattr("troodon.data.crops.MARGIN", 1e9)
+    monkeypatch.setattr("troodon.views.crops.MARGIN", 1e9)
     whole = [one.views(position)[:2] for position in range(10)]
     for a, b in zip(small, whole, strict=True):
         for x, y in zip(a, b, strict=True):

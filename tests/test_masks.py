@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from troodon.data.config import MasksConfig
-from troodon.data.crops import generator
-from troodon.data.masks import block_mask, collate
+from troodon.views.config import MasksConfig
+from troodon.views.crops import generator
+from troodon.views.masks import block_mask, collate
 
 GRID = (16, 16)
 

@@ -12,9 +12,9 @@ from PIL import Image
 
 from troodon import cli, pack, run
 from troodon.config import UsageError
-from troodon.data import pack as module
-from troodon.data.decode import decode, probe
-from troodon.data.sources import open_source
+from troodon.images import pack as module
+from troodon.images.decode import decode, probe
+from troodon.images.sources import open_source
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 30), mode: str = "RGB", format: str = "JPEG", **more) -> bytes:

@@ -10,9 +10,9 @@ import scipy.ndimage
 import torch
 
 from tests import fidelity
-from troodon.data import photometric
-from troodon.data.config import PhotometricConfig
-from troodon.data.photometric import FIRST, HUE, LOCAL, NEUTRAL, ORDERS, SECOND, apply, draw
+from troodon.views import photometric
+from troodon.views.config import PhotometricConfig
+from troodon.views.photometric import FIRST, HUE, LOCAL, NEUTRAL, ORDERS, SECOND, apply, draw
 
 COLUMNS = ("brightness", "contrast", "saturation", "hue", "order", "grey", "sigma", "solarise")
 PLAIN = PhotometricConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))

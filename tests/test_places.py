@@ -22,11 +22,11 @@ from PIL import Image
 
 from troodon import run
 from troodon.config import UsageError
-from troodon.data import containers, files
-from troodon.data.config import CropsConfig, MasksConfig, PhotometricConfig
-from troodon.data.index import SCHEMA, Index
-from troodon.data.loader import Loader
-from troodon.data.sources import open_source
+from troodon.images import containers, files
+from troodon.images.index import SCHEMA, Index
+from troodon.images.sources import open_source
+from troodon.views.config import CropsConfig, MasksConfig, PhotometricConfig
+from troodon.views.loader import Loader
 
 NAMES = ["cats/0.jpg", "cats/1.png", "dogs/2.jpg", "dogs/3.webp", "dogs/4.jpg"]
 LABELS = ["cats", "cats", "dogs", "dogs", "dogs"]
@@ -351,7 +351,7 @@ def test_a_data_set_is_a_source(made):
 
 
 def test_items_of_every_form_are_the_same_picture(made):
-    from troodon.data.decode import decode
+    from troodon.images.decode import decode
 
     index = open_source(Forms(made / "folder"))
     pictures = [decode(index.read(row)) for row in range(len(index))]
@@ -417,7 +417,7 @@ def test_an_artifact_that_has_been_moved_or_lies_afar(made, web):
 def test_a_long_index_is_mapped_and_shared(made, monkeypatch):
     import pickle
 
-    monkeypatch.setattr("troodon.data.index.MAPPED", 3)
+    monkeypatch.setattr("troodon.images.index.MAPPED", 3)
     index = open_source(made / "a.tar")
     status = pa.array(["ok", "empty", "ok", "ok", "ok"])
     with run.publish(made / "long", "index", "abc", {}) as folder:

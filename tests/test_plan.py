@@ -11,8 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from troodon import recipes, verbs
 from troodon.config import UsageError
-from troodon.data.batch import Batch
-from troodon.data.config import CropsConfig, MasksConfig
 from troodon.learn import cost, optim, prototypes
 from troodon.learn.config import ObjectiveConfig, ParallelConfig, PretrainConfig
 from troodon.learn.loop import Learner, train
@@ -20,6 +18,8 @@ from troodon.learn.method import Method
 from troodon.learn.parallel import build, build_anchor, empty, first_weights
 from troodon.learn.plan import people, plan, timed, total
 from troodon.model.config import HeadConfig, ViTConfig
+from troodon.views.batch import Batch
+from troodon.views.config import CropsConfig, MasksConfig
 
 CPU = torch.device("cpu")
 BASE = PretrainConfig(

@@ -23,8 +23,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from tests.ranks import on_ranks
 from troodon import dist
 from troodon.config import UsageError, fingerprint
-from troodon.data.config import CropsConfig, PhotometricConfig
-from troodon.data.sources import open_source
+from troodon.images.sources import open_source
 from troodon.learn import checkpoint, loop
 from troodon.learn.config import GuardConfig, ObjectiveConfig, ParallelConfig, PretrainConfig
 from troodon.learn.engine import Interrupted
@@ -36,6 +35,7 @@ from troodon.model.backbone import Backbone
 from troodon.model.config import HeadConfig, ViTConfig
 from troodon.model.vit import ViT
 from troodon.run import Metrics
+from troodon.views.config import CropsConfig, PhotometricConfig
 
 CONFIG = PretrainConfig(
     vit=ViTConfig(dim=32, depth=2, heads=2, patch=4, grid=4, layer_scale=0.1),

@@ -9,7 +9,7 @@ from PIL import Image
 
 from troodon import recipes
 from troodon.config import UsageError
-from troodon.data.sources import open_source
+from troodon.images.sources import open_source
 from troodon.learn.config import PretrainConfig, fits
 from troodon.learn.parallel import empty
 from troodon.learn.pretrain import pretrain

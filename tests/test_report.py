@@ -20,7 +20,7 @@ from PIL import Image
 
 from troodon import run, verbs
 from troodon.config import UsageError
-from troodon.data.index import SCHEMA
+from troodon.images.index import SCHEMA
 from troodon.report import charts, markup
 from troodon.report.markup import MINUS, MISSING, SPACE
 from troodon.report.page import report

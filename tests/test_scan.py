@@ -17,11 +17,11 @@ from PIL import Image
 
 from troodon import run
 from troodon.config import UsageError
-from troodon.data import scan as module
-from troodon.data.index import SCHEMA, Index
-from troodon.data.inventory import render, summarise
-from troodon.data.scan import FOUND, MODIFIED, scan_to
-from troodon.data.sources import open_source
+from troodon.images import scan as module
+from troodon.images.index import SCHEMA, Index
+from troodon.images.inventory import render, summarise
+from troodon.images.scan import FOUND, MODIFIED, scan_to
+from troodon.images.sources import open_source
 
 
 def scan(index: Index, threads: int, **more) -> pa.Table:

@@ -13,16 +13,16 @@ from tests.test_crops import picture
 from tests.test_loader import index, same, take  # noqa: F401  # `index` is a fixture
 from tests.test_pretrain import CONFIG, images  # noqa: F401  # `images` is a fixture
 from troodon.config import UsageError, from_dict, from_yaml, pair, parse, to_yaml
-from troodon.data import sheet
-from troodon.data.config import CropsConfig, MasksConfig, PhotometricConfig
-from troodon.data.crops import generator, multi_crop
-from troodon.data.loader import Loader
-from troodon.data.sources import open_source
+from troodon.images.sources import open_source
 from troodon.learn import plan as planning
 from troodon.learn.pretrain import check, pretrain
 from troodon.learn.recorder import preprocessing
 from troodon.model.backbone import Backbone, _prepare
 from troodon.model.config import Preprocessing, ViTConfig
+from troodon.views import sheet
+from troodon.views.config import CropsConfig, MasksConfig, PhotometricConfig
+from troodon.views.crops import generator, multi_crop
+from troodon.views.loader import Loader
 
 WIDE = CropsConfig(global_px=(16, 32), local_px=(12, 8), locals=3)
 MIXED = CropsConfig(locals=3, mixed=((16, 8, 3.0), (32, 12, 1.0)))
@@ -222,7 +222,7 @@ def test_rows_name_the_images_of_a_rank(index):  # noqa: F811
         if row not in (4, 5):  # which are broken, and replaced
             only = loader(index.take([row]), one.crops)
             assert only.rows(0) == [0] * 4
-            image = troodon.data.decode.decode(index.read(row))
+            image = troodon.images.decode.decode(index.read(row))
             assert torch.equal(one.views(place)[0], multi_crop(image, one.crops, generator(7, row, 0))[0])
 
 

@@ -17,9 +17,9 @@ from PIL import Image
 
 from troodon import run
 from troodon.config import UsageError
-from troodon.data import decode
-from troodon.data.index import SCHEMA, Index
-from troodon.data.sources import ENDINGS, open_source
+from troodon.images import decode
+from troodon.images.index import SCHEMA, Index
+from troodon.images.sources import ENDINGS, open_source
 
 MEMBERS = ["a/1.jpg", "a/2.PNG", "b/3.jpg", "b/c/4.webp", "notes.txt"]
 
@@ -419,5 +419,5 @@ def test_a_folder_that_may_not_be_read(tmp_path):
 
 
 def test_a_mistake_in_a_path_is_told_without_torch():
-    code = "import sys, troodon.data.scan; assert 'torch' not in sys.modules"
+    code = "import sys, troodon.images.scan; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,8 +9,6 @@ from benchmarks.usual import UsualMethod
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 
 from tests.test_plan import batch
-from troodon.data.batch import Batch
-from troodon.data.config import CropsConfig
 from troodon.learn import optim
 from troodon.learn.config import ObjectiveConfig, PretrainConfig
 from troodon.learn.loop import Learner, NotFinite, train
@@ -18,6 +16,8 @@ from troodon.learn.losses import Ranks
 from troodon.learn.method import Branch, Method
 from troodon.learn.parallel import empty
 from troodon.model.config import HeadConfig, ViTConfig
+from troodon.views.batch import Batch
+from troodon.views.config import CropsConfig
 
 CONFIG = PretrainConfig(
     vit=ViTConfig(dim=32, depth=2, heads=2, patch=4, grid=4, layer_scale=0.5),

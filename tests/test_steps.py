@@ -21,12 +21,12 @@ from troodon.curate import compose, engines, pipeline
 from troodon.curate import embed as embedding
 from troodon.curate.descriptor import Descriptor
 from troodon.curate.engines import Processes
-from troodon.data.attacks import attack
-from troodon.data.index import SCHEMA, Index
-from troodon.data.sources import open_source
+from troodon.images.index import SCHEMA, Index
+from troodon.images.sources import open_source
 from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
 from troodon.recipes import curation
+from troodon.views.attacks import attack
 
 from .test_curate import QUICK, Pixels, files, picture, png, rows, write
 

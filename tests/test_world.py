@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 
 from troodon.config import UsageError
-from troodon.data import world, world_scene
-from troodon.data.attacks import ATTACKS
-from troodon.data.world import WorldConfig, render, render_offtopic, write
-from troodon.data.world_shapes import SPECIES
-from troodon.data.world_surfaces import HABITATS, TEXTURES
+from troodon.views.attacks import ATTACKS
+from troodon.world import scene as world_scene
+from troodon.world import write as world
+from troodon.world.shapes import SPECIES
+from troodon.world.surfaces import HABITATS, TEXTURES
+from troodon.world.write import WorldConfig, render, render_offtopic, write
 
 TINY = WorldConfig(px=32, classes=3, curated=4, clean=24, copies=30, off_topic=12, broken=5, train=4, val=3, dense=4)
 
@@ -42,7 +43,7 @@ def test_a_picture_is_a_function_of_its_arguments():
     assert not any(same(first[k], render(5, k, px=32)) for k in range(6))
     assert len({p.image.tobytes() for p in first}) == 6
     code = (
-        "import hashlib, sys; from troodon.data.world import render, render_offtopic as off\n"
+        "import hashlib, sys; from troodon.world.write import render, render_offtopic as off\n"
         "print(hashlib.sha256(render(4, 5, px=32).image.tobytes() + off(4, 2, 32)[0].tobytes()).hexdigest())\n"
         "assert 'torch' not in sys.modules"
     )

@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from troodon import verbs
-from troodon.data import world
 from troodon.recipes import curation, distilled, own
 from troodon.run import publish, say, write_json
+from troodon.world.scene import WorldConfig
+from troodon.world.write import write as write_world
 
-EMBEDDED_WORLD = world.WorldConfig(texture_fidelity=0.95, habitat_fidelity=0.9, scale=(0.5, 0.9))
+EMBEDDED_WORLD = WorldConfig(texture_fidelity=0.95, habitat_fidelity=0.9, scale=(0.5, 0.9))
 
 
 def demo(out: str | Path, *, steps: int | None = None, seed: int = 0) -> Path:
@@ -19,7 +20,7 @@ def demo(out: str | Path, *, steps: int | None = None, seed: int = 0) -> Path:
     config = replace(own.demo() if steps is None else own.demo(steps), seed=seed)
     out = Path(out)
     say("1/7 world: pictures, drawn by rule")
-    world.write(out / "world", seed, EMBEDDED_WORLD)
+    write_world(out / "world", seed, EMBEDDED_WORLD)
     pool, curated = out / "world" / "uncurated", out / "world" / "curated"
 
     say("2/7 scan: what is in the pool")

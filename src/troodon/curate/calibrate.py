@@ -22,8 +22,8 @@ import numpy as np
 from numpy import ndarray
 from numpy.random import Generator
 
-from troodon.data.attacks import ATTACKS, attack, disguised
 from troodon.search.exact import unit
+from troodon.views.attacks import ATTACKS, attack, disguised
 
 # Shape suffixes: n images that were drawn, M others, D channels.
 
@@ -70,7 +70,7 @@ def calibrate(
 
     `embed_images` gives vectors (B, D) whose cosines are compared. `others_MD` holds those of images of the pool,
     first of all of `images` themselves; without it they are compared with one another. `benchmark_false_merges` is the
-    rate for images of a benchmark, where there is one, which are compared in so many `disguises` (data/attacks.py).
+    rate for images of a benchmark, where there is one, which are compared in so many `disguises` (views/attacks.py).
     """
     if others_MD is None:
         others_MD = embed_images(list(images))

@@ -28,7 +28,7 @@ from troodon.curate.dedup import Verdict
 from troodon.curate.pool import Pool
 from troodon.curate.retrieve import Hits, best_hits
 from troodon.curate.scores import bears, marked
-from troodon.data.index import SCHEMA
+from troodon.images.index import SCHEMA
 from troodon.search.exact import cosines
 
 STAGES = ("curated", "decode", "exact", "hash", "duplicate", "benchmark", "retrieve")

@@ -32,9 +32,9 @@ from troodon.curate.finder import COPIES, MATRIX, PIXELS, Pixels, bare, tokens_o
 from troodon.curate.hashes import perceptual_hash
 from troodon.curate.scores import Score, named
 from troodon.curate.stage import Counts, Engine, Progress, Stage, code, counted, do, joined, seconds
-from troodon.data.decode import BadImage
-from troodon.data.index import SCHEMA, Index
-from troodon.data.loader import stream
+from troodon.images.decode import BadImage
+from troodon.images.index import SCHEMA, Index
+from troodon.images.reading import stream
 from troodon.model.backbone import Backbone
 
 # Shape suffixes: N images, B images of one batch, D channels of an embedding.

@@ -27,7 +27,7 @@ from numpy import ndarray
 from PIL import Image
 from torch import Tensor
 
-from troodon.data.decode import grey
+from troodon.images.decode import grey
 from troodon.search.exact import unit
 
 # Shape suffixes: N images, B of one batch, D channels.

@@ -31,11 +31,11 @@ from troodon.curate.finder import Finder
 from troodon.curate.pool import Pool, ranges
 from troodon.curate.stage import Counts, Progress, counted
 from troodon.curate.thresholds import picture
-from troodon.data.attacks import disguised
-from troodon.data.decode import BadImage, decode
-from troodon.data.index import Index
-from troodon.data.threads import in_turn, threads_or_all
+from troodon.images.decode import BadImage, decode
+from troodon.images.index import Index
+from troodon.images.reading import in_turn, threads_or_all
 from troodon.search.exact import above
+from troodon.views.attacks import disguised
 
 DISGUISED_PX = 256  # about the shorter side: a dozen of each image lie in memory
 

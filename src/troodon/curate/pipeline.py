@@ -32,7 +32,7 @@ from troodon.curate.gather import gather
 from troodon.curate.leak import leaks
 from troodon.curate.pool import Pool, need
 from troodon.curate.stage import Engine, seconds
-from troodon.data.index import SCHEMA, Index
+from troodon.images.index import SCHEMA, Index
 from troodon.model.backbone import Backbone
 
 NOT_OF_THE_RESULT = ("batch", "threads", "part")  # settings that change how fast, not what

@@ -14,7 +14,7 @@ from troodon.curate.config import CurateConfig
 from troodon.curate.engines import Here
 from troodon.curate.space import Space
 from troodon.curate.stage import Counts, Engine, Stage, code, counted, do
-from troodon.data.index import Index
+from troodon.images.index import Index
 from troodon.search.lists import probed
 
 BLOCK = 65_536  # rows of one unit, where a unit is some rows

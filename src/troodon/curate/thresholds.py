@@ -13,9 +13,9 @@ from troodon.curate.calibrate import OTHERS, STRENGTH, Calibration, calibrate
 from troodon.curate.config import CurateConfig
 from troodon.curate.finder import Finder
 from troodon.curate.pool import Pool
-from troodon.data.decode import decode
-from troodon.data.index import Index
-from troodon.data.loader import stream
+from troodon.images.decode import decode
+from troodon.images.index import Index
+from troodon.images.reading import stream
 
 LEAST, MOST = 8, 512  # about the shorter side of pictures that are attacked: less is no picture, more is not seen
 

@@ -13,8 +13,6 @@ import numpy as np
 import torch
 
 from troodon.config import UsageError
-from troodon.data.benchmarks import SEVERAL
-from troodon.data.index import Index
 from troodon.evaluate import metrics
 from troodon.evaluate.cluster import kmeans
 from troodon.evaluate.config import EvaluateConfig
@@ -23,7 +21,9 @@ from troodon.evaluate.knn import knn, leave_one_out, used_ks
 from troodon.evaluate.linear import probe
 from troodon.evaluate.logistic import logistic
 from troodon.evaluate.results import Result, likeness
+from troodon.evaluate.sets.benchmark import SEVERAL
 from troodon.evaluate.split import few_shot
+from troodon.images.index import Index
 
 # Shape suffixes: N training images, M images to test on, A right labels of an image, C classes, S seeds.
 

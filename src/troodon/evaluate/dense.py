@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from troodon.data.benchmarks import IGNORE, Benchmark
-from troodon.data.decode import BadImage
 from troodon.evaluate import heads
 from troodon.evaluate.config import DenseConfig
 from troodon.evaluate.maps import Maps
+from troodon.evaluate.sets.benchmark import IGNORE, Benchmark
+from troodon.images.decode import BadImage
 
 # Shape suffixes: N images, W windows, B of a batch, C channels of the head, K bins, n cells on a side of a window,
 #                 H W pixels (of the truth, or of the resized image).

@@ -13,13 +13,13 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from troodon.data.benchmarks import Benchmark
-from troodon.data.decode import BadImage
 from troodon.evaluate.config import EvaluateConfig
 from troodon.evaluate.features import Reader, same_images, told
 from troodon.evaluate.maps import normalised, resize, tokens, window_side
 from troodon.evaluate.metrics import interval
 from troodon.evaluate.results import Result, likeness
+from troodon.evaluate.sets.benchmark import Benchmark
+from troodon.images.decode import BadImage
 
 # Shape suffixes: P patches, D channels, h w patches of a side, K things of an image.
 

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from troodon import dist, run
 from troodon.config import UsageError, fingerprint
-from troodon.data.decode import BadImage
-from troodon.data.index import Index
-from troodon.data.loader import stream
 from troodon.evaluate.results import versions
+from troodon.images.decode import BadImage
+from troodon.images.index import Index
+from troodon.images.reading import stream
 
 # Shape suffixes: N images, B images of a batch, L last blocks (oldest first), D channels.
 

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from troodon import run
-from troodon.data.decode import BadImage
-from troodon.data.index import Index
 from troodon.evaluate.features import Reader, finite, in_parts, kept_as, told
+from troodon.images.decode import BadImage
+from troodon.images.index import Index
 
 # Shape suffixes: N windows, B of a batch, L chosen blocks (oldest first), h w patches, D channels, S pixels of a side.
 

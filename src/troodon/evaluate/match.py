@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from troodon.data.benchmarks import Benchmark
-from troodon.data.decode import BadImage
 from troodon.evaluate.config import EvaluateConfig
 from troodon.evaluate.features import Reader, same_images, told
 from troodon.evaluate.maps import normalised, resize, tokens, window_side
 from troodon.evaluate.metrics import interval
 from troodon.evaluate.results import Result, likeness
+from troodon.evaluate.sets.benchmark import Benchmark
+from troodon.images.decode import BadImage
 
 # Shape suffixes: B images, P patches, D channels, S pixels on a side.
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from troodon.data.decode import decode, shown
-from troodon.data.index import Index
 from troodon.evaluate.features import FrozenFeatures
+from troodon.images.decode import decode, shown
+from troodon.images.index import Index
 from troodon.run import write_bytes
 from troodon.search.exact import top_k
 

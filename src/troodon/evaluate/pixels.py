@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from troodon.config import UsageError
-from troodon.data.benchmarks import IGNORE, Benchmark, depth_seen
 from troodon.evaluate import metrics
 from troodon.evaluate.config import DenseConfig, EvaluateConfig
 from troodon.evaluate.dense import Depths, Masks, Task, cells, enlarged, fit, predict, prior, truth_of
 from troodon.evaluate.features import Reader, same_images
 from troodon.evaluate.maps import View, extract_maps, last_four, spread_four, window_side
 from troodon.evaluate.results import Result, likeness
+from troodon.evaluate.sets.benchmark import IGNORE, Benchmark, depth_seen
 from troodon.evaluate.split import by_split
 
 # Shape suffixes: N images, C classes, K numbers of an image.

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from troodon.config import UsageError
-from troodon.data.benchmarks import Benchmark, Judged
 from troodon.evaluate.config import EvaluateConfig
 from troodon.evaluate.features import Extractor, Reader, extract, same_images
 from troodon.evaluate.metrics import average_precision, interval, micro_ap
 from troodon.evaluate.results import Result, likeness
+from troodon.evaluate.sets.benchmark import Benchmark, Judged
 from troodon.search.exact import pairs_above, unit
 
 # Shape suffixes: Q queries, N images of the gallery, D channels, P pairs.

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from troodon.config import UsageError
-from troodon.data.index import Index
+from troodon.images.index import Index
 
 # Shape suffixes: N images.
 

@@ -12,9 +12,6 @@ from typing import Any
 
 from troodon import dist, run
 from troodon.config import UsageError, fingerprint, to_dict
-from troodon.data.benchmarks import Benchmark
-from troodon.data.decode import decode
-from troodon.data.index import Index
 from troodon.evaluate import classify, pixels, tags
 from troodon.evaluate.baselines import LocationPrior
 from troodon.evaluate.config import EvaluateConfig, Protocol
@@ -25,7 +22,10 @@ from troodon.evaluate.metrics import ERRORS, score
 from troodon.evaluate.pictures import PAIRS, neighbours_picture, pca_picture, spread
 from troodon.evaluate.results import Result, releases, versions, view
 from troodon.evaluate.retrieve import find_copies, retrieve
+from troodon.evaluate.sets.benchmark import Benchmark
 from troodon.evaluate.split import how_split, labelled, split
+from troodon.images.decode import decode
+from troodon.images.index import Index
 
 Measure = Callable[[Any, Benchmark, EvaluateConfig, Reader], Iterator[Result]]
 # What is measured of a set of data that is no set of labels: the protocol, its function, and whether it needs patches.

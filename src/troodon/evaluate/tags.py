@@ -5,12 +5,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from troodon.config import UsageError
-from troodon.data.benchmarks import Benchmark, tags_of
 from troodon.evaluate import metrics
 from troodon.evaluate.config import EvaluateConfig
 from troodon.evaluate.features import Extractor, Reader, extract, same_images
 from troodon.evaluate.logistic import logistic
 from troodon.evaluate.results import Result, likeness
+from troodon.evaluate.sets.benchmark import Benchmark, tags_of
 from troodon.evaluate.split import by_split
 
 # Shape suffixes: N images, M images to test on, C classes, R resamples.

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from troodon.config import UsageError, pair, within
-from troodon.data.config import CropsConfig, MasksConfig, PhotometricConfig
 from troodon.learn.schedules import Schedules
 from troodon.model.config import HeadConfig, ViTConfig
+from troodon.views.config import CropsConfig, MasksConfig, PhotometricConfig
 
 
 @dataclass(frozen=True)

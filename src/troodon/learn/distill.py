@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from troodon import dist
 from troodon.config import UsageError, differences, to_dict
-from troodon.data.index import Index
+from troodon.images.index import Index
 from troodon.learn import engine
 from troodon.learn.config import ObjectiveConfig, ParallelConfig, PretrainConfig
 from troodon.learn.engine import Task

@@ -20,9 +20,7 @@ from torch import Tensor
 
 from troodon import dist
 from troodon.config import UsageError, differences, fingerprint, from_yaml, pair, to_dict, to_yaml
-from troodon.data import sheet
-from troodon.data.index import Index
-from troodon.data.loader import Loader
+from troodon.images.index import Index
 from troodon.learn import checkpoint, guard, optim
 from troodon.learn.checkpoint import Progress, Saver
 from troodon.learn.config import PretrainConfig
@@ -35,6 +33,8 @@ from troodon.learn.recorder import Probe, Recorder, preprocessing
 from troodon.learn.teacher import Frozen, Kept
 from troodon.model.backbone import Backbone
 from troodon.run import environment, manifest, say, write_bytes, write_json, write_manifest
+from troodon.views import sheet
+from troodon.views.loader import Loader
 
 if TYPE_CHECKING:
     from troodon.learn.distill import Teacher

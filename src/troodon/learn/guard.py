@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from troodon import dist
-from troodon.data.loader import Loader
 from troodon.learn.checkpoint import Progress
 from troodon.learn.config import GuardConfig
 from troodon.learn.loop import NotFinite
 from troodon.run import write_json
+from troodon.views.loader import Loader
 
 
 def report(trouble: NotFinite, batch: int, loader: Loader, run: Path) -> str:

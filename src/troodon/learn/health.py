@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from troodon.data.batch import Batch
 from troodon.learn.config import PretrainConfig
 from troodon.learn.method import Method
 from troodon.learn.schedules import Knobs
+from troodon.views.batch import Batch
 
 # Shape suffixes: B images of all ranks, K prototypes, D channels, M class tokens or masked patches of all ranks.
 

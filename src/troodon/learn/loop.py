@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from troodon.data.batch import Batch
 from troodon.learn import optim
 from troodon.learn.config import OptimConfig
 from troodon.learn.method import Method
 from troodon.learn.schedules import Knobs, Schedules
+from troodon.views.batch import Batch
 
 
 class NotFinite(FloatingPointError):

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from troodon.data.batch import Batch
 from troodon.learn import losses, prototypes
 from troodon.learn.config import ObjectiveConfig
 from troodon.learn.losses import ALONE, Ranks
@@ -22,6 +21,7 @@ from troodon.learn.teacher import Frozen, Maps, moments, standardised
 from troodon.model.config import HeadConfig, ViTConfig
 from troodon.model.head import Answer, Head
 from troodon.model.vit import ViT
+from troodon.views.batch import Batch
 
 # Shape suffixes: G global and V local views, B images, K prototypes, D channels, P patches,
 #                 N = G * B global crops or all crops, M masked patches of the whole batch.

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from troodon import dist
 from troodon.config import UsageError, differences, to_dict
-from troodon.data.index import Index
-from troodon.data.order import check_weights
+from troodon.images.index import Index
 from troodon.learn import engine, loggers
 from troodon.learn.config import PretrainConfig, fits
 from troodon.learn.engine import Task
 from troodon.learn.recorder import Probe
 from troodon.model.backbone import Backbone
+from troodon.views.order import check_weights
 
 
 def pretrain(

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from troodon import dist
 from troodon.config import pair, to_dict
-from troodon.data.batch import Batch
-from troodon.data.loader import Loader
 from troodon.learn import checkpoint, health
 from troodon.learn.checkpoint import Progress, Saver
 from troodon.learn.config import PretrainConfig
@@ -27,6 +25,8 @@ from troodon.learn.plan import duration
 from troodon.model.backbone import Backbone, of_state
 from troodon.model.config import Preprocessing
 from troodon.run import Metrics, say, write_bytes
+from troodon.views.batch import Batch
+from troodon.views.loader import Loader
 
 Probe = Callable[[Backbone], float]
 WAITING = 0.2  # share of the time that a device waits for images, from which it is said what to do, after

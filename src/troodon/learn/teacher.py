@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from troodon.data.batch import Batch
 from troodon.learn.losses import Ranks
 from troodon.model.config import ViTConfig
+from troodon.views.batch import Batch
 
 # Shape suffixes: N = G * B global crops of B images, C colours, H W pixels, P patches, h w rows and columns of them,
 #                 T tokens: the class token and the patches, D channels,

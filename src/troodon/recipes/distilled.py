@@ -6,11 +6,11 @@ The student's heads are new, and end in as many prototypes as the teacher's; a m
 
 from dataclasses import replace
 
-from troodon.data.config import MasksConfig
 from troodon.learn.config import ObjectiveConfig, PretrainConfig
 from troodon.learn.schedules import Schedule
 from troodon.model.config import BASE, LARGE, SMALL, ViTConfig
 from troodon.recipes import own, released
+from troodon.views.config import MasksConfig
 
 
 def distill_vits14() -> PretrainConfig:

@@ -6,10 +6,10 @@ Of a backbone alone only the network is known, and `start.reuse` is "backbone": 
 from dataclasses import replace
 
 from troodon.config import pair
-from troodon.data.config import Size
 from troodon.learn.config import ObjectiveConfig, OptimConfig, PretrainConfig
 from troodon.learn.schedules import Schedule, Schedules
 from troodon.model.config import HeadConfig
+from troodon.views.config import Size
 
 HIGH_RESOLUTION = 518  # pixels, as in the paper
 

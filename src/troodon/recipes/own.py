@@ -9,10 +9,10 @@ Where they differ most from the paper; docs/log.md has the runs, of one seed eac
     layer_scale           1, where the paper has 1e-5: a shallow network needs no gentle start. Not varied by itself.
 """
 
-from troodon.data.config import CropsConfig, MasksConfig, PhotometricConfig
 from troodon.learn.config import ObjectiveConfig, OptimConfig, PretrainConfig
 from troodon.learn.schedules import Schedule, Schedules
 from troodon.model.config import HeadConfig, ViTConfig
+from troodon.views.config import CropsConfig, MasksConfig, PhotometricConfig
 
 
 def demo(steps: int = 800) -> PretrainConfig:

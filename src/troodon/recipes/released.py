@@ -6,10 +6,10 @@ KoLeo looks for neighbours among as many images as a GPU of the release held: 64
 
 from dataclasses import replace
 
-from troodon.data.config import CropsConfig
 from troodon.learn.config import ObjectiveConfig, OptimConfig, PretrainConfig
 from troodon.learn.schedules import Schedule, Schedules
 from troodon.model.config import BASE, GIANT, LARGE, SMALL, HeadConfig, ViTConfig
+from troodon.views.config import CropsConfig
 
 
 def vitl16_short() -> PretrainConfig:

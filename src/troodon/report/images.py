@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from troodon.data.index import Index
+from troodon.images.index import Index
 from troodon.report import charts
 from troodon.report.artifacts import Artifact
 from troodon.report.markup import (

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from troodon.data.index import Index
+from troodon.images.index import Index
 from troodon.report import charts
 from troodon.report.artifacts import Artifact
 from troodon.report.markup import (

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from troodon.data.decode import BadImage, decode, shown
-from troodon.data.index import Index
+from troodon.images.decode import BadImage, decode, shown
+from troodon.images.index import Index
 from troodon.report.markup import Content, Markup, data_uri, h
 
 SIDE = 96  # pixels of a thumbnail's longer side

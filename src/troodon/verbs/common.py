@@ -28,7 +28,7 @@ def load(path: str | Path) -> "Backbone":
     """
     import dataclasses
 
-    from troodon.data.decode import decode
+    from troodon.images.decode import decode
     from troodon.model.backbone import open_weights
 
     backbone = open_weights(Path(path))

@@ -40,7 +40,7 @@ def curate(
     from troodon.curate.engines import engine as named
     from troodon.curate.pipeline import NOTHING
     from troodon.curate.pipeline import curate as curating
-    from troodon.data.sources import open_source
+    from troodon.images.sources import open_source
 
     config, does = configured(recipe, CurateConfig(), recipes.curate, settings), named(engine, workers)
     wanted, shown = (open_source(*paths_of(data)) if data else NOTHING for data in (curated, benchmark))
@@ -74,7 +74,7 @@ def calibrate(
     """
     from troodon.curate.finder import Finder
     from troodon.curate.thresholds import measure
-    from troodon.data.sources import open_source
+    from troodon.images.sources import open_source
 
     if not 0 < strength <= 1:
         raise UsageError(f"strength {strength}: it lies in (0, 1]; 0.25 is mild, 1 is strong")

@@ -42,7 +42,7 @@ def distill(
     configs = {n: configured(r, PretrainConfig(), recipes.distill, settings) for n, r in named.items()}
     check_devices(devices)
     from troodon import dist
-    from troodon.data.sources import open_source
+    from troodon.images.sources import open_source
     from troodon.learn import distill as training
     from troodon.learn.engine import Task
 

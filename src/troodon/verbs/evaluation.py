@@ -39,10 +39,10 @@ def evaluate(
     `backbone` may be a list; a random network of each shape, and descriptors, stand beside them. Networks make their
     products in `compute`, "fp32" or "bf16": which is never chosen here, as scores are compared only within one.
 
-    A place whose files say what is true of its images (see data/benchmarks.py and data/layouts.py), or that has labels
-    and says itself which images test, is a set of data by itself; all others together are one more. `layout` says what
-    the places are, where their files do not. On several devices of this machine ("auto" is all), a process on each does
-    a part of the images, if backbone and data are given by their paths.
+    A place whose files say what is true of its images (see evaluate/sets/layouts.py), or that has labels and says
+    itself which images test, is a set of data by itself; all others together are one more. `layout` says what the
+    places are, where their files do not. On several devices of this machine ("auto" is all), a process on each does a
+    part of the images, if backbone and data are given by their paths.
     """
     config = configured(name, EvaluateConfig(), suite, settings)
     check_devices(devices)
@@ -111,9 +111,9 @@ def _evaluate(
 
 def opened_benchmarks(data: Data, layout: str | None = None) -> list:
     """The sets of data at these places."""
-    from troodon.data.benchmarks import Benchmark
-    from troodon.data.layouts import open_benchmark
-    from troodon.data.sources import open_source
+    from troodon.evaluate.sets.benchmark import Benchmark
+    from troodon.evaluate.sets.layouts import open_benchmark
+    from troodon.images.sources import open_source
 
     found, rest = [], []
     for place in paths_of(data):

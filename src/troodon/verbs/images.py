@@ -9,7 +9,7 @@ from tyro.conf import Positional, arg
 
 from troodon import recipes
 from troodon.config import UsageError, from_dict, nearest, to_dict
-from troodon.data.config import PackConfig
+from troodon.images.config import PackConfig
 from troodon.learn.config import PretrainConfig, fits
 from troodon.verbs.common import Data, Images, configured, opened, paths_of, progress, quoted, some, suggest
 
@@ -23,9 +23,9 @@ def scan(data: Data, out: str | Path | None = None, *, threads: int = 0) -> dict
     Returns the summary; with `out`, also writes an index artifact there, which other verbs take as data, and a page
     to look at. Again, it reads only what has changed.
     """
-    from troodon.data.inventory import summarise
-    from troodon.data.scan import scan, scan_to
-    from troodon.data.sources import open_source
+    from troodon.images.inventory import summarise
+    from troodon.images.scan import scan, scan_to
+    from troodon.images.sources import open_source
     from troodon.report.page import report
 
     paths = paths_of(data)
@@ -51,7 +51,7 @@ class Scan:
     """Print the summary as JSON."""
 
     def run(self) -> None:
-        from troodon.data.inventory import render
+        from troodon.images.inventory import render
 
         summary = scan(some(self.data, "images to scan"), self.out, threads=self.threads)
         print(json.dumps(summary, indent=1) if self.json else render(summary))
@@ -66,8 +66,8 @@ def pack(data: Data, out: str | Path, *, settings: dict | None = None, threads: 
 
     Byte for byte, unless `settings`, those of PackConfig, say otherwise: {"side": 512}. Returns a summary.
     """
-    from troodon.data.pack import pack
-    from troodon.data.sources import open_source
+    from troodon.images.pack import pack
+    from troodon.images.sources import open_source
 
     config = from_dict(PackConfig(), settings or {}, source="settings")
     return pack(open_source(*paths_of(data)), Path(out), config, threads, progress("pack"))
@@ -99,9 +99,9 @@ def show_crops(recipe: str | PretrainConfig, data: Data, out: str | Path, *, ima
 
     The images are the first of batch number `batch` of a run of that recipe. Returns the picture's path, a PNG.
     """
-    from troodon.data.loader import Loader
-    from troodon.data.sheet import draw
-    from troodon.data.sources import open_source
+    from troodon.images.sources import open_source
+    from troodon.views.loader import Loader
+    from troodon.views.sheet import draw
 
     if images < 1 or batch < 0:
         raise UsageError(f"images {images}, batch {batch}: at least 1 image, and batches are numbered from 0")
@@ -151,7 +151,7 @@ def embed(
     Products are made in "bf16" or "fp32", or in what is measured to be faster here ("auto").
     """
     from troodon.curate.embed import embed as embedding
-    from troodon.data.sources import open_source
+    from troodon.images.sources import open_source
 
     if tokens not in ("cls", "cls+mean"):
         raise nearest("tokens", tokens, ("cls", "cls+mean"))

@@ -43,8 +43,8 @@ def leak(
     import numpy as np
     import pyarrow.parquet as pq
 
-    from troodon.data.index import Index
-    from troodon.data.sources import open_source
+    from troodon.images.index import Index
+    from troodon.images.sources import open_source
     from troodon.run import is_done, publish, write_json
 
     config, out = from_dict(LEAKS, settings or {}, source="settings"), Path(out)

@@ -50,7 +50,7 @@ def pretrain(
         return _tell_plan(config, data, init, devices, images_per_second)
     data, out = _given(data, out)
     from troodon import dist
-    from troodon.data.sources import open_source
+    from troodon.images.sources import open_source
     from troodon.learn import checkpoint
     from troodon.learn import pretrain as training
 
@@ -99,7 +99,7 @@ def _tell_plan(
     images_per_second: float | None,
 ) -> None:
     """Say what a run would take: on this machine, its speed measured; or on any number of accelerators."""
-    from troodon.data.sources import open_source
+    from troodon.images.sources import open_source
     from troodon.learn.config import fits
     from troodon.learn.plan import plan, timed
     from troodon.run import say
@@ -148,7 +148,7 @@ def submit(
     """Have Slurm do what `pretrain` does, on `slurm.nodes` machines; returns the job's id. Mistakes are told first."""
     config = configured(recipe, PretrainConfig(), beginning(init), settings)
     data, out = _given(data, out)
-    from troodon.data.sources import open_source
+    from troodon.images.sources import open_source
     from troodon.learn import pretrain as training
     from troodon.slurm import check, logs, submit
 

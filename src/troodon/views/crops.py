@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from troodon.config import pair
-from troodon.data.attacks import ATTACKS, attack
-from troodon.data.config import CropsConfig, Size
-from troodon.data.decode import grey, shown
+from troodon.images.decode import grey, shown
+from troodon.views.attacks import ATTACKS, attack
+from troodon.views.config import CropsConfig, Size
 
 # Shape suffixes: G the two global crops, V local crops, C colours, H and W pixels.
 # A box is (top, left, height, width) in whole pixels of the image.

@@ -31,12 +31,12 @@ import pyarrow.parquet as pq
 
 from troodon import config, run
 from troodon.config import UsageError
-from troodon.data import containers, files
-from troodon.data.decode import BadImage, decode, probe
-from troodon.data.index import SCHEMA, Index
-from troodon.data.inventory import summarise
-from troodon.data.sources import open_source
-from troodon.data.threads import in_turn, threads_or_all
+from troodon.images import containers, files
+from troodon.images.decode import BadImage, decode, probe
+from troodon.images.index import SCHEMA, Index
+from troodon.images.inventory import summarise
+from troodon.images.reading import in_turn, threads_or_all
+from troodon.images.sources import open_source
 
 FOUND = pa.schema(
     [

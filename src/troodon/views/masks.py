@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from troodon.data.config import MasksConfig
+from troodon.views.config import MasksConfig
 
 # Shape suffixes: N global crops, P patches of a crop, h and w patches along the sides of its grid.
 

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from troodon.data.config import PhotometricConfig
-from troodon.data.crops import Views
-from troodon.data.decode import shown
-from troodon.data.loader import Loader
+from troodon.images.decode import shown
 from troodon.run import write_bytes
+from troodon.views.config import PhotometricConfig
+from troodon.views.crops import Views
+from troodon.views.loader import Loader
 
 GAP = 6  # pixels between pictures
 WIDE = 900  # pixels of the sheet, about, if its crops are small

@@ -32,10 +32,10 @@ import numpy as np
 import pyarrow as pa
 
 from troodon.config import UsageError
-from troodon.data import containers, listing
-from troodon.data.decode import BadImage, plane
-from troodon.data.index import SCHEMA, Index
-from troodon.data.labels import read_table, split
+from troodon.images import containers, listing
+from troodon.images.decode import BadImage, plane
+from troodon.images.index import SCHEMA, Index
+from troodon.images.labels import read_table, split
 
 # Shape suffixes: N images, Q queries.
 

@@ -15,8 +15,8 @@ from numpy.random import Generator
 from PIL import Image, ImageFilter
 
 from troodon.config import UsageError
-from troodon.data.world_shapes import SPECIES, Parts, paint, thing
-from troodon.data.world_surfaces import HABITATS, TEXTURES
+from troodon.world.shapes import SPECIES, Parts, paint, thing
+from troodon.world.surfaces import HABITATS, TEXTURES
 
 # Everything below happens in a picture that spans [-1, 1] on both axes, x to the right, y downwards.
 

@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 
 from troodon import run
 from troodon.config import UsageError
-from troodon.data import files
+from troodon.images import files
 
 LARGEST = 1 << 30  # bytes of an image: what is larger was named like one (arrays may be anything), and stays unread
 GROUPS = 8  # groups of rows of Parquet kept unpacked
@@ -326,7 +326,7 @@ def _tensor(value: Any) -> bool:
 def _npy(image: Any) -> bytes:
     """The bytes of a .npy file of a picture, an array (H, W) or (H, W, C), or a tensor (C, H, W)."""
     if hasattr(image, "getbands"):
-        from troodon.data.decode import pixels
+        from troodon.images.decode import pixels
 
         array = pixels(image)
     else:

@@ -30,7 +30,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from troodon.config import UsageError
-from troodon.data import containers, files
+from troodon.images import containers, files
 
 SCHEMA = pa.schema(
     [

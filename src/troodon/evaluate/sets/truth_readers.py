@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from troodon.config import UsageError
-from troodon.data.benchmarks import IGNORE, Benchmark, Tree, classed, copies
-from troodon.data.decode import plane
+from troodon.evaluate.sets.benchmark import IGNORE, Benchmark, Tree, classed, copies
+from troodon.images.decode import plane
 
 
 def by_pairs(tree: Tree, image: str, truth: tuple[str, ...], splits: dict[str, str], about: dict) -> Benchmark:

@@ -32,10 +32,10 @@ import pyarrow.parquet as pq
 
 from troodon import run
 from troodon.config import UsageError
-from troodon.data import containers, files, listing
-from troodon.data.index import SCHEMA, Index, join, usable
-from troodon.data.labels import assign
-from troodon.data.listing import ENDINGS, FOREIGN, LISTS, Listing
+from troodon.images import containers, files, listing
+from troodon.images.index import SCHEMA, Index, join, usable
+from troodon.images.labels import assign
+from troodon.images.listing import ENDINGS, FOREIGN, LISTS, Listing
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,12 @@ from PIL import Image
 
 from troodon import run
 from troodon.config import UsageError, fingerprint
-from troodon.data.config import PackConfig
-from troodon.data.decode import BadImage, decode, probe
-from troodon.data.index import SCHEMA, Index
-from troodon.data.listing import ENDINGS
-from troodon.data.scan import Progress
-from troodon.data.threads import in_turn, threads_or_all
+from troodon.images.config import PackConfig
+from troodon.images.decode import BadImage, decode, probe
+from troodon.images.index import SCHEMA, Index
+from troodon.images.listing import ENDINGS
+from troodon.images.reading import in_turn, threads_or_all
+from troodon.images.scan import Progress
 
 SAMPLED = 64  # images from which the size of all is told
 MARGIN = 2  # a JPEG is decoded no smaller than this many times what it is resized to

@@ -14,8 +14,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pyarrow as pa
 
-from troodon.data.benchmarks import SEVERAL, UNSURE, Benchmark, Tree, tagged
-from troodon.data.index import SCHEMA, Index
+from troodon.evaluate.sets.benchmark import SEVERAL, UNSURE, Benchmark, Tree, tagged
+from troodon.images.index import SCHEMA, Index
 
 Row = tuple[str, str, str | None]  # name of the file, label, split
 

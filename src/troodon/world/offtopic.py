@@ -6,7 +6,7 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw
 
-from troodon.data.attacks import font
+from troodon.views.attacks import font
 
 Ink = tuple[int, ...]
 _SYLLABLES = ("ba", "bel", "da", "do", "lan", "lo", "lin", "ma", "mar", "mi", "ne", "nor", "ra", "sol", "va")

@@ -28,9 +28,9 @@ from PIL import Image
 
 from troodon import run
 from troodon.config import UsageError, fingerprint, to_dict
-from troodon.data.attacks import ATTACKS, attack
-from troodon.data.world_offtopic import render_offtopic
-from troodon.data.world_scene import DEFAULT, Picture, WorldConfig, render
+from troodon.views.attacks import ATTACKS, attack
+from troodon.world.offtopic import render_offtopic
+from troodon.world.scene import DEFAULT, Picture, WorldConfig, render
 
 __all__ = ["DEFAULT", "TRUTH", "Picture", "WorldConfig", "render", "render_offtopic", "write"]
 

@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 
 from troodon.config import UsageError, nearest
-from troodon.data import files, listing
-from troodon.data import layout_labels as labels
-from troodon.data import layout_truths as truths
-from troodon.data.benchmarks import Benchmark, Tree, own
+from troodon.evaluate.sets import label_readers as labels
+from troodon.evaluate.sets import truth_readers as truths
+from troodon.evaluate.sets.benchmark import Benchmark, Tree, own
+from troodon.images import files, listing
 
 WNID = r"n\d{8}"
 KITTI = r"(\d{4}_\d\d_\d\d)_drive_\d{4}_sync"

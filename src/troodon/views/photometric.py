@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from troodon.data.config import PhotometricConfig
+from troodon.views.config import PhotometricConfig
 
 # Shape suffixes: N crops, P parameters of a crop, C channels (red, green, blue, if there are three), H and W pixels,
 #                 n the crops of a batch that one operation concerns, K taps of the blur.

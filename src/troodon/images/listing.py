@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 
 from troodon import run
 from troodon.config import UsageError
-from troodon.data import containers, files
-from troodon.data.index import join
-from troodon.data.labels import TABLES, Table, listed, read_table, spoken
+from troodon.images import containers, files
+from troodon.images.index import join
+from troodon.images.labels import TABLES, Table, listed, read_table, spoken
 
 # How the names of the formats end that decode.py reads, and of some pictures that it does not.
 # fmt: off

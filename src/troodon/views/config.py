@@ -31,7 +31,7 @@ class CropsConfig:
     """Probability of a horizontal flip."""
     attack: float = 0.0
     """Probability that the picture is attacked, as pictures are on the web, before a global crop is cut out of it: by a
-    kind and a strength drawn for each crop (see data/attacks.py). Only pictures in colour or grey."""
+    kind and a strength drawn for each crop (see views/attacks.py). Only pictures in colour or grey."""
     attack_kinds: tuple[str, ...] = ()
     """Kinds of attacks to draw from; all if left out."""
     visits: int = 0
@@ -49,7 +49,7 @@ class CropsConfig:
         if min(self.aspect) <= 0:
             raise UsageError(f"crops.aspect {min(self.aspect)}: must be above 0")
         if self.attack_kinds:
-            from troodon.data.attacks import ATTACKS  # which starts Pillow
+            from troodon.views.attacks import ATTACKS  # which starts Pillow
 
             for unknown in [kind for kind in self.attack_kinds if kind not in ATTACKS]:
                 raise nearest("crops.attack_kinds", unknown, ATTACKS)
@@ -130,25 +130,6 @@ class MasksConfig:
     def __post_init__(self) -> None:
         within(self, "masks.", 0, 1, "share", "ratio")
         _ranges(self, "masks.", "ratio")
-
-
-@dataclass(frozen=True)
-class PackConfig:
-    """What becomes of images on their way into shards."""
-
-    side: int = 0
-    """Pixels: pictures whose shorter side is longer are made smaller to this; 0 leaves all as they are."""
-    encode: Literal["as-is", "jpeg", "png", "webp"] = "as-is"
-    """Save every picture so; as-is: those that stay as large as they are keep their bytes, the others their kind."""
-    quality: int = 92
-    """Of JPEG and WebP, for pictures that are saved again."""
-    shard_mb: int = 1000
-    """Megabytes of a shard, about."""
-
-    def __post_init__(self) -> None:
-        within(self, "", 0, None, "side")
-        within(self, "", 1, 100, "quality")
-        within(self, "", 1, None, "shard_mb")
 
 
 def _ranges(config: object, section: str, *names: str) -> None:

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import os
 import signal
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
@@ -21,14 +21,15 @@ import torch.multiprocessing
 from torch import Tensor
 
 from troodon.config import UsageError
-from troodon.data import containers, masks, photometric
-from troodon.data.batch import Batch
-from troodon.data.config import CropsConfig, MasksConfig, PhotometricConfig
-from troodon.data.crops import Views, generator
-from troodon.data.decode import FAST, BadImage, decode
-from troodon.data.index import Index
-from troodon.data.order import check_weights, deal, permute
-from troodon.data.threads import in_turn, threads_or_all
+from troodon.images import containers
+from troodon.images.decode import FAST, BadImage, decode
+from troodon.images.index import Index
+from troodon.images.reading import threads_or_all
+from troodon.views import masks, photometric
+from troodon.views.batch import Batch
+from troodon.views.config import CropsConfig, MasksConfig, PhotometricConfig
+from troodon.views.crops import Views, generator
+from troodon.views.order import check_weights, deal, permute
 
 AHEAD = 2  # batches prepared while one is used
 NO_IMAGE, NO_IMAGE_EITHER = -1, -2  # whose random numbers draw the masks of a batch, and its size
@@ -238,36 +239,3 @@ def _become(loader: Loader) -> None:
 
 def _share(positions: range) -> Share:
     return _mine[0].share(positions)
-
-
-def stream(
-    index: Index,
-    batch: int,
-    prepare: Callable[[Sequence[np.ndarray]], Tensor],
-    *,
-    channels: int = 3,
-    threads: int = 0,
-    broken: dict[int, BadImage] | None = None,
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Every readable image in order: rows and what `prepare` makes of their pixels, `batch` at a time.
-
-    Rows that cannot be read, or not with so many `channels`, are left out and recorded in `broken`.
-    """
-    broken = {} if broken is None else broken
-
-    def load(row: int) -> np.ndarray | None:
-        try:
-            return decode(index.read(row), channels)
-        except BadImage as error:
-            broken[row] = error
-        except OSError as error:
-            broken[row] = BadImage("decode error", str(error))
-        return None
-
-    with ThreadPoolExecutor(threads_or_all(threads, index.distant), "stream") as pool:
-        loaded = in_turn(pool, load, range(len(index)), (1 + AHEAD) * batch)
-        for start in range(0, len(index), batch):
-            rows = range(start, min(start + batch, len(index)))
-            images = {row: image for row, image in zip(rows, loaded) if image is not None}
-            if images:
-                yield list(images), prepare(list(images.values()))
