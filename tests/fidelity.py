@@ -19,7 +19,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from troodon.images.decode import decode
 from troodon.images.sources import open_source
 from troodon.views.config import CropsConfig, PhotometricConfig
-from troodon.views.crops import Views, generator, multi_crop
+from troodon.views.crops import MultiCrop, generator, multi_crop
 from troodon.views.photometric import NEUTRAL, apply
 
 PLAIN = PhotometricConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
@@ -58,8 +58,8 @@ def enhanced(kind: type, image_HWC: np.ndarray, factor: float) -> np.ndarray:
 def crops(image_HWC: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Ours and Pillow's crops of the same boxes: of the whole image, and of a JPEG decoded at a smaller scale."""
     config = CropsConfig(flip=0.0, locals=2)
-    views = Views(config, generator(0, 0, 0))
-    views.draw(*image_HWC.shape[:2])
+    views = MultiCrop(config, generator(0, 0, 0))
+    views.draw_boxes(*image_HWC.shape[:2])
     ours = multi_crop(image_HWC, config, generator(0, 0, 0))
     for name, crops_VCHW, boxes in (
         ("crop to 224", ours[0], views.boxes[:2]),
@@ -74,11 +74,11 @@ def crops(image_HWC: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]
     )
     out = io.BytesIO()
     large.save(out, "JPEG", quality=95)
-    small, whole = Views(config, generator(0, 0, 1)), Views(config, generator(0, 0, 1))
-    less, pixels = decode(out.getvalue(), 3, small.draw), decode(out.getvalue(), 3)
-    whole.draw(*pixels.shape[:2])
+    small, whole = MultiCrop(config, generator(0, 0, 1)), MultiCrop(config, generator(0, 0, 1))
+    less, pixels = decode(out.getvalue(), 3, small.draw_boxes), decode(out.getvalue(), 3)
+    whole.draw_boxes(*pixels.shape[:2])
     if less.shape != pixels.shape:
-        for ours_CHW, wanted_CHW in zip(small.cut(less)[0], whole.cut(pixels)[0]):
+        for ours_CHW, wanted_CHW in zip(small.crop(less)[0], whole.crop(pixels)[0]):
             yield "crop of a smaller JPEG", ours_CHW.numpy(), wanted_CHW.numpy()
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from troodon.images import decode as decoder
-from troodon.images.decode import BadImage, decode, probe
+from troodon.images.decode import BadImage, decode, read_header
 
 WAYS = ("flip", "cut", "grow", "blank", "splice")
 HANGS_S = 60  # for one picture; then every thread's place is printed, and the process ends
@@ -87,7 +87,7 @@ def attempt(data: bytes) -> tuple[str, float]:
         pixels = decode(data, None)
         assert pixels.dtype == np.uint8
         assert pixels.ndim == 3
-        seen = probe(data)
+        seen = read_header(data)
         assert pixels.shape[:2] == (seen.height, seen.width), (pixels.shape, seen)
         said = "ok"
     except BadImage as bad:

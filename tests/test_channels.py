@@ -22,8 +22,8 @@ from troodon.curate.config import CurateConfig
 from troodon.curate.pipeline import curate
 from troodon.evaluate.baselines import BASELINES, ColourHistogram, RawPixels
 from troodon.images import decode as module
-from troodon.images.decode import BadImage, decode, grey, probe, shown
-from troodon.images.reading import stream
+from troodon.images.decode import BadImage, decode, to_grey, read_header, to_rgb
+from troodon.images.reading import read_batches
 from troodon.images.sources import open_source
 from troodon.learn.pretrain import check, pretrain
 from troodon.model.backbone import Backbone
@@ -92,7 +92,7 @@ def test_wide_greys_and_orientation_hold_for_one_channel():
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = packed(Image.fromarray(picture(30, 40)), "PNG", exif=exif)
-    assert np.array_equal(decode(turned, 1), grey(decode(turned)))
+    assert np.array_equal(decode(turned, 1), to_grey(decode(turned)))
     assert decode(turned, 1).shape == (40, 30, 1)
 
 
@@ -143,7 +143,7 @@ def test_arrays_are_read_as_they_lie(channels, version):
             assert np.array_equal(got, x)
             assert got.flags.writeable
             assert got.flags.c_contiguous
-        seen = probe(data)
+        seen = read_header(data)
         assert (seen.format, seen.mode, seen.height, seen.width) == ("NPY", f"{channels} x uint8", 24, 20)
 
 
@@ -233,7 +233,7 @@ def test_mutated_arrays_give_an_array_or_bad_image(seed):
         for channels in (5, None):
             try:
                 got = decode(bytes(broken), channels)
-                seen = probe(bytes(broken))
+                seen = read_header(bytes(broken))
                 assert (got.dtype, got.shape[:2]) == (np.uint8, (seen.height, seen.width))
                 results.append(("ok", "said nothing"))
             except BadImage as bad:
@@ -248,8 +248,8 @@ def test_mutated_arrays_give_an_array_or_bad_image(seed):
 def test_what_is_shown_has_three_channels():
     for channels in (1, 2, 3, 4, 5):
         x = array(channels)
-        assert shown(x).shape == (24, 20, 3)
-        assert np.array_equal(shown(x)[:, :, 2], x[:, :, 2 if channels > 2 else 0])
+        assert to_rgb(x).shape == (24, 20, 3)
+        assert np.array_equal(to_rgb(x)[:, :, 2], x[:, :, 2 if channels > 2 else 0])
 
 
 # ---- views
@@ -310,7 +310,7 @@ def test_batches_and_their_sheet_have_the_channels(tmp_path, channels):
     assert one.broken == {}
     assert batch.globals_GBCHW.shape == (2, 4, channels, 16, 16)
     assert batch.locals_VBCHW.shape == (2, 4, channels, 8, 8)
-    sheet.draw(one, tmp_path / "sheet.png")
+    sheet.draw_crops(one, tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as drawn:
         assert drawn.mode == "RGB"
         crop = np.asarray(drawn)[18:34, -16:]  # of the last local crops, which stand at the right
@@ -322,7 +322,7 @@ def test_a_stream_leaves_out_what_has_other_channels(tmp_path):
     np.save(folder / "class0" / "odd.npy", array(4))
     Image.fromarray(array(3)).save(folder / "class0" / "photo.png")
     broken: dict = {}
-    got = list(stream(open_source(folder), 4, lambda images: [x.shape for x in images], channels=5, broken=broken))
+    got = list(read_batches(open_source(folder), 4, lambda images: [x.shape for x in images], channels=5, broken=broken))
     assert [shape for _, shapes in got for shape in shapes] == [(24, 20, 5)] * 6
     assert sorted(str(bad) for bad in broken.values()) == [
         "decode error: channels: 3 (RGB), wanted: 5",
@@ -380,8 +380,8 @@ def test_a_grey_backbone_takes_pictures_of_any_mode(tiny):
     network = replace(tiny.config, channels=1)
     one = Backbone.random(network, Preprocessing(18, 16, (0.4,), (0.3,)))
     colour = Image.fromarray(array(3))
-    wanted = one.features([grey(array(3))]).cls
-    for given in (colour, colour.convert("L"), grey(array(3))[:, :, 0]):
+    wanted = one.features([to_grey(array(3))]).cls
+    for given in (colour, colour.convert("L"), to_grey(array(3))[:, :, 0]):
         torch.testing.assert_close(one.features([given]).cls, wanted)
 
 

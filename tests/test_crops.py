@@ -11,7 +11,7 @@ from PIL import Image
 
 from troodon.config import UsageError
 from troodon.views.config import CropsConfig
-from troodon.views.crops import NUMBERS, attacked, generator, multi_crop, random_box
+from troodon.views.crops import NUMBERS_PER_CROP, generator, multi_crop, random_attack, random_box
 
 SMALL = CropsConfig(global_px=56, local_px=28, locals=3)
 SHAPES = [(1, 1), (1, 50), (50, 1), (2, 3), (7, 7), (8, 2000), (2000, 8), (57, 40), (300, 301)]
@@ -30,7 +30,7 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 def boxes(config: CropsConfig, image: np.ndarray, random: np.random.Generator) -> list[tuple[tuple, bool]]:
     """The boxes and flips that `multi_crop` draws from `random`, globals first."""
-    numbers = random.random((2 + config.locals, NUMBERS)).tolist()
+    numbers = random.random((2 + config.locals, NUMBERS_PER_CROP)).tolist()
     scales = [config.global_scale] * 2 + [config.local_scale] * config.locals
     return [
         (random_box(*image.shape[:2], scale, config.aspect, u), u[-1] < config.flip)
@@ -150,7 +150,7 @@ def test_an_attack_comes_before_the_crop_and_leaves_all_else_as_it_was() -> None
 def test_as_many_crops_are_attacked_as_asked_for_each_kind_as_often() -> None:
     image, count = picture(48, 48), 2000
     half = dataclasses.replace(SMALL, attack=0.5, attack_kinds=("flip", "crop"))
-    shapes = [attacked(image, half, seed) for seed in range(count)]
+    shapes = [random_attack(image, half, seed) for seed in range(count)]
     alone = np.mean([copy is image for copy in shapes])
     mirrored = np.mean([np.array_equal(copy, image[:, ::-1]) for copy in shapes])
     assert (alone, mirrored) == (pytest.approx(0.5, abs=0.04), pytest.approx(0.25, abs=0.04))
@@ -187,7 +187,7 @@ def test_unknown_attacks_are_refused_with_the_nearest() -> None:
 def test_boxes_have_the_areas_aspects_and_places_of_the_definition() -> None:
     count, side, scale, aspect = 4000, 4000, (0.05, 0.32), (3 / 4, 4 / 3)
     drawn = [
-        random_box(side, side, scale, aspect, u) for u in np.random.default_rng(0).random((count, NUMBERS)).tolist()
+        random_box(side, side, scale, aspect, u) for u in np.random.default_rng(0).random((count, NUMBERS_PER_CROP)).tolist()
     ]
     top, left, h, w = np.array(drawn, dtype=float).T
     uniform = {
@@ -207,7 +207,7 @@ def test_boxes_have_the_areas_aspects_and_places_of_the_definition() -> None:
 
 
 def test_positions_reach_every_place() -> None:
-    numbers = np.random.default_rng(0).random((400, NUMBERS)).tolist()
+    numbers = np.random.default_rng(0).random((400, NUMBERS_PER_CROP)).tolist()
     places = {random_box(6, 6, (0.4, 0.5), (1.0, 1.0), u)[:2] for u in numbers}
     assert places == {(top, left) for top in range(3) for left in range(3)}
 
@@ -224,5 +224,5 @@ def test_positions_reach_every_place() -> None:
 def test_when_nothing_fits_the_central_box_within_the_aspect_range_is_taken(
     shape: tuple[int, int], box: tuple[int, ...]
 ) -> None:
-    for u in np.random.default_rng(0).random((20, NUMBERS)).tolist():
+    for u in np.random.default_rng(0).random((20, NUMBERS_PER_CROP)).tolist():
         assert random_box(*shape, (0.9, 1.0), (3 / 4, 4 / 3), u) == box

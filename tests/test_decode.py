@@ -18,7 +18,7 @@ import pytest
 from PIL import Image, ImageFile, ImageOps
 
 from troodon.images import decode as module
-from troodon.images.decode import BadImage, decode, probe
+from troodon.images.decode import BadImage, decode, read_header
 
 
 @pytest.fixture(autouse=True)
@@ -83,10 +83,10 @@ def test_colour_modes_give_the_same_picture(mode, format):
 
 def test_lab_and_palette_are_converted():
     lab = packed(picture().convert("LAB"), "TIFF")
-    assert probe(lab).mode == "LAB"
+    assert read_header(lab).mode == "LAB"
     assert np.abs(decode(lab).astype(int) - np.asarray(picture())).mean() < 3
     palette = packed(picture().quantize(256), "PNG")
-    assert probe(palette).mode == "P"
+    assert read_header(palette).mode == "P"
     assert np.abs(decode(palette).astype(int) - np.asarray(picture())).mean() < 8
 
 
@@ -150,7 +150,7 @@ def test_exif_orientation_is_applied(format, orientation):
     data = packed(picture(), format, exif=exif)
     upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
     assert np.array_equal(decode(data), upright)
-    assert (probe(data).height, probe(data).width) == upright.shape[:2]
+    assert (read_header(data).height, read_header(data).width) == upright.shape[:2]
     if orientation == 6:  # what lay on the left now stands on top
         assert upright.shape[:2] == (64, 48)
 
@@ -180,7 +180,7 @@ def test_a_pack_of_awkward_files_does_as_its_manifest_says(shared):
         if row["status"] != "ok":
             failed[row["path"]] = (row["status"], refusal(data).status)
             continue
-        seen = probe(data)
+        seen = read_header(data)
         said = (row["format"], row["mode"], int(row["width"]), int(row["height"]))
         assert (seen.format, seen.mode, seen.width, seen.height) == said, row["path"]
         assert decode(data).shape == (seen.height, seen.width, 3), row["path"]
@@ -220,7 +220,7 @@ def test_what_is_no_image_is_named(data, status):
     assert bad.status == status
     assert str(bad) == f"{status}: {bad.reason}"
     with pytest.raises(BadImage):
-        probe(data)
+        read_header(data)
 
 
 @pytest.mark.parametrize("kind", [*small_files(), "lzw", "avif", "jpeg2000"])
@@ -246,7 +246,7 @@ def test_a_picture_too_large_is_refused_before_its_pixels_are_read(warnings_are,
         bad = refusal(png_header(side, side))
         assert bad.status == "too large"
         assert f"{side * side:,}" in bad.reason
-    assert probe(png_header(9_990, 10_000)).width == 9_990  # Pillow alone would warn, which is an error here
+    assert read_header(png_header(9_990, 10_000)).width == 9_990  # Pillow alone would warn, which is an error here
 
 
 def test_running_out_of_memory_is_said(monkeypatch):

@@ -12,12 +12,12 @@ from PIL import Image
 
 from troodon.config import UsageError
 from troodon.images.decode import decode
-from troodon.images.reading import stream
+from troodon.images.reading import read_batches
 from troodon.images.sources import open_source
 from troodon.views.config import CropsConfig, MasksConfig, PhotometricConfig
 from troodon.views.crops import generator, multi_crop
 from troodon.views.loader import Loader
-from troodon.views.order import deal, permute
+from troodon.views.order import assign_source, permute
 
 CROPS = CropsConfig(global_px=16, local_px=8, locals=3)
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def index(tmp_path):
 
 
 def loader(index, **changes) -> Loader:
-    settings = {"crops": CROPS, "patch": 4, "images": 4, "seed": 7, "threads": 2} | changes
+    settings = {"crops": CROPS, "patch": 4, "batch_size": 4, "seed": 7, "threads": 2} | changes
     return Loader(index, photometric=PhotometricConfig(), masks=MasksConfig(), **settings)
 
 
@@ -79,7 +79,7 @@ def test_batches_are_a_function_of_the_step(index):
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_take_slices_of_the_same_batch(index, world):
     (whole,) = take(loader(index), 5, 1)
-    parts = [take(loader(index, rank=r, world=world), 5, 1)[0] for r in range(world)]
+    parts = [take(loader(index, rank=r, world_size=world), 5, 1)[0] for r in range(world)]
     assert torch.equal(torch.cat([p.globals_GBCHW for p in parts], 1), whole.globals_GBCHW)
     assert torch.equal(torch.cat([p.locals_VBCHW for p in parts], 1), whole.locals_VBCHW)
     masks = torch.cat([p.masks_NP.unflatten(0, (2, -1)) for p in parts], 1).flatten(0, 1)
@@ -99,7 +99,7 @@ def test_a_broken_file_is_named_and_replaced_by_the_next(index):
     take(one, 0, 8)
     assert sorted(one.broken) == [4, 5]
     assert all(reason for reason in one.broken.values())
-    assert torch.equal(one.views(_position_of(one, 4))[0], _views_of_row(one, 6, visit=0))
+    assert torch.equal(one.load_views(_position_of(one, 4))[0], _views_of_row(one, 6, visit=0))
 
 
 def _position_of(one: Loader, row: int) -> int:
@@ -112,12 +112,12 @@ def _views_of_row(one: Loader, row: int, visit: int):
 
 def test_no_readable_image_at_all_is_an_error(index):
     with pytest.raises(UsageError, match="none of the 2 images can be read"):
-        loader(index.take([4, 5])).views(0)
+        loader(index.take([4, 5])).load_views(0)
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(index):
     with pytest.raises(UsageError, match="batch 4 does not divide over 3 ranks"):
-        loader(index, world=3)
+        loader(index, world_size=3)
 
 
 def test_no_local_crops(index):
@@ -129,7 +129,7 @@ def test_no_local_crops(index):
 
 def test_a_stream_gives_every_readable_image_once_in_order(index):
     broken = {}
-    got = list(stream(index, 4, lambda images: torch.tensor([im.shape[0] for im in images]), broken=broken))
+    got = list(read_batches(index, 4, lambda images: torch.tensor([im.shape[0] for im in images]), broken=broken))
     rows = [r for rows, _ in got for r in rows]
     assert rows == [0, 1, 2, 3, 6, 7, 8, 9, 10, 11, 12]
     assert torch.cat([x for _, x in got]).tolist() == [20 + r for r in rows]
@@ -140,8 +140,8 @@ def test_a_stream_gives_every_readable_image_once_in_order(index):
 def test_every_image_is_seen_once_a_pass_whatever_the_batch(index, length):
     """Of a prime number of images no batch divides a pass; ranks share what there is."""
     table = index.table.take([0] * length)
-    one = replace(loader(index, images=6), index=replace(index, table=table))
-    ranks = [replace(one, rank=rank, world=3) for rank in range(3)]
+    one = replace(loader(index, batch_size=6), index=replace(index, table=table))
+    ranks = [replace(one, rank=rank, world_size=3) for rank in range(3)]
     seen = [row for batch in range(length) for rank in ranks for row in rank.rows(batch)]  # six passes in all
     for visit in range(6):
         assert sorted(seen[visit * length : (visit + 1) * length]) == list(range(length))
@@ -150,7 +150,7 @@ def test_every_image_is_seen_once_a_pass_whatever_the_batch(index, length):
 @pytest.mark.parametrize("weights", [(1.0,), (1.0, 1.0), (3.0, 1.0), (0.1, 0.2, 0.7), (5.0, 0.001, 2.0)])
 def test_sources_are_dealt_by_weight_and_each_in_its_own_order(weights):
     count = 3000
-    dealt = [deal(position, weights) for position in range(count)]
+    dealt = [assign_source(position, weights) for position in range(count)]
     for source, weight in enumerate(weights):
         places = [place for which, place in dealt if which == source]
         assert places == list(range(len(places)))  # none left out, none twice
@@ -165,13 +165,13 @@ def test_a_mixture_shows_every_source_as_its_weight_says(tmp_path):
         for i in range(count):
             Image.new("RGB", (20, 20), (i, 0, 0)).save(tmp_path / name / f"{i:02d}.png")
     both = open_source(tmp_path / "a", tmp_path / "b")
-    assert both.parts == (5, 20)
+    assert both.source_lengths == (5, 20)
     mixed = loader(both, weights=(1.0, 1.0))
     rows = [row for batch in range(10) for row in mixed.rows(batch)]
     assert sorted(row for row in rows if row < 5) == sorted(list(range(5)) * 4)
     assert sorted(row for row in rows if row >= 5) == list(range(5, 25))
     assert rows != [row for batch in range(10) for row in loader(both).rows(batch)]
-    halves = [replace(mixed, rank=rank, world=2).rows(7) for rank in range(2)]
+    halves = [replace(mixed, rank=rank, world_size=2).rows(7) for rank in range(2)]
     assert halves[0] + halves[1] == mixed.rows(7)
 
 
@@ -181,7 +181,7 @@ def test_a_mixture_shows_every_source_as_its_weight_says(tmp_path):
 )
 def test_weights_that_do_not_fit_are_refused(index, weights, said):
     with pytest.raises(UsageError, match=said):
-        loader(replace(index, parts=(6, 7)), weights=weights)
+        loader(replace(index, source_lengths=(6, 7)), weights=weights)
 
 
 def test_processes_give_what_threads_give_and_tell_what_is_broken(index):
@@ -202,10 +202,10 @@ def test_large_jpegs_are_read_smaller_and_cropped_as_they_would_be(tmp_path, mon
     random = np.random.default_rng(0)
     rough = Image.fromarray(random.integers(0, 255, (30, 40, 3), dtype=np.uint8))
     rough.resize((1600, 1200), Image.Resampling.BICUBIC).save(tmp_path / "large.jpg", quality=95)
-    one, sizes = loader(open_source(tmp_path), images=1), []
-    small = [one.views(position)[:2] for position in range(10)]
+    one, sizes = loader(open_source(tmp_path), batch_size=1), []
+    small = [one.load_views(position)[:2] for position in range(10)]
     monkeypatch.setattr("troodon.views.crops.MARGIN", 1e9)
-    whole = [one.views(position)[:2] for position in range(10)]
+    whole = [one.load_views(position)[:2] for position in range(10)]
     for a, b in zip(small, whole, strict=True):
         for x, y in zip(a, b, strict=True):
             sizes.append((x.float() - y.float()).abs().mean().item())
@@ -214,4 +214,4 @@ def test_large_jpegs_are_read_smaller_and_cropped_as_they_would_be(tmp_path, mon
 
 def test_advice_names_what_is_known_to_help(index):
     assert any("troodon pack --side" in line for line in loader(index).advice())
-    assert loader(index, threads=1, world=1).advice()[0].startswith("more threads") or os.cpu_count() == 1
+    assert loader(index, threads=1, world_size=1).advice()[0].startswith("more threads") or os.cpu_count() == 1

@@ -8,7 +8,7 @@ import torch
 
 from troodon.views.config import MasksConfig
 from troodon.views.crops import generator
-from troodon.views.masks import block_mask, collate
+from troodon.views.masks import block_mask, draw_masks
 
 GRID = (16, 16)
 
@@ -16,7 +16,7 @@ GRID = (16, 16)
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 64])
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
 def test_exactly_the_share_of_crops_is_masked(count: int, share: float) -> None:
-    masks_NP = collate(count, GRID, MasksConfig(share=share), generator(0, 0, 0))
+    masks_NP = draw_masks(count, GRID, MasksConfig(share=share), generator(0, 0, 0))
     assert masks_NP.shape == (count, 256)
     assert masks_NP.dtype == torch.bool
     assert int(masks_NP.any(1).sum()) == int(count * share)
@@ -27,7 +27,7 @@ def test_each_slice_of_the_ratios_gives_one_mask() -> None:
     edges = np.linspace(0.1, 0.5, masked + 1)
     spread = []
     for step in range(5):
-        masks_NP = collate(2 * masked, grid, MasksConfig(), generator(0, 0, step))
+        masks_NP = draw_masks(2 * masked, grid, MasksConfig(), generator(0, 0, step))
         sizes = np.sort(masks_NP.sum(1).numpy())[-masked:]
         assert (sizes >= (1369 * edges[:-1]).astype(int) - 4).all()  # the few patches by which some fall short
         assert (sizes <= (1369 * edges[1:]).astype(int)).all()
@@ -37,14 +37,14 @@ def test_each_slice_of_the_ratios_gives_one_mask() -> None:
 
 
 def test_sizes_are_shuffled_over_the_crops() -> None:
-    sizes_SN = np.stack([collate(16, (8, 8), MasksConfig(), generator(0, 0, s)).sum(1).numpy() for s in range(300)])
+    sizes_SN = np.stack([draw_masks(16, (8, 8), MasksConfig(), generator(0, 0, s)).sum(1).numpy() for s in range(300)])
     share_N, mean = (sizes_SN > 0).mean(0), sizes_SN.mean()
     assert np.abs(share_N - 0.5).max() < 4 * 0.5 / math.sqrt(300)
     assert np.abs(sizes_SN.mean(0) - mean).max() < 4 * sizes_SN.std() / math.sqrt(300)
 
 
 def test_masks_are_a_function_of_the_generator() -> None:
-    first, again, other = (collate(8, GRID, MasksConfig(), generator(0, 0, step)) for step in (1, 1, 2))
+    first, again, other = (draw_masks(8, GRID, MasksConfig(), generator(0, 0, step)) for step in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -70,7 +70,7 @@ def test_drawing_ends_on_tiny_grids_and_never_exceeds_the_target(grid: tuple[int
             assert mask_hw.sum() <= target
     some = any(block_mask(grid, patches // 2, random).any() for _ in range(20))
     assert some if patches >= 16 else min(grid) > 1 or not some
-    assert collate(6, grid, MasksConfig(), random).shape == (6, patches)
+    assert draw_masks(6, grid, MasksConfig(), random).shape == (6, patches)
 
 
 def test_the_first_block_is_a_rectangle_of_the_drawn_size_and_shape() -> None:

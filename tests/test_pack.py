@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from troodon import cli, pack, run
+from troodon import cli, launch, pack, run
 from troodon.config import UsageError
 from troodon.images import pack as module
-from troodon.images.decode import decode, probe
+from troodon.images.decode import decode, read_header
 from troodon.images.sources import open_source
 
 
@@ -95,7 +95,7 @@ def test_smaller_pictures_keep_what_they_are(photos, tmp_path):
     left = json.loads((tmp_path / "out" / "left_out.json").read_text())
     assert [(e["path"], e["status"]) for e in left] == [("photos/val/1/broken.jpg", "not an image")]
     index = open_source(tmp_path / "out")
-    seen = {index.path(r).removeprefix("photos/"): (index.read(r), probe(index.read(r))) for r in range(len(index))}
+    seen = {index.path(r).removeprefix("photos/"): (index.read(r), read_header(index.read(r))) for r in range(len(index))}
     assert seen["train/1/a.jpg"][0] == (photos / "train/1/a.jpg").read_bytes()  # its shorter side is 30
     large, grey, five = (seen[n][1] for n in ("train/2/b.c.jpeg", "val/1/grey.png", "train/2/five.npy"))
     assert (large.format, large.width, large.height) == ("JPEG", 48, 32)
@@ -118,8 +118,8 @@ def test_smaller_pictures_look_the_same(tmp_path):
 def test_all_may_be_saved_in_one_format(photos, tmp_path):
     pack(photos, tmp_path / "out", settings={"encode": "webp", "quality": 50})
     index = open_source(tmp_path / "out")
-    assert {probe(index.read(r)).format for r in range(len(index))} == {"WEBP"}
-    assert probe(index.read(0)).width == 40
+    assert {read_header(index.read(r)).format for r in range(len(index))} == {"WEBP"}
+    assert read_header(index.read(0)).width == 40
 
 
 def test_a_killed_run_goes_on_with_the_next_shard(photos, tmp_path, monkeypatch):
@@ -178,13 +178,13 @@ def test_data_sets_of_python_are_packed(tmp_path):
 
 def test_the_command_packs_a_real_set_that_trains_as_before(shared, tmp_path, capsys):
     source = shared("photos_cc0_224.tar")
-    assert cli.run(["pack", str(source), "--out", str(tmp_path / "out"), "--side", "64"]) == cli.DONE
+    assert cli.run(["pack", str(source), "--out", str(tmp_path / "out"), "--side", "64"]) == launch.DONE
     out, err = capsys.readouterr()
     assert out.startswith("560 images in 1 shard")
     assert "next:" in err
     table = pq.read_table(tmp_path / "out" / "images.parquet")
     assert len(table) == 560
-    assert run.manifest(tmp_path / "out")["kind"] == "index"
+    assert run.read_manifest(tmp_path / "out")["kind"] == "index"
     sizes = {min(decode(open_source(tmp_path / "out").read(r)).shape[:2]) for r in range(0, 560, 70)}
     assert sizes == {64}
     for words, said in (
@@ -193,6 +193,6 @@ def test_the_command_packs_a_real_set_that_trains_as_before(shared, tmp_path, ca
         (["--quality", "0"], "quality 0"),
         (["--shard-mb", "0"], "shard_mb 0"),
     ):
-        assert cli.run(["pack", str(source), "--out", str(tmp_path / "x"), *words]) == cli.MISTAKE
+        assert cli.run(["pack", str(source), "--out", str(tmp_path / "x"), *words]) == launch.MISTAKE
         assert said in capsys.readouterr().err
         assert not (tmp_path / "x").exists()

@@ -12,11 +12,11 @@ import torch
 from tests import fidelity
 from troodon.views import photometric
 from troodon.views.config import PhotometricConfig
-from troodon.views.photometric import FIRST, HUE, LOCAL, NEUTRAL, ORDERS, SECOND, apply, draw
+from troodon.views.photometric import GLOBAL_1, HUE, LOCAL, NEUTRAL, ORDERS, GLOBAL_2, apply, draw_parameters
 
 COLUMNS = ("brightness", "contrast", "saturation", "hue", "order", "grey", "sigma", "solarise")
 PLAIN = PhotometricConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-VIEWS = (FIRST, SECOND, LOCAL, LOCAL)
+VIEWS = (GLOBAL_1, GLOBAL_2, LOCAL, LOCAL)
 
 
 def picture(side: int = 48, seed: int = 0) -> np.ndarray:
@@ -104,7 +104,7 @@ def test_a_batch_follows_the_order_of_each_of_its_crops(monkeypatch: pytest.Monk
     image, random = picture(14), np.random.default_rng(0)
     all_orders = np.repeat(parameters(brightness=1.4, contrast=0.6, saturation=1.2, hue=0.1), 24, 0)
     all_orders[:, COLUMNS.index("order")] = range(24)
-    drawn = [draw(PLAIN, VIEWS, random) for _ in range(12)]
+    drawn = [draw_parameters(PLAIN, VIEWS, random) for _ in range(12)]
     batch = np.concatenate([all_orders, *drawn])
     got = levels(image, batch)
     for crop, p in zip(got, batch, strict=True):
@@ -118,7 +118,7 @@ def test_a_batch_follows_the_order_of_each_of_its_crops(monkeypatch: pytest.Monk
 
 def test_apply_is_deterministic_and_leaves_its_arguments_alone() -> None:
     crops_NCHW = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8)
-    parameters_NP = np.concatenate([draw(PhotometricConfig(), VIEWS, np.random.default_rng(i)) for i in range(10)])
+    parameters_NP = np.concatenate([draw_parameters(PhotometricConfig(), VIEWS, np.random.default_rng(i)) for i in range(10)])
     before = crops_NCHW.clone(), parameters_NP.copy()
     first = apply(crops_NCHW, parameters_NP, PhotometricConfig())
     assert torch.equal(first, apply(crops_NCHW, parameters_NP, PhotometricConfig()))
@@ -132,7 +132,7 @@ def test_apply_is_deterministic_and_leaves_its_arguments_alone() -> None:
 
 
 def test_no_crops_are_no_crops() -> None:
-    none = draw(PhotometricConfig(), (), np.random.default_rng(0))
+    none = draw_parameters(PhotometricConfig(), (), np.random.default_rng(0))
     assert none.shape == (0, 8)
     assert apply(torch.empty((0, 3, 8, 8), dtype=torch.uint8), none, PhotometricConfig()).shape == (0, 3, 8, 8)
 
@@ -154,7 +154,7 @@ def uniform(values: np.ndarray, low: float, high: float) -> None:
 @pytest.fixture(scope="module")
 def drawn_INP() -> np.ndarray:
     random = np.random.default_rng(7)
-    return np.stack([draw(PhotometricConfig(), VIEWS, random) for _ in range(4000)])
+    return np.stack([draw_parameters(PhotometricConfig(), VIEWS, random) for _ in range(4000)])
 
 
 def test_probabilities_and_ranges_of_the_jitter(drawn_INP: np.ndarray) -> None:
@@ -187,7 +187,7 @@ def test_probabilities_of_grey_blur_and_solarisation_by_role(drawn_INP: np.ndarr
 
 def test_the_papers_blur() -> None:
     config, random = PhotometricConfig(blur=(1.0, 0.1, 0.5)), np.random.default_rng(0)
-    sigma = np.stack([draw(config, VIEWS, random) for _ in range(2000)])[..., 6]
+    sigma = np.stack([draw_parameters(config, VIEWS, random) for _ in range(2000)])[..., 6]
     for view, probability in enumerate((1.0, 0.1, 0.5, 0.5)):
         shares(sigma[:, view] > 0, probability)
 
@@ -202,19 +202,19 @@ def test_what_is_drawn_is_drawn_independently(drawn_INP: np.ndarray) -> None:
 
 def test_draws_are_a_function_of_the_generator_and_later_crops_change_nothing() -> None:
     config = PhotometricConfig()
-    many = draw(config, (FIRST, SECOND) + (LOCAL,) * 8, np.random.default_rng(1))
-    few = draw(config, (FIRST, SECOND), np.random.default_rng(1))
+    many = draw_parameters(config, (GLOBAL_1, GLOBAL_2) + (LOCAL,) * 8, np.random.default_rng(1))
+    few = draw_parameters(config, (GLOBAL_1, GLOBAL_2), np.random.default_rng(1))
     assert many.dtype == np.float32
     assert np.array_equal(many[:2], few)
-    assert not np.array_equal(few, draw(config, (FIRST, SECOND), np.random.default_rng(2)))
+    assert not np.array_equal(few, draw_parameters(config, (GLOBAL_1, GLOBAL_2), np.random.default_rng(2)))
 
 
 def test_strength_zero_and_probability_zero_are_neutral() -> None:
     config = PhotometricConfig(brightness=0, contrast=0, saturation=0, hue=0, grey=0, blur=(0, 0, 0), solarise=0)
-    drawn_NP = draw(config, VIEWS * 50, np.random.default_rng(0))
+    drawn_NP = draw_parameters(config, VIEWS * 50, np.random.default_rng(0))
     drawn_NP[:, 4] = 0
     assert (drawn_NP == NEUTRAL).all()
-    strong = draw(PhotometricConfig(brightness=1.5, jitter=1.0), VIEWS * 50, np.random.default_rng(0))
+    strong = draw_parameters(PhotometricConfig(brightness=1.5, jitter=1.0), VIEWS * 50, np.random.default_rng(0))
     assert strong[:, 0].min() >= 0  # never below black
 
 
@@ -238,6 +238,6 @@ def test_compiled_operations_give_the_same() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
 def test_the_accelerator_gives_what_the_processor_gives() -> None:
     crops_NCHW = torch.randint(0, 256, (80, 3, 32, 32), dtype=torch.uint8)
-    parameters_NP = np.concatenate([draw(PhotometricConfig(), VIEWS, np.random.default_rng(i)) for i in range(20)])
+    parameters_NP = np.concatenate([draw_parameters(PhotometricConfig(), VIEWS, np.random.default_rng(i)) for i in range(20)])
     there = apply(crops_NCHW.cuda(), parameters_NP, PhotometricConfig()).cpu()
     assert torch.allclose(there, apply(crops_NCHW, parameters_NP, PhotometricConfig()), atol=1e-4)

@@ -70,11 +70,11 @@ class Server(http.server.SimpleHTTPRequestHandler):
 def cached(tmp_path, monkeypatch):
     """A cache of this test's own."""
     monkeypatch.setenv("TROODON_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(files, "WAIT_S", 0.001)
-    for function in (files.cache, files._room):
+    monkeypatch.setattr(files, "RETRY_WAIT_S", 0.001)
+    for function in (files.cache_folder, files._cache_budget):
         function.cache_clear()
     yield tmp_path / "cache"
-    for function in (files.cache, files._room):
+    for function in (files.cache_folder, files._cache_budget):
         function.cache_clear()
 
 
@@ -167,7 +167,7 @@ def test_every_place_gives_the_same_images_over_http(made, web, place):
     index = open_source(f"{web}/{place}")
     assert images(index) == [(made / "folder" / name).read_bytes() for name in NAMES]
     assert index.column("label") == LABELS
-    assert index.distant
+    assert index.is_remote
     asked = len(Server.asked)
     if "parquet" not in place or "list" in place:  # groups of rows are kept in memory, not on the disk
         assert images(open_source(f"{web}/{place}")) == images(index)
@@ -225,10 +225,10 @@ def test_the_cache_keeps_what_fits_and_harms_nobody(made, web, cached, monkeypat
     kept = [path for path in cached.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in kept) <= sizes[0] + sizes[1]
     assert kept
-    files._room.cache_clear()
+    files._cache_budget.cache_clear()
     monkeypatch.setenv("TROODON_CACHE_GB", "much")
     with pytest.raises(UsageError, match="TROODON_CACHE_GB 'much': a number"):
-        files._room()
+        files._cache_budget()
 
 
 def test_a_scheme_that_nobody_speaks_is_a_mistake():
@@ -244,12 +244,12 @@ def test_splits_come_from_the_names_of_shards(made):
 def test_lists_of_what_is_not_there(made, capsys):
     (made / "some.txt").write_text(f"folder/{NAMES[0]}\nfolder/none.jpg\n\n")
     assert len(open_source(made / "some.txt")) == 2
-    assert "1 of the files that it names are not there; the first: folder/none.jpg" in capsys.readouterr().err
+    assert "1 of the files that it names do not exist; the first: folder/none.jpg" in capsys.readouterr().err
     (made / "none.txt").write_text("a.jpg\nb.jpg\n")
-    with pytest.raises(UsageError, match=r"none of the 2 files that it names is there; the first: a.jpg"):
+    with pytest.raises(UsageError, match=r"none of the 2 files that it names exists; the first: a.jpg"):
         open_source(made / "none.txt")
     (made / "notes.csv").write_text("when,what\n1,2\n")
-    with pytest.raises(UsageError, match="has no column path or url"):
+    with pytest.raises(UsageError, match="has no column `path` or `url`"):
         open_source(made / "notes.csv")
 
 
@@ -267,7 +267,7 @@ def test_one_bad_shard_does_not_stop_the_others(made, capsys):
     (made / "broken.tar").write_bytes(b"hello" * 300)
     assert len(open_source(made)) == 6 * len(NAMES)
     said = capsys.readouterr().err
-    assert "leaves out 3 files that cannot be opened" in said
+    assert "skips 3 files that cannot be opened" in said
     for name in ("broken.parquet", "broken.zip", "broken.tar"):
         assert name in said
 
@@ -285,7 +285,7 @@ def test_damage_inside_a_zip_is_one_bad_image(made):
 
 
 def test_a_zip_that_unpacks_without_end_is_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(containers, "LARGEST", 1 << 20)
+    monkeypatch.setattr(containers, "MAX_IMAGE_BYTES", 1 << 20)
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb.png", bytes(2 << 20))
     with pytest.raises(OSError, match="more than 1,048,576 bytes"):
@@ -378,9 +378,9 @@ def test_a_bad_item_is_one_bad_image(made):
 def test_data_sets_mix_with_places_and_are_told_apart(made):
     one, other = Folder(made / "folder"), Folder(made / "folder")
     both = open_source(one, made / "a.tar")
-    assert both.parts == (5, 5)
+    assert both.source_lengths == (5, 5)
     assert len(set(images(both.take(range(5, 10))))) == 5
-    with pytest.raises(UsageError, match="two data sets are called so"):
+    with pytest.raises(UsageError, match="two datasets have this name"):
         open_source(one, other)
     for wrong in (3, None, object(), []):
         with pytest.raises(UsageError):
@@ -417,19 +417,19 @@ def test_an_artifact_that_has_been_moved_or_lies_afar(made, web):
 def test_a_long_index_is_mapped_and_shared(made, monkeypatch):
     import pickle
 
-    monkeypatch.setattr("troodon.images.index.MAPPED", 3)
+    monkeypatch.setattr("troodon.images.index.MIN_MAPPED_IMAGES", 3)
     index = open_source(made / "a.tar")
     status = pa.array(["ok", "empty", "ok", "ok", "ok"])
     with run.publish(made / "long", "index", "abc", {}) as folder:
         Index(index.table.append_column("status", status)).save(folder / "images.parquet")
     mapped = open_source(made / "long")
-    assert mapped.mapped == made / "long" / "images.arrow"
-    assert mapped.contents() == "abc"
+    assert mapped.mapped_path == made / "long" / "images.arrow"
+    assert mapped.content_hash() == "abc"
     assert mapped.table.schema == SCHEMA
     assert images(mapped) == [data for row, data in enumerate(images(index)) if row != 1]
     sent = pickle.dumps(mapped)
     assert len(sent) < 1000
     assert images(pickle.loads(sent)) == images(mapped)
-    assert mapped.take([1, 0]).mapped is None
+    assert mapped.take([1, 0]).mapped_path is None
     for _ in range(1000):  # its pages are let go now and then, and come back
-        assert mapped.where(0) == index.where(0)
+        assert mapped.location(0) == index.location(0)

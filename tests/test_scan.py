@@ -20,7 +20,7 @@ from troodon.config import UsageError
 from troodon.images import scan as module
 from troodon.images.index import SCHEMA, Index
 from troodon.images.inventory import render, summarise
-from troodon.images.scan import FOUND, MODIFIED, scan_to
+from troodon.images.scan import SCAN_SCHEMA, MODIFIED, scan_to
 from troodon.images.sources import open_source
 
 
@@ -62,7 +62,7 @@ def by_name(table: pa.Table) -> dict[str, dict]:
 
 def test_every_image_is_described(photos):
     table = scan(open_source(photos), threads=2)
-    assert table.schema == pa.schema([*SCHEMA, *FOUND, MODIFIED])
+    assert table.schema == pa.schema([*SCHEMA, *SCAN_SCHEMA, MODIFIED])
     rows = by_name(table)
     fine = rows["train/dog/4.png"]
     expected = {"status": "ok", "reason": None, "format": "PNG", "mode": "L", "channels": 1,
@@ -174,7 +174,7 @@ def test_an_index_is_published_once_and_opens_again(photos, tmp_path, monkeypatc
     out = tmp_path / "index"
     summary = scan_to([photos], out, threads=2)
     assert summary["ok"] == 6
-    assert run.manifest(out)["kind"] == "index"
+    assert run.read_manifest(out)["kind"] == "index"
     assert run.read_json(out / "summary.json") == summary
     again = open_source(out)
     assert len(again) == 6
@@ -260,8 +260,8 @@ def test_the_same_pixels_in_other_bytes(tmp_path):
 
 def test_contents_tell_indexes_apart(photos):
     index = open_source(photos)
-    assert index.contents() == open_source(photos).contents()
-    assert len({i.contents() for i in (index, index.take(range(8)), index.take(range(8, -1, -1)))}) == 3
+    assert index.content_hash() == open_source(photos).content_hash()
+    assert len({i.content_hash() for i in (index, index.take(range(8)), index.take(range(8, -1, -1)))}) == 3
 
 
 # ---- real images

@@ -35,7 +35,7 @@ class Whole:
 
 
 def loader(index, crops: CropsConfig, **changes) -> Loader:  # noqa: F811
-    settings = {"patch": 4, "images": 4, "seed": 7, "threads": 2}
+    settings = {"patch": 4, "batch_size": 4, "seed": 7, "threads": 2}
     return Loader(index, crops, PhotometricConfig(), MasksConfig(), **(settings | changes))
 
 
@@ -111,11 +111,11 @@ def test_sizes_lists_every_one_with_its_probability():
 
 
 def test_at_draws_by_weight():
-    assert WIDE.at(0.9) is WIDE
-    sides = [(MIXED.at(u).global_px, MIXED.at(u).local_px) for u in (0.0, 0.7499, 0.75, 1 - 2**-53)]
+    assert WIDE.pick_size(0.9) is WIDE
+    sides = [(MIXED.pick_size(u).global_px, MIXED.pick_size(u).local_px) for u in (0.0, 0.7499, 0.75, 1 - 2**-53)]
     assert sides == [(16, 8), (16, 8), (32, 12), (32, 12)]
-    assert MIXED.at(0.9).mixed == ()
-    assert replace(MIXED.at(0.9), global_px=1, local_px=1) == replace(MIXED, global_px=1, local_px=1, mixed=())
+    assert MIXED.pick_size(0.9).mixed == ()
+    assert replace(MIXED.pick_size(0.9), global_px=1, local_px=1) == replace(MIXED, global_px=1, local_px=1, mixed=())
 
 
 # ---- crops
@@ -165,7 +165,7 @@ def test_batches_of_oblong_crops(index, tmp_path):  # noqa: F811
     assert batch.masks_NP.any()
     times = round(sheet.WIDE / (2 * 32 + 3 * 8 + 16))
     for rows in (1, 2):
-        sheet.draw(one, tmp_path / f"{rows}.png", rows=rows)
+        sheet.draw_crops(one, tmp_path / f"{rows}.png", rows=rows)
         with Image.open(tmp_path / f"{rows}.png") as drawn:
             assert drawn.height == 12 + 2 * sheet.GAP + rows * (16 * times + sheet.GAP)
             assert drawn.width > times * (2 * 32 + 3 * 8) + 6 * sheet.GAP
@@ -183,11 +183,11 @@ def test_the_sheet_darkens_the_patches_that_are_masked(index):  # noqa: F811
 
 def test_a_batch_has_one_size_drawn_by_weight_from_seed_and_number(index):  # noqa: F811
     one = loader(index, MIXED)
-    sides = [one.size(batch).global_px for batch in range(400)]
+    sides = [one.crops_of(batch).global_px for batch in range(400)]
     assert abs(sides.count(32) - 100) < 4 * math.sqrt(400 * 0.25 * 0.75)
-    assert sides != [loader(index, MIXED, seed=8).size(batch).global_px for batch in range(400)]
+    assert sides != [loader(index, MIXED, seed=8).crops_of(batch).global_px for batch in range(400)]
     for rank in range(4):
-        assert sides == [loader(index, MIXED, rank=rank, world=4).size(batch).global_px for batch in range(400)]
+        assert sides == [loader(index, MIXED, rank=rank, world_size=4).crops_of(batch).global_px for batch in range(400)]
     six = take(one, 0, 6)
     assert [b.globals_GBCHW.shape[-1] for b in six] == sides[:6]
     assert {b.locals_VBCHW.shape[-1] for b in six} == {8, 12}
@@ -197,9 +197,9 @@ def test_a_batch_has_one_size_drawn_by_weight_from_seed_and_number(index):  # no
 
 def test_ranks_take_slices_of_a_batch_of_mixed_sizes(index):  # noqa: F811
     one = loader(index, MIXED)
-    for number in (next(b for b in range(99) if one.size(b).global_px == side) for side in (16, 32)):
+    for number in (next(b for b in range(99) if one.crops_of(b).global_px == side) for side in (16, 32)):
         (whole,) = take(one, number, 1)
-        parts = [take(loader(index, MIXED, rank=r, world=2), number, 1)[0] for r in range(2)]
+        parts = [take(loader(index, MIXED, rank=r, world_size=2), number, 1)[0] for r in range(2)]
         assert torch.equal(torch.cat([p.globals_GBCHW for p in parts], 1), whole.globals_GBCHW)
         assert torch.equal(torch.cat([p.locals_VBCHW for p in parts], 1), whole.locals_VBCHW)
 
@@ -215,7 +215,7 @@ def test_rows_name_the_images_of_a_rank(index):  # noqa: F811
     whole = [row for batch in range(13) for row in loader(index, WIDE).rows(batch)]
     assert sorted(whole) == sorted([*range(13)] * 4)
     assert sorted(whole[:13]) == [*range(13)]
-    parts = [loader(index, WIDE, rank=rank, world=2).rows(3) for rank in range(2)]
+    parts = [loader(index, WIDE, rank=rank, world_size=2).rows(3) for rank in range(2)]
     assert parts[0] + parts[1] == whole[12:16]
     one = loader(index, replace(WIDE, locals=0))
     for place, row in enumerate(one.rows(0)):
@@ -223,7 +223,7 @@ def test_rows_name_the_images_of_a_rank(index):  # noqa: F811
             only = loader(index.take([row]), one.crops)
             assert only.rows(0) == [0] * 4
             image = troodon.images.decode.decode(index.read(row))
-            assert torch.equal(one.views(place)[0], multi_crop(image, one.crops, generator(7, row, 0))[0])
+            assert torch.equal(one.load_views(place)[0], multi_crop(image, one.crops, generator(7, row, 0))[0])
 
 
 # ---- the backbone's side

@@ -19,7 +19,7 @@ from troodon import run
 from troodon.config import UsageError
 from troodon.images import decode
 from troodon.images.index import SCHEMA, Index
-from troodon.images.sources import ENDINGS, open_source
+from troodon.images.sources import IMAGE_EXTENSIONS, open_source
 
 MEMBERS = ["a/1.jpg", "a/2.PNG", "b/3.jpg", "b/c/4.webp", "notes.txt"]
 
@@ -83,7 +83,7 @@ def test_links_are_followed_and_loops_end(tmp_path, capsys):
     index = open_source(photos)
     assert index.column("path") == ["photos/b/near.jpg", "photos/one.jpg", "photos/out/far.jpg"]
     assert index.read(1) == index.read(2) == b"far.jpg"
-    assert "leaves out 2 links that lead nowhere" in capsys.readouterr().err
+    assert "skips 2 links that lead nowhere" in capsys.readouterr().err
 
 
 def test_a_tar_is_read_where_it_lies(tmp_path):
@@ -161,19 +161,19 @@ def test_a_tar_cut_short_gives_its_whole_files_and_says_so(tmp_path, capsys):
         (tmp_path / "cut.tar").write_bytes(data[:length])
         index = open_source(tmp_path / "cut.tar")
         assert contents(index) == {f"cut.tar/{n}.jpg": f"{n}.jpg".encode() for n in range(left)}, length
-        assert f"the {left} files before that are whole" in capsys.readouterr().err
+        assert f"the {left} files before the damage are intact" in capsys.readouterr().err
     damaged = bytearray(data)
     damaged[block * 4 : block * 4 + 512] = b"\xaa" * 512
     (tmp_path / "cut.tar").write_bytes(damaged)
     assert len(open_source(tmp_path / "cut.tar")) == 4
-    assert "the 4 files before that are whole" in capsys.readouterr().err
+    assert "the 4 files before the damage are intact" in capsys.readouterr().err
     backwards = bytearray(data)
     backwards[block + 124 : block + 136] = b"\xff" * 12  # a size of -1
     header = bytes(backwards[block : block + 148]) + b" " * 8 + bytes(backwards[block + 156 : block + 512])
     backwards[block + 148 : block + 156] = b"%06o\0 " % sum(header)
     (tmp_path / "cut.tar").write_bytes(backwards)
     assert len(open_source(tmp_path / "cut.tar")) == 1
-    assert "the 1 files before that are whole" in capsys.readouterr().err
+    assert "the 1 files before the damage are intact" in capsys.readouterr().err
     open_source(whole)
     assert capsys.readouterr().err == ""
 
@@ -210,7 +210,7 @@ def test_a_relative_path_is_the_same_source(tmp_path, monkeypatch):
 def test_every_ending_is_of_a_format_that_is_decoded():
     Image.init()
     known = {ending.lstrip("."): name for ending, name in Image.registered_extensions().items()}
-    formats = {ending: known[ending] for ending in ENDINGS - {"npy"}}  # an array, which Pillow has no part in
+    formats = {ending: known[ending] for ending in IMAGE_EXTENSIONS - {"npy"}}  # an array, which Pillow has no part in
     assert set(formats.values()) - {"MPO"} <= set(decode.FORMATS)  # an MPO is opened as the JPEG it starts with
     assert {f for f in decode.FORMATS if f not in formats.values()} == set()
 
@@ -238,11 +238,11 @@ def test_a_selection_gives_the_rows_it_kept(tmp_path):
     kept = index.table.append_column("kept", pa.array([False, True, True]))
     assert open_source(artifact(tmp_path / "s", "selection", kept)).table == index.take([1, 2]).table
     none = index.table.append_column("kept", pa.array([False] * 3))
-    assert "this selection is left with no image" in mistake(artifact(tmp_path / "none", "selection", none))
+    assert "this selection has no usable image" in mistake(artifact(tmp_path / "none", "selection", none))
 
 
 def test_other_artifacts_hold_no_images(tmp_path):
-    assert "is a run, which holds no images" in mistake(artifact(tmp_path / "r", "run"))
+    assert "is a run, which lists no images" in mistake(artifact(tmp_path / "r", "run"))
     assert "is an index, which" in mistake(artifact(tmp_path / "i", "index"))
 
 
@@ -250,7 +250,7 @@ def test_an_index_whose_tar_has_gone_says_so(tmp_path):
     tar = pack(tmp_path / "x.tar", MEMBERS)
     folder = artifact(tmp_path / "i", "index", open_source(tar).table)
     tar.unlink()
-    assert f"lists images in {tar}, which is no longer there" in mistake(folder)
+    assert f"lists images in {tar}, which no longer exists" in mistake(folder)
 
 
 def test_a_strangers_manifest_does_not_matter(tmp_path):
@@ -321,7 +321,7 @@ def test_tables_that_say_nothing_are_told(tmp_path, capsys):
     photos = fill(tmp_path / "p", ["cat/1.jpg", "dog/2.jpg"])
     (photos / "labels.csv").write_text("file_name_here,label\ncat/1.jpg,7\n")
     assert open_source(photos).column("label") == ["cat", "dog"]
-    assert "p/labels.csv: has no columns path and label" in capsys.readouterr().err
+    assert "p/labels.csv: has no columns `path` and `label`" in capsys.readouterr().err
     (photos / "labels.csv").write_text("path,label\n/abs/cat/1.jpg,7\n")
     assert open_source(photos).column("label") == [None, None]
     assert "names none of the images" in capsys.readouterr().err
@@ -381,12 +381,12 @@ def test_what_does_not_exist_names_its_neighbour(tmp_path):
 
 def test_what_holds_no_images_says_what_it_holds(tmp_path):
     notes = fill(tmp_path / "notes", [*(f"{n}.txt" for n in range(11)), "LICENSE"])
-    assert "notes: no images among 12 files (.txt 11, no ending 1); image files end in .jpg .png" in mistake(notes)
+    assert "notes: no images among 12 files (.txt 11, no extension 1); image files end in .jpg .png" in mistake(notes)
     (tmp_path / "empty").mkdir()
     assert "empty: is empty" in mistake(tmp_path / "empty")
     (notes / "12.txt").write_text("hello\nworld\n")
-    assert "12.txt: no images among 2 files (no ending 2)" in mistake(notes / "12.txt")
-    assert "LICENSE: is not an image by its name" in mistake(notes / "LICENSE")
+    assert "12.txt: no images among 2 files (no extension 2)" in mistake(notes / "12.txt")
+    assert "LICENSE: does not have the name of an image" in mistake(notes / "LICENSE")
     assert "no images among 1 files (.txt 1)" in mistake(pack(tmp_path / "x.tar", MEMBERS) / "notes.txt")
     fill(tmp_path / "phone", ["1.HEIC", "2.heic"])
     assert "no images among 2 files (.heic 2)" in mistake(tmp_path / "phone")
@@ -394,18 +394,18 @@ def test_what_holds_no_images_says_what_it_holds(tmp_path):
 
 def test_pictures_that_pillow_cannot_read_are_mentioned(tmp_path, capsys):
     open_source(fill(tmp_path / "phone", ["1.HEIC", "2.heic", "3.jpg", "readme.md"]))
-    assert "phone: leaves out 2 .heic pictures, which Pillow does not read\n" in capsys.readouterr().err
+    assert "phone: skips 2 .heic images, which Pillow does not read\n" in capsys.readouterr().err
 
 
 def test_tars_that_cannot_be_read_in_place_are_refused(tmp_path):
     tar = pack(tmp_path / "x.tar", MEMBERS)
     for name in ("x.tar.gz", "misnamed.tar"):
         (tmp_path / name).write_bytes(gzip.compress(tar.read_bytes()))
-        assert f"is compressed, but images are read where they lie: first gunzip {tmp_path / name}" in mistake(
+        assert f"is compressed, but images are read in place: run gunzip {tmp_path / name}" in mistake(
             tmp_path / name
         )
     (tmp_path / "x.zip").write_bytes(b"PK\x03\x04....")
-    assert "x.zip: is not a whole zip" in mistake(tmp_path / "x.zip")
+    assert "x.zip: is not a complete zip" in mistake(tmp_path / "x.zip")
     (tmp_path / "shard-0").write_bytes(tar.read_bytes())
     assert "is a tar, but its name does not end in .tar: rename it" in mistake(tmp_path / "shard-0")
     (tmp_path / "text.tar").write_text("hello" * 500)

@@ -16,7 +16,7 @@ from troodon.world import scene as world_scene
 from troodon.world import write as world
 from troodon.world.shapes import SPECIES
 from troodon.world.surfaces import HABITATS, TEXTURES
-from troodon.world.write import WorldConfig, render, render_offtopic, write
+from troodon.world.write import WorldConfig, render, render_offtopic, write_world
 
 TINY = WorldConfig(px=32, classes=3, curated=4, clean=24, copies=30, off_topic=12, broken=5, train=4, val=3, dense=4)
 
@@ -24,7 +24,7 @@ TINY = WorldConfig(px=32, classes=3, curated=4, clean=24, copies=30, off_topic=1
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("demo") / "world"
-    write(path, 3, TINY)
+    write_world(path, 3, TINY)
     return path
 
 
@@ -196,7 +196,7 @@ def test_a_written_world_has_the_asked_sizes(folder, truth):
     assert count == {
         **{"curated": 12, "clean": 24, "copy": 30, "off-topic": 12, "broken": 5, "train": 12, "val": 9, "dense": 4}
     }
-    assert write(folder, 3, TINY) == count  # again: nothing to do, the same answer
+    assert write_world(folder, 3, TINY) == count  # again: nothing to do, the same answer
     for role in ("train", "val"):
         assert sorted(p.name for p in (folder / "evaluation" / role).iterdir()) == sorted(TINY.species())
     assert {p.name for p in folder.iterdir()} == {
@@ -257,7 +257,7 @@ def test_dense_pictures_have_their_mask_and_depth(folder, truth):
 
 
 def test_a_world_can_be_written_again_to_the_last_byte(folder, truth, tmp_path):
-    write(tmp_path / "again", 3, TINY)
+    write_world(tmp_path / "again", 3, TINY)
     for row in truth:
         assert (tmp_path / "again" / row["path"]).read_bytes() == (folder / row["path"]).read_bytes()
 
@@ -274,16 +274,16 @@ def test_a_world_cut_short_is_not_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr(world, "_copies", cut)
     with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "world", 3, TINY)
+        write_world(tmp_path / "world", 3, TINY)
     assert not (tmp_path / "world").exists()
     monkeypatch.setattr(world, "_copies", whole)
-    assert write(tmp_path / "world", 3, TINY)["copy"] == 30
+    assert write_world(tmp_path / "world", 3, TINY)["copy"] == 30
     assert [p.name for p in tmp_path.iterdir()] == ["world"]
 
 
 def test_another_world_is_refused(folder):
     with pytest.raises(UsageError, match=r"world\.clean: 24 -> 25"):
-        write(folder, 3, replace(TINY, clean=25))
+        write_world(folder, 3, replace(TINY, clean=25))
 
 
 def test_mistakes_are_named():
@@ -292,4 +292,4 @@ def test_mistakes_are_named():
     with pytest.raises(UsageError, match="clutter: 2"):
         WorldConfig(clutter=2.0)
     with pytest.raises(UsageError, match="no picture to copy"):
-        write(None, 0, WorldConfig(clean=0, curated=0))  # type: ignore[arg-type]
+        write_world(None, 0, WorldConfig(clean=0, curated=0))  # type: ignore[arg-type]

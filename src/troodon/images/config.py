@@ -1,4 +1,4 @@
-"""What can be set about images on their way into shards. No torch here."""
+"""Settings of `troodon pack`. No torch here."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,16 +8,16 @@ from troodon.config import within
 
 @dataclass(frozen=True)
 class PackConfig:
-    """What becomes of images on their way into shards."""
+    """How `pack` writes images into shards."""
 
     side: int = 0
-    """Pixels: pictures whose shorter side is longer are made smaller to this; 0 leaves all as they are."""
+    """Pixels: images whose shorter side is longer are resized to this; 0 resizes none."""
     encode: Literal["as-is", "jpeg", "png", "webp"] = "as-is"
-    """Save every picture so; as-is: those that stay as large as they are keep their bytes, the others their kind."""
+    """Encode every image in this format. as-is: images that are not resized keep their bytes, the others their kind."""
     quality: int = 92
-    """Of JPEG and WebP, for pictures that are saved again."""
+    """Quality of JPEG and WebP, for images that are encoded again."""
     shard_mb: int = 1000
-    """Megabytes of a shard, about."""
+    """Approximate size of a shard, in megabytes."""
 
     def __post_init__(self) -> None:
         within(self, "", 0, None, "side")

@@ -35,7 +35,7 @@ try:
     import simplejpeg
 except ImportError:
     simplejpeg = None
-FAST = simplejpeg is not None
+HAS_SIMPLEJPEG = simplejpeg is not None
 
 MAX_PIXELS = 100_000_000
 
@@ -73,7 +73,7 @@ class BadImage(Exception):
 
 
 @dataclass(frozen=True)
-class Probe:
+class ImageHeader:
     """What a header says: Pillow's names for format and mode, the size of the upright picture in pixels, its channels.
 
     Of an array the format is "NPY", and the mode the number of channels and their type: "5 x uint8".
@@ -112,17 +112,17 @@ def decode(data: bytes, channels: int | None = 3, shrink: Callable[[int, int], i
                 image.load()
                 pixels = _rgb(image)
             if channels == 1:
-                pixels = grey(pixels)
+                pixels = to_grey(pixels)
             return np.ascontiguousarray(_upright(pixels, _orientation(image)))
 
 
-def pixels(image: Image.Image) -> np.ndarray:
+def pillow_to_array(image: Image.Image) -> np.ndarray:
     """uint8 (H, W, 3) of an open image, upright. Raises whatever Pillow raises."""
     image.load()
     return np.ascontiguousarray(_upright(_rgb(image), _orientation(image)))
 
 
-def plane(data: bytes) -> np.ndarray:
+def decode_single_channel(data: bytes) -> np.ndarray:
     """The numbers (H, W) of a picture that holds one for each pixel, as they lie there: classes, or depths.
 
     Of palettes the entries, not their colours; of 16 and 32 bits all; of an .npy array what it holds. Raises BadImage,
@@ -140,24 +140,24 @@ def plane(data: bytes) -> np.ndarray:
         return numbers
 
 
-def grey(pixels_HW3: np.ndarray) -> np.ndarray:
+def to_grey(pixels_HW3: np.ndarray) -> np.ndarray:
     """uint8 (H, W, 1) of RGB."""
     return np.array(Image.fromarray(pixels_HW3).convert("L"))[:, :, None]
 
 
-def shown(pixels_HWC: np.ndarray) -> np.ndarray:
+def to_rgb(pixels_HWC: np.ndarray) -> np.ndarray:
     """uint8 (H, W, 3) of any number of channels, to be looked at: the first three, or the first of fewer as grey."""
     return pixels_HWC[:, :, :3] if pixels_HWC.shape[2] >= 3 else np.repeat(pixels_HWC[:, :, :1], 3, axis=2)
 
 
-def probe(data: bytes) -> Probe:
+def read_header(data: bytes) -> ImageHeader:
     """Format, mode and size, from the header only: a file can pass here and fail to decode. Raises BadImage."""
     with _refusing(data):
         if data.startswith(NPY):
             (height, width, channels), dtype, *_ = _header(data)
-            return Probe("NPY", f"{channels} x {dtype.name}", width, height, channels)
+            return ImageHeader("NPY", f"{channels} x {dtype.name}", width, height, channels)
         with _opened(data) as image:
-            return Probe(image.format or "", image.mode, *_upright_size(image), len(image.getbands()))
+            return ImageHeader(image.format or "", image.mode, *_upright_size(image), len(image.getbands()))
 
 
 def _opened(data: bytes) -> Image.Image:

@@ -1,9 +1,9 @@
-"""Files on this machine and beyond it: listed, opened, and read in parts.
+"""Local and remote files: listed, opened, and read in ranges.
 
-What starts with `scheme://` (https, s3, gs, az, hf ...) is read by fsspec and whatever speaks that scheme (s3fs, gcsfs,
-aiohttp ...: extra `remote`), in ranges, each tried TRIES times. What was read once is kept in the folder TROODON_CACHE
-(~/.cache/troodon), up to TROODON_CACHE_GB (20): what no longer fits is read anew each time, for in a shuffled pass over
-more than fits, throwing out the oldest would throw out everything before it is needed again.
+A URL `scheme://...` (https, s3, gs, az, hf ...) is read by fsspec and the package for its scheme (s3fs, gcsfs,
+aiohttp ...: extra `remote`), in ranges, with MAX_ATTEMPTS attempts each. The cache keeps what was read in the folder
+TROODON_CACHE (~/.cache/troodon), up to TROODON_CACHE_GB (20). It evicts nothing: what does not fit is read again each
+time. In a shuffled pass over more data than fits, evicting the oldest would remove all of it before it is needed again.
 """
 
 import contextlib
@@ -25,60 +25,62 @@ from troodon.config import UsageError
 T = TypeVar("T")
 
 REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::|://)")
-TRIES = 4  # the first and three more, after about 0.5, 1 and 2 seconds
-WAIT_S = 0.5
-AT_ONCE = 32  # ranges that are read at one time from elsewhere
-AHEAD = 8 << 20  # bytes that listing the inside of a distant file reads at a time
-LEFT_FREE = 0.1  # of the disk that holds the cache
+MAX_ATTEMPTS = 4  # one attempt and three retries, after about 0.5, 1 and 2 seconds
+RETRY_WAIT_S = 0.5
+MAX_REMOTE_READS = 32  # remote ranges that are read at the same time
+READ_AHEAD = 8 << 20  # bytes that are read at a time while a remote container is listed
+MIN_FREE_SHARE = 0.1  # of the disk that holds the cache
 
 
 def read(path: str, offset: int = 0, length: int = -1) -> bytes:
-    """A part of a file, or all of it with length -1. OSError where that much is not there."""
+    """Read a range of a file, or all of it with length -1. Raises OSError if the file ends earlier."""
     if REMOTE.match(path):
-        return _cached(path, offset, length)
+        return _read_remote(path, offset, length)
     with open(path, "rb", buffering=0) as file:
         data = file.readall() if length < 0 and not offset else b""
         if length >= 0:
             data = os.pread(file.fileno(), length, offset)
-    return _whole(path, data, offset, length)
+    return _checked(path, data, offset, length)
 
 
 def open_file(path: str) -> Any:
-    """The file, to be read from beginning to end, or from place to place."""
+    """Open a file for sequential and random reading."""
     if not REMOTE.match(path):
         return open(path, "rb")
-    fs, name = system(path)
-    return _retried(path, lambda: fs.open(name, "rb", block_size=AHEAD, cache_type="readahead"))
+    fs, name = filesystem(path)
+    return _retry(path, lambda: fs.open(name, "rb", block_size=READ_AHEAD, cache_type="readahead"))
 
 
 def size(path: str) -> int:
+    """The length of a file in bytes."""
     if not REMOTE.match(path):
         return os.path.getsize(path)
-    fs, name = system(path)
-    return _retried(path, lambda: fs.size(name)) or 0
+    fs, name = filesystem(path)
+    return _retry(path, lambda: fs.size(name)) or 0
 
 
-def below(url: str) -> Iterator[tuple[str, str, int]]:
-    """Every file below a distant folder: its path there, its URL, how long it is; by path."""
-    fs, name = system(url)
-    found = _retried(url, lambda: fs.find(name, detail=True))
+def list_remote(url: str) -> Iterator[tuple[str, str, int]]:
+    """All files below a remote folder, sorted by path: relative path, URL, and length in bytes, -1 if unknown."""
+    fs, name = filesystem(url)
+    entries = _retry(url, lambda: fs.find(name, detail=True))
     top = name.rstrip("/") + "/"
-    for path, info in sorted(found.items()):
+    for path, info in sorted(entries.items()):
         if info.get("type", "file") == "file" and path.startswith(top):
             size = info.get("size")
             yield path[len(top) :], fs.unstrip_protocol(path), -1 if size is None else size
 
 
 def exists(path: str) -> bool:
+    """Whether there is a file or folder at this path or URL."""
     if not REMOTE.match(path):
         return os.path.exists(path)
-    fs, name = system(path)
-    return _retried(path, lambda: fs.exists(name))
+    fs, name = filesystem(path)
+    return _retry(path, lambda: fs.exists(name))
 
 
 @functools.cache
 def _scheme(scheme: str) -> Any:
-    """The file system of a scheme; UsageError with what to install."""
+    """The file system of a scheme. Raises UsageError, with what to install, if there is none."""
     import fsspec
 
     options = {}
@@ -92,13 +94,13 @@ def _scheme(scheme: str) -> Any:
     except ValueError as error:
         raise UsageError(f"{scheme}://: {error}") from None
     except ImportError as error:
-        said = f"{scheme}://: {error}"
-        raise UsageError(f'{said} (pip install "troodon[remote]" has https and s3)') from None
+        message = f"{scheme}://: {error}"
+        raise UsageError(f'{message} (pip install "troodon[remote]" has https and s3)') from None
 
 
-def system(url: str) -> tuple[Any, str]:
-    """The file system that a URL belongs to, and what the file is called there."""
-    if "::" in url:  # one file system inside another, as fsspec writes it
+def filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path of the file in it."""
+    if "::" in url:  # one file system inside another, in fsspec's notation
         import fsspec
 
         return fsspec.core.url_to_fs(url)
@@ -106,74 +108,74 @@ def system(url: str) -> tuple[Any, str]:
     return fs, fs._strip_protocol(url)
 
 
-def _cached(url: str, offset: int, length: int) -> bytes:
-    kept = cache() / _name(url, offset, length)
+def _read_remote(url: str, offset: int, length: int) -> bytes:
+    cached = cache_folder() / _cache_name(url, offset, length)
     with contextlib.suppress(OSError):
-        return kept.read_bytes()
-    fs, name = system(url)
-    with _gate:
-        data = _retried(url, lambda: _range(fs, name, url, offset, length))
-    _keep(kept, data)
+        return cached.read_bytes()
+    fs, name = filesystem(url)
+    with _remote_reads:
+        data = _retry(url, lambda: _read_range(fs, name, url, offset, length))
+    _store(cached, data)
     return data
 
 
-_gate = threading.BoundedSemaphore(AT_ONCE)
+_remote_reads = threading.BoundedSemaphore(MAX_REMOTE_READS)
 
 
-def _range(fs: Any, name: str, url: str, offset: int, length: int) -> bytes:
+def _read_range(fs: Any, name: str, url: str, offset: int, length: int) -> bytes:
     if length < 0:
-        return _whole(url, fs.cat_file(name), 0, -1)
+        return _checked(url, fs.cat_file(name), 0, -1)
     if length == 0:
         return b""
     data = fs.cat_file(name, start=offset, end=offset + length)
-    if len(data) > length:  # a server that knows no ranges sends all of it
+    if len(data) > length:  # a server without support for ranges sends the whole file
         data = data[offset : offset + length]
-    return _whole(url, data, offset, length)
+    return _checked(url, data, offset, length)
 
 
-def _whole(path: str, data: bytes, offset: int, length: int) -> bytes:
+def _checked(path: str, data: bytes, offset: int, length: int) -> bytes:
     if 0 <= length != len(data):
         raise OSError(f"{path}: ends before {offset + length:,} bytes")
     return data
 
 
-def _retried(url: str, attempt: Callable[[], T]) -> T:
-    """What a distant place says at last. What is not there, or not for us, is not asked for again."""
-    for tried in range(1, TRIES + 1):
+def _retry(url: str, attempt: Callable[[], T]) -> T:
+    """Call `attempt`, with retries after errors that may pass; a missing or forbidden file is not tried again."""
+    for number in range(1, MAX_ATTEMPTS + 1):
         try:
             return attempt()
         except (FileNotFoundError, PermissionError, NotImplementedError, UsageError):
             raise
-        except Exception as error:  # every backend has its own
-            if tried == TRIES:
-                said = " ".join(str(error).split()) or type(error).__name__
-                raise OSError(f"{url}: {said} (tried {TRIES} times)") from error
-            time.sleep(WAIT_S * 2 ** (tried - 1) * random.uniform(0.5, 1.5))
+        except Exception as error:  # every fsspec backend has its own errors
+            if number == MAX_ATTEMPTS:
+                message = " ".join(str(error).split()) or type(error).__name__
+                raise OSError(f"{url}: {message} (tried {MAX_ATTEMPTS} times)") from error
+            time.sleep(RETRY_WAIT_S * 2 ** (number - 1) * random.uniform(0.5, 1.5))
     raise AssertionError
 
 
-# ---- the cache
+# ---- Cache
 
 
 @functools.cache
-def cache() -> Path:
+def cache_folder() -> Path:
     return Path(os.environ.get("TROODON_CACHE", "~/.cache/troodon")).expanduser() / "ranges"
 
 
-def _name(url: str, offset: int, length: int) -> str:
+def _cache_name(url: str, offset: int, length: int) -> str:
     digest = hashlib.sha256(f"{url}\0{offset}\0{length}".encode()).hexdigest()
     return f"{digest[:2]}/{digest[2:40]}"
 
 
-def _keep(path: Path, data: bytes) -> None:
-    """Write what was read, while there is room. A cache that cannot be written is none, and harms nobody."""
+def _store(path: Path, data: bytes) -> None:
+    """Write a range to the cache if it fits. Errors are ignored: reading works without a cache."""
     with contextlib.suppress(OSError):
-        if _room().takes(len(data)):
+        if _cache_budget().reserve(len(data)):
             run.write_bytes(path, data)
 
 
-class _Room:
-    """How much more the cache may hold; counted once, and then by what this process adds."""
+class _CacheBudget:
+    """How many bytes the cache may still grow: measured once, then reduced by what this process adds."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -181,18 +183,17 @@ class _Room:
             limit = float(os.environ.get("TROODON_CACHE_GB", "20")) * 1e9
         except ValueError:
             raise UsageError(f"TROODON_CACHE_GB {os.environ['TROODON_CACHE_GB']!r}: a number") from None
-        home = cache()
-        held = sum(file.stat().st_size for file in home.glob("*/*")) if home.exists() else 0
-        place = next(folder for folder in (home, *home.parents) if folder.exists())
-        disk = shutil.disk_usage(place)
-        self.left = min(limit - held, disk.free - LEFT_FREE * disk.total)
+        folder = cache_folder()
+        used = sum(file.stat().st_size for file in folder.glob("*/*")) if folder.exists() else 0
+        disk = shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists()))
+        self.remaining = min(limit - used, disk.free - MIN_FREE_SHARE * disk.total)
 
-    def takes(self, size: int) -> bool:
+    def reserve(self, size: int) -> bool:
         with self.lock:
-            if size > self.left:
+            if size > self.remaining:
                 return False
-            self.left -= size
+            self.remaining -= size
             return True
 
 
-_room = functools.cache(_Room)
+_cache_budget = functools.cache(_CacheBudget)

@@ -1,18 +1,18 @@
-"""The index: one row per image, which says where its bytes lie. Images stay where they are.
+"""The index: a table with one row per image, which says where its bytes are. No image is copied.
 
-    path       what people call it: the name inside its source, with / between folders
-    container  the file that holds it: itself, or a tar, zip or Parquet file; on this machine or a URL
+    path       the name of the image inside its source, with / between folders
+    container  the file that holds it: the image file itself, or a tar, zip or Parquet file; a local path or a URL
     offset     where its bytes start in the container; in Parquet, its row
-    length     how many bytes, as they lie there; -1 where that is not known before it is read
-    label      the class, where the source says one; else null
-    split      "train", "val" or "test", where the source says one; else null
+    length     number of stored bytes; -1 if that is not known before it is read
+    label      the class, if the source gives one; else null
+    split      "train", "val" or "test", if the source gives one; else null
 
-`troodon scan` adds what it found (see scan.py). A row number is the image's id. Rows are sorted by (source order,
-path), so the same source gives the same ids everywhere.
+`troodon scan` adds columns (see scan.py). A row number is the image's id. Rows are sorted by (source order, path), so
+the same source gives the same ids everywhere.
 
-An index of more than MAPPED images is kept twice: as `images.parquet` for everybody and everything, and as
-`images.arrow`, its usable rows uncompressed, which is mapped from the disk: it opens at once, costs no memory of its
-own, and all processes of a machine share it.
+An index of more than MIN_MAPPED_IMAGES images is saved twice: as `images.parquet`, for all purposes, and as
+`images.arrow`: its usable rows, uncompressed, to be memory-mapped. A mapped index opens at once, needs no memory of its
+own, and is shared by all processes of a machine.
 """
 
 import hashlib
@@ -42,9 +42,9 @@ SCHEMA = pa.schema(
         ("split", pa.string()),
     ]
 )
-MAPPED = 1_000_000  # images from which an index is also written to be mapped
-BATCH = 1 << 16  # rows that lie together there
-FORGOTTEN = 256  # rows asked for, after which a process lets its pages of the mapping go; the kernel may keep them
+MIN_MAPPED_IMAGES = 1_000_000  # a longer index is also saved for memory mapping
+MAPPED_BATCH_ROWS = 1 << 16  # rows of a record batch of the mapped file
+READS_PER_RELEASE = 256  # reads after which a process releases the pages of its mapping; the kernel may keep them
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,13 @@ class Index:
     """A table of images that can be read by row number."""
 
     table: pa.Table
-    home: str = ""  # what containers are relative to, where they are
-    objects: Mapping[str, Any] = field(default_factory=dict, repr=False)  # data sets, by the container they stand for
-    parts: tuple[int, ...] = ()  # how many rows come from each source; all from one if left out
-    mapped: Path | None = None  # the file that the table is, whole, mapped from the disk
-    name: str | None = None  # the fingerprint of the artifact that a mapped table belongs to
-    pages: mmap.mmap | None = field(default=None, compare=False, repr=False)  # the mapping
-    asked: Iterator[int] = field(default_factory=itertools.count, compare=False, repr=False)
+    base: str = ""  # the folder or URL that relative containers start from
+    datasets: Mapping[str, Any] = field(default_factory=dict, repr=False)  # Python datasets, by container name
+    source_lengths: tuple[int, ...] = ()  # rows of each source; all from one if empty
+    mapped_path: Path | None = None  # the mapped file, if the table is all of it
+    fingerprint: str | None = None  # that of the artifact which a mapped table belongs to
+    mapping: mmap.mmap | None = field(default=None, compare=False, repr=False)
+    read_counter: Iterator[int] = field(default_factory=itertools.count, compare=False, repr=False)
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -67,8 +67,8 @@ class Index:
         return self.table["path"][row].as_py()
 
     @property
-    def distant(self) -> bool:
-        """Whether its images are read from elsewhere; its ends are asked, for there may be very many."""
+    def is_remote(self) -> bool:
+        """Whether the images are remote; tests the first and last row only, since there may be very many."""
         ends = [self.table["container"][row].as_py() for row in (0, -1)] if len(self) else []
         return any(files.REMOTE.match(self._located(container)) is not None for container in ends)
 
@@ -76,93 +76,95 @@ class Index:
         return self.table[name].to_pylist()
 
     def read(self, row: int) -> bytes:
-        """The bytes of one image. Raises OSError when its container is gone or was cut short, or it is too large."""
-        container, offset, length = self.where(row)
-        if container in self.objects:
-            return containers.read_item(self.objects[container], offset)
+        """Read one image, as bytes. Raises OSError if the container is missing or truncated, or the image too large."""
+        container, offset, length = self.location(row)
+        if container in self.datasets:
+            return containers.read_item(self.datasets[container], offset)
         return containers.read(self._located(container), offset, length)
 
-    def where(self, row: int) -> tuple[str, int, int]:
-        """Container, offset and length, as they are listed."""
-        if self.pages is not None and next(self.asked) % FORGOTTEN == 0:
-            self.pages.madvise(mmap.MADV_DONTNEED)
+    def location(self, row: int) -> tuple[str, int, int]:
+        """Container, offset and length, as listed."""
+        if self.mapping is not None and next(self.read_counter) % READS_PER_RELEASE == 0:
+            self.mapping.madvise(mmap.MADV_DONTNEED)
         container, offset, length = (self.table[name][row].as_py() for name in ("container", "offset", "length"))
         return container, offset, length
 
-    def rows(self) -> pa.Table:
-        """The columns of SCHEMA, every container by its whole path."""
+    def located_table(self) -> pa.Table:
+        """The columns of SCHEMA, with the full path of every container."""
         table = self.table.select(SCHEMA.names)
-        if not self.home:
+        if not self.base:
             return table
         located = pa.array([self._located(c) for c in self.column("container")], pa.string())
         return table.set_column(table.schema.get_field_index("container"), "container", located)
 
     def take(self, rows: Sequence[int] | np.ndarray) -> "Index":
-        """The index of these rows, in this order."""
+        """An index of these rows, in this order."""
         table = self.table.take(pa.array(np.asarray(rows, dtype=np.int64)))
-        return replace(self, table=table, parts=(), mapped=None, name=None, pages=None)
+        return replace(self, table=table, source_lengths=(), mapped_path=None, fingerprint=None, mapping=None)
 
-    def unlabelled(self) -> "Index":
-        """The same images, their labels forgotten: folder names of a pool are no classes."""
+    def without_labels(self) -> "Index":
+        """The same images without labels: the folder names of an uncurated pool are no classes."""
         place = self.table.schema.get_field_index("label")
         table = self.table.set_column(place, "label", pa.nulls(len(self), pa.string()))
-        return replace(self, table=table, mapped=None, name=None, pages=None)
+        return replace(self, table=table, mapped_path=None, fingerprint=None, mapping=None)
 
-    def contents(self) -> str:
-        """A hash of what it lists: names, places, lengths, labels and splits. The pictures are not read."""
-        if self.name is not None:
-            return self.name
+    def content_hash(self) -> str:
+        """A hash of the table: names, locations, lengths, labels and splits. No image is read."""
+        if self.fingerprint is not None:
+            return self.fingerprint
         digest = hashlib.sha256()
         for name in SCHEMA.names:
             digest.update("\0".join(map(str, self.column(name))).encode() + b"\n")
         return digest.hexdigest()
 
     def save(self, path: Path) -> None:
-        """Write it as Parquet; a long one also beside it, to be mapped."""
+        """Write the index as Parquet, and a long one also as an Arrow file beside it, for mapping."""
         pq.write_table(self.table, path, compression="zstd")
-        if len(self) > MAPPED:
-            table = replace(self, table=usable(self.table)).table.select(SCHEMA.names)
+        if len(self) > MIN_MAPPED_IMAGES:
+            table = replace(self, table=usable_rows(self.table)).table.select(SCHEMA.names)
             with pa.OSFile(str(path.with_suffix(".arrow")), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
-                writer.write_table(table, max_chunksize=BATCH)
+                writer.write_table(table, max_chunksize=MAPPED_BATCH_ROWS)
 
     @staticmethod
     def load(path: Path) -> "Index":
-        """All rows and columns of a table that was saved."""
+        """Load all rows and columns of a saved index."""
         return Index(pq.read_table(path))
 
     @staticmethod
-    def map(path: Path, home: str = "", name: str | None = None) -> "Index":
-        """The usable rows of a saved index, from its file that is to be mapped."""
+    def open_mapped(path: Path, base: str = "", fingerprint: str | None = None) -> "Index":
+        """Map the usable rows of a saved index from its Arrow file."""
         with open(path, "rb") as file:
-            pages = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-        pages.madvise(mmap.MADV_RANDOM)  # rows are asked for all over it: what lies beside one is not wanted next
-        table = pa.ipc.open_file(pa.py_buffer(pages)).read_all()
-        return Index(table, home=home, mapped=path, name=name, pages=pages)
+            mapping = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        mapping.madvise(
+            mmap.MADV_RANDOM
+        )  # rows are read_counter for all over it: what lies beside one is not wanted next
+        table = pa.ipc.open_file(pa.py_buffer(mapping)).read_all()
+        return Index(table, base=base, mapped_path=path, fingerprint=fingerprint, mapping=mapping)
 
     @staticmethod
     def concat(parts: Sequence["Index"]) -> "Index":
-        """The rows of all, one after the other; one alone stays as it is."""
+        """Concatenate indexes. A single one is returned as it is."""
         if len(parts) == 1:
             return parts[0]
-        objects: dict[str, Any] = {}
+        datasets: dict[str, Any] = {}
         for part in parts:
-            for key, value in part.objects.items():
-                if objects.setdefault(key, value) is not value:
-                    raise UsageError(f"{key}: two data sets are called so; `troodon.pack` one of them first")
-        table = pa.concat_tables([p.rows() for p in parts]).combine_chunks()
-        return Index(table, objects=objects, parts=tuple(map(len, parts)))
+            for key, value in part.datasets.items():
+                if datasets.setdefault(key, value) is not value:
+                    raise UsageError(f"{key}: two datasets have this name; `troodon.pack` one of them first")
+        table = pa.concat_tables([p.located_table() for p in parts]).combine_chunks()
+        return Index(table, datasets=datasets, source_lengths=tuple(map(len, parts)))
 
     def _located(self, container: str) -> str:
-        return container if not self.home or files.REMOTE.match(container) else join(self.home, container)
+        return container if not self.base or files.REMOTE.match(container) else join_path(self.base, container)
 
     def __reduce__(self) -> tuple:
-        if self.mapped is not None:  # each process maps the file for itself, and all share its pages
-            return Index.map, (self.mapped, self.home, self.name)
-        return Index, (self.table, self.home, self.objects, self.parts)
+        if self.mapped_path is not None:  # each process maps the file itself, and all share its pages
+            return Index.open_mapped, (self.mapped_path, self.base, self.fingerprint)
+        return Index, (self.table, self.base, self.datasets, self.source_lengths)
 
 
-def usable(table: pa.Table) -> pa.Table:
-    """The rows of an artifact's table that can be read, or of a selection those that it kept."""
+def usable_rows(table: pa.Table) -> pa.Table:
+    """The rows of an artifact's table that can be read; for a selection, the rows that it kept."""
     if "kept" in table.column_names:
         return table.filter(table["kept"])
     if "status" in table.column_names:
@@ -170,6 +172,6 @@ def usable(table: pa.Table) -> pa.Table:
     return table
 
 
-def join(home: str, path: str) -> str:
-    """A path or URL below `home`; an absolute path stays."""
-    return f"{home.rstrip('/')}/{path}" if files.REMOTE.match(home) else os.path.join(home, path)
+def join_path(base: str, path: str) -> str:
+    """The path or URL below `base`; an absolute path is returned as it is."""
+    return f"{base.rstrip('/')}/{path}" if files.REMOTE.match(base) else os.path.join(base, path)

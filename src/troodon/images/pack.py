@@ -32,11 +32,11 @@ from PIL import Image
 from troodon import run
 from troodon.config import UsageError, fingerprint
 from troodon.images.config import PackConfig
-from troodon.images.decode import BadImage, decode, probe
+from troodon.images.decode import BadImage, decode, read_header
 from troodon.images.index import SCHEMA, Index
-from troodon.images.listing import ENDINGS
-from troodon.images.reading import in_turn, threads_or_all
-from troodon.images.scan import Progress
+from troodon.images.listing import IMAGE_EXTENSIONS
+from troodon.images.reading import map_ordered, thread_count
+from troodon.images.scan import ProgressCallback
 
 SAMPLED = 64  # images from which the size of all is told
 MARGIN = 2  # a JPEG is decoded no smaller than this many times what it is resized to
@@ -52,16 +52,16 @@ class Item(NamedTuple):
     bad: tuple[str, str] | None  # status and reason
 
 
-def pack(index: Index, out: Path, config: PackConfig, threads: int, progress: Progress | None = None) -> dict:
+def pack(index: Index, out: Path, config: PackConfig, threads: int, progress: ProgressCallback | None = None) -> dict:
     """Publish the images of an index as an index artifact with its own shards in `out`, unless it is there; a summary.
 
     UsageError where `out` holds something else, or the disk has no room.
     """
-    settings = asdict(config) | {"images": len(index), "contents": index.contents()[:12]}
-    name = fingerprint(settings, index.contents())
+    settings = asdict(config) | {"images": len(index), "contents": index.content_hash()[:12]}
+    name = fingerprint(settings, index.content_hash())
     if run.is_done(out, "index", name, settings):
         return run.read_json(out / "summary.json")
-    workers = threads_or_all(threads, index.distant)
+    workers = thread_count(threads, index.is_remote)
     home = out.with_name(f"{out.name}.parts")
     with ThreadPoolExecutor(workers) as pool:
         take = functools.partial(_taken, index, config)
@@ -74,7 +74,7 @@ def pack(index: Index, out: Path, config: PackConfig, threads: int, progress: Pr
             if not run.is_done(folder, "shard", fingerprint(of), of):
                 told = (lambda at, start=start: progress(start + at, len(index))) if progress else None
                 with run.publish(folder, "shard", fingerprint(of), of) as partial:
-                    items = in_turn(pool, take, rows, 4 * workers)
+                    items = map_ordered(pool, take, rows, 4 * workers)
                     _write(index, items, partial, f"{number:05d}.tar", told)
     with run.publish(out, "index", name, settings) as partial:
         summary = _join(shards, partial)
@@ -117,7 +117,7 @@ def _saved(data: bytes, config: PackConfig) -> bytes:
     """The same picture, smaller or in another format, if it has to be. Raises BadImage."""
     if not config.side and config.encode == "as-is":
         return data
-    seen = probe(data)
+    seen = read_header(data)
     shrinks = 0 < config.side < min(seen.width, seen.height)
     if not shrinks and config.encode == "as-is":
         return data
@@ -167,7 +167,7 @@ def _write(
                 told(at)
     with open(folder / "shard.tar", "rb") as file:
         os.fsync(file.fileno())
-    table = index.take(kept).rows()
+    table = index.take(kept).located_table()
     columns = {
         "container": pa.array([container] * len(kept), pa.string()),
         "offset": pa.array(offsets, pa.int64()),
@@ -185,10 +185,10 @@ def _name(path: str, item: Item, taken: set[str]) -> str:
     last slash: samples of WebDataset are told apart by what stands before the first."""
     *folders, last = path.split("/")
     stem, dot, ending = last.rpartition(".")
-    if not dot or ending.lower() not in ENDINGS:
+    if not dot or ending.lower() not in IMAGE_EXTENSIONS:
         stem, ending = last, "bin"
     with contextlib.suppress(BadImage):
-        format = probe(item.data).format
+        format = read_header(item.data).format
         ending = ENDING.get(format, format.lower())
     folders = [part for part in folders if part not in ("", ".", "..")]
     key = "/".join([*folders, stem.replace(".", "_")])

@@ -1,4 +1,4 @@
-"""Images read in order by threads: how many threads, and what they return in turn."""
+"""Read images in order by threads: how many threads, and the ordered results of their tasks."""
 
 import os
 from collections import deque
@@ -10,7 +10,7 @@ import numpy as np
 
 from troodon.config import UsageError
 from troodon.images.decode import BadImage, decode
-from troodon.images.files import AT_ONCE
+from troodon.images.files import MAX_REMOTE_READS
 from troodon.images.index import Index
 
 if TYPE_CHECKING:
@@ -19,31 +19,31 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 
-AHEAD = 2  # batches that are read while one is used
+BATCHES_AHEAD = 2  # read while one batch is used
 
 
-def threads_or_all(threads: int, distant: bool = False) -> int:
-    """How many threads read images: as many as asked for, or one per processor, 16 at most.
+def thread_count(threads: int, is_remote: bool = False) -> int:
+    """The number of threads that read images: `threads`, or for 0 one per processor, at most 16.
 
-    Of `distant` images it is more, for such threads mostly wait.
+    For remote images, 0 gives MAX_REMOTE_READS, since such threads mostly wait.
     """
     if threads < 0:
         raise UsageError(f"threads {threads}: must be 0, which is one per processor, or more")
-    return threads or (AT_ONCE if distant else min(16, os.cpu_count() or 1))
+    return threads or (MAX_REMOTE_READS if is_remote else min(16, os.cpu_count() or 1))
 
 
-def in_turn(pool: Executor, task: Callable[[T], R], over: Iterable[T], ahead: int) -> Iterator[R]:
-    """What `task` gives of each, in order, with no more than `ahead` of them begun and not yet taken."""
-    waiting: deque[Future[R]] = deque()
-    for one in over:
-        waiting.append(pool.submit(task, one))
-        if len(waiting) >= ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+def map_ordered(pool: Executor, task: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
+    """The results of `task` on each item, in order; at most `ahead` tasks are submitted and not yet yielded."""
+    pending: deque[Future[R]] = deque()
+    for item in items:
+        pending.append(pool.submit(task, item))
+        if len(pending) >= ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
-def stream(
+def read_batches(
     index: Index,
     batch: int,
     prepare: Callable[[Sequence[np.ndarray]], "Tensor"],
@@ -52,9 +52,9 @@ def stream(
     threads: int = 0,
     broken: dict[int, BadImage] | None = None,
 ) -> Iterator[tuple[list[int], "Tensor"]]:
-    """Every readable image in order: rows and what `prepare` makes of their pixels, `batch` at a time.
+    """Yield all readable images in order, `batch` rows at a time: their rows, and what `prepare` makes of their pixels.
 
-    Rows that cannot be read, or not with so many `channels`, are left out and recorded in `broken`.
+    Images that cannot be read, or do not have `channels` channels, are skipped and recorded in `broken`, by row.
     """
     broken = {} if broken is None else broken
 
@@ -67,8 +67,8 @@ def stream(
             broken[row] = BadImage("decode error", str(error))
         return None
 
-    with ThreadPoolExecutor(threads_or_all(threads, index.distant), "stream") as pool:
-        loaded = in_turn(pool, load, range(len(index)), (1 + AHEAD) * batch)
+    with ThreadPoolExecutor(thread_count(threads, index.is_remote), "read") as pool:
+        loaded = map_ordered(pool, load, range(len(index)), (1 + BATCHES_AHEAD) * batch)
         for start in range(0, len(index), batch):
             rows = range(start, min(start + batch, len(index)))
             images = {row: image for row, image in zip(rows, loaded) if image is not None}

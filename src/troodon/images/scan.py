@@ -32,13 +32,13 @@ import pyarrow.parquet as pq
 from troodon import config, run
 from troodon.config import UsageError
 from troodon.images import containers, files
-from troodon.images.decode import BadImage, decode, probe
+from troodon.images.decode import BadImage, decode, read_header
 from troodon.images.index import SCHEMA, Index
 from troodon.images.inventory import summarise
-from troodon.images.reading import in_turn, threads_or_all
+from troodon.images.reading import map_ordered, thread_count
 from troodon.images.sources import open_source
 
-FOUND = pa.schema(
+SCAN_SCHEMA = pa.schema(
     [
         ("status", pa.string()),
         ("reason", pa.string()),
@@ -56,10 +56,10 @@ SAME = ["container", "offset", "length", "modified"]  # an image that agrees in 
 CHUNK = 32  # images per task: enough to make handing it over cheap
 KEPT_S = 20  # seconds, after which what was found is written down
 
-Progress = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 
 
-def scan_to(paths: Sequence[str | Path], out: Path, threads: int, progress: Progress | None = None) -> dict:
+def scan_to(paths: Sequence[str | Path], out: Path, threads: int, progress: ProgressCallback | None = None) -> dict:
     """Scan these sources into the index artifact `out`; the summary.
 
     An index of the same sources that is there already is brought up to date. Raises UsageError for sources that cannot
@@ -67,14 +67,14 @@ def scan_to(paths: Sequence[str | Path], out: Path, threads: int, progress: Prog
     """
     began = time.monotonic()
     index = open_source(*paths)
-    if index.objects:
+    if index.datasets:
         raise UsageError(
-            f"{next(iter(index.objects))}: a data set of Python's cannot be listed in a file; pack it first"
+            f"{next(iter(index.datasets))}: a data set of Python's cannot be listed in a file; pack it first"
         )
     settings = {"sources": [str(p if files.REMOTE.match(str(p)) else Path(p).absolute()) for p in paths]}
     modified = _modified(index)
-    fingerprint = config.fingerprint(settings, index.contents(), hashlib.sha256(modified.tobytes()).hexdigest())
-    there = run.manifest(out)
+    fingerprint = config.fingerprint(settings, index.content_hash(), hashlib.sha256(modified.tobytes()).hexdigest())
+    there = run.read_manifest(out)
     if there is None or there["kind"] != "index" or there["settings"] != settings:
         run.is_done(out, "index", fingerprint, settings)  # tells what else is there
     elif there["fingerprint"] == fingerprint:
@@ -93,7 +93,7 @@ def scan_to(paths: Sequence[str | Path], out: Path, threads: int, progress: Prog
 def scan(
     index: Index,
     threads: int,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     modified: np.ndarray | None = None,
     known: Sequence[pa.Table] = (),
     keep: Callable[[pa.Table], None] | None = None,
@@ -104,8 +104,8 @@ def scan(
     found every KEPT_S seconds, and at the end, whatever ends it. `progress(done, total)` is told now and then.
     """
     modified = _modified(index) if modified is None else modified
-    table = index.rows().append_column(MODIFIED, pa.array(modified))
-    found, rows = _remembered(table, [part for part in known if set(part.column_names) >= {*SAME, *FOUND.names}])
+    table = index.located_table().append_column(MODIFIED, pa.array(modified))
+    found, rows = _remembered(table, [part for part in known if set(part.column_names) >= {*SAME, *SCAN_SCHEMA.names}])
     parts = [found]
     at, kept, since = 0, 1, time.monotonic()
 
@@ -116,12 +116,12 @@ def scan(
             keep(_beside(table.take(fresh["row"]), fresh))
         kept, since = len(parts), time.monotonic()
 
-    workers = threads_or_all(threads, index.distant)
+    workers = thread_count(threads, index.is_remote)
     pool = ThreadPoolExecutor(workers)
     chunks = (rows[start : start + CHUNK].tolist() for start in range(0, len(rows), CHUNK))
     try:
-        for part in in_turn(pool, lambda some: [_examine(index, row) for row in some], chunks, 4 * workers):
-            columns = [pa.array(column, field.type) for column, field in zip(zip(*part), FOUND)]
+        for part in map_ordered(pool, lambda some: [_examine(index, row) for row in some], chunks, 4 * workers):
+            columns = [pa.array(column, field.type) for column, field in zip(zip(*part), SCAN_SCHEMA)]
             parts.append(pa.table([pa.array(rows[at : at + len(part)]), *columns], schema=found.schema))
             at += len(part)
             if time.monotonic() - since > KEPT_S:
@@ -136,18 +136,18 @@ def scan(
 
 def _beside(table: pa.Table, found: pa.Table) -> pa.Table:
     """The rows of an index with what was found of each, and when its file was changed last."""
-    columns = [*table.select(SCHEMA.names).columns, *found.select(FOUND.names).columns, table[MODIFIED.name]]
-    return pa.table(columns, schema=pa.schema([*SCHEMA, *FOUND, MODIFIED])).combine_chunks()
+    columns = [*table.select(SCHEMA.names).columns, *found.select(SCAN_SCHEMA.names).columns, table[MODIFIED.name]]
+    return pa.table(columns, schema=pa.schema([*SCHEMA, *SCAN_SCHEMA, MODIFIED])).combine_chunks()
 
 
 def _remembered(table: pa.Table, known: Sequence[pa.Table]) -> tuple[pa.Table, np.ndarray]:
     """What is known of the images of `table`, with a column `row`; and the rows of which nothing is."""
     rows = pa.array(np.arange(table.num_rows))
-    schema = pa.schema([("row", pa.int64()), *FOUND])
+    schema = pa.schema([("row", pa.int64()), *SCAN_SCHEMA])
     if not known:
         return schema.empty_table(), rows.to_numpy()
-    before = pa.concat_tables([part.select([*SAME, *FOUND.names]) for part in known])
-    once = before.group_by(SAME, use_threads=False).aggregate([(name, "first") for name in FOUND.names])
+    before = pa.concat_tables([part.select([*SAME, *SCAN_SCHEMA.names]) for part in known])
+    once = before.group_by(SAME, use_threads=False).aggregate([(name, "first") for name in SCAN_SCHEMA.names])
     once = once.rename_columns([name.removesuffix("_first") for name in once.column_names])
     joined = table.select(SAME).append_column("row", rows).join(once, SAME, join_type="inner")
     # What could not be read may be readable now.
@@ -157,14 +157,14 @@ def _remembered(table: pa.Table, known: Sequence[pa.Table]) -> tuple[pa.Table, n
 
 def _modified(index: Index) -> np.ndarray:
     """When the file that holds each image was last changed, in nanoseconds; -1 for what is read from afar, or gone."""
-    places = index.rows()["container"].combine_chunks().dictionary_encode()
+    places = index.located_table()["container"].combine_chunks().dictionary_encode()
     places = places.combine_chunks() if isinstance(places, pa.ChunkedArray) else places
     times = np.array([_changed(place) for place in places.dictionary.to_pylist()], np.int64)
     return times[places.indices.to_numpy()] if len(times) else times
 
 
 def _changed(container: str) -> int:
-    path = container.rpartition(containers.COLUMN)[0] or container
+    path = container.rpartition(containers.COLUMN_SEPARATOR)[0] or container
     try:
         return -1 if files.REMOTE.match(container) else os.stat(path).st_mtime_ns
     except OSError:
@@ -172,7 +172,7 @@ def _changed(container: str) -> int:
 
 
 def _examine(index: Index, row: int) -> tuple:
-    """One row of FOUND."""
+    """One row of SCAN_SCHEMA."""
     nothing = (None, None, None, None, None)
     try:
         data = index.read(row)
@@ -180,7 +180,7 @@ def _examine(index: Index, row: int) -> tuple:
         return ("unreadable", error.strerror or str(error), *nothing, None, None)
     sha256, header = hashlib.sha256(data).hexdigest(), nothing
     try:
-        seen = probe(data)
+        seen = read_header(data)
         header = (seen.format, seen.mode, seen.channels, seen.width, seen.height)
         pixels = decode(data, channels=None)
     except BadImage as bad:

@@ -258,14 +258,14 @@ ATTACKS: dict[str, Callable[[Image.Image | ndarray, Generator, float], ndarray]]
 
 # The kinds that are missed most where an image is compared as such, and their strengths. The first ones matter most:
 # after twelve little more is found.
-DISGUISES = (
+BENCHMARK_ATTACKS = (
     ("rotate", 0.5), ("sticker", 0.5), ("screenshot", 0.5), ("text", 0.5), ("crop", 0.5), ("rotate", 0.35),
     ("flip", 1.0), ("sticker", 0.65), ("rotate", 0.65), ("text", 0.65), ("screenshot", 0.65), ("mix", 0.5),
     ("pad", 0.5), ("crop", 0.65), ("grey", 0.8), ("stretch", 0.5),
 )  # fmt: skip
 
 
-def disguised(image: ndarray, count: int) -> list[ndarray]:
+def attacked_copies(image: ndarray, count: int) -> list[ndarray]:
     """The image (H, W, 3) uint8 in the first `count` disguises, and always in the same."""
     random = np.random.default_rng(zlib.crc32(image.tobytes()))
-    return [attack(image, kind, random, strength) for kind, strength in DISGUISES[:count]]
+    return [attack(image, kind, random, strength) for kind, strength in BENCHMARK_ATTACKS[:count]]

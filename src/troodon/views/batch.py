@@ -21,14 +21,14 @@ class Batch:
     masks_NP: Tensor  # view-major; True where the student sees the mask token
     images_B2: Tensor | None = None  # on the host: each image's row of the index, and which set of crops of it this is
 
-    def parts(self, count: int) -> list["Batch"]:
+    def chunk(self, count: int) -> list["Batch"]:
         """The batch cut into `count` smaller ones of as many images each."""
         masks_GBP = self.masks_NP.unflatten(0, self.globals_GBCHW.shape[:2])
         pieces = zip(*(x.chunk(count, 1) for x in (self.globals_GBCHW, self.locals_VBCHW, masks_GBP)), strict=True)
         images = [None] * count if self.images_B2 is None else self.images_B2.chunk(count)
         return [Batch(wide, narrow, masks.flatten(0, 1), which) for (wide, narrow, masks), which in zip(pieces, images)]
 
-    def masked(self) -> tuple[Tensor, Tensor]:
+    def masked_patches(self) -> tuple[Tensor, Tensor]:
         """(M,) indices of the masked patches in the flattened (N * P), and their (M,) weights, beside the crops."""
         count_N1 = self.masks_NP.sum(1, keepdim=True).clamp(min=1)
         index_M = self.masks_NP.flatten().nonzero().squeeze(1)

@@ -64,7 +64,7 @@ class CropsConfig:
         mixed = tuple((pair(wide), pair(narrow), weight / total) for wide, narrow, weight in self.mixed)
         return mixed or ((pair(self.global_px), pair(self.local_px), 1.0),)
 
-    def at(self, u: float) -> "CropsConfig":
+    def pick_size(self, u: float) -> "CropsConfig":
         """The settings of one step, all of one size: that which `u`, uniform in [0, 1), draws from `mixed`."""
         if not self.mixed:
             return self

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from troodon.config import pair
-from troodon.images.decode import grey, shown
+from troodon.images.decode import to_grey, to_rgb
 from troodon.views.attacks import ATTACKS, attack
 from troodon.views.config import CropsConfig, Size
 
@@ -22,14 +22,14 @@ from troodon.views.config import CropsConfig, Size
 # A box is (top, left, height, width) in whole pixels of the image.
 
 Box = tuple[int, int, int, int]
-AT_ONCE = 4  # channels that torch resamples in 8 bits; more at a time it takes to floats and back, six times slower
-TRIES = 10  # boxes to draw before the central one is taken
+CHANNELS_AT_ONCE = 4  # channels that torch resamples in 8 bits; more at a time it takes to floats and back, six times slower
+MAX_TRIES = 10  # boxes to draw before the central one is taken
 MARGIN = (
     1.5  # pixels, at least, of a smaller copy of the image for each of a crop; 1.3 levels of 256 off in photographs
 )
-SEEN = 16  # pixels of the shorter side: what has fewer is not attacked
-NUMBERS = 2 * TRIES + 3  # random numbers of one crop: area and aspect of every try, two of position, one of flip
-WORD = 2**64 - 1
+MIN_ATTACK_PX = 16  # pixels of the shorter side: what has fewer is not attacked
+NUMBERS_PER_CROP = 2 * MAX_TRIES + 3  # random numbers of one crop: area and aspect of every try, two of position, one of flip
+UINT64_MAX = 2**64 - 1
 
 
 def generator(seed: int, image: int, visit: int) -> np.random.Generator:
@@ -38,46 +38,46 @@ def generator(seed: int, image: int, visit: int) -> np.random.Generator:
     A counter-based generator with these three as its key and counter: about ten microseconds, no state to save.
     What belongs to no image may take image -1. Integers are taken modulo 2^64.
     """
-    key = np.array([seed & WORD, image & WORD], np.uint64)
-    counter = np.array([0, 0, visit & WORD, 0], np.uint64)
+    key = np.array([seed & UINT64_MAX, image & UINT64_MAX], np.uint64)
+    counter = np.array([0, 0, visit & UINT64_MAX, 0], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
-class Views:
+class MultiCrop:
     """The crops of one image: boxes, drawn once its size is known, and then cut out of its pixels.
 
     Global crops come first in the stream of random numbers and every crop takes as many, so the number of local crops
-    changes no other crop. `config` has one size: of mixed ones, `config.at` picks it.
+    changes no other crop. `config` has one size: of mixed ones, `config.pick_size` picks it.
     """
 
-    def __init__(self, config: CropsConfig, random: np.random.Generator, whose: tuple[int, int] = (-1, 0)):
+    def __init__(self, config: CropsConfig, random: np.random.Generator, image_visit: tuple[int, int] = (-1, 0)):
         assert not config.mixed, config.mixed
-        self.whose = whose  # the image's row, and which set of crops of it this is
+        self.image_visit = image_visit  # the image's row, and which set of crops of it this is
         # First, so that the number of local crops changes no attack; and only where there are any, as runs go on.
-        self.attacks = random.integers(2**63, size=2).tolist() if config.attack else []
-        self.config, self.numbers = config, random.random((2 + config.locals, NUMBERS)).tolist()
+        self.attack_seeds = random.integers(2**63, size=2).tolist() if config.attack else []
+        self.config, self.random_numbers = config, random.random((2 + config.locals, NUMBERS_PER_CROP)).tolist()
         wide, narrow = pair(config.global_px), pair(config.local_px)
-        self.kinds = [(config.global_scale, wide)] * 2 + [(config.local_scale, narrow)] * config.locals
+        self.crop_types = [(config.global_scale, wide)] * 2 + [(config.local_scale, narrow)] * config.locals
 
-    def draw(self, height: int, width: int) -> int:
+    def draw_boxes(self, height: int, width: int) -> int:
         """Draw the boxes of an image of this size. How many times smaller its pixels may be: 1, 2, 4 or 8.
 
         So much that every box keeps MARGIN times the pixels of its crop in either direction.
         """
         self.size = height, width
-        self.boxes = [self._box(u, *kind) for u, kind in zip(self.numbers, self.kinds)]
-        spare = min(min(h / size[0], w / size[1]) for (_, _, h, w), (_, size) in zip(self.boxes, self.kinds))
-        self.times = next(times for times in (8, 4, 2, 1) if times == 1 or spare >= times * MARGIN)
-        return self.times
+        self.boxes = [self._box(u, *kind) for u, kind in zip(self.random_numbers, self.crop_types)]
+        spare = min(min(h / size[0], w / size[1]) for (_, _, h, w), (_, size) in zip(self.boxes, self.crop_types))
+        self.reduction = next(times for times in (8, 4, 2, 1) if times == 1 or spare >= times * MARGIN)
+        return self.reduction
 
-    def cut(self, image_HWC: np.ndarray) -> tuple[Tensor, Tensor]:
+    def crop(self, image_HWC: np.ndarray) -> tuple[Tensor, Tensor]:
         """uint8 (2, C, *global size) and (V, C, *local size), contiguous, of the image, or of a smaller copy of it."""
         wide, narrow = self.config.global_px, self.config.local_px
-        if not self.attacks:
+        if not self.attack_seeds:
             return self._cut(image_HWC, 0, 2, wide), self._cut(image_HWC, 2, None, narrow)
         # What was not read smaller is made so: an attack costs by the pixel.
-        times = self.times if image_HWC.shape[:2] == self.size else 1
-        copies = [attacked(image_HWC, self.config, seed, times) for seed in self.attacks]
+        times = self.reduction if image_HWC.shape[:2] == self.size else 1
+        copies = [random_attack(image_HWC, self.config, seed, times) for seed in self.attack_seeds]
         globals_ = [self._cut(copy_HWC, view, view + 1, wide) for view, copy_HWC in enumerate(copies)]
         return torch.cat(globals_), self._cut(image_HWC, 2, None, narrow)
 
@@ -88,7 +88,7 @@ class Views:
     def _cut(self, image_HWC: np.ndarray, first: int, end: int | None, px: int | Size) -> Tensor:
         boxes, size = self.boxes[first:end], pair(px)
         crops_VCHW = np.empty((len(boxes), image_HWC.shape[2], *size), np.uint8)
-        for crop_CHW, box, u in zip(crops_VCHW, boxes, self.numbers[first:end]):
+        for crop_CHW, box, u in zip(crops_VCHW, boxes, self.random_numbers[first:end]):
             top, left, h, w = box if image_HWC.shape[:2] == self.size else _scaled(box, self.size, image_HWC.shape)
             crop_HWC = _resized(image_HWC[top : top + h, left : left + w], *size)
             if u[-1] < self.config.flip:
@@ -102,33 +102,33 @@ def multi_crop(image_HWC: np.ndarray, config: CropsConfig, random: np.random.Gen
 
     Returns uint8 (2, C, *global size) and (V, C, *local size), contiguous.
     """
-    views = Views(config, random)
-    views.draw(*image_HWC.shape[:2])
-    return views.cut(image_HWC)
+    views = MultiCrop(config, random)
+    views.draw_boxes(*image_HWC.shape[:2])
+    return views.crop(image_HWC)
 
 
-def attacked(image_HWC: np.ndarray, config: CropsConfig, seed: int, times: int = 1) -> np.ndarray:
+def random_attack(image_HWC: np.ndarray, config: CropsConfig, seed: int, times: int = 1) -> np.ndarray:
     """A near-duplicate of the image, made from a copy `times` smaller; or, as often as `config.attack` says, itself.
 
     uint8 (h, w, C), C being 1 or 3, of another size. Pictures of a few pixels in width or height are left alone.
     """
     random = np.random.Generator(np.random.Philox(seed))
-    if random.random() >= config.attack or min(image_HWC.shape[:2]) < SEEN * times:
+    if random.random() >= config.attack or min(image_HWC.shape[:2]) < MIN_ATTACK_PX * times:
         return image_HWC
     kinds = config.attack_kinds or tuple(ATTACKS)
     kind, strength = kinds[int(random.integers(len(kinds)))], 1.0 - random.random()
-    copy_HW3 = attack(Image.fromarray(shown(image_HWC)).reduce(times), kind, random, strength)
-    return copy_HW3 if image_HWC.shape[2] == 3 else grey(copy_HW3)
+    copy_HW3 = attack(Image.fromarray(to_rgb(image_HWC)).reduce(times), kind, random, strength)
+    return copy_HW3 if image_HWC.shape[2] == 3 else to_grey(copy_HW3)
 
 
 def random_box(height: int, width: int, scale: tuple[float, float], aspect: tuple[float, float], u: list[float]) -> Box:
     """A box whose share of the area is uniform in `scale` and whose aspect is log-uniform in `aspect`.
 
-    `u` holds NUMBERS uniform random numbers. If no try fits into the image, the largest central box whose aspect
+    `u` holds NUMBERS_PER_CROP uniform random numbers. If no try fits into the image, the largest central box whose aspect
     (width over height) lies in the range.
     """
     low, high = math.log(aspect[0]), math.log(aspect[1])
-    for area, shape in zip(u[0 : 2 * TRIES : 2], u[1 : 2 * TRIES : 2]):
+    for area, shape in zip(u[0 : 2 * MAX_TRIES : 2], u[1 : 2 * MAX_TRIES : 2]):
         pixels = height * width * (scale[0] + (scale[1] - scale[0]) * area)
         ratio = math.exp(low + (high - low) * shape)
         h, w = round(math.sqrt(pixels / ratio)), round(math.sqrt(pixels * ratio))
@@ -149,8 +149,8 @@ def _scaled(box: Box, size: Size, shape: tuple[int, ...]) -> Box:
 def _resized(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
     """Bicubic with antialiasing, as Pillow does it, in uint8 throughout."""
     assert image_HWC.dtype == np.uint8, image_HWC.dtype
-    if (channels := image_HWC.shape[2]) > AT_ONCE:
-        parts = [image_HWC[:, :, c : c + AT_ONCE] for c in range(0, channels, AT_ONCE)]
+    if (channels := image_HWC.shape[2]) > CHANNELS_AT_ONCE:
+        parts = [image_HWC[:, :, c : c + CHANNELS_AT_ONCE] for c in range(0, channels, CHANNELS_AT_ONCE)]
         return np.concatenate([_resized(part, height, width) for part in parts], axis=2)
     # A dense copy of the box first, and the leading axis before the others change places: torch then knows the
     # strides for channels last. Otherwise it unpacks the pixels, a fifth slower, and refuses some arrays.

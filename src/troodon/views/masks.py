@@ -14,12 +14,12 @@ from troodon.views.config import MasksConfig
 
 # Shape suffixes: N global crops, P patches of a crop, h and w patches along the sides of its grid.
 
-SMALLEST = 4  # patches of a block
-NARROWEST = 0.3  # height over width of a block; the other extreme is its inverse
-TRIES = 10  # blocks to draw before the mask is left as it is
+MIN_BLOCK_PATCHES = 4  # patches of a block
+MIN_ASPECT = 0.3  # height over width of a block; the other extreme is its inverse
+MAX_TRIES = 10  # blocks to draw before the mask is left as it is
 
 
-def collate(count: int, grid: tuple[int, int], config: MasksConfig, random: np.random.Generator) -> Tensor:
+def draw_masks(count: int, grid: tuple[int, int], config: MasksConfig, random: np.random.Generator) -> Tensor:
     """The masks of one step's `count` global crops: bool (count, h * w), True where the student sees a mask token.
 
     Exactly int(count * share) crops get one. The range of ratios is cut into as many equal slices, with one mask from
@@ -43,7 +43,7 @@ def block_mask(grid: tuple[int, int], target: int, random: np.random.Generator) 
     mask_hw = np.zeros(grid, dtype=bool)
     left = target
     while left > 0:
-        added = _add_block(mask_hw, left, random.random((TRIES, 4)).tolist())
+        added = _add_block(mask_hw, left, random.random((MAX_TRIES, 4)).tolist())
         if not added:
             break
         left -= added
@@ -54,8 +54,8 @@ def _add_block(mask_hw: np.ndarray, most: int, numbers: list[list[float]]) -> in
     """Add the first of the drawn blocks that covers between 1 and `most` new patches; how many it does, or 0."""
     height, width = mask_hw.shape
     for size, shape, down, across in numbers:
-        area = SMALLEST + (most - SMALLEST) * size
-        aspect = NARROWEST ** (2 * shape - 1)
+        area = MIN_BLOCK_PATCHES + (most - MIN_BLOCK_PATCHES) * size
+        aspect = MIN_ASPECT ** (2 * shape - 1)
         h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if h < height and w < width:
             top, left = int(down * (height - h + 1)), int(across * (width - w + 1))

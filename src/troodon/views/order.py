@@ -24,7 +24,7 @@ def permute(position: int, length: int, key: int) -> int:
             return position
 
 
-def deal(position: int, weights: tuple[float, ...]) -> tuple[int, int]:
+def assign_source(position: int, weights: tuple[float, ...]) -> tuple[int, int]:
     """Which source a position of the stream is dealt to, and which of that source's images it is.
 
     Spread as evenly as whole numbers can be: among the first n positions, a source with the share s of the weights that

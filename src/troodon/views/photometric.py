@@ -1,7 +1,7 @@
 """Colour, blur, solarisation and normalisation of crops: drawn per image on the CPU, applied to whole batches on
 the training device (appendix B of https://arxiv.org/abs/2104.14294, as the released DINOv2 models had it).
 
-`draw` says what happens to each crop, in eight numbers; `apply` does it and draws nothing. What a crop is spared
+`draw_parameters` says what happens to each crop, in eight numbers; `apply` does it and draws nothing. What a crop is spared
 is neither computed nor felt: neutral numbers leave its pixels untouched to the last bit.
 """
 
@@ -21,7 +21,7 @@ from troodon.views.config import PhotometricConfig
 #                 n the crops of a batch that one operation concerns, K taps of the blur.
 # Pixels are float32 in [0, 1], and are brought back into it after every operation that can leave it.
 
-FIRST, SECOND, LOCAL = 0, 1, 2  # the roles of a crop, in the order of PhotometricConfig.blur
+GLOBAL_1, GLOBAL_2, LOCAL = 0, 1, 2  # the roles of a crop, in the order of PhotometricConfig.blur
 
 # The columns of the parameters. The first five are the jitter; ORDER is a row of ORDERS.
 BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GREY, SIGMA, SOLARISE = range(8)
@@ -33,10 +33,10 @@ LUMA = (0.299, 0.587, 0.114)  # grey of red, green, blue (ITU-R BT.601), as in P
 AT_ONCE = 1 << 17  # pixels that one operation takes at a time on a CPU, to stay in its cache: a third faster
 
 
-def draw(config: PhotometricConfig, views: Sequence[int], random: np.random.Generator) -> np.ndarray:
+def draw_parameters(config: PhotometricConfig, views: Sequence[int], random: np.random.Generator) -> np.ndarray:
     """What is done to each crop of one image: float32 (views, 8), columns as named above.
 
-    `views` are the roles of the crops, for example `(FIRST, SECOND) + (LOCAL,) * 8`. Every crop takes as many random
+    `views` are the roles of the crops, for example `(GLOBAL_1, GLOBAL_2) + (LOCAL,) * 8`. Every crop takes as many random
     numbers, so those after it change nothing for it. What does not happen to a crop is NEUTRAL there, exactly.
     """
     probability_RP, low_P, high_P = _settings(config)
@@ -54,7 +54,7 @@ def _settings(config: PhotometricConfig) -> tuple[np.ndarray, np.ndarray, np.nda
     ranges = [(max(0.0, 1.0 - s), 1.0 + s) for s in strength]
     ranges += [(-config.hue, config.hue), (0, len(ORDERS)), (1, 1), config.blur_sigma, (1, 1)]
     probability = [
-        (*(config.jitter,) * 5, config.grey, blur, config.solarise if role == SECOND else 0.0)
+        (*(config.jitter,) * 5, config.grey, blur, config.solarise if role == GLOBAL_2 else 0.0)
         for role, blur in enumerate(config.blurs)
     ]
     return np.array(probability), *np.array(ranges, dtype=np.float64).T

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from troodon.images.decode import shown
+from troodon.images.decode import to_rgb
 from troodon.run import write_bytes
 from troodon.views.config import PhotometricConfig
-from troodon.views.crops import Views
+from troodon.views.crops import MultiCrop
 from troodon.views.loader import Loader
 
 GAP = 6  # pixels between pictures
@@ -18,13 +18,13 @@ WIDE = 900  # pixels of the sheet, about, if its crops are small
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c")  # of the boxes of the first and the second global crop, and of local ones
 
 
-def draw(loader: Loader, path: Path, batch: int = 0, rows: int = 8) -> None:
+def draw_crops(loader: Loader, path: Path, batch: int = 0, rows: int = 8) -> None:
     """A PNG of the first images of a batch, a row each: the image with its boxes, its global crops, their masked
     patches grey, then its local crops.
 
     Of other than three channels it shows the first three, or the first as grey.
     """
-    rows = min(rows, loader.images // loader.world)
+    rows = min(rows, loader.batch_size // loader.world_size)
     seen = loader.preview(batch, rows)
     views, images = seen.globals_GBCHW.shape[:2]
     masks_GBP = seen.masks_NP.unflatten(0, (views, images))
@@ -33,7 +33,7 @@ def draw(loader: Loader, path: Path, batch: int = 0, rows: int = 8) -> None:
     times = max(1, round(WIDE / (views * wide + locals_ * narrow + tall)))
     height = times * (max(tall, low) if locals_ else tall)
     columns = ["image", "global 1", "global 2", *(f"local {i + 1}" for i in range(locals_))]
-    pictures = [_boxed(*loader.seen(p)[:2], round(1.5 * height), height) for p in loader.positions(batch)[:rows]]
+    pictures = [_boxed(*loader.load(p)[:2], round(1.5 * height), height) for p in loader.positions(batch)[:rows]]
     widths = [max(p.width for p in pictures), *[times * wide] * views, *[times * narrow] * locals_]
     font = ImageFont.load_default(12)
     top = 12 + 2 * GAP
@@ -65,13 +65,13 @@ def _crop(
         mask_hw = mask_P.unflatten(0, (x_HWC.shape[0] // patch, -1))
         hidden_HW = mask_hw.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
         x_HWC[hidden_HW] = x_HWC[hidden_HW] // 4 + 96
-    picture = Image.fromarray(shown(x_HWC.numpy()))
+    picture = Image.fromarray(to_rgb(x_HWC.numpy()))
     return picture.resize((times * picture.width, times * picture.height), Image.Resampling.NEAREST)
 
 
-def _boxed(image_HWC: np.ndarray, views: Views, width: int, height: int) -> Image.Image:
+def _boxed(image_HWC: np.ndarray, views: MultiCrop, width: int, height: int) -> Image.Image:
     """The image, as large as fits, with the boxes of its crops; thin ones are local."""
-    picture = Image.fromarray(shown(np.ascontiguousarray(image_HWC)))
+    picture = Image.fromarray(to_rgb(np.ascontiguousarray(image_HWC)))
     scale = min(width / picture.width, height / picture.height)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     picture = picture.resize(size, Image.Resampling.BICUBIC)

@@ -32,7 +32,7 @@ from troodon.views.attacks import ATTACKS, attack
 from troodon.world.offtopic import render_offtopic
 from troodon.world.scene import DEFAULT, Picture, WorldConfig, render
 
-__all__ = ["DEFAULT", "TRUTH", "Picture", "WorldConfig", "render", "render_offtopic", "write"]
+__all__ = ["DEFAULT", "TRUTH", "Picture", "WorldConfig", "render", "render_offtopic", "write_world"]
 
 _VERSION = 2  # of the generator; another one makes other pictures from the same seed
 _EXACT = "exact"  # a copy whose bytes are the original's
@@ -67,7 +67,7 @@ class _File:
     image: int = -1
 
 
-def write(folder: Path, seed: int, config: WorldConfig = DEFAULT) -> dict[str, int]:
+def write_world(folder: Path, seed: int, config: WorldConfig = DEFAULT) -> dict[str, int]:
     """Put a world into `folder`, whole or not at all; return how many image files there are of each role.
 
     A folder that already holds this world is left alone; UsageError if it holds another one.
