@@ -131,7 +131,7 @@ def test_a_dry_run_writes_nothing(photos, tmp_path, capsys):
                 ("masks.ratio", "0.5", "0.1"),
                 ("objective.student_temperature", "0"),
                 ("optim.betas", "0.9", "1.5"),
-                ("schedules.momentum.peak", "2"),
+                ("schedules.ema_momentum.peak", "2"),
                 ("schedules.lr.warmup", "-1"),
             )
         ],

@@ -2,25 +2,25 @@
 
 import importlib
 import json
-from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from troodon import cli
+from troodon import cli, launch
 
 demo = importlib.import_module("troodon.demo")  # the name itself is the verb's
-SMALL = replace(
-    demo.EMBEDDED_WORLD, classes=3, curated=6, clean=60, copies=30, off_topic=20, broken=4, train=8, val=6, dense=4
-)
+SMALL = demo.EMBEDDED_WORLD | {
+    "classes": 3, "curated": 6, "clean": 60, "copies": 30, "off_topic": 20, "broken": 4, "train": 8, "val": 6,
+    "dense": 4,
+}  # fmt: skip
 ENTRY = {"protocol", "dataset", "metric", "value", "low", "high", "settings", "backbone", "fingerprint"}
 
 
 def test_the_demo_leaves_a_page_and_scores_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "EMBEDDED_WORLD", SMALL)
     words = ["demo", "--out", str(tmp_path / "a demo"), "--steps", "4"]
-    assert cli.run(words) == cli.DONE
+    assert cli.run(words) == launch.DONE
     scores = json.loads((tmp_path / "a demo" / "scores.json").read_text())
     assert all(set(entry) == ENTRY for entry in scores)
     assert {entry["protocol"] for entry in scores} == {
@@ -33,13 +33,13 @@ def test_the_demo_leaves_a_page_and_scores_and_goes_on_where_it_stopped(tmp_path
     assert str(tmp_path / "a demo" / "report.html") in capsys.readouterr().out
 
     before = (tmp_path / "a demo" / "run" / "metrics.jsonl").read_bytes()
-    assert cli.run(words) == cli.DONE
+    assert cli.run(words) == launch.DONE
     assert json.loads((tmp_path / "a demo" / "scores.json").read_text()) == scores
     assert (tmp_path / "a demo" / "run" / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_demo_of_no_steps_writes_nothing(tmp_path, capsys):
-    assert cli.run(["demo", "--out", str(tmp_path / "x"), "--steps", "0"]) == cli.MISTAKE
+    assert cli.run(["demo", "--out", str(tmp_path / "x"), "--steps", "0"]) == launch.MISTAKE
     assert "steps 0: must be 1 or more" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "troodon"
 
 FLOORS = (
-    {"config", "run", "dist", "launch"},
+    {"config", "run", "rendezvous", "dist", "launch", "text"},
     {"model", "images", "search"},
     {"views"},
     {"learn", "evaluate", "curate", "export", "report", "explore", "world"},
@@ -30,7 +30,7 @@ FREE_FLOORS = (0, 4)  # where neighbours may import each other
 
 # Modules that a mistake in a path or a setting passes through; waiting for torch (over a second) is not for them.
 LIGHT = re.compile(
-    r"troodon(\.__main__|\.config|\.run|\.\w+\.config|\.images(\.\w+)*|\.views\.attacks"
+    r"troodon(\.__main__|\.config|\.run|\.text|\.\w+\.config|\.images(\.\w+)*|\.views\.attacks"
     r"|\.(cli|verbs|slurm|recipes|report|world)(\.\w+)*)?"
 )
 HEAVY = {"torch", "torchvision", "timm", "transformers"}
@@ -110,6 +110,28 @@ def upward(package: Path) -> list[str]:
                 if apart or other > mine or (other == mine and mine not in FREE_FLOORS):
                     wrong.append(f"{module.name}:{found.line} imports {found.name}")
     return wrong
+
+
+def circular(package: Path) -> list[str]:
+    """Modules that import each other in a circle; imports in functions and for type checkers count too."""
+    modules = read(package)
+    targets = {
+        name: [i.name for i in imports(m, modules) if i.name in modules and i.name != name]
+        for name, m in modules.items()
+    }
+
+    def reachable(start: str) -> set[str]:
+        reached, pending = set(), list(targets[start])
+        while pending:
+            name = pending.pop()
+            if name not in reached:
+                reached.add(name)
+                pending += targets[name]
+        return reached
+
+    reached = {name: reachable(name) for name in modules}
+    circles = {tuple(sorted(n for n in reached[name] if name in reached[n])) for name in modules}
+    return [f"a circle of imports: {', '.join(circle)}" for circle in sorted(circles) if circle]
 
 
 def heavy(package: Path) -> list[str]:
@@ -202,7 +224,7 @@ def write(folder: Path, **changes: str) -> Path:
     return folder / "troodon"
 
 
-RULES = (upward, heavy, unfit, unread)
+RULES = (upward, circular, heavy, unfit, unread)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -234,6 +256,11 @@ def test_a_tidy_tree_passes(rule: Callable[[Path], list[str]], tmp_path: Path) -
         (upward, {"learn__loop": "from troodon import load\n"}, "troodon.learn.loop:2 imports troodon"),
         (upward, {"run": "from .images.index import x\n"}, "troodon.run:2 imports troodon.images.index"),
         (upward, {"recipes__small": "", "odds": "import os\n"}, "troodon.odds stands on no floor"),
+        (
+            circular,
+            {"run": "def f():\n    import troodon.config\n", "config": "from troodon import run\n"},
+            "a circle of imports: troodon.config, troodon.run",
+        ),
         (heavy, {"config": "import torch\n"}, "troodon.images.index -> troodon.config -> torch"),
         (heavy, {"images__index": "try:\n    from torch import nn\nexcept ImportError:\n    pass\n"}, "index -> torch"),
         (heavy, {"model__config": "class C:\n    import torch\n"}, "troodon.model.config -> torch"),
@@ -296,7 +323,7 @@ def test_importing_troodon_costs_nothing() -> None:
 
 def test_verbs_stay_verbs_once_the_folders_of_their_names_are_imported() -> None:
     code = "import troodon, troodon.evaluate.config, troodon.report.page, troodon.curate.config, troodon.demo as d\n"
-    code += "assert all(callable(getattr(troodon, name)) for name in troodon.VERBS); print(troodon.VERBS)"
+    code += "assert all(callable(getattr(troodon, name)) for name in troodon.__all__); print(troodon.__all__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "evaluate" in done.stdout
 

@@ -114,7 +114,7 @@ def test_a_lost_rank_ends_the_job_a_signal_saves_it_and_the_same_command_goes_on
         os.kill(ranks[1].pid, signal.SIGKILL)
 
     when(lambda: bool(checkpoint.finished(run)), lose_one)
-    with pytest.raises(launch.RankLost, match=r"rank 1 of 2 died of SIGKILL .* the same command goes on"):
+    with pytest.raises(launch.RankFailed, match=r"rank 1 of 2 died of SIGKILL .* the same command goes on"):
         verbs.pretrain(config, images, run, devices=2)
     assert time.monotonic() - ended_at[0] < 15
     saved = checkpoint.finished(run)[-1]
@@ -149,13 +149,13 @@ def test_a_lost_rank_takes_the_others_with_it(fake, monkeypatch):
     start = time.monotonic()
     ended = launch.launch([], 3)
     assert ended.code == 1
-    assert ended.said.startswith("rank 2 of 3 died of SIGKILL")
+    assert ended.message.startswith("rank 2 of 3 died of SIGKILL")
     assert time.monotonic() - start < 10
 
 
 def test_the_last_words_of_one_that_could_not_say_more_are_shown(fake, capfd):
     fake("if rank == 1: print('no such device', file=sys.stderr); sys.exit(7)\nprint('not heard')")
-    assert launch.launch([], 2) == launch.Ended(1, "rank 1 of 2 ended with exit code 7")
+    assert launch.launch([], 2) == launch.LaunchResult(1, "rank 1 of 2 ended with exit code 7")
     assert capfd.readouterr() == ("", "no such device\n")
 
 
@@ -167,7 +167,7 @@ if rank == 0: os.symlink('0', meet / 'first')
 (meet / f'{rank}.json').write_text('{"said": "disk %d is full", "trace": "where"}' % rank)
 sys.exit(1)
 """)
-    assert launch.launch([], 2) == launch.Ended(1, "rank 0 of 2: disk 0 is full", "where")
+    assert launch.launch([], 2) == launch.LaunchResult(1, "rank 0 of 2: disk 0 is full", "where")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -184,7 +184,7 @@ sys.exit(130)
 """)
     before = signal.getsignal(number)
     when(lambda: len(list(tmp_path.glob("ready*"))) == 2, lambda: os.kill(os.getpid(), number))
-    assert launch.launch([], 2) == launch.Ended(130, "interrupted")
+    assert launch.launch([], 2) == launch.LaunchResult(130, "interrupted")
     assert [(tmp_path / f"heard{n}").read_text() for n in range(2)] == [f"[{int(number)}]"] * 2
     assert signal.getsignal(number) is before
 
@@ -195,7 +195,7 @@ def test_a_second_ctrl_c_does_not_wait(fake, tmp_path, monkeypatch):
          "(folder / f'ready{rank}').touch()\nwhile True: time.sleep(0.01)")  # fmt: skip
     when(lambda: len(list(tmp_path.glob("ready*"))) == 2, lambda: os.kill(os.getpid(), signal.SIGINT))
     when(lambda: len(list(tmp_path.glob("asked*"))) == 2, lambda: os.kill(os.getpid(), signal.SIGINT))
-    assert launch.launch([], 2) == launch.Ended(130, "interrupted")
+    assert launch.launch([], 2) == launch.LaunchResult(130, "interrupted")
 
 
 def test_what_a_rank_is_told(fake, tmp_path, monkeypatch):
@@ -203,7 +203,7 @@ def test_what_a_rank_is_told(fake, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
     fake("(folder / f'env{rank}').write_text(' '.join([*sys.argv[1:], *(os.environ[n] for n in "
          "('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'OMP_NUM_THREADS'))]))")  # fmt: skip
-    assert launch.launch(["pretrain", "x"], 2) == launch.Ended()
+    assert launch.launch(["pretrain", "x"], 2) == launch.LaunchResult()
     assert [(tmp_path / f"env{n}").read_text() for n in range(2)] == [
         "-m troodon.cli pretrain x 0 0 2 3",
         "-m troodon.cli pretrain x 1 1 2 3",
@@ -213,22 +213,22 @@ def test_what_a_rank_is_told(fake, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("ended", "kind", "code"),
     [
-        (launch.Ended(130, "stopped after 3 of 6 steps; everything is saved", "where"), Interrupted, 130),
-        (launch.Ended(2, "out: a run with other settings", "where"), UsageError, 2),
-        (launch.Ended(1, "rank 1 of 2 died of SIGKILL"), RuntimeError, 1),
+        (launch.LaunchResult(130, "stopped after 3 of 6 steps; everything is saved", "where"), Interrupted, 130),
+        (launch.LaunchResult(2, "out: a run with other settings", "where"), UsageError, 2),
+        (launch.LaunchResult(1, "rank 1 of 2 died of SIGKILL"), RuntimeError, 1),
     ],
 )
 def test_how_it_ended_is_an_exception_and_one_line(images, tmp_path, monkeypatch, capsys, ended, kind, code):  # noqa: F811
     monkeypatch.setattr(launch, "launch", lambda words, ranks: ended)
     with pytest.raises(kind) as caught:
         verbs.pretrain(CONFIG, images, tmp_path / "run", devices=2)
-    assert str(caught.value) == ended.said
-    assert caught.value.__notes__ == [ended.trace]
+    assert str(caught.value) == ended.message
+    assert caught.value.__notes__ == [ended.traceback]
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(to_yaml(CONFIG))
     assert cli.run(["pretrain", str(recipe), "--data", str(images), "--out", "run", "--devices", "2"]) == code
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"troodon pretrain: {ended.said}")
+    assert line.startswith(f"troodon pretrain: {ended.message}")
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_ranks_take_paths(images, tmp_path, monkeypatch):  # noqa: F811
     with pytest.raises(UsageError, match="init: several processes need its path, not a Backbone; save it"):
         verbs.pretrain(CONFIG, images, tmp_path / "run", init=init, devices=2)
     given = []
-    monkeypatch.setattr(launch, "launch", lambda words, ranks: given.extend(words) or launch.Ended())
+    monkeypatch.setattr(launch, "launch", lambda words, ranks: given.extend(words) or launch.LaunchResult())
     init.save(tmp_path / "init")
     verbs.pretrain(CONFIG, [images, images / "00.png"], tmp_path / "run", init=tmp_path / "init", devices=2)
     assert given[2:] == ["--data", str(images), str(images / "00.png"), "--out", str(tmp_path / "run"),
@@ -271,16 +271,16 @@ def test_a_dry_run_starts_nothing(images, tmp_path, monkeypatch, capsys):  # noq
 
 def test_devices_are_those_there_are(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert dist.to_start("auto") == 1
-    assert dist.to_start("4") == 4
+    assert dist.ranks_to_start("auto") == 1
+    assert dist.ranks_to_start("4") == 4
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert dist.to_start("auto") == 4
-    assert dist.to_start(2) == 2
+    assert dist.ranks_to_start("auto") == 4
+    assert dist.ranks_to_start(2) == 2
     with pytest.raises(UsageError, match="devices 5: this machine has 4"):
-        dist.to_start("5")
+        dist.ranks_to_start("5")
     assert dist.device() == torch.device("cuda", 0)
     monkeypatch.setenv("RANK", "1")  # started by others: by torchrun, by Slurm, by ourselves
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert dist.to_start("auto") == 1
+    assert dist.ranks_to_start("auto") == 1
     assert dist.device() == torch.device("cuda", 1)

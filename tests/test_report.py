@@ -25,15 +25,16 @@ from troodon.report import charts, markup
 from troodon.report.markup import MINUS, MISSING, SPACE
 from troodon.report.page import report
 from troodon.run import write_json
+from troodon.text import plural
 
 
 @contextlib.contextmanager
 def publish(folder: Path, kind: str, fingerprint: str, settings: dict, command: str = "") -> Iterator[Path]:
     """An artifact that a command made."""
-    run.doing[:] = shlex.split(command)
+    run.current_command[:] = shlex.split(command)
     with run.publish(folder, kind, fingerprint, settings) as part:
         yield part
-    run.doing.clear()
+    run.current_command.clear()
 
 
 HOSTILE = "<script>alert(1)</script>\"'&.jpg"
@@ -561,12 +562,12 @@ def test_no_torch_is_needed() -> None:
         (markup.number(True), "yes"),
         (markup.share(0.7123), f"71.2{SPACE}%"),
         (markup.share(None), MISSING),
-        (markup.seconds(59.9), f"60{SPACE}s"),
-        (markup.seconds(3600), f"1{SPACE}h"),
-        (markup.seconds(90061), f"1{SPACE}d 1{SPACE}h"),
+        (markup.duration(59.9), f"60{SPACE}s"),
+        (markup.duration(3600), f"1{SPACE}h"),
+        (markup.duration(90061), f"1{SPACE}d 1{SPACE}h"),
         (markup.file_size(999), f"999{SPACE}bytes"),
         (markup.file_size(1234567), f"1.2{SPACE}MB"),
-        (markup.plural(1, "image"), "1 image"),
+        (plural(1, "image"), "1 image"),
         (markup.sentence(["a", "b", "c"]), "A, b, and c."),
     ],
 )

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from tests.test_launch import SHARED, images, records  # noqa: F401  images is a fixture
-from troodon import cli, verbs
-from troodon.config import UsageError, to_yaml
+from troodon import cli, run, slurm, verbs
+from troodon.config import UsageError, from_yaml, to_yaml
 from troodon.learn import checkpoint
-from troodon.slurm import SlurmConfig, Task, check, preempted
+from troodon.learn.config import PretrainConfig
+from troodon.slurm import RankTask, SlurmConfig, check, preempted
 
 pytest.importorskip("submitit", reason="needs submitit: pip install 'troodon[slurm]'")
 
@@ -55,10 +56,10 @@ def test_what_is_asked_of_slurm(images, tmp_path, programs, capsys):  # noqa: F8
 
     recipe.unlink()  # what the recipe says later is not what the job does
     task = pickle.loads(Path(f"{out}-logs", "42_submitted.pkl").read_bytes()).function
-    assert task.recorded == ["troodon", *words]
-    meant = cli.command(task.words[0], task.words[1:])
-    assert meant.config == replace(SHARED, batch=32, seed=3)
-    assert (meant.data, meant.out, meant.slurm.nodes) == ((str(images),), f"{out}/", 0)
+    assert task.command == ["troodon", *words]
+    settings, *places = task.work.args
+    assert from_yaml(PretrainConfig(), Path(settings)) == replace(SHARED, batch=32, seed=3)
+    assert places == [[str(images)], f"{out}/", None]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def in_a_job(monkeypatch):
              "LOCAL_NODEID": "0", "LOCAL_GLOBALID": "1", "LOCAL_LOCALID": "1"}  # fmt: skip
     for name, value in place.items():
         monkeypatch.setenv(f"SUBMITIT_{name}", value)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TROODON_DOING"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")  # so that it is put back at the end
         del os.environ[name]
     queued: list[int] = []
@@ -120,29 +121,26 @@ def in_a_job(monkeypatch):
 
 
 def test_a_task_is_a_rank_of_the_command(in_a_job, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(cli, "run", lambda words: seen.update(os.environ, words=words) or 0)
-    Task(["pretrain", "x"], ["troodon", "pretrain", "y"])()
-    assert seen["words"] == ["pretrain", "x"]
-    assert [seen[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TROODON_DOING")] == [
-        "1", "2", "1", '["troodon", "pretrain", "y"]',
-    ]  # fmt: skip
-    assert seen["MASTER_ADDR"]
-    assert int(seen["MASTER_PORT"]) > 1023
+    monkeypatch.setattr(slurm, "current_command", commands := [])
+    environment = {}
+    RankTask(lambda: environment.update(os.environ), "troodon pretrain", ["troodon", "pretrain", "y"])()
+    assert commands == ["troodon", "pretrain", "y"]
+    assert [environment[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["1", "2", "1"]
+    assert environment["MASTER_ADDR"]
+    assert int(environment["MASTER_PORT"]) > 1023
     assert in_a_job == []
 
 
 @pytest.mark.parametrize("heard", [signal.SIGUSR2, signal.SIGTERM, None])
-def test_only_what_slurm_stopped_goes_back_into_the_queue(in_a_job, monkeypatch, heard):
-    def stopped(words: list[str]) -> int:
+def test_only_what_slurm_stopped_goes_back_into_the_queue(in_a_job, capsys, heard):
+    def stopped() -> None:
         if heard is None:
-            return 1
+            raise OSError("disk full")
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(heard)
-        return 130
+        raise run.Interrupted("stopped after 3 of 6 steps; everything is saved")
 
-    monkeypatch.setattr(cli, "run", stopped)
-    task = Task(["pretrain", "x"], [])
+    task = RankTask(stopped, "troodon pretrain", [])
     if heard == signal.SIGUSR2:
         task()
         assert in_a_job == [signal.SIGUSR2]
@@ -152,6 +150,12 @@ def test_only_what_slurm_stopped_goes_back_into_the_queue(in_a_job, monkeypatch,
             task()
         assert stop.value.code == (1 if heard is None else 130)
         assert in_a_job == []
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "troodon pretrain: " + (
+        "OSError: disk full (--debug shows where)"
+        if heard is None
+        else "stopped after 3 of 6 steps; everything is saved; the same command goes on"
+    )
 
 
 @pytest.mark.slow

@@ -1,28 +1,70 @@
-"""Troodon: general visual features from unlabelled images."""
+"""Troodon: general visual features from unlabelled images, the whole DINOv2 system in one package.
+
+    import troodon
+
+    troodon.scan("photos/", "index")                             # formats, sizes, broken files, duplicates
+    troodon.pretrain("small", "photos/", "runs/first")           # a run; the same call goes on where it stopped
+    backbone = troodon.load("runs/first")                        # or a backbone folder, released DINOv2 weights, ...
+    features = backbone.features(["a.jpg", "b.jpg"])             # .cls (B, D), .patches (B, h, w, D), .registers
+    troodon.evaluate("mine", backbone, "labelled/", "scores")    # k-NN, linear classifiers, ..., with intervals
+
+Each function is a verb, and `troodon VERB` does the same on the command line. `scan` looks at images, `pack` writes tar
+shards, `show_crops` draws what a network is shown, `embed` writes one vector per image. `curate` selects images,
+`calibrate` measures near-duplicates. `pretrain` and `distill` train. `load` gives a `Backbone`, which turns images into
+`Features`. `evaluate` measures these, `leak` looks for a benchmark's images in training data, `compare` and `report`
+show results. `demo` does all of it on a small embedded world.
+
+A mistake in an argument raises `UsageError`; a run that a signal stopped has saved everything and raises `Interrupted`.
+"""
 
 import importlib
 import sys
 import types
+from typing import TYPE_CHECKING
 
-VERBS = (
-    "calibrate", "compare", "curate", "demo", "distill", "embed", "evaluate", "leak", "load", "pack", "pretrain",
-    "report", "scan", "show_crops",
-)  # fmt: skip
-__all__ = list(VERBS)
+if TYPE_CHECKING:  # for type checkers and editors, which do not see what `__getattr__` imports
+    # isort: off
+    from troodon.config import UsageError as UsageError
+    from troodon.demo import demo as demo
+    from troodon.model.backbone import Backbone as Backbone, Features as Features
+    from troodon.run import Interrupted as Interrupted
+    from troodon.verbs import (
+        calibrate as calibrate, compare as compare, curate as curate, distill as distill, embed as embed,
+        evaluate as evaluate, leak as leak, load as load, pack as pack, pretrain as pretrain, report as report,
+        scan as scan, show_crops as show_crops,
+    )  # fmt: skip
+
+    __version__: str
+
+# Public names and the modules that define them. These are imported when a name is used: `import troodon` costs nothing.
+MODULES = {
+    "Backbone": "model.backbone", "Features": "model.backbone", "Interrupted": "run", "UsageError": "config",
+    "calibrate": "verbs", "compare": "verbs", "curate": "verbs", "demo": "demo", "distill": "verbs", "embed": "verbs",
+    "evaluate": "verbs", "leak": "verbs", "load": "verbs", "pack": "verbs", "pretrain": "verbs", "report": "verbs",
+    "scan": "verbs", "show_crops": "verbs",
+}  # fmt: skip
+__all__ = list(MODULES)
 
 
-def __getattr__(name: str):
-    """The verbs, imported when they are used: `import troodon` costs nothing."""
-    if name in VERBS:
-        return getattr(importlib.import_module("troodon.demo" if name == "demo" else "troodon.verbs"), name)
-    raise AttributeError(f"module 'troodon' has no attribute {name!r}")
+if not TYPE_CHECKING:  # a checker that saw this would take every name for public
+
+    def __getattr__(name: str) -> object:
+        if name == "__version__":
+            return importlib.import_module("importlib.metadata").version("troodon")
+        if name not in MODULES:
+            raise AttributeError(f"module 'troodon' has no attribute {name!r}")
+        return getattr(importlib.import_module(f"troodon.{MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__all__", "__doc__", "__file__", "__name__", "__path__", "__version__"]
 
 
 class _Package(types.ModuleType):
-    """`troodon.evaluate` is the verb also once the folder of that name is imported, which would take its place."""
+    """Keeps `troodon.evaluate` the verb when the folder of that name is imported, which would otherwise replace it."""
 
     def __setattr__(self, name: str, value: object) -> None:
-        if not (name in VERBS and isinstance(value, types.ModuleType)):
+        if not (name in MODULES and isinstance(value, types.ModuleType)):
             super().__setattr__(name, value)
 
 

@@ -9,136 +9,104 @@ import faulthandler
 import json
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from troodon import recipes
 from troodon.config import UsageError, nearest, parse
 from troodon.curate.config import CurateConfig
-from troodon.evaluate.config import SUITES, suite
+from troodon.demo import Demo
+from troodon.doctor import Doctor
+from troodon.evaluate.config import SUITES, get_suite
+from troodon.launch import run_command
 from troodon.learn.config import PretrainConfig
-from troodon.run import DOING, RENDEZVOUS, doing, say
-from troodon.verbs.about import Demo, Doctor, Recipes, Report
-from troodon.verbs.common import configured
+from troodon.run import COMMAND, current_command, version
+from troodon.verbs.about import Recipes, Report
+from troodon.verbs.common import resolve_config
 from troodon.verbs.curation import Calibrate, Curate
-from troodon.verbs.distillation import Distill, by_name
+from troodon.verbs.distillation import Distill, recipes_by_name
 from troodon.verbs.evaluation import Compare, Evaluate
 from troodon.verbs.images import Embed, Pack, Scan, ShowCrops
 from troodon.verbs.leakage import Leak
-from troodon.verbs.training import Pretrain, beginning
-
-DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+from troodon.verbs.training import Pretrain, pretrain_recipes
 
 VERBS: dict[str, type] = {
     "doctor": Doctor, "demo": Demo, "scan": Scan, "pack": Pack, "show crops": ShowCrops, "embed": Embed,
     "curate": Curate, "curate calibrate": Calibrate, "pretrain": Pretrain, "distill": Distill, "evaluate": Evaluate,
     "compare": Compare, "leak": Leak, "report": Report, "recipes": Recipes,
 }  # fmt: skip
-# Verbs whose settings start from a name: what a name means, what --help shows without one, and the names.
-NAMED: dict[str, tuple[Callable[[str], Any], Any, Iterable[str]]] = {
+# Verbs whose config starts from a name: the config of a name, what --help shows without a name, and the names.
+CONFIGURED: dict[str, tuple[Callable[[str], Any], Any, Iterable[str]]] = {
     "curate": (recipes.curate, CurateConfig(), recipes.KNOWN["curate"]),
     "pretrain": (recipes.pretrain, PretrainConfig(), recipes.KNOWN["pretrain"]),
     "show crops": (recipes.pretrain, PretrainConfig(), recipes.KNOWN["pretrain"]),
     "distill": (recipes.distill, PretrainConfig(), recipes.KNOWN["distill"]),
-    "evaluate": (suite, SUITES["mine"], SUITES),
+    "evaluate": (get_suite, SUITES["mine"], SUITES),
 }
 
 
 def main() -> None:
     """The command `troodon`."""
     if sys.stderr is not None:
-        faulthandler.enable()  # a crash in a library leaves where each thread was
+        faulthandler.enable()  # a crash in a library prints the stack of each thread
     sys.exit(run(sys.argv[1:]))
 
 
 def run(words: list[str]) -> int:
-    """Do what a command line says; returns the exit code."""
+    """Run a command line; returns the exit code."""
     debug = "--debug" in words
     words = [w for w in words if w != "--debug"]
     verb = verb_of(words)
-    prog = f"troodon {verb}" if verb in VERBS else "troodon"
-    try:
+
+    def work() -> None:
         if verb in ("--help", "-h"):
             print(overview())
         elif verb == "--version":
-            from importlib.metadata import version
-
-            print(version("troodon"))
+            print(version())
         elif verb not in VERBS:
             raise nearest("command", verb, VERBS)
         else:
-            done = command(verb, words[len(verb.split()) :])
-            doing[:] = json.loads(os.environ[DOING]) if DOING in os.environ else ["troodon", *words]
-            done.run()
-        return DONE
-    except SystemExit as stop:  # --help of a verb
-        return int(stop.code or 0)
-    except BrokenPipeError:  # whoever read the results has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
-    except (UsageError, KeyboardInterrupt, Exception) as error:
-        code, text = verdict(error)
-        if RENDEZVOUS in os.environ:
-            from troodon import launch
+            parsed = parse_command(verb, words[len(verb.split()) :])
+            current_command[:] = json.loads(os.environ[COMMAND]) if COMMAND in os.environ else ["troodon", *words]
+            parsed.run()
 
-            launch.last_words(text, traceback.format_exc())
-            return code
-        if debug:
-            traceback.print_exc()
-        say(f"{prog}: {text}{'; the same command goes on' if code == INTERRUPTED else ''}")
-        return code
+    return run_command(work, f"troodon {verb}" if verb in VERBS else "troodon", debug)
 
 
 def verb_of(words: list[str]) -> str:
-    """What a command line asks for: its first word, or its first two, as in `show crops`."""
+    """The verb of a command line: its first word, or its first two, as in `show crops`."""
     if not words:
         return "--help"
-    of_two = " ".join(words[:2])
+    two_words = " ".join(words[:2])
     if any(verb.startswith(f"{words[0]} ") for verb in VERBS) and words[0] not in VERBS:
-        return of_two
-    return of_two if of_two in VERBS else words[0]
+        return two_words
+    return two_words if two_words in VERBS else words[0]
 
 
-def verdict(error: BaseException) -> tuple[int, str]:
-    """Exit code and one line for an error."""
-    if isinstance(error, UsageError):
-        return MISTAKE, str(error)
-    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Interrupted":
-        return INTERRUPTED, str(error) or "interrupted"
-    if type(error).__name__ == "RankLost":
-        return FAILED, str(error)
-    misplaced = FileNotFoundError | FileExistsError | NotADirectoryError | IsADirectoryError | PermissionError
-    if isinstance(error, misplaced) and error.filename:
-        return MISTAKE, f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"
-    said = " ".join(str(error).split()) or "no reason given"
-    return FAILED, f"{type(error).__name__}: {said} (--debug shows where)"
-
-
-def command(verb: str, words: list[str]) -> Any:
-    """The command that these words mean. UsageError in one line, SystemExit(0) after --help."""
+def parse_command(verb: str, words: list[str]) -> Any:
+    """The command object of `verb` with the options in `words`. UsageError in one line, SystemExit(0) after --help."""
     kind, default, prog = VERBS[verb], None, f"troodon {verb}"
-    if verb in NAMED:
-        named, config, known = NAMED[verb]
+    if verb in CONFIGURED:
+        named, config, known = CONFIGURED[verb]
         if verb == "pretrain":
-            named = beginning(value(words, "--init"))
+            named = pretrain_recipes(option_value(words, "--init"))
         if words and not words[0].startswith("-"):
-            config = configured(words[0], config, named)
+            config = resolve_config(words[0], config, named)
         elif not {"--help", "-h"} & set(words):
             raise UsageError(f"say first which recipe: troodon {verb} NAME ...; one of {', '.join(known)}")
-        default = blank(kind, config)
-    done = parse(kind, words, prog=prog, default=default)
-    if not isinstance(done, Distill):
-        return done
+        default = command_with(kind, config)
+    command = parse(kind, words, prog=prog, default=default)
+    if not isinstance(command, Distill):
+        return command
     configs = {}  # the same options change every student's recipe
-    for name, recipe in by_name(done.students).items():
-        of_student = blank(kind, configured(recipe, PretrainConfig(), recipes.distill))
-        configs[name] = parse(kind, words, prog=prog, default=of_student).config
-    return dataclasses.replace(done, configs=configs)
+    for name, recipe in recipes_by_name(command.students).items():
+        student_default = command_with(kind, resolve_config(recipe, PretrainConfig(), recipes.distill))
+        configs[name] = parse(kind, words, prog=prog, default=student_default).config
+    return dataclasses.replace(command, configs=configs)
 
 
-def value(words: list[str], option: str) -> str | None:
-    """What follows an option on a command line that is not read yet."""
+def option_value(words: list[str], option: str) -> str | None:
+    """The value of an option on a command line that is not parsed yet."""
     for word, following in zip(words, [*words[1:], None]):
         if word == option:
             return following
@@ -147,8 +115,8 @@ def value(words: list[str], option: str) -> str | None:
     return None
 
 
-def blank(kind: type, config: Any) -> Any:
-    """A command of that kind of which only the settings are known."""
+def command_with(kind: type, config: Any) -> Any:
+    """A command of that kind with this config; its required options are still missing."""
     import tyro
 
     missing = {f.name: tyro.MISSING for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
@@ -156,7 +124,7 @@ def blank(kind: type, config: Any) -> Any:
 
 
 def overview() -> str:
-    """What `troodon --help` prints."""
+    """The text of `troodon --help`."""
     lines = ["usage: troodon VERB ...", "", "General visual features from unlabelled images.", ""]
     lines += [f"  {verb:<10} {(kind.__doc__ or '').splitlines()[0]}" for verb, kind in VERBS.items()]
     lines += ["", "troodon VERB --help says more. --debug shows where an error came from."]

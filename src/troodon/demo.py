@@ -1,41 +1,65 @@
-"""The whole system on the embedded world: scan, curate, pretrain, distill, evaluate, report. And is it right?
+"""The demo: scan, curate, pretrain, distill, evaluate and report on the embedded world.
 
-The world knows which of its pictures are copies and which are off-topic, so the selection is judged too.
+The world records which of its pictures are copies and which are off-topic, so the selection is scored too.
 """
 
-from dataclasses import replace
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from troodon import verbs
 from troodon.recipes import curation, distilled, own
 from troodon.run import publish, say, write_json
-from troodon.world.scene import WorldConfig
-from troodon.world.write import write as write_world
 
-EMBEDDED_WORLD = WorldConfig(texture_fidelity=0.95, habitat_fidelity=0.9, scale=(0.5, 0.9))
+EMBEDDED_WORLD = {"texture_fidelity": 0.95, "habitat_fidelity": 0.9, "scale": (0.5, 0.9)}  # settings of WorldConfig
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The whole system on an embedded world, in a few minutes: scan, curate, pretrain, distill, evaluate, report."""
+
+    out: str
+    """A folder; the same command goes on where it stopped."""
+    steps: int | None = None
+    """Steps of pretraining; fewer is faster and worse."""
+    seed: int = 0
+    """Of the world and of everything that is learned from it."""
+
+    def run(self) -> None:
+        from troodon.verbs.evaluation import scores_table
+
+        folder = demo(self.out, steps=self.steps, seed=self.seed)
+        print(scores_table(json.loads((folder / "scores.json").read_text())))
+        print(folder / "report.html")
 
 
 def demo(out: str | Path, *, steps: int | None = None, seed: int = 0) -> Path:
-    """Leaves `out`/report.html and `out`/scores.json; goes on where it stopped. `steps` are of the longer training."""
+    """Run the whole system on the embedded world; leaves `out`/report.html and `out`/scores.json, and returns `out`.
+
+    The same call goes on where it stopped. `steps` are those of the pretraining on the selection.
+    """
+    from troodon.world.scene import WorldConfig
+    from troodon.world.write import write_world
+
     config = replace(own.demo() if steps is None else own.demo(steps), seed=seed)
     out = Path(out)
     say("1/7 world: pictures, drawn by rule")
-    write_world(out / "world", seed, EMBEDDED_WORLD)
+    write_world(out / "world", seed, WorldConfig(**EMBEDDED_WORLD))
     pool, curated = out / "world" / "uncurated", out / "world" / "curated"
 
     say("2/7 scan: what is in the pool")
     summary = verbs.scan(pool, out / "index")
     say(f"  {summary['images']:,} images, {len(summary['broken'])} broken")
 
-    say("3/7 curate: first a backbone to compare images by, trained for a short while on the whole pool")
-    first = replace(own.demo(max(1, config.steps // 4)), seed=seed)
-    verbs.pretrain(first, out / "index", out / "first")
+    say("3/7 curate: first a backbone that compares images, trained for a short time on the whole pool")
+    short = replace(own.demo(max(1, config.steps // 4)), seed=seed)
+    verbs.pretrain(short, out / "index", out / "first")
     verbs.curate(curation.curate_demo(), curated, pool, out / "first", out / "selection")
 
     say("4/7 pretrain: on the selection, from there on")
     verbs.pretrain(config, out / "selection", out / "run", init=out / "first")
 
-    say("5/7 distill: from what it has learnt, a student of a quarter of its parameters")
+    say("5/7 distill: from this run, a student of a quarter of its parameters")
     student = replace(distilled.distill_demo(config.steps), seed=seed)
     verbs.distill(student, out / "run", out / "selection", out / "student")
 
@@ -51,11 +75,14 @@ def demo(out: str | Path, *, steps: int | None = None, seed: int = 0) -> Path:
 
 
 def check(out: Path) -> list[dict]:
-    """How much of what the world knows of itself the selection found: precision and recall, with intervals."""
+    """Score the selection by the world's ground truth: precision and recall of what it dropped and retrieved.
+
+    Leaves them as scores with intervals in `out`/truth, and returns them.
+    """
     import numpy as np
     import pyarrow.parquet as pq
 
-    from troodon.evaluate.metrics import interval, score
+    from troodon.evaluate.metrics import bootstrap_interval, score_entry
 
     truth = {row["path"]: row for row in pq.read_table(out / "world" / "truth.parquet").to_pylist()}
     ledger = pq.read_table(out / "selection" / "images.parquet").to_pylist()
@@ -63,24 +90,32 @@ def check(out: Path) -> list[dict]:
     family = np.array([truth[row["path"]]["original"] or row["path"] for row in ledger])
     pool = np.array([row["pool"] == "uncurated" for row in ledger])
     dropped = np.array([row["stage"] in ("exact", "duplicate") for row in ledger])
-    right = dropped & np.array([row["cause"] >= 0 and family[row["cause"]] == own for row, own in zip(ledger, family)])
+    correct = dropped & np.array([row["cause"] >= 0 and family[row["cause"]] == f for row, f in zip(ledger, family)])
 
-    found = []  # of every family, as many entries as it has images that need not stay: whether one is gone
+    hits_of_copies = []  # for every family, one entry for each image that is superfluous: whether one is dropped
     for name in np.unique(family[role == "copy"]):
-        mine = pool & (family == name)
-        removable = mine.sum() - (0 if (~pool & (family == name)).any() else 1)
-        found += [i < right[mine].sum() for i in range(removable)]
+        members = pool & (family == name)
+        superfluous = members.sum() - (0 if (~pool & (family == name)).any() else 1)
+        hits_of_copies += [i < correct[members].sum() for i in range(superfluous)]
     survivors = pool & (role != "broken") & ~dropped
     retrieved = np.array([row["kept"] for row in ledger]) & pool
-    measured = {
-        ("duplicates", "precision", "first"): right[dropped],
-        ("duplicates", "recall", "first"): np.array(found, bool),
+    hits_by_score = {
+        ("duplicates", "precision", "first"): correct[dropped],
+        ("duplicates", "recall", "first"): np.array(hits_of_copies, bool),
         ("retrieval", "precision", "first"): role[retrieved] != "off-topic",
-        ("retrieval", "precision", "whole pool"): role[survivors] != "off-topic",  # what no retrieval would give
+        ("retrieval", "precision", "whole pool"): role[survivors] != "off-topic",  # the precision without retrieval
     }
     scores = [
-        score(protocol, "planted", metric, hits.mean(), *interval(hits, 1000, 0), {"images": len(hits)}, backbone)
-        for (protocol, metric, backbone), hits in measured.items()
+        score_entry(
+            protocol,
+            "planted",
+            metric,
+            hits.mean(),
+            *bootstrap_interval(hits, 1000, 0),
+            {"images": len(hits)},
+            backbone,
+        )
+        for (protocol, metric, backbone), hits in hits_by_score.items()
         if len(hits)
     ]
     with publish(out / "truth", "scores", "planted", {}) as folder:

@@ -1,4 +1,4 @@
-"""Ranks: start and end of a group of processes, and sums over it. One process is a group of one."""
+"""Ranks: the process group, and collectives over it. One process is a group of one."""
 
 import contextlib
 import os
@@ -11,15 +11,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from troodon.config import UsageError
-from troodon.launch import end_with_parent, first_to_fail
-from troodon.run import RENDEZVOUS
+from troodon.rendezvous import RENDEZVOUS, claim_first_failure, stop_with_parent
 
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -32,7 +31,7 @@ def device() -> torch.device:
 
 
 def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
-    """What "fp32", "bf16" or "auto" mean on a device: auto is bf16 where it multiplies faster with that."""
+    """The dtype of "fp32", "bf16" or "auto" on a device: auto is bf16 where matrix products in it are faster."""
     if setting != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[setting]
     fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -40,15 +39,15 @@ def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def group() -> Iterator[None]:
-    """Join the ranks that `launch`, torchrun or Slurm started, or be a group of one; leave it at the end."""
+def process_group() -> Iterator[None]:
+    """Join the ranks that `launch`, torchrun or Slurm started, or form a group of one; leave the group at the end."""
     if dist.is_initialized():
         yield
         return
     if device().type == "cuda":
         torch.cuda.set_device(device())
     if folder := os.environ.get(RENDEZVOUS):
-        end_with_parent()
+        stop_with_parent()
         number, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         dist.init_process_group(store=dist.FileStore(f"{folder}/store", ranks), rank=number, world_size=ranks)
     elif "RANK" in os.environ:
@@ -58,86 +57,89 @@ def group() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        first_to_fail()  # before the group ends: then the others fail too, for want of this one
+        claim_first_failure()  # before the group ends: the others wait for this rank, and fail then too
         raise
     finally:
         dist.destroy_process_group()
 
 
-def total(x: Tensor) -> Tensor:
+def sum_over_ranks(x: Tensor) -> Tensor:
     """The sum of `x` over all ranks; `x` itself on a single rank."""
-    return _reduced(x, dist.ReduceOp.SUM)
+    return _all_reduce(x, dist.ReduceOp.SUM)
 
 
-def largest(x: Tensor) -> Tensor:
+def max_over_ranks(x: Tensor) -> Tensor:
     """The elementwise maximum of `x` over all ranks."""
-    return _reduced(x, dist.ReduceOp.MAX)
+    return _all_reduce(x, dist.ReduceOp.MAX)
 
 
-def gather(x: Tensor) -> Tensor:
-    """The rows of all ranks, one rank after another; every rank holds as many.
+def all_gather(x: Tensor) -> Tensor:
+    """The rows of all ranks, concatenated in the order of ranks; every rank has the same number of rows.
 
-    For a loss that each rank computes whole: gradients flow to a rank's own rows only, times the number of ranks, so
-    that the mean over ranks, which sharding takes, is the gradient of that loss.
+    For a loss that each rank computes as a whole: gradients flow only to a rank's own rows, times the number of ranks,
+    so that their mean over ranks, which sharding takes, is the gradient of that loss.
     """
-    if world() == 1:
+    if world_size() == 1:
         return x
-    rows = [torch.empty_like(x, requires_grad=False) for _ in range(world())]
+    rows = [torch.empty_like(x, requires_grad=False) for _ in range(world_size())]
     dist.all_gather(rows, x.detach().contiguous())
-    rows[rank()] = own = x.view_as(x)
-    if own.requires_grad:
-        own.register_hook(lambda gradient: gradient * world())
+    rows[rank()] = local = x.view_as(x)
+    if local.requires_grad:
+        local.register_hook(lambda gradient: gradient * world_size())
     return torch.cat(rows)
 
 
-def unsharded(x: Tensor) -> Tensor | None:
-    """All rows of a tensor that may be sharded, on rank zero, without gradients; None on the others, which call it too.
+def full_tensor(x: Tensor) -> Tensor | None:
+    """All rows of a tensor that may be sharded: on rank zero, without gradients; None on other ranks, which call too.
 
-    `DTensor.full_tensor` gathers in a way that crashes gloo now and then, when it is done again and again: gloo's two
-    threads both write the name of what they did last, and both free the one before if it is long (torch 2.13).
+    Instead of `DTensor.full_tensor`, whose way to gather now and then crashes gloo when it is repeated: gloo's two
+    threads both write the name of their last operation, and both free the previous name if it is long (torch 2.13).
     """
     if not isinstance(x, DTensor):
         return x.detach() if rank() == 0 else None
-    each = -(-len(x) // world())  # the last ranks may hold fewer, or none
-    mine = x.to_local().detach()
-    padded = mine.new_zeros(each, *x.shape[1:])
-    padded[: len(mine)] = mine
-    rows = [torch.empty_like(padded) for _ in range(world())] if rank() == 0 else None
+    each = -(-len(x) // world_size())  # the last ranks may hold fewer, or none
+    local = x.to_local().detach()
+    padded = local.new_zeros(each, *x.shape[1:])
+    padded[: len(local)] = local
+    rows = [torch.empty_like(padded) for _ in range(world_size())] if rank() == 0 else None
     dist.gather(padded, rows)
     return torch.cat(rows)[: len(x)] if rows else None
 
 
-def gather_objects(thing: Any) -> list[Any]:
-    """`thing` of every rank, in the order of ranks; it must be picklable."""
-    things = [thing] * world()
-    if world() > 1:
-        dist.all_gather_object(things, thing)
-    return things
+def all_gather_objects(value: Any) -> list[Any]:
+    """`value` of every rank, in the order of ranks; it must be picklable."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def new_group() -> Any:
-    """Another group of all ranks, over which a thread may talk beside the training; None on a single rank."""
-    return dist.new_group(backend="gloo") if world() > 1 else None
+    """Another process group of all ranks, for a thread beside the training; None on a single rank."""
+    return dist.new_group(backend="gloo") if world_size() > 1 else None
 
 
 def barrier() -> None:
-    if world() > 1:
+    if world_size() > 1:
         dist.barrier()
 
 
-def to_start(devices: str | int) -> int:
-    """How many ranks to start for `devices`, a number or "auto"; 1 inside a group. UsageError for what cannot be."""
-    if "RANK" in os.environ or world() > 1:
+def ranks_to_start(devices: str | int) -> int:
+    """The number of ranks to start for `devices`, a number or "auto"; 1 inside a process group.
+
+    UsageError for more devices than this machine has.
+    """
+    if "RANK" in os.environ or world_size() > 1:
         return 1
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    ranks = (there or 1) if devices == "auto" else int(devices)
-    if there and ranks > there:
-        raise UsageError(f"devices {ranks}: this machine has {there}")
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    ranks = (available or 1) if devices == "auto" else int(devices)
+    if available and ranks > available:
+        raise UsageError(f"devices {ranks}: this machine has {available}")
     return ranks
 
 
-def _reduced(x: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
-    if world() > 1:
+def _all_reduce(x: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+    if world_size() > 1:
         x = x.clone()
-        dist.all_reduce(x, how)
+        dist.all_reduce(x, operation)
     return x

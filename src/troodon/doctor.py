@@ -1,27 +1,39 @@
-"""What this machine can do, and what is missing."""
+"""The command `doctor`: what this machine can do, and what is missing."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from troodon.run import environment
+from troodon.text import with_prefix
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """What this machine can do, and what is missing."""
+
+    def run(self) -> None:
+        for line in examine():
+            print(line)
 
 
 def examine() -> Iterator[str]:
-    """Lines for people: versions, devices, precision, optional parts."""
+    """Lines to print: versions, devices, speed at each precision, missing optional packages."""
     import torch
 
     from troodon import dist
-    from troodon.learn.plan import people, product_rate
+    from troodon.learn.plan import product_rate
 
-    found = environment()
-    yield f"troodon {found['troodon']}, Python {found['python']}, {found['platform']}"
-    yield "  " + ", ".join(f"{name} {version}" for name, version in found["packages"].items() if version)
+    machine = environment()
+    yield f"troodon {machine['troodon']}, Python {machine['python']}, {machine['platform']}"
+    yield "  " + ", ".join(f"{name} {version}" for name, version in machine["packages"].items() if version)
     device = dist.device()
     if device.type == "cuda":
         name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(device).total_memory
-        yield f"  {torch.cuda.device_count()} x {name}, {people(memory)}B each"
+        yield f"  {torch.cuda.device_count()} x {name}, {with_prefix(memory)}B each"
     else:
-        yield f"  no CUDA device: everything runs on {found['processors']} processors"
+        yield f"  no CUDA device: everything runs on {machine['processors']} processors"
     rates = {dtype: product_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
-    yield "  products: " + ", ".join(f"{str(d).removeprefix('torch.')} {people(r)}FLOP/s" for d, r in rates.items())
-    if found["packages"]["simplejpeg"] is None:
+    speeds = (f"{str(dtype).removeprefix('torch.')} {with_prefix(rate)}FLOP/s" for dtype, rate in rates.items())
+    yield f"  products: {', '.join(speeds)}"
+    if machine["packages"]["simplejpeg"] is None:
         yield "  simplejpeg is not installed: JPEGs decode a fifth slower (pip install 'troodon[fast]')"

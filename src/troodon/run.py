@@ -1,8 +1,8 @@
-"""Folders of artifacts: absent or complete, and saying of themselves what they are.
+"""Folders of artifacts, which are either absent or complete, and describe themselves.
 
-    manifest.json    kind, fingerprint of what made it, settings, command; written last, so it also means "finished"
+    manifest.json    kind, fingerprint of the inputs, settings, command; written last, so it also means "finished"
 
-Everything is written under another name, flushed to the disk, and renamed.
+Everything is written under a temporary name, flushed to the disk, and renamed.
 """
 
 import contextlib
@@ -19,13 +19,16 @@ from typing import Any
 from troodon.config import UsageError, differences
 
 MANIFEST = "manifest.json"
-doing: list[str] = []  # the words of the command that is being done; none where Python calls
-# For processes that do a part of a command, in their environment: its words, as JSON, and the folder where they meet.
-DOING, RENDEZVOUS = "TROODON_DOING", "TROODON_RENDEZVOUS"
+COMMAND = "TROODON_COMMAND"  # environment variable of processes that do a part of a command: its words, as JSON
+current_command: list[str] = []  # the words of the command that runs, which manifests record; empty when Python calls
+
+
+class Interrupted(Exception):
+    """A run was asked to stop, by SIGINT or SIGTERM, and has saved everything."""
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `path` so that whoever reads it sees all of it or none."""
+    """Write `path` atomically: a reader sees all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
@@ -49,7 +52,7 @@ def read_json(path: Path) -> Any:
 
 @contextlib.contextmanager
 def publish(folder: Path, kind: str, fingerprint: str, settings: dict) -> Iterator[Path]:
-    """A folder to fill; under its final name, with its manifest, only once the block has ended well."""
+    """A folder to fill, which gets its manifest and its final name only when the block ends without an error."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -61,12 +64,12 @@ def publish(folder: Path, kind: str, fingerprint: str, settings: dict) -> Iterat
 
 
 def write_manifest(folder: Path, kind: str, fingerprint: str, settings: dict) -> None:
-    said = {"kind": kind, "fingerprint": fingerprint, "settings": settings}
-    write_json(folder / MANIFEST, said | ({"command": doing} if doing else {}))
+    manifest = {"kind": kind, "fingerprint": fingerprint, "settings": settings}
+    write_json(folder / MANIFEST, manifest | ({"command": current_command} if current_command else {}))
 
 
-def manifest(folder: Path) -> dict | None:
-    """What a finished artifact says of itself; None for anything else."""
+def read_manifest(folder: Path) -> dict | None:
+    """The manifest of a finished artifact; None for anything else."""
     try:
         return read_json(folder / MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
@@ -75,35 +78,40 @@ def manifest(folder: Path) -> dict | None:
 
 def is_done(folder: Path, kind: str, fingerprint: str, settings: dict) -> bool:
     """Whether `folder` already holds this artifact. UsageError, with the differences, if it holds another one."""
-    found = manifest(folder)
-    if found is None:
+    manifest = read_manifest(folder)
+    if manifest is None:
         if folder.is_dir() and any(folder.iterdir()) and not folder.with_name(f"{folder.name}.partial").exists():
             raise UsageError(f"{folder}: is not empty and not {article(kind)}; choose a new --out")
         return False
-    if found["kind"] != kind:
-        raise UsageError(f"{folder}: already holds {article(found['kind'])}; choose a new --out for {article(kind)}")
-    if found["fingerprint"] != fingerprint:
-        what = "; ".join(differences(found["settings"], settings)) or "the images or the backbone it was made from"
-        raise UsageError(f"{folder}: was made with other settings ({what}); choose a new --out, or remove it")
+    if manifest["kind"] != kind:
+        raise UsageError(f"{folder}: already holds {article(manifest['kind'])}; choose a new --out for {article(kind)}")
+    if manifest["fingerprint"] != fingerprint:
+        changes = differences(manifest["settings"], settings) or ["the images or the backbone it was made from"]
+        raise UsageError(
+            f"{folder}: was made with other settings ({'; '.join(changes)}); choose a new --out, or remove it"
+        )
     return True
 
 
 def article(kind: str) -> str:
+    """The kind of an artifact with its article."""
     return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
+
+
+def version(package: str = "troodon") -> str | None:
+    """The version of an installed package; None where it is not installed."""
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def environment() -> dict:
     """The versions and the machine that a result depends on."""
-    from importlib import metadata
-
-    def version(name: str) -> str | None:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            return None
-
     return {
-        "troodon": version("troodon"),
+        "troodon": version(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processors": os.cpu_count(),
@@ -111,26 +119,26 @@ def environment() -> dict:
     }
 
 
-class Metrics:
-    """metrics.jsonl: one line per record, appended and flushed; the truth about a run."""
+class MetricsFile:
+    """metrics.jsonl: one line per record, appended and flushed; the reference for everything that shows a run."""
 
     def __init__(self, path: Path):
-        self.path, self.waiting = path, ""
+        self.path, self.pending = path, ""
 
     def append(self, record: dict) -> None:
-        """Add a line. What the disk has no room for waits, and is written with the next."""
-        self.waiting += json.dumps(record) + "\n"
+        """Add a line. If the disk is full, the line is kept and written with the next one."""
+        self.pending += json.dumps(record) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(OSError), open(self.path, "ab", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
-            line = self.waiting.encode()
+            line = self.pending.encode()
             if file.write(line) == len(line):
-                self.waiting = ""
+                self.pending = ""
             else:
                 file.truncate(size)
 
     def read(self) -> list[dict]:
-        """All whole records; a last line cut short by a kill is left out."""
+        """All complete records; a last line that a kill cut short is skipped."""
         if not self.path.exists():
             return []
         records = []
@@ -140,16 +148,16 @@ class Metrics:
         return records
 
     def rewind(self, step: int) -> None:
-        """Forget records of steps from `step` on: a resumed run writes them again. Events stay: they have no step."""
+        """Delete the records of `step` and later: a resumed run writes them again. Events stay: they have no step."""
         kept = "".join(f"{json.dumps(r)}\n" for r in self.read() if r.get("step", -1) < step)
-        if self.path.exists() and self.path.read_text() != kept:  # a full disk has no room for another file
+        if self.path.exists() and self.path.read_text() != kept:  # else nothing is written: the disk may be full
             write_bytes(self.path, kept.encode())
 
 
 def say(message: str = "", passing: bool = False) -> None:
-    """One line of progress, on standard error; lost where nobody listens any more, such as a closed terminal.
+    """Print one line of progress on standard error; it is lost if that is closed, such as with its terminal.
 
-    On a terminal, the next line takes the place of one that is `passing`.
+    On a terminal, the next line replaces one that is `passing`.
     """
     with contextlib.suppress(OSError):
         start, end = ("\r\x1b[2K", "" if passing else "\n") if sys.stderr.isatty() else ("", "\n")

@@ -1,34 +1,35 @@
 """A training run as a Slurm job: one task for each device, queued again until the run is finished.
 
-submitit writes the batch script, starts the tasks and keeps their output in `<out>-logs`. Each task does the command
-of the run as one rank of it. Before the job's time is up, or when it is preempted, the run saves and the job goes back
-into the queue, from where it goes on. `scancel` ends it for good, also with everything saved.
+submitit writes the batch script, starts the tasks and keeps their output in `<out>-logs`. Each task trains as one rank
+of the run. Before the time limit, or when the job is preempted, the run saves and the job goes back into the queue, to
+go on from there. `scancel` ends it for good, also with everything saved.
 """
 
-import json
 import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from troodon import launch
 from troodon.config import UsageError, nearest, within
-from troodon.run import DOING, doing, say
+from troodon.run import current_command, say
 
-NOTICE_S = 600  # before the time is up: a step and a checkpoint of the largest network fit in
-ROUNDS = 1000  # times that a job may be queued again; not meant to be reached
+NOTICE_S = 600  # before the time limit: a step and a checkpoint of the largest network fit in
+REQUEUES = 1000  # times that a job may be queued again; not meant to be reached
 
 
 @dataclass(frozen=True)
 class SlurmConfig:
-    """The job, where a run is to be one."""
+    """The Slurm job of a run."""
 
     nodes: int = 0
-    """Machines; 0 trains here, not on Slurm."""
+    """Machines; 0 trains on this one, without Slurm."""
     gpus_per_node: int = 8
     cpus_per_gpu: int = 8
     hours: float = 72
@@ -37,7 +38,7 @@ class SlurmConfig:
     account: str | None = None
     constraint: str | None = None
     cluster: str | None = None
-    """slurm, or local to try it here; found out if left out."""
+    """slurm, or local to try it on this machine; detected by default."""
 
     def __post_init__(self) -> None:
         within(self, "slurm.", 0, None, "nodes")
@@ -47,7 +48,7 @@ class SlurmConfig:
             raise nearest("slurm.cluster", self.cluster, ("slurm", "local"))
 
 
-def logs(out: str | Path) -> Path:
+def logs_folder(out: str | Path) -> Path:
     """Where the tasks of the run in `out` write."""
     return Path(f"{Path(out)}-logs")
 
@@ -66,14 +67,17 @@ def check(config: SlurmConfig) -> None:
         raise UsageError(f"slurm.nodes {config.nodes}: this machine is one; set it to 1, or slurm.cluster to slurm")
 
 
-def submit(words: list[str], out: str | Path, config: SlurmConfig) -> str:
-    """Queue the command `troodon WORDS`; returns the job's id, and says where it writes and how to watch it."""
+def submit(work: Callable[[], object], prog: str, out: str | Path, config: SlurmConfig) -> str:
+    """Queue `work`, which must be picklable, once for each device; returns the job's id and prints how to watch it.
+
+    The run is in `out`; `prog` starts the line that reports an error.
+    """
     import submitit
 
     minutes = max(1, round(60 * config.hours))
-    notice_s = min(NOTICE_S, 15 * minutes)  # of a short job, no more than a quarter
+    notice_s = min(NOTICE_S, 15 * minutes)  # at most a quarter of a short job
     executor = submitit.AutoExecutor(
-        logs(out), cluster=config.cluster, slurm_max_num_timeout=ROUNDS, local_max_num_timeout=ROUNDS
+        logs_folder(out), cluster=config.cluster, slurm_max_num_timeout=REQUEUES, local_max_num_timeout=REQUEUES
     )
     executor.update_parameters(
         name=f"troodon-{Path(out).name}",
@@ -86,12 +90,12 @@ def submit(words: list[str], out: str | Path, config: SlurmConfig) -> str:
         slurm_account=config.account,
         slurm_constraint=config.constraint,
         slurm_signal_delay_s=notice_s,
-        slurm_srun_args=["--kill-on-bad-exit=1"],  # ranks that wait for a lost one would wait for ever
+        slurm_srun_args=["--kill-on-bad-exit=1"],  # ranks that wait for a failed one would wait for ever
         slurm_additional_parameters={"requeue": True},
     )
-    job = executor.submit(Task(words, doing))
-    log = logs(out) / f"{job.job_id}_0_log.err"
-    say(f"  job {job.job_id}: {config.nodes} x {config.gpus_per_node} tasks, writing to {logs(out)}")
+    job = executor.submit(RankTask(work, prog, list(current_command)))
+    log = logs_folder(out) / f"{job.job_id}_0_log.err"
+    say(f"  job {job.job_id}: {config.nodes} x {config.gpus_per_node} tasks, writing to {logs_folder(out)}")
     watch = [f"tail -F {shlex.quote(str(log))}"]
     if executor.cluster == "slurm":
         watch += [f"squeue -j {job.job_id}", f"scancel {job.job_id}"]
@@ -99,45 +103,45 @@ def submit(words: list[str], out: str | Path, config: SlurmConfig) -> str:
     return str(job.job_id)
 
 
-class Task:
-    """What one rank of the job does. Slurm starts it again, as it was, when the job comes back from the queue."""
+@dataclass(frozen=True)
+class RankTask:
+    """What one rank of the job does. Slurm starts it again, unchanged, when the job comes back from the queue."""
 
-    def __init__(self, words: list[str], recorded: list[str]):
-        self.words, self.recorded = list(words), list(recorded)
+    work: Callable[[], object]
+    prog: str
+    command: list[str]  # the words that manifests record
 
     def __call__(self) -> None:
         from submitit.helpers import TorchDistributedEnvironment
 
-        from troodon import cli
-
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-        os.environ[DOING] = json.dumps(self.recorded)
-        told_to_go: list[int] = []  # by Slurm, to come back
+        current_command[:] = self.command
+        requeue_signals: list[int] = []  # from Slurm: stop, and go back into the queue
 
         def stop(number: int, _: Any) -> None:
-            told_to_go.append(number)
+            requeue_signals.append(number)
             signal.raise_signal(signal.SIGTERM)
 
-        queue_again = signal.getsignal(signal.SIGUSR2)  # submitit's: on the first rank; ends the process
+        requeue = signal.getsignal(signal.SIGUSR2)  # submitit's handler: on the first rank; ends the process
         signal.signal(signal.SIGUSR2, stop)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # until training listens for it
-        code = cli.run(self.words)
-        if code == cli.INTERRUPTED and (told_to_go or preempted()):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # until training handles it
+        code = launch.run_command(self.work, self.prog)
+        if code == launch.INTERRUPTED and (requeue_signals or preempted()):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the first rank may end the others now
-            if callable(queue_again):
-                queue_again(signal.SIGUSR2, None)
+            if callable(requeue):
+                requeue(signal.SIGUSR2, None)
         elif code:
             sys.exit(code)
 
     def checkpoint(self) -> Any:
-        """The job that goes back into the queue: the same; the run's folder knows where to go on."""
+        """The job that goes back into the queue: the same one; the run's folder records where to go on."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
 
 
 def preempted() -> bool:
-    """Whether Slurm is taking this job's place away; not so where the user cancelled it."""
+    """Whether Slurm preempts this job; False where the user cancelled it."""
     try:
         shown = subprocess.run(
             ["scontrol", "show", "job", os.environ["SLURM_JOB_ID"]], capture_output=True, text=True, timeout=60

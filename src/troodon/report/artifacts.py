@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from troodon.config import UsageError
-from troodon.run import MANIFEST, manifest
+from troodon.run import MANIFEST, read_manifest
 
 KINDS = ("world", "index", "selection", "run", "scores")  # those that have a section of their own
 DEEP = 2
@@ -85,7 +85,7 @@ def _folders(folder: Path, deep: int) -> list[Path]:
 
 def _artifact(folder: Path, name: str) -> Artifact | None:
     try:
-        said = manifest(folder)
+        said = read_manifest(folder)
     except ValueError:
         said = None
     if isinstance(said, dict) and isinstance(said.get("kind"), str):

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from troodon.report.markup import MINUS, SPACE, Content, Markup, h, number, plural
+from troodon.report.markup import MINUS, SPACE, Content, Markup, h, number
+from troodon.text import plural
 
 WIDTH, HEIGHT = 320, 168
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 22  # margins, in units of the drawing

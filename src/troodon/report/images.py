@@ -21,11 +21,11 @@ from troodon.report.markup import (
     join,
     note,
     number,
-    plural,
     share,
     table,
 )
 from troodon.report.thumbnails import Frame, picture, spread, thumbnail
+from troodon.text import plural
 
 BROKEN, GROUPS, SHOWN = 20, 8, 48  # files, groups, images of the contact sheet
 CLASSES, OF_CLASS, MEMBERS, EXTREMES = 12, 5, 5, 5  # classes, images of each, of a group, of a kind of extreme

@@ -13,6 +13,9 @@ from typing import TypeAlias, TypeGuard
 
 import numpy as np
 
+from troodon.text import duration as plain_duration
+from troodon.text import file_size as plain_file_size
+
 SPACE = "\N{NO-BREAK SPACE}"
 MISSING = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
@@ -146,36 +149,14 @@ def share(value: object, decimals: int = 1) -> str:
     return f"{100 * float(value):.{decimals}f}{SPACE}%".replace("-", MINUS) if is_number(value) else MISSING
 
 
-def seconds(value: object) -> str:
+def duration(seconds: object) -> str:
     """12 s, 3 min 20 s, 1 h 5 min, 2 d 3 h."""
-    if not is_number(value):
-        return MISSING
-    if value < 60:
-        return f"{number(float(value), 2) if value < 10 else round(value)}{SPACE}s"
-    rest, words = round(value), []
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        count, rest = divmod(rest, length)
-        if count or words:
-            words.append(f"{count}{SPACE}{unit}")
-        if len(words) == 2:
-            break
-    return " ".join(w for w in words if not w.startswith("0"))
+    return plain_duration(seconds, SPACE) if is_number(seconds) else MISSING
 
 
 def file_size(count: object) -> str:
     """Bytes in kB, MB, GB of a thousand."""
-    if not is_number(count):
-        return MISSING
-    value = float(count)
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.0f}{SPACE}{unit}" if unit == "bytes" or value >= 100 else f"{value:.1f}{SPACE}{unit}"
-
-
-def plural(count: int, one: str, many: str | None = None) -> str:
-    return f"{number(count)} {one if count == 1 else many or one + 's'}"
+    return plain_file_size(count, SPACE) if is_number(count) else MISSING
 
 
 def sentence(clauses: Sequence[str]) -> str:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from troodon.report.artifacts import Artifact, find
 from troodon.report.images import images, world
-from troodon.report.markup import Card, Content, Markup, Part, file_size, flat, h, join, plural, sentence, table
+from troodon.report.markup import Card, Content, Markup, Part, file_size, flat, h, join, sentence, table
 from troodon.report.scores import scores
 from troodon.report.selection import selection
 from troodon.report.training import training
 from troodon.run import say, write_bytes
+from troodon.text import plural
 
 SECTIONS: list[tuple[str, Callable[[list[Artifact]], Part | None]]] = [
     ("world", world),

@@ -51,13 +51,13 @@ def scores(artifacts: list[Artifact]) -> Part | None:
     """Tables, bars with 95 % intervals, sentences and pictures. None without scores."""
     if not artifacts:
         return None
-    entries = told_apart([_entries(one) for one in artifacts])
+    entries = label_unlike_protocols([_entries(one) for one in artifacts])
     groups = defaultdict(list)
     for entry in entries:
         groups[entry["dataset"], entry["protocol"], entry["metric"]].append(entry)
     for group in groups.values():
         group.sort(key=lambda e: (-_better(e), e["backbone"]))
-    first = leading(groups)
+    first = main_metrics(groups)
     others = folded("All metrics", _table(groups)) if len(first) < len(groups) else None
     body = [_words(first), _table(first), _bars(first), others, [_pictures(one, len(artifacts)) for one in artifacts]]
     if not entries:
@@ -76,19 +76,19 @@ def _entries(one: Artifact) -> list[dict]:
     return out
 
 
-def leading(groups: dict) -> dict:
+def main_metrics(groups: dict) -> dict:
     """Of each protocol the metrics that say most; others only where there are none of these."""
     said = {(d, p) for d, p, metric in groups if not SECOND.fullmatch(metric)}
     return {key: group for key, group in groups.items() if not SECOND.fullmatch(key[2]) or key[:2] not in said}
 
 
-def told_apart(artifacts: list[list[dict]]) -> list[dict]:
+def label_unlike_protocols(artifacts: list[list[dict]]) -> list[dict]:
     """All entries; where artifacts measured by one name in unlike ways, the name says which, so that none stand side
     by side. What an artifact compares with (a histogram has no crop) goes with what was trained there."""
     found: list[tuple[dict, tuple, str]] = []
     for entries in artifacts:
         like: dict[tuple, str] = {}
-        for entry in sorted(entries, key=is_reference):
+        for entry in sorted(entries, key=is_baseline):
             key = (entry["dataset"], entry["protocol"], entry["metric"])
             like.setdefault(key, str(entry.get("fingerprint") or "")[:6])
         keys = ((e["dataset"], e["protocol"], e["metric"]) for e in entries)
@@ -102,7 +102,7 @@ def told_apart(artifacts: list[list[dict]]) -> list[dict]:
     ]
 
 
-def is_reference(entry: dict) -> bool:
+def is_baseline(entry: dict) -> bool:
     """Whether this is something to compare with: a random network, a histogram, raw pixels."""
     return bool(REFERENCE.search(entry["backbone"]))
 
@@ -137,11 +137,11 @@ def _protocol(name: str) -> str:
 
 def _ours(group: list[dict]) -> dict | None:
     """The best of those that were trained."""
-    return next((e for e in group if not is_reference(e) and is_number(e["value"])), None)
+    return next((e for e in group if not is_baseline(e) and is_number(e["value"])), None)
 
 
 def _against(group: list[dict]) -> list[dict]:
-    return [e for e in group if is_reference(e) and is_number(e["value"])]
+    return [e for e in group if is_baseline(e) and is_number(e["value"])]
 
 
 def _words(groups: dict) -> Content:
@@ -207,7 +207,7 @@ def _bars(groups: dict) -> Content:
         for e in known:
             interval = (e["low"], e["high"]) if _interval(e) else None
             says = f"{_value(e)} ({_interval(e)})" if interval else _value(e)
-            rows.append(charts.Bar(e["backbone"], says, (("ref" if is_reference(e) else "c1", e["value"]),), interval))
+            rows.append(charts.Bar(e["backbone"], says, (("ref" if is_baseline(e) else "c1", e["value"]),), interval))
         title = f"{_protocol(protocol)} on {dataset}" if dataset else _protocol(protocol)
         if several[dataset, protocol] > 1:
             title += f": {METRICS.get(metric, metric)}"

@@ -27,11 +27,11 @@ from troodon.report.markup import (
     legend,
     note,
     number,
-    plural,
     share,
     table,
 )
 from troodon.report.thumbnails import Frame, spread, thumbnail
+from troodon.text import plural
 
 GROUPS, MEMBERS = 8, 6
 QUERIES, HITS = 8, 6

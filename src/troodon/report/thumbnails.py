@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from troodon.images.decode import BadImage, decode, shown
+from troodon.images.decode import BadImage, decode, to_rgb
 from troodon.images.index import Index
 from troodon.report.markup import Content, Markup, data_uri, h
 
@@ -28,7 +28,7 @@ def thumbnail(index: Index, row: int, frame: Frame = Frame()) -> Markup:
     """Row `row` of the index; a grey box where the image is gone or broken."""
     path = index.path(row)
     try:
-        source, side = jpeg(shown(decode(index.read(row), None, _smaller)))
+        source, side = jpeg(to_rgb(decode(index.read(row), None, _smaller)))
     except (OSError, BadImage) as error:
         reason = error.reason if isinstance(error, BadImage) else "the file is gone or was cut short"
         image = h("span", class_="missing", role="img", aria_label=f"{path}: {reason}", title=f"{path}: {reason}")

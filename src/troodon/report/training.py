@@ -13,6 +13,7 @@ from troodon.report.markup import (
     Content,
     Markup,
     Part,
+    duration,
     flat,
     folded,
     h,
@@ -21,11 +22,10 @@ from troodon.report.markup import (
     legend,
     note,
     number,
-    plural,
-    seconds,
     table,
 )
 from troodon.report.thumbnails import picture
+from troodon.text import plural
 
 # (key of metrics.jsonl, title, what it is)
 LEARNING = [
@@ -149,7 +149,7 @@ def _finished(run: Artifact) -> bool:
 
 def _time(records: list[dict]) -> str:
     known = [r["seconds"] for r in records if is_number(r.get("seconds"))]
-    return f"in {seconds(known[-1])}" if known else ""
+    return f"in {duration(known[-1])}" if known else ""
 
 
 def _state(run: Artifact, records: list[dict]) -> str:

@@ -1,7 +1,7 @@
-"""Verbs: each a function, which `import troodon` gives, and beside it its command, with the same names and defaults.
+"""Verbs: each is a function, which `import troodon` provides, with its command, of the same names and defaults.
 
-Here, and only here, the parts that never import one another meet: a recipe becomes a config, a path becomes
-an index or a backbone, training is lent a k-NN to watch itself by.
+Only here do the packages meet that never import each other: a recipe becomes a config, a path becomes an index or a
+backbone, and a training gets a k-NN that monitors it.
 """
 
 from troodon.verbs.about import report

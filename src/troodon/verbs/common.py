@@ -1,7 +1,6 @@
-"""What the verbs share: how images, backbones and recipes are named, and what people are told."""
+"""Shared by the verbs: from arguments to configs, backbones and lists of paths; ranks; lines of progress."""
 
 import os
-import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,34 +8,36 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from tyro.conf import arg
 
-from troodon.config import UsageError, from_dict, from_yaml
-from troodon.run import RENDEZVOUS, say
+from troodon import launch
+from troodon.config import UsageError, from_dict, from_yaml, to_yaml
+from troodon.rendezvous import RENDEZVOUS
+from troodon.run import say, write_bytes
 
 if TYPE_CHECKING:
     from troodon.model.backbone import Backbone
 
 C = TypeVar("C")
-Data = Any  # a path or URL of any place that sources.py knows, a data set with len() and [row]; or a list of these
-Images = Annotated[tuple[str, ...], arg(metavar="PATH [PATH ...]")]
+Data = Any  # a path or URL of any source in images/sources.py, a dataset with len() and [row], or a list of these
+Paths = Annotated[tuple[str, ...], arg(metavar="PATH [PATH ...]")]
 
 
 def load(path: str | Path) -> "Backbone":
-    """A backbone from a run, a backbone folder, released DINOv2 weights (.pth), or a Hugging Face folder.
+    """Load a backbone from a run, a backbone folder, released DINOv2 weights (.pth), or a Hugging Face folder.
 
     Its `features(images)` takes paths, uint8 (H, W, C) arrays, PIL images, or a prepared (B, C, H, W) tensor, and
-    gives `.cls (B, D)`, `.patches (B, h, w, D)` and `.registers (B, R, D)`. UsageError for anything else.
+    returns `.cls (B, D)`, `.patches (B, h, w, D)` and `.registers (B, R, D)`. UsageError for anything else.
     """
     import dataclasses
 
     from troodon.images.decode import decode
-    from troodon.model.backbone import open_weights
+    from troodon.model.weights import load_weights
 
-    backbone = open_weights(Path(path))
+    backbone = load_weights(Path(path))
     return dataclasses.replace(backbone, read=lambda image: decode(Path(image).read_bytes(), backbone.channels))
 
 
-def configured(recipe: str | C, default: C, named: Callable[[str], C], settings: dict | None = None) -> C:
-    """A config, a YAML file or the name of a recipe, with `settings` changed."""
+def resolve_config(recipe: str | C, default: C, named: Callable[[str], C], settings: dict | None = None) -> C:
+    """The given config, that of a YAML file, or that of a recipe by `named(recipe)`; with `settings` changed."""
     if isinstance(recipe, str) and recipe.endswith((".yaml", ".yml")):
         if not Path(recipe).is_file():
             raise UsageError(f"{recipe}: no such recipe file")
@@ -46,36 +47,65 @@ def configured(recipe: str | C, default: C, named: Callable[[str], C], settings:
     return from_dict(recipe, settings, source="settings") if settings else recipe
 
 
-def opened(backbone: "str | Path | Backbone") -> "Backbone":
+def write_config(config: object, path: Path) -> str:
+    """Write a config as a recipe file; returns its path."""
+    write_bytes(path, to_yaml(config).encode())
+    return str(path)
+
+
+def as_backbone(backbone: "str | Path | Backbone") -> "Backbone":
+    """A backbone, loaded where only its path is given."""
     return load(backbone) if isinstance(backbone, str | Path) else backbone
 
 
-def paths_of(data: Data) -> list:
+def as_list(data: Data) -> list:
+    """The given values as a list, also where there is one."""
     return list(data) if isinstance(data, list | tuple) else [data]
 
 
-def some(paths: tuple[str, ...], what: str) -> tuple[str, ...]:
+def require_some(paths: tuple[str, ...], what: str) -> tuple[str, ...]:
+    """The paths; UsageError where there are none."""
     if not paths:
         raise UsageError(f"no {what}: give at least one path")
     return paths
 
 
-def progress(what: str):
+def require_paths(**arguments: Data) -> None:
+    """UsageError for an argument that is no path: other processes could not open it."""
+    for name, values in arguments.items():
+        for value in as_list(values):
+            if not isinstance(value, str | Path | None):
+                kind = type(value).__name__
+                raise UsageError(f"{name}: several processes need its path, not a {kind}; save it, and give the folder")
+
+
+def check_devices(devices: str | int) -> None:
+    """UsageError unless `devices` is "auto" or a number from 1."""
+    if devices != "auto" and not (str(devices).isdecimal() and int(devices)):
+        raise UsageError(f"devices {str(devices)!r}: a number or auto")
+
+
+def launch_ranks(words: list[str], ranks: int) -> None:
+    """Run the command `troodon WORDS` as ranks of this machine, one for each device.
+
+    Raises what ended the first rank that failed: UsageError, Interrupted or RankFailed.
+    """
+    launch.raise_failure(launch.launch(words, ranks))
+
+
+def progress_callback(verb: str) -> Callable[[int, int], None]:
+    """A callback (images done, images in all) that prints a line every five seconds."""
     last = [time.monotonic()]
 
-    def tell(done: int, total: int) -> None:
+    def show(done: int, total: int) -> None:
         if time.monotonic() - last[0] > 5:
             last[0] = time.monotonic()
-            say(f"{what}: {done:,} of {total:,} images")
+            say(f"{verb}: {done:,} of {total:,} images")
 
-    return tell
-
-
-def quoted(path: str) -> str:
-    return shlex.quote(path)
+    return show
 
 
-def suggest(*commands: str) -> None:
-    if RENDEZVOUS in os.environ or os.environ.get("RANK", "0") != "0":
-        return  # one of several processes: whoever launched them says it, or the first of them
-    say("next:" + "".join(f"\n  {c}" for c in commands))
+def suggest_next(*commands: str) -> None:
+    """Print which commands may follow: once, also where several ranks run."""
+    if RENDEZVOUS not in os.environ and os.environ.get("RANK", "0") == "0":
+        say("next:" + "".join(f"\n  {command}" for command in commands))

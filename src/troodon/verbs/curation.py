@@ -1,6 +1,7 @@
-"""The verb `curate`: which of many images are worth training on; and how near copies lie, for one backbone."""
+"""The verbs `curate` (which of many images are worth training on) and `calibrate` (thresholds for near-duplicates)."""
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,8 +10,8 @@ from tyro.conf import Positional, arg
 
 from troodon import recipes
 from troodon.config import UsageError
-from troodon.curate.config import CurateConfig, Space, Tokens
-from troodon.verbs.common import Data, Images, configured, opened, paths_of, quoted, suggest
+from troodon.curate.config import CurateConfig, SpaceKind, Tokens
+from troodon.verbs.common import Data, Paths, as_backbone, as_list, resolve_config, suggest_next
 
 if TYPE_CHECKING:
     from troodon.model.backbone import Backbone
@@ -27,38 +28,40 @@ def curate(
     *,
     benchmark: Data | None = None,
     copies: "str | Path | Backbone | None" = None,
-    engine: str = "local",
+    backend: str = "local",
     workers: int = 0,
     settings: dict | None = None,
 ) -> Path:
-    """Select from the uncurated images, without copies, those that resemble the curated ones; copies no image.
+    """Select from the uncurated images, without copies, those that resemble the curated ones; returns the selection.
 
-    Images that resemble one of `benchmark` are left out. `copies` finds copies in the backbone's place: another one, or
-    a copy descriptor as a TorchScript file. `engine` is "local", with so many processes as `workers` (0: this one),
-    "ray" or a Ray cluster's address. Without curated images (None) the recipe must gather without them.
+    No image is copied. Images that resemble one of `benchmark` are excluded. `copies` finds copies instead of the
+    backbone: another one, or a copy descriptor as a TorchScript file. `backend` is "local", with `workers` processes
+    (0: only this one), "ray", or a Ray cluster's address. Without curated images (None), the recipe must gather without
+    them.
     """
-    from troodon.curate.engines import engine as named
-    from troodon.curate.pipeline import NOTHING
-    from troodon.curate.pipeline import curate as curating
+    from troodon.curate.backends import create_backend
+    from troodon.curate.pipeline import NO_IMAGES
+    from troodon.curate.pipeline import curate as run_curation
     from troodon.images.sources import open_source
 
-    config, does = configured(recipe, CurateConfig(), recipes.curate, settings), named(engine, workers)
-    wanted, shown = (open_source(*paths_of(data)) if data else NOTHING for data in (curated, benchmark))
-    pool = open_source(*paths_of(uncurated)).unlabelled()
-    finds = None if copies is None else _finds_copies(copies)
+    config = resolve_config(recipe, CurateConfig(), recipes.curate, settings)
+    runner = create_backend(backend, workers)
+    wanted, excluded = (open_source(*as_list(data)) if data else NO_IMAGES for data in (curated, benchmark))
+    pool = open_source(*as_list(uncurated)).without_labels()
+    encoder = None if copies is None else _open_copy_encoder(copies)
     try:
-        return curating(
-            config, wanted, pool, opened(backbone), Path(out), benchmark=shown, copies=finds, engine=does
-        )  # fmt: skip
+        return run_curation(
+            config, wanted, pool, as_backbone(backbone), Path(out), benchmark=excluded, copies=encoder, backend=runner
+        )
     finally:
-        does.close()
+        runner.close()
 
 
 def calibrate(
     backbone: "str | Path | Backbone",
     data: Data,
     *,
-    space: Space = "whitened",
+    space: SpaceKind = "whitened",
     tokens: Tokens = "cls",
     pixels: bool = True,
     images: int = 250,
@@ -66,14 +69,13 @@ def calibrate(
     strength: float = 0.5,
     seed: int = 0,
 ) -> dict:
-    """How near copies of these images lie by this backbone (and `pixels` beside it), and how near other images: see
-    curate/calibrate.py.
+    """Measure how near copies of these images lie by this backbone, and how near other images (curate/calibrate.py).
 
-    Returns the threshold, the share of attacked copies found by kind of attack, and a table of both for other rates of
-    false merges. Nothing is written.
+    With `pixels`, 8 x 8 pixels are compared as well, as `curate` does. Returns the threshold, the share of attacked
+    copies found by kind of attack, and a table of both for other rates of false merges. Nothing is written.
     """
-    from troodon.curate.finder import Finder
-    from troodon.curate.thresholds import measure
+    from troodon.curate.encoder import CopyEncoder
+    from troodon.curate.thresholds import calibrate_index
     from troodon.images.sources import open_source
 
     if not 0 < strength <= 1:
@@ -81,17 +83,17 @@ def calibrate(
     config = CurateConfig(
         duplicate_space=space, tokens=tokens, calibration_images=images, false_merges=false_merges, seed=seed
     )  # fmt: skip
-    finder = Finder.of(_finds_copies(backbone), tokens, pixels)
-    return measure(config, open_source(*paths_of(data)), finder, strength).as_dict()
+    encoder = CopyEncoder.create(_open_copy_encoder(backbone), tokens, pixels)
+    return calibrate_index(config, open_source(*as_list(data)), encoder, strength).as_dict()
 
 
-def _finds_copies(backbone: Any) -> Any:
+def _open_copy_encoder(backbone: Any) -> Any:
     """A backbone, or a copy descriptor in a TorchScript file."""
     if isinstance(backbone, str | Path) and Path(backbone).suffix in TORCHSCRIPT and Path(backbone).is_file():
-        from troodon.curate.descriptor import Descriptor
+        from troodon.curate.descriptor import CopyDescriptor
 
-        return Descriptor.load(Path(backbone))
-    return opened(backbone)
+        return CopyDescriptor.load(Path(backbone))
+    return as_backbone(backbone)
 
 
 @dataclass(frozen=True)
@@ -100,37 +102,37 @@ class Curate:
 
     recipe: Positional[str]
     """A recipe (see `troodon recipes`) or a YAML file."""
-    uncurated: Images
+    uncurated: Paths
     """The pool to choose from: folders, tars, paths inside tars."""
     backbone: str
-    """What compares images: a run, a backbone folder, released weights (.pth), a Hugging Face folder."""
+    """The backbone that compares images: a run, a backbone folder, released weights (.pth), a Hugging Face folder."""
     out: str
     """A new folder: the selection, which `pretrain --data` takes."""
-    curated: Images = ()
-    """Images that are wanted; several sets are gathered for one by one. Without them, see --gather."""
-    benchmark: Images = ()
+    curated: Paths = ()
+    """Images that are wanted; for several datasets, images are gathered for one after another. Without them, see
+    --gather."""
+    benchmark: Paths = ()
     """Images that training must not see, nor anything like them."""
     copies: str | None = None
-    """What finds copies, where not the backbone: another one, such as a run of copies_small, or a copy descriptor's
+    """Finds copies instead of the backbone: another one, such as a run of copies_small, or a copy descriptor's
     TorchScript file (.pt)."""
-    engine: str = "local"
-    """Who works: local, ray (this machine, or the cluster it belongs to), or a cluster's address, ray://HOST:PORT."""
+    backend: Annotated[str, arg(aliases=("--engine",))] = "local"
+    """Where workers run: local, ray (this machine, or its cluster), or a cluster's address, ray://HOST:PORT."""
     workers: int = 0
-    """local: processes; 0 is this one alone. They change how fast, not what."""
+    """Processes of the backend local; 0 is this one only. They change the time, not the result."""
     config: Annotated[CurateConfig, arg(name="")] = CurateConfig()
 
     def run(self) -> None:
         out = curate(
             self.config, self.curated, self.uncurated, self.backbone, self.out,
-            benchmark=self.benchmark, copies=self.copies, engine=self.engine, workers=self.workers,
+            benchmark=self.benchmark, copies=self.copies, backend=self.backend, workers=self.workers,
         )  # fmt: skip
         summary = json.loads((out / "summary.json").read_text())
         for stage in summary["stages"]:
             print(f"{stage['name']:<10} {stage['in']:>9,} in {stage['dropped']:>9,} dropped {stage['out']:>9,} out")
         print(out)
-        suggest(
-            f"troodon pretrain small --data {quoted(self.out)} --out runs/first", f"troodon report {quoted(self.out)}"
-        )
+        where = shlex.quote(self.out)
+        suggest_next(f"troodon pretrain small --data {where} --out runs/first", f"troodon report {where}")
 
 
 @dataclass(frozen=True)
@@ -138,38 +140,38 @@ class Calibrate:
     """Thresholds for near-duplicates: how near attacked copies of your images lie, and how near other images."""
 
     backbone: str
-    """What compares images: a run, a backbone folder, released weights, or a copy descriptor's TorchScript (.pt)."""
-    data: Images
-    """Folders, tars, paths inside tars: images such as those to be curated."""
-    space: Space = "whitened"
+    """What is calibrated: a run, a backbone folder, released weights, or a copy descriptor's TorchScript file (.pt)."""
+    data: Paths
+    """Images such as those to be curated: folders, tars, paths inside tars."""
+    space: SpaceKind = "whitened"
     """How embeddings are compared."""
     tokens: Tokens = "cls"
     """cls: class tokens; cls+mean: these and mean patch tokens."""
     pixels: bool = True
-    """Look by 8 x 8 pixels as well, as curation does."""
+    """Compare 8 x 8 pixels as well, as curation does."""
     images: int = 250
     """Images to attack."""
     false_merges: float = CurateConfig.false_merges
-    """How many other images, on average, one image may be wrongly taken for a copy of."""
+    """The mean number of other images that one image may wrongly be taken for a copy of."""
     strength: float = 0.5
-    """Of the attacks, up to 1."""
+    """Strength of the attacks, up to 1."""
     seed: int = 0
-    """Of what is drawn."""
+    """Seed of all random draws."""
     json: bool = False
     """Print all of it as JSON."""
 
     def run(self) -> None:
-        found = calibrate(
+        result = calibrate(
             self.backbone, self.data, space=self.space, tokens=self.tokens, pixels=self.pixels, images=self.images,
             false_merges=self.false_merges, strength=self.strength, seed=self.seed,
         )  # fmt: skip
         if self.json:
-            print(json.dumps(found, indent=1))
+            print(json.dumps(result, indent=1))
             return
-        print(f"threshold {found['threshold']:.4f}, with {found['false_merges']:g} false merges an image")
+        print(f"threshold {result['threshold']:.4f}, with {result['false_merges']:g} false merges an image")
         print(f"{'false merges':>13} {'threshold':>10} {'copies found':>13}")
-        for row in found["table"]:
+        for row in result["table"]:
             print(f"{row['false_merges']:>13g} {row['threshold']:>10.4f} {row['recall']:>13.1%}")
-        print(f"{found['copies']:,} copies of {found['images']:,} images, found by attack:")
-        for name, share in sorted(found["recall"].items(), key=lambda item: -item[1]):
+        print(f"{result['copies']:,} copies of {result['images']:,} images, found by attack:")
+        for name, share in sorted(result["recall"].items(), key=lambda item: -item[1]):
             print(f"  {name:<12} {share:7.1%}")

@@ -1,8 +1,9 @@
-"""The verb `evaluate`: what frozen features are worth."""
+"""The verbs `evaluate` (scores of frozen features) and `compare` (scores side by side)."""
 
 import contextlib
 import json
 import os
+import shlex
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,16 +12,26 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from troodon.config import UsageError, nearest
-from troodon.evaluate.config import EvaluateConfig, suite
-from troodon.verbs.common import Data, Images, configured, opened, paths_of, quoted, some, suggest
-from troodon.verbs.training import check_devices, on_several, written
+from troodon.evaluate.config import EvaluateConfig, get_suite
+from troodon.verbs.common import (
+    Data,
+    Paths,
+    as_backbone,
+    as_list,
+    check_devices,
+    launch_ranks,
+    require_some,
+    resolve_config,
+    suggest_next,
+    write_config,
+)
 
 if TYPE_CHECKING:
     from troodon.model.backbone import Backbone
 
 
 def evaluate(
-    name: str | EvaluateConfig,
+    suite: str | EvaluateConfig,
     backbone: "str | Path | Backbone | list",
     data: Data,
     out: str | Path,
@@ -34,42 +45,44 @@ def evaluate(
     devices: str | int = "auto",
     compute: str = "fp32",
 ) -> list[dict]:
-    """Measure frozen features, on labels, masks, depths, pairs or whatever truth the data has, beside trivial ones.
+    """Measure frozen features by the ground truth that the data has (labels, masks, depths, pairs, ...).
 
-    `backbone` may be a list; a random network of each shape, and descriptors, stand beside them. Networks make their
-    products in `compute`, "fp32" or "bf16": which is never chosen here, as scores are compared only within one.
+    `backbone` may be a list. With `baselines`, a random network of each shape and descriptors without learning are
+    measured too. `compute` is the precision of the networks' products, "fp32" or "bf16". It is never chosen
+    automatically, since only scores of the same precision are compared.
 
-    A place whose files say what is true of its images (see evaluate/sets/layouts.py), or that has labels and says
-    itself which images test, is a set of data by itself; all others together are one more. `layout` says what the
-    places are, where their files do not. On several devices of this machine ("auto" is all), a process on each does a
-    part of the images, if backbone and data are given by their paths.
+    A place with ground truth in a known layout (see evaluate/sets/layouts.py) is one dataset, and so is a place with
+    labels and its own split into training and test images; all other places together are one more dataset. `layout`
+    names the layout where the files do not show it. On several devices of this machine ("auto" is all), a process on
+    each device processes a part of the images, if backbone and data are given by their paths. Returns the scores, with
+    their intervals and settings.
     """
-    config = configured(name, EvaluateConfig(), suite, settings)
+    config = resolve_config(suite, EvaluateConfig(), get_suite, settings)
     check_devices(devices)
     if compute not in ("fp32", "bf16"):
         raise nearest("compute", compute, ("fp32", "bf16"))
     from troodon import dist
 
-    by_path = all(isinstance(place, str | Path) for place in (*paths_of(backbone), *paths_of(data)))
-    if by_path and (ranks := dist.to_start(devices)) > 1:
-        kept = {"layout": layout, "threads": threads, "batch": batch, "cache": cache, "compute": compute}
-        return _launched(ranks, config, backbone, data, out, kept, baselines)
-    with dist.group() if "RANK" in os.environ else contextlib.nullcontext():
+    all_paths = all(isinstance(place, str | Path) for place in (*as_list(backbone), *as_list(data)))
+    if all_paths and (ranks := dist.ranks_to_start(devices)) > 1:
+        options = {"layout": layout, "threads": threads, "batch": batch, "cache": cache, "compute": compute}
+        return _evaluate_on_ranks(ranks, config, backbone, data, out, options, baselines)
+    with dist.process_group() if "RANK" in os.environ else contextlib.nullcontext():
         return _evaluate(config, backbone, data, Path(out), baselines, layout, threads, batch, cache, compute)
 
 
-def _launched(
-    ranks: int, config: EvaluateConfig, backbone: object, data: Data, out: str | Path, kept: dict, baselines: bool
+def _evaluate_on_ranks(
+    ranks: int, config: EvaluateConfig, backbone: object, data: Data, out: str | Path, options: dict, baselines: bool
 ) -> list[dict]:
-    """The same on several processes; what ends them is raised here."""
+    """Evaluate on several processes of this machine."""
     from troodon.run import read_json
 
     with tempfile.TemporaryDirectory(prefix="troodon-") as folder:
-        words = ["evaluate", written(config, Path(folder) / "suite.yaml")]
-        words += ["--backbone", *map(str, paths_of(backbone)), "--data", *map(str, paths_of(data))]
+        words = ["evaluate", write_config(config, Path(folder) / "suite.yaml")]
+        words += ["--backbone", *map(str, as_list(backbone)), "--data", *map(str, as_list(data))]
         words += ["--out", str(out), *([] if baselines else ["--no-baselines"])]
-        words += [word for key, value in kept.items() if value is not None for word in (f"--{key}", str(value))]
-        on_several(words, ranks)
+        words += [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
+        launch_ranks(words, ranks)
     return read_json(Path(out) / "scores.json")
 
 
@@ -77,94 +90,95 @@ def _evaluate(
     config: EvaluateConfig, backbone: "str | Path | Backbone | list", data: Data, out: Path, baselines: bool,
     layout: str | None, threads: int, batch: int, cache: str | Path | None, compute: str,
 ) -> list[dict]:  # fmt: skip
-    """On this process, or as one of a group of ranks."""
+    """Evaluate on this process, which may be one of several ranks."""
     from troodon import dist
     from troodon.evaluate.baselines import ColourHistogram, LocationPrior, PatchColours, RawPixels
     from troodon.evaluate.features import Reader
-    from troodon.evaluate.suite import evaluate as evaluating
+    from troodon.evaluate.suite import evaluate as run_suite
     from troodon.model.backbone import Backbone
 
-    benchmarks = opened_benchmarks(data, layout)
+    benchmarks = open_benchmarks(data, layout)
     device = dist.device()
-    trained = [opened(b).to(device) if isinstance(b, str | Path) else b for b in paths_of(backbone)]
-    ours = trained[0]
+    trained = [as_backbone(b).to(device) if isinstance(b, str | Path) else b for b in as_list(backbone)]
+    first = trained[0]
     # Layer scale 1: at the small values that training starts from, a random network hardly mixes its patches.
     shapes: dict[tuple, str] = {}
     for b in trained:
-        called = f"random, as {b.name}" if shapes else "random"
-        shapes.setdefault((replace(b.config, layer_scale=1.0), b.preprocessing), called)
+        name = f"random, as {b.name}" if shapes else "random"
+        shapes.setdefault((replace(b.config, layer_scale=1.0), b.preprocessing), name)
     untrained = [
-        replace(Backbone.random(*shape, seed=config.seed), name=name).to(ours.device) for shape, name in shapes.items()
+        replace(Backbone.random(*shape, seed=config.seed), name=name).to(first.device) for shape, name in shapes.items()
     ]
     networks = [*trained, *(untrained if baselines else [])]
     if compute != "fp32":
-        networks = [b.faster(compute) for b in networks]
+        networks = [b.optimized(compute) for b in networks]
     descriptors: list[Any] = [
-        ColourHistogram(channels=ours.channels),
-        RawPixels(channels=ours.channels),
-        PatchColours(ours.preprocessing, ours.config.patch),
+        ColourHistogram(channels=first.channels),
+        RawPixels(channels=first.channels),
+        PatchColours(first.preprocessing, first.config.patch),
         LocationPrior(),
     ]
-    reader = Reader(batch, threads, None if cache is None else Path(cache), shared=dist.world() > 1)
-    return evaluating([*networks, *(descriptors if baselines else [])], benchmarks, config, out, reader=reader)
+    reader = Reader(batch, threads, None if cache is None else Path(cache), shared=dist.world_size() > 1)
+    return run_suite([*networks, *(descriptors if baselines else [])], benchmarks, config, out, reader=reader)
 
 
-def opened_benchmarks(data: Data, layout: str | None = None) -> list:
-    """The sets of data at these places."""
+def open_benchmarks(data: Data, layout: str | None = None) -> list:
+    """The datasets at these places, as Benchmark objects. UsageError for two of one name."""
     from troodon.evaluate.sets.benchmark import Benchmark
     from troodon.evaluate.sets.layouts import open_benchmark
     from troodon.images.sources import open_source
 
-    found, rest = [], []
-    for place in paths_of(data):
-        known = open_benchmark(place, layout)
-        if known is None:
+    benchmarks, rest = [], []
+    for place in as_list(data):
+        benchmark = open_benchmark(place, layout)
+        if benchmark is None:
             rest.append(place)
         else:
-            found.append(known)
-    if len(rest) > 1:  # those that divide their images themselves stand alone
+            benchmarks.append(benchmark)
+    if len(rest) > 1:  # a place with its own split is a dataset by itself
         for place in list(rest):
             index = open_source(place)
             splits = set(index.column("split"))
             if "train" in splits and splits & {"val", "test"} and index.table["label"].null_count < len(index):
-                found.append(Benchmark(_called(place), "label", index))
+                benchmarks.append(Benchmark(_dataset_name(place), "label", index))
                 rest.remove(place)
     if rest:
-        found.append(Benchmark(" + ".join(map(_called, rest)), "label", open_source(*rest)))
-    if twice := {b.name for b in found if [other.name for other in found].count(b.name) > 1}:
-        raise UsageError(f"two sets of data are called {twice.pop()}: rename the folder of one")
-    return found
+        benchmarks.append(Benchmark(" + ".join(map(_dataset_name, rest)), "label", open_source(*rest)))
+    names = [benchmark.name for benchmark in benchmarks]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"two datasets are called {repeated}: rename the folder of one")
+    return benchmarks
 
 
-def _called(place: object) -> str:
+def _dataset_name(place: object) -> str:
     return Path(place).name if isinstance(place, str | Path) else type(place).__name__
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """What frozen features are worth on labelled images, beside trivial ones: scores with intervals."""
+    """Scores of frozen features on labelled images, with intervals, beside those of trivial features."""
 
     suite: Positional[str]
     """A suite: mine, quick or paper; or a YAML file."""
-    backbone: Images
+    backbone: Paths
     """A run, a backbone folder, released weights (.pth), or a Hugging Face folder; or several."""
-    data: Images
-    """Labelled images: labels from folder names or a labels.csv, splits from folders named train and val; or sets with
-    tags, masks, depths, instances or pairs, as their owners publish them or with an index.csv."""
+    data: Paths
+    """Labelled images: labels from folder names or a labels.csv, splits from folders named train and val; or datasets
+    with tags, masks, depths, instances or pairs, as their owners publish them or with an index.csv."""
     out: str
     """A new folder for the scores."""
     baselines: bool = True
     """Also random networks, a colour histogram, raw pixels, and for dense tasks patch colours and a location prior."""
     layout: str | None = None
-    """An owner's layout that the places must have, such as ade20k: then what is missing is told."""
+    """A published layout that the places must have, such as ade20k; a missing file is then an error."""
     batch: int = 64
     """Images that go through the network together."""
     devices: str = "auto"
-    """How many of this machine's; auto is all. Each does a part of the images."""
+    """Devices of this machine; auto is all. Each processes a part of the images."""
     cache: str | None = None
-    """A folder that keeps features for the next time."""
+    """A folder that keeps the features, so that they are not computed again."""
     threads: int = 0
-    """Threads that read; 0 is one per processor."""
+    """Threads that read images; 0 is one per processor."""
     compute: Literal["fp32", "bf16"] = "fp32"
     """Precision of the networks' products; scores of one are not compared with scores of the other."""
     json: bool = False
@@ -173,45 +187,45 @@ class Evaluate:
 
     def run(self) -> None:
         scores = evaluate(
-            self.config, list(some(self.backbone, "backbones")), self.data, self.out,
+            self.config, list(require_some(self.backbone, "backbones")), self.data, self.out,
             baselines=self.baselines, layout=self.layout, batch=self.batch, cache=self.cache,
             threads=self.threads, devices=self.devices, compute=self.compute,
         )  # fmt: skip
-        print(json.dumps(scores, indent=1) if self.json else table(scores))
-        suggest(f"troodon report {quoted(self.out)}")
+        print(json.dumps(scores, indent=1) if self.json else scores_table(scores))
+        suggest_next(f"troodon report {shlex.quote(self.out)}")
 
 
 def compare(paths: Data) -> list[dict]:
     """Scores of several artifacts, side by side only where they were measured alike.
 
-    A row is one metric of one protocol on one set of data, with the scores by artifact; what was measured in another
-    way stands in a row of its own, which says what differs from the first: settings, images, or releases of packages
-    that promise no likeness. Later versions of one release are named beside the scores. Descriptors and random networks
-    are left out. UsageError for a folder without scores.
+    A row is one metric of one protocol on one dataset, with the scores by artifact. Scores that were measured
+    differently are a row of their own, which lists the differences from the first such row: settings, images, or
+    releases of packages between which scores may change. Other versions of the same releases are listed with the
+    scores. Descriptors and random networks are skipped. UsageError for a folder without scores.
     """
     from troodon.config import differences
-    from troodon.report.scores import is_reference
+    from troodon.report.scores import is_baseline
     from troodon.run import read_json
 
     rows: dict[tuple, dict] = {}
-    for path in paths_of(paths):
+    for path in as_list(paths):
         file = Path(path) / "scores.json"
         if not file.is_file():
             raise UsageError(f"{path}: holds no scores.json: give a folder that `troodon evaluate` has made")
-        for entry in (e for e in read_json(file) if not is_reference(e)):
-            what = {key: entry[key] for key in ("dataset", "protocol", "metric")}
+        for entry in (e for e in read_json(file) if not is_baseline(e)):
+            key = {name: entry[name] for name in ("dataset", "protocol", "metric")}
             like = entry.get("fingerprint") or str(path)
-            row = rows.setdefault((*what.values(), like), what | {"like": like, "scores": {}, "differs": []})
-            row["scores"][f"{path}: {entry['backbone']}"] = {key: entry[key] for key in ("value", "low", "high")}
+            row = rows.setdefault((*key.values(), like), key | {"like": like, "scores": {}, "differs": []})
+            row["scores"][f"{path}: {entry['backbone']}"] = {name: entry[name] for name in ("value", "low", "high")}
             row.setdefault("settings", entry["settings"].get("protocol", {}))
-            used = entry["settings"].get("versions", {})
-            if later := differences(row.setdefault("versions", used), used):
+            versions = entry["settings"].get("versions", {})
+            if later := differences(row.setdefault("versions", versions), versions):
                 row.setdefault("later", {})[str(path)] = later
-    first: dict[tuple, dict] = {}
+    first_rows: dict[tuple, dict] = {}
     for row in rows.values():
-        one = first.setdefault((row["dataset"], row["protocol"], row["metric"]), row)
-        if one is not row:
-            row["differs"] = differences(one["settings"], row["settings"]) or ["how it was measured is not recorded"]
+        first = first_rows.setdefault((row["dataset"], row["protocol"], row["metric"]), row)
+        if first is not row:
+            row["differs"] = differences(first["settings"], row["settings"]) or ["how it was measured is not recorded"]
     return sorted(rows.values(), key=lambda r: (r["dataset"], r["protocol"], r["metric"]))
 
 
@@ -219,81 +233,82 @@ def compare(paths: Data) -> list[dict]:
 class Compare:
     """Scores of several folders, side by side only where they were measured alike."""
 
-    paths: Positional[Images]
+    paths: Positional[Paths]
     """Folders that `evaluate` has made, two or more."""
     json: bool = False
     """Print the rows as JSON."""
 
     def run(self) -> None:
-        rows = compare(some(self.paths, "scores to compare"))
-        print(json.dumps(rows, indent=1) if self.json else compared(rows))
+        rows = compare(require_some(self.paths, "scores to compare"))
+        print(json.dumps(rows, indent=1) if self.json else render_comparison(rows))
 
 
-def compared(rows: list[dict]) -> str:
-    """Rows for people, the best first in each; below one that is unlike the first, what differs."""
+def render_comparison(rows: list[dict]) -> str:
+    """The rows of `compare` as text: the best score first in each, and its differences from the first row."""
     lines = []
     for row in rows:
         lines.append(f"{row['dataset']}, {row['protocol']}, {row['metric']}")
-        lines += [f"  not to be compared with the one above: {said}" for said in row["differs"]]
-        best = sorted(row["scores"].items(), key=lambda kept: better(row | kept[1]))
-        lines += [f"  {form(row | kept)}  {name}" for name, kept in best]
-        lines += [f"  with other versions: {path}: {', '.join(said)}" for path, said in row.get("later", {}).items()]
+        lines += [f"  not to be compared with the one above: {difference}" for difference in row["differs"]]
+        ranking = sorted(row["scores"].items(), key=lambda item: sort_key(row | item[1]))
+        lines += [f"  {format_score(row | score)}  {name}" for name, score in ranking]
+        lines += [f"  with other versions: {path}: {', '.join(v)}" for path, v in row.get("later", {}).items()]
     return "\n".join(lines)
 
 
-def table(scores: list[dict]) -> str:
-    """Scores for people, as Markdown: backbones in columns, the best of a row in bold.
+def scores_table(scores: list[dict]) -> str:
+    """Scores as Markdown: backbones in columns, the best of a row in bold.
 
-    Of each protocol the metrics that say most. Data that other backbones were measured on has a table of its own. Where
-    networks see images of several sizes, theirs are told: `compare` would not put these side by side.
+    Only the main metrics of each protocol are shown. Datasets with the same backbones share a table. Where networks
+    see images of different sizes, the sizes are shown: `compare` would not put these scores side by side.
     """
-    from troodon.report.scores import leading
+    from troodon.report.scores import main_metrics
 
     rows: dict[tuple, dict[str, dict]] = {}
     for s in scores:
         rows.setdefault((s["dataset"], s["protocol"], s["metric"]), {})[s["backbone"]] = s
     blocks: dict[tuple, list[list[str]]] = {}
-    for (dataset, protocol, metric), row in sorted(leading(rows).items()):
+    for (dataset, protocol, metric), row in sorted(main_metrics(rows).items()):
         names = tuple({s["backbone"]: None for s in scores if s["dataset"] == dataset})
-        best = min(map(better, row.values()))
-        cells = [cell(row[name], better(row[name]) == best) if name in row else "" for name in names]
-        blocks.setdefault(names, []).append([dataset, protocol, told(metric), *cells])
+        best = min(map(sort_key, row.values()))
+        cells = [score_cell(row[name], sort_key(row[name]) == best) if name in row else "" for name in names]
+        blocks.setdefault(names, []).append([dataset, protocol, metric_label(metric), *cells])
     crops = {s["backbone"]: s["settings"].get("protocol", {}).get("view", {}).get("crop") for s in scores}
     several = len({str(crop) for crop in crops.values() if crop}) > 1
-    called = {name: f"{name}, {crop} px" if several and crop else name for name, crop in crops.items()}
-    heads = [["data", "protocol", "metric", *(called[name] for name in names)] for names in blocks]
-    return "\n\n".join(map(markdown, heads, blocks.values()))
+    titles = {name: f"{name}, {crop} px" if several and crop else name for name, crop in crops.items()}
+    heads = [["data", "protocol", "metric", *(titles[name] for name in names)] for names in blocks]
+    return "\n\n".join(map(markdown_table, heads, blocks.values()))
 
 
-def cell(score: dict, best: bool) -> str:
+def score_cell(score: dict, best: bool) -> str:
     """A value, in per cent unless it is an error, and its interval."""
-    times, digits = (1, 3) if is_error(score) else (100, 1)
-    low, value, high = (f"{times * score[key]:.{digits}f}" for key in ("low", "value", "high"))
+    scale, digits = (1, 3) if is_error(score) else (100, 1)
+    low, value, high = (f"{scale * score[key]:.{digits}f}" for key in ("low", "value", "high"))
     return f"{f'**{value}**' if best else value} ({low}-{high})"
 
 
-def told(metric: str) -> str:
+def metric_label(metric: str) -> str:
+    """A metric with its unit or its direction."""
     return f"{metric}, lower is better" if is_error({"metric": metric}) else f"{metric}, %"
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table whose columns are as wide as what is in them."""
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table with aligned columns."""
     widths = [max(map(len, column)) for column in zip(head, *rows)]
     lines = [head, ["-" * width for width in widths], *rows]
     return "\n".join("| " + " | ".join(text.ljust(w) for text, w in zip(line, widths)) + " |" for line in lines)
 
 
-def form(score: dict) -> str:
-    """A value and its interval."""
+def format_score(score: dict) -> str:
+    """A value and its interval, as text."""
     low, value, high = (f"{score[k]:.3f}" if is_error(score) else f"{score[k]:.1%}" for k in ("low", "value", "high"))
     return f"{value:>6}  ({low} to {high})"
 
 
 def is_error(score: dict) -> bool:
-    """Whether lower is better, and the value no share of anything."""
+    """Whether the metric is an error: lower is better, and it is no share."""
     return score["metric"] in ("absrel", "rmse", "rmse_log")
 
 
-def better(score: dict) -> float:
-    """What is smallest for the best."""
+def sort_key(score: dict) -> float:
+    """A number that is lowest for the best score."""
     return score["value"] if is_error(score) else -score["value"]

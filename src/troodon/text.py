@@ -1,0 +1,37 @@
+"""Numbers as people read them: durations, sizes, counts, and large numbers with a metric prefix."""
+
+
+def duration(seconds: float, space: str = " ") -> str:
+    """12 s, 3 min 20 s, 1 h 5 min, 2 d 3 h: at most the two largest units, with `space` between number and unit."""
+    if seconds < 60:
+        return f"{f'{seconds:.2g}' if seconds < 10 else round(seconds)}{space}s"
+    rest, parts = round(seconds), []
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, rest = divmod(rest, length)
+        if count or parts:
+            parts.append((count, unit))
+    return " ".join(f"{count}{space}{unit}" for count, unit in parts[:2] if count)
+
+
+def file_size(size: float, space: str = " ") -> str:
+    """999 bytes, 1.2 MB: bytes in kB, MB, GB, TB of a thousand, with `space` between number and unit."""
+    unit = "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.0f}{space}{unit}" if unit == "bytes" or size >= 100 else f"{size:.1f}{space}{unit}"
+
+
+def with_prefix(number: float) -> str:
+    """1,234 -> '1.23k': three digits and a metric prefix, to be followed by a unit; "999 " where there is none."""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if abs(number) < 999.5 or prefix == "P":
+            break
+        number /= 1000
+    return f"{number:.3g}{' ' if not prefix else ''}{prefix}"
+
+
+def plural(count: int, one: str, many: str | None = None) -> str:
+    """'1 image', '1,234 images'; `many` where the plural is not `one` with an s."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
