@@ -12,12 +12,20 @@ from troodon.config import UsageError
 from troodon.evaluate import metrics
 from troodon.evaluate.baselines import LocationPrior, PatchColours
 from troodon.evaluate.config import DenseConfig, EvaluateConfig
-from troodon.evaluate.dense import Depths, Masks, cells, enlarged, fit, predict
-from troodon.evaluate.discover import overlap
-from troodon.evaluate.features import Reader, kept_as
-from troodon.evaluate.maps import View, extract_maps, last_four, normalised, resize, spread_four, tokens
-from troodon.evaluate.match import lit, moved, offsets, warped
-from troodon.evaluate.sets.benchmark import IGNORE, Benchmark, Tree, depth_seen, own
+from troodon.evaluate.dense import DepthTask, SegmentationTask, cell_targets, interpolate, predict, train_head
+from troodon.evaluate.discover import iou
+from troodon.evaluate.feature_maps import (
+    WindowGrid,
+    extract_feature_maps,
+    last_four,
+    normalise,
+    resize,
+    spread_four,
+    tokens,
+)
+from troodon.evaluate.features import Reader, cache_key
+from troodon.evaluate.match import change_light, match_distances, random_affine, warp
+from troodon.evaluate.sets.benchmark import IGNORE, Benchmark, Tree, depth_range, open_table
 from troodon.evaluate.sets.layouts import open_benchmark
 from troodon.evaluate.suite import evaluate
 from troodon.model.backbone import Backbone
@@ -46,7 +54,7 @@ def street(folder: Path, images: int = 12, size: tuple[int, int] = (48, 64)) -> 
     (folder / "classes.txt").write_text("0 red\n1 green\n2 blue\n11 unlabelled\n")
     tree = Tree.open(folder)
     assert tree is not None
-    found = own(tree)
+    found = open_table(tree)
     assert found is not None
     return found
 
@@ -65,7 +73,7 @@ def depths(masks: Benchmark) -> Benchmark:
     ("height", "width", "scale"), [(100, 100, 1.0), (37, 300, 1.0), (480, 360, 1.73), (5, 5, 1.32)]
 )
 def test_windows_cover_every_pixel_and_no_more(height: int, width: int, scale: float) -> None:
-    view = View(32, scale)
+    view = WindowGrid(32, scale)
     size = view.resized(height, width)
     assert min(size) == max(32, round(32 * scale))
     seen = np.zeros(size, int)
@@ -82,14 +90,18 @@ def test_maps_are_what_the_network_says_of_each_window(tmp_path: Path) -> None:
     benchmark = street(tmp_path / "s", images=3)
     vit = ViTConfig(dim=32, depth=6, heads=2, patch=8, grid=4, layer_scale=1.0)
     backbone = Backbone.random(vit, VIEW)
-    maps = extract_maps(backbone, benchmark.images, View(32), (1, 5), Reader(batch=2, cache=tmp_path / "cache"))
-    again = extract_maps(backbone, benchmark.images, View(32), (1, 5), Reader(batch=5, cache=tmp_path / "cache"))
+    maps = extract_feature_maps(
+        backbone, benchmark.images, WindowGrid(32), (1, 5), Reader(batch=2, cache=tmp_path / "cache")
+    )
+    again = extract_feature_maps(
+        backbone, benchmark.images, WindowGrid(32), (1, 5), Reader(batch=5, cache=tmp_path / "cache")
+    )
     assert isinstance(again.parts[0].maps_NLhwD, np.memmap)
     assert maps.rows_N.tolist() == again.rows_N.tolist() == [0, 0, 1, 1, 2, 2]
     found, cls = again.get(np.array([3]), (5,))
     pixels = np.asarray(Image.open(tmp_path / "s" / "01.png"))
-    top, left, height, width = maps.places_N4[3]
-    window = normalised(backbone, resize(pixels, (height, width))[None, :, top : top + 32, left : left + 32])
+    top, left, height, width = maps.positions_N4[3]
+    window = normalise(backbone, resize(pixels, (height, width))[None, :, top : top + 32, left : left + 32])
     direct = backbone.features(window)
     assert torch.allclose(found[0, 0].movedim(0, -1), direct.patches[0], atol=2e-3)
     assert torch.allclose(cls[0, 0], direct.cls[0], atol=1e-5)
@@ -102,10 +114,10 @@ def test_maps_of_a_faster_network_are_those_of_the_network(tmp_path: Path, compu
     benchmark = street(tmp_path / "s", images=3)
     vit = ViTConfig(dim=32, depth=6, heads=2, patch=8, grid=4, layer_scale=1.0)
     plain = Backbone.random(vit, VIEW)
-    fast = plain.faster(compute)
+    fast = plain.optimized(compute)
     made = {}
     for name, backbone in (("plain", plain), ("fast", fast)):
-        maps = extract_maps(backbone, benchmark.images, View(32), (2, 5), Reader(batch=4))
+        maps = extract_feature_maps(backbone, benchmark.images, WindowGrid(32), (2, 5), Reader(batch=4))
         made[name] = maps.get(np.arange(6), (2, 5))
     for ours, reference in zip(made["fast"], made["plain"]):
         off = (ours - reference).norm() / reference.norm()
@@ -113,7 +125,7 @@ def test_maps_of_a_faster_network_are_those_of_the_network(tmp_path: Path, compu
         assert (off > 1e-3) == (compute == "bf16")  # so it was used
     window = torch.randn(1, 3, 32, 32)
     assert torch.equal(tokens(fast, window, (5,))[1][:, 0], fast.features(window).cls)
-    same = kept_as(plain, benchmark.images) == kept_as(fast, benchmark.images)
+    same = cache_key(plain, benchmark.images) == cache_key(fast, benchmark.images)
     assert same == (compute == "fp32")
 
 
@@ -166,13 +178,13 @@ def test_the_range_of_depths_is_asked_for_before_anything_runs(tmp_path: Path) -
 
 
 def test_truth_lies_where_the_window_was_cut(tmp_path: Path) -> None:
-    benchmark, task = street(tmp_path / "s", images=2), Masks(3)
-    maps = extract_maps(PatchColours(VIEW, 8), benchmark.images, View(32), (0,), Reader())
-    target, windows = cells(benchmark, task, maps)
+    benchmark, task = street(tmp_path / "s", images=2), SegmentationTask(3)
+    maps = extract_feature_maps(PatchColours(VIEW, 8), benchmark.images, WindowGrid(32), (0,), Reader())
+    target, windows = cell_targets(benchmark, task, maps)
     assert target.shape == (4, 16, 16)
     assert windows.tolist() == [0, 1, 2, 3]
     whole = benchmark.target(1)
-    top, left, height, width = maps.places_N4[3]
+    top, left, height, width = maps.positions_N4[3]
     y, x = int((top + 9) / height * 48), int((left + 21) / width * 64)
     assert target[3][4, 10] == whole[y, x]
     assert (target[2][0] == IGNORE).all()  # the first rows of the second picture are unlabelled
@@ -181,37 +193,37 @@ def test_truth_lies_where_the_window_was_cut(tmp_path: Path) -> None:
 def test_a_truth_that_cannot_be_read_leaves_only_its_image_out(tmp_path: Path) -> None:
     benchmark = street(tmp_path / "s", images=6)
     (tmp_path / "s" / "m" / "00.png").write_bytes(b"broken")
-    maps = extract_maps(PatchColours(VIEW, 8), benchmark.images, View(32), (0,), Reader())
-    _, windows = cells(benchmark, Masks(3), maps)
+    maps = extract_feature_maps(PatchColours(VIEW, 8), benchmark.images, WindowGrid(32), (0,), Reader())
+    _, windows = cell_targets(benchmark, SegmentationTask(3), maps)
     assert set(maps.rows_N[windows]) == {1, 2, 3, 4, 5}
 
 
 def test_a_prediction_put_together_from_windows_is_the_whole(tmp_path: Path) -> None:
     """A head that says of each patch how red it is gives a picture of how red the picture is."""
     benchmark = street(tmp_path / "s", images=2)
-    maps = extract_maps(PatchColours(VIEW, 8), benchmark.images, View(32), (0,), Reader())
-    task = Depths(1.0, 0.0, 10.0, 1)
+    maps = extract_feature_maps(PatchColours(VIEW, 8), benchmark.images, WindowGrid(32), (0,), Reader())
+    task = DepthTask(1.0, 0.0, 10.0, 1)
 
     class Red(torch.nn.Module):
         def forward(self, maps_BLDhw, cls_BLD):
             return maps_BLDhw[:, 0, :1]
 
-    averaged = dataclasses.replace(task)
-    object.__setattr__(averaged, "averaged", lambda z: z)
-    found = dict(predict(Red(), averaged, [maps, maps], (0,), {0: (48, 64), 1: (48, 64)}))
+    activation = dataclasses.replace(task)
+    object.__setattr__(activation, "activation", lambda z: z)
+    found = dict(predict(Red(), activation, [maps, maps], (0,), {0: (48, 64), 1: (48, 64)}))
     pixels = np.asarray(Image.open(tmp_path / "s" / "01.png"), dtype=np.float32)
     red = (pixels[..., 0] / 255 - 0.485) / 0.229
     assert np.corrcoef(found[1].ravel(), red.ravel())[0, 1] > 0.9
     assert found[1].shape == (48, 64)
-    assert enlarged(torch.ones(1, 1, 2, 2), (3, 5)).shape == (1, 1, 3, 5)
+    assert interpolate(torch.ones(1, 1, 2, 2), (3, 5)).shape == (1, 1, 3, 5)
 
 
 def test_training_is_a_function_of_its_arguments(tmp_path: Path) -> None:
-    benchmark, task = street(tmp_path / "s", images=4), Masks(3)
-    maps = extract_maps(PatchColours(VIEW, 8), benchmark.images, View(32), (0,), Reader())
-    target, windows = cells(benchmark, task, maps)
+    benchmark, task = street(tmp_path / "s", images=4), SegmentationTask(3)
+    maps = extract_feature_maps(PatchColours(VIEW, 8), benchmark.images, WindowGrid(32), (0,), Reader())
+    target, windows = cell_targets(benchmark, task, maps)
     few = DenseConfig(steps=5, batch=3)
-    a, b, c = (fit("linear", task, maps, (0,), target, windows, few, seed) for seed in (1, 1, 2))
+    a, b, c = (train_head("linear", task, maps, (0,), target, windows, few, seed) for seed in (1, 1, 2))
     assert torch.equal(a.layer.weight, b.layer.weight)
     assert not torch.equal(a.layer.weight, c.layer.weight)
 
@@ -239,7 +251,7 @@ def test_a_thing_of_another_colour_is_found_where_it_is(tmp_path: Path) -> None:
     elsewhere = dataclasses.replace(found, objects=tuple(b[:1] for b in boxes))
     (score,) = evaluate([PatchColours(VIEW, 8)], [elsewhere], config, tmp_path / "t")
     assert score["value"] == 0.0
-    assert overlap(np.array([0, 0, 4, 2]), np.array([[2, 0, 6, 2], [9, 9, 10, 10]])).tolist() == [1 / 3, 0]
+    assert iou(np.array([0, 0, 4, 2]), np.array([[2, 0, 6, 2], [9, 9, 10, 10]])).tolist() == [1 / 3, 0]
 
 
 def test_mean_iou_is_that_of_a_confusion_matrix() -> None:
@@ -267,7 +279,7 @@ def test_depth_errors_are_their_definitions() -> None:
 
 def test_matches_of_patches_that_carry_their_place_are_right() -> None:
     """The second view says of each patch where in the first it lies: so the nearest is where it went."""
-    turn = moved(np.random.default_rng(3))
+    turn = random_affine(np.random.default_rng(3))
     n = 16
     ys = 2 * (torch.arange(n) + 0.5) / n - 1
     place = torch.stack(torch.meshgrid(ys, ys, indexing="xy"), -1)
@@ -276,18 +288,18 @@ def test_matches_of_patches_that_carry_their_place_are_right() -> None:
     def code(x: torch.Tensor) -> torch.Tensor:  # nearer places have a higher cosine
         return torch.cat([(6 * x).cos(), (6 * x).sin(), (2 * x).cos(), (2 * x).sin()], -1)
 
-    off = offsets(code(place), code(there), turn)
+    off = match_distances(code(place), code(there), turn)
     assert len(off) > n
     assert off.max() < 1.5 / n
-    chance = offsets(torch.randn(n, n, 8), torch.randn(n, n, 8), turn)
+    chance = match_distances(torch.randn(n, n, 8), torch.randn(n, n, 8), turn)
     assert (chance < 0.1).mean() < 0.2
     grey = torch.full((3, 8, 8), 100, dtype=torch.uint8)
-    seen = torch.stack([lit(grey, np.random.default_rng(i)) for i in range(50)])[:, :, 0, 0].float()
+    seen = torch.stack([change_light(grey, np.random.default_rng(i)) for i in range(50)])[:, :, 0, 0].float()
     assert seen.std(0).min() > 15  # every colour changes, and not by one factor
     assert (seen / seen.mean(1, keepdim=True)).std() > 0.1
-    assert (lit(torch.full((3, 1, 1), 255, dtype=torch.uint8), np.random.default_rng(0)) <= 255).all()
+    assert (change_light(torch.full((3, 1, 1), 255, dtype=torch.uint8), np.random.default_rng(0)) <= 255).all()
     ramp = torch.arange(64.0).repeat(64, 1)[None].expand(3, -1, -1) * 4
-    seen = warped(ramp.to(torch.uint8), turn).float()
+    seen = warp(ramp.to(torch.uint8), turn).float()
     assert abs(float(seen[0, 32, 32]) - 4 * (31.5 + 32 * float(turn[0, 2]))) < 6
 
 
@@ -304,17 +316,17 @@ def test_real_sets_say_what_they_are(shared, pack: str, kind: str, images: int, 
     found = open_benchmark(shared(pack))
     assert found is not None
     assert (found.kind, len(found.images)) == (kind, images)
-    if found.truth is not None:
+    if found.ground_truth is not None:
         assert set(found.images.column("split")) == {"train", "val"}
     if truths is not None:
         assert {int(v) for row in range(0, images, 40) for v in np.unique(found.target(row))} == truths
         assert found.classes[:2] == ("Sky", "Building")
     if kind == "depth":
-        low, high = depth_seen(found, 0.001)
+        low, high = depth_range(found, 0.001)
         assert 0.5 < low < 1.0 < 3.0 < high < 4.0
     if kind == "retrieval":
         assert len(found.queries) == 80
-        assert all(len(right) == 40 for right, _ in found.judged["all"])
+        assert all(len(right) == 40 for right, _ in found.relevance["all"])
     if kind == "copies":
         assert len(found.pairs) == 174
 
@@ -323,9 +335,9 @@ def test_colours_of_real_streets_beat_chance(tmp_path: Path, shared) -> None:
     """Sky, road and trees have colours of their own: far better than the most frequent class everywhere (2.5 %)."""
     found = open_benchmark(shared("seg_camvid_dev.tar"))
     assert found is not None
-    assert found.truth is not None
+    assert found.ground_truth is not None
     rows = np.concatenate([np.arange(0, 360, 30), np.arange(370, 468, 20)])
-    few = dataclasses.replace(found, images=found.images.take(rows), truth=found.truth.take(rows))
+    few = dataclasses.replace(found, images=found.images.take(rows), ground_truth=found.ground_truth.take(rows))
     config = dataclasses.replace(CONFIG, dense=dataclasses.replace(CONFIG.dense, side=96, steps=100), match_images=3)
     scores = evaluate([PatchColours(VIEW, 8)], [few], config, tmp_path / "s")
     found = {s["metric"]: s for s in scores}

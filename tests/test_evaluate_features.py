@@ -52,9 +52,9 @@ def test_a_broken_image_is_left_out_and_named(tmp_path: Path, capsys: pytest.Cap
         found = extract(Fake(), index, reader=Reader(cache=tmp_path / "cache"))
         assert found.rows.tolist() == [0, 2]
         assert (found.cls_NLD == whole.cls_NLD[[0, 2]]).all()
-        assert list(found.left_out) == ["001.png", "003.png"]
-        assert "truncated" in found.left_out["001.png"]
-    assert "2 of 4 images cannot be read and are left out: 001.png, 003.png" in capsys.readouterr().err
+        assert list(found.unreadable) == ["001.png", "003.png"]
+        assert "truncated" in found.unreadable["001.png"]
+    assert "2 of 4 images cannot be read and are skipped: 001.png, 003.png" in capsys.readouterr().err
 
 
 def test_nothing_readable_is_said(tmp_path: Path) -> None:
@@ -111,10 +111,10 @@ def test_what_was_kept_serves_nothing_else(tmp_path: Path, change: str) -> None:
 
 def test_labels_are_no_part_of_what_features_are_kept_under(tmp_path: Path) -> None:
     index, other = (make_index(tmp_path, labels) for labels in (["grey", "x"], ["y", "grey"]))
-    assert features.images_fingerprint(index, "label") != features.images_fingerprint(other, "label")
+    assert features.files_fingerprint(index, "label") != features.files_fingerprint(other, "label")
     os.utime(tmp_path / "000.png", ns=(1, 1))
     os.utime(tmp_path / "001.png", ns=(1, 1))
-    assert features.images_fingerprint(index) == features.images_fingerprint(other)
+    assert features.files_fingerprint(index) == features.files_fingerprint(other)
 
 
 def test_the_histogram_counts_colours() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from troodon.evaluate.knn import knn, leave_one_out, quick, used_ks
+from troodon.evaluate.knn import knn, knn_accuracy, leave_one_out, usable_ks
 
 
 def made(images: int, dim: int = 8, classes: int = 5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,7 +75,7 @@ def test_more_neighbours_than_images_are_all_images() -> None:
     val, _ = made(4, seed=1)
     found = knn(train, labels, val, (3, 200), 0.07)
     assert torch.equal(found[200], found[3])
-    assert used_ks((10, 20, 100, 200), 60) == {10: [10], 20: [20], 60: [100, 200]}
+    assert usable_ks((10, 20, 100, 200), 60) == {10: [10], 20: [20], 60: [100, 200]}
 
 
 def test_leave_one_out_is_the_loop() -> None:
@@ -84,7 +84,7 @@ def test_leave_one_out_is_the_loop() -> None:
     for i in range(40):
         others = torch.arange(40) != i
         loop.append(int(knn(x[others], labels[others], x[i : i + 1], [5], 0.07)[5]) == int(labels[i]))
-    assert quick(x, labels, k=5) == pytest.approx(np.mean(loop))
+    assert knn_accuracy(x, labels, k=5) == pytest.approx(np.mean(loop))
     rows = torch.tensor([3, 17, 30])
     assert leave_one_out(x, labels, [5], 0.07, rows)[5] == pytest.approx(np.mean([loop[r] for r in rows]))
 
@@ -92,15 +92,15 @@ def test_leave_one_out_is_the_loop() -> None:
 def test_an_image_is_not_its_own_neighbour_even_among_copies() -> None:
     x = torch.ones(6, 4)  # collapsed: every image is a copy of every other
     labels = torch.tensor([0, 0, 0, 0, 0, 1])
-    assert quick(x, labels, k=5) == pytest.approx(5 / 6)
-    assert quick(x[:2], torch.tensor([0, 1]), k=20) == 0.0
+    assert knn_accuracy(x, labels, k=5) == pytest.approx(5 / 6)
+    assert knn_accuracy(x[:2], torch.tensor([0, 1]), k=20) == 0.0
 
 
 def test_quick_with_validation_images_is_knn() -> None:
     train, labels = made(1500)
     val, val_labels = made(1100, seed=1)  # more than one chunk
     found = (knn(train, labels, val, [20], 0.07)[20] == val_labels).float().mean().item()
-    assert quick(train, labels, val, val_labels) == pytest.approx(found, abs=0.002)
+    assert knn_accuracy(train, labels, val, val_labels) == pytest.approx(found, abs=0.002)
     assert 0.4 < found < 1.0
 
 

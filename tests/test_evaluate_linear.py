@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tests.evaluate_world import frozen
 from troodon.evaluate import metrics
 from troodon.evaluate.config import LinearConfig
-from troodon.evaluate.linear import fit, join, list_slices, logits, probe, standardise
+from troodon.evaluate.linear import concatenate, fit, list_slices, logits, standardise, train_linear_classifiers
 
 FEW = LinearConfig(rates=(1e-3, 1e-2, 1e-1), epochs=5, least_steps=60)
 
@@ -31,7 +31,7 @@ def test_a_step_is_that_of_autograd_and_sgd() -> None:
     x, labels = made(48, 1.0)
     config = LinearConfig(rates=(0.03, 0.1), blocks=(1, 2), epochs=3, least_steps=7, batch=16)
     features = frozen(x, x[:, :4] ** 2, blocks=2)
-    slices, x_NF, y = list_slices(features, config), join(features), torch.from_numpy(labels)
+    slices, x_NF, y = list_slices(features, config), concatenate(features), torch.from_numpy(labels)
     model, steps, batch = fit(x_NF, y, slices, 4, config, seed=5)
     assert (steps, batch, len(slices)) == (9, 16, 4)
     found = logits(x_NF, slices, model, config)[0]
@@ -57,15 +57,15 @@ def test_a_step_is_that_of_autograd_and_sgd() -> None:
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_separable_classes_are_separated_whatever_their_scale(scale: float) -> None:
     (x, y), (x_val, y_val) = made(400, 6.0), made(200, 6.0, seed=1)
-    found = probe(frozen(scale * x), y, frozen(scale * x_val), 4, FEW, seed=0)
+    found = train_linear_classifiers(frozen(scale * x), y, frozen(scale * x_val), 4, FEW, seed=0)
     assert accuracy(found, y_val) == 1.0
 
 
 def test_as_the_paper_does_it_separable_classes_are_separated_too() -> None:
     (x, y), (x_val, y_val) = made(400, 6.0), made(200, 6.0, seed=1)
     config = dataclasses.replace(FEW, scale="none")
-    assert accuracy(probe(frozen(x), y, frozen(x_val), 4, config, seed=0), y_val) == 1.0
-    assert accuracy(probe(frozen(1e-4 * x), y, frozen(1e-4 * x_val), 4, config, seed=0), y_val) < 1.0
+    assert accuracy(train_linear_classifiers(frozen(x), y, frozen(x_val), 4, config, seed=0), y_val) == 1.0
+    assert accuracy(train_linear_classifiers(frozen(1e-4 * x), y, frozen(1e-4 * x_val), 4, config, seed=0), y_val) < 1.0
 
 
 def test_it_is_as_good_as_scikit_learn() -> None:
@@ -73,7 +73,10 @@ def test_it_is_as_good_as_scikit_learn() -> None:
     (x, y), (x_val, y_val) = made(1000, 0.5), made(1000, 0.5, seed=1)
     reference = linear_model.LogisticRegression(max_iter=500).fit(x, y).score(x_val, y_val)
     assert 0.5 < reference < 0.97
-    assert accuracy(probe(frozen(x), y, frozen(x_val), 4, LinearConfig(), seed=0), y_val) > reference - 0.02
+    assert (
+        accuracy(train_linear_classifiers(frozen(x), y, frozen(x_val), 4, LinearConfig(), seed=0), y_val)
+        > reference - 0.02
+    )
 
 
 @pytest.mark.parametrize("dim", [32, 600])
@@ -82,8 +85,8 @@ def test_random_labels_stay_at_chance(dim: int) -> None:
     random = np.random.default_rng(0)
     x, x_val = random.normal(size=(400, dim)), random.normal(size=(400, dim))
     y, y_val = random.integers(0, 4, 400), random.integers(0, 4, 400)
-    found = probe(frozen(x), y, frozen(x_val), 4, FEW, seed=0)
-    low, high = metrics.interval(found.predicted_HM[found.chosen].numpy() == y_val, 1000, 0)
+    found = train_linear_classifiers(frozen(x), y, frozen(x_val), 4, FEW, seed=0)
+    low, high = metrics.bootstrap_interval(found.predicted_HM[found.chosen].numpy() == y_val, 1000, 0)
     assert low <= 0.25 <= high
     assert found.held_out_H.max() < 0.5
 
@@ -101,7 +104,9 @@ def test_every_part_of_the_features_can_be_chosen() -> None:
     }
     config = dataclasses.replace(FEW, blocks=(1, 2))
     for (blocks, pooling), (x, x_val, mean, mean_val) in parts.items():
-        found = probe(frozen(x, mean, blocks=2), y, frozen(x_val, mean_val, blocks=2), 4, config, seed=0)
+        found = train_linear_classifiers(
+            frozen(x, mean, blocks=2), y, frozen(x_val, mean_val, blocks=2), 4, config, seed=0
+        )
         right = (found.predicted_HM.numpy() == y_val).mean(1)
         has_it = np.array([b >= blocks and (pooling == "cls" or p == pooling) for b, p, _ in found.settings])
         assert accuracy(found, y_val) > 0.97
@@ -111,27 +116,27 @@ def test_every_part_of_the_features_can_be_chosen() -> None:
 
 def test_the_choice_never_sees_the_validation_labels() -> None:
     (x, y), (x_val, _) = made(200, 1.0), made(100, 1.0, seed=1)
-    found = probe(frozen(x), y, frozen(x_val), 4, FEW, seed=0)
+    found = train_linear_classifiers(frozen(x), y, frozen(x_val), 4, FEW, seed=0)
     assert found.chosen_on == "held-out training images"
     assert found.held_out_H[found.chosen] == found.held_out_H.max()
-    shifted = probe(frozen(x), y, frozen(x_val[:50] * 0), 4, FEW, seed=0)
+    shifted = train_linear_classifiers(frozen(x), y, frozen(x_val[:50] * 0), 4, FEW, seed=0)
     assert (shifted.chosen, shifted.held_out_H.tolist()) == (found.chosen, found.held_out_H.tolist())
 
 
 def test_it_is_a_function_of_its_seed() -> None:
     (x, y), (x_val, _) = made(100, 0.5), made(300, 0.5, seed=1)
-    a, b, c = (probe(frozen(x), y, frozen(x_val), 4, FEW, seed).predicted_HM for seed in (1, 1, 2))
+    a, b, c = (train_linear_classifiers(frozen(x), y, frozen(x_val), 4, FEW, seed).predicted_HM for seed in (1, 1, 2))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
 
 
 def test_three_images_and_a_class_that_training_never_shows() -> None:
     x = np.eye(3)
-    found = probe(frozen(x), np.array([0, 0, 2]), frozen(x[[0, 1, 2]]), 4, FEW, seed=0)
+    found = train_linear_classifiers(frozen(x), np.array([0, 0, 2]), frozen(x[[0, 1, 2]]), 4, FEW, seed=0)
     assert found.predicted_HM.shape == (3, 3)
     assert found.chosen_on == "held-out training images"
     assert found.batch == 3
-    alone = probe(frozen(x[:2]), np.array([0, 2]), frozen(x[:2]), 4, FEW, seed=0)
+    alone = train_linear_classifiers(frozen(x[:2]), np.array([0, 2]), frozen(x[:2]), 4, FEW, seed=0)
     assert "too few" in alone.chosen_on
     assert accuracy(alone, np.array([0, 2])) == 1.0
 
@@ -160,7 +165,7 @@ def test_a_constant_channel_says_nothing() -> None:
 def test_a_classifier_that_diverges_is_not_chosen() -> None:
     (x, y), (x_val, y_val) = made(200, 1.0), made(100, 1.0, seed=1)
     config = LinearConfig(rates=(1e-2, 3e38), scale="none", least_steps=50, epochs=1)
-    found = probe(frozen(100 * x), y, frozen(100 * x_val), 4, config, seed=0)
+    found = train_linear_classifiers(frozen(100 * x), y, frozen(100 * x_val), 4, config, seed=0)
     assert (found.predicted_HM[1] == 0).all()
     assert found.settings[found.chosen][2] == 1e-2
     assert accuracy(found, y_val) > 0.9
@@ -170,6 +175,6 @@ def test_one_that_says_nothing_is_not_chosen_for_being_right_by_chance() -> None
     """Nothing can be learned here, so all classifiers tie; the one of NaNs is among them."""
     x, y = 20 * np.ones((40, 2)), np.repeat([0, 1], [30, 10])  # large enough to overflow
     config = LinearConfig(rates=(1e-2, 3e38), scale="none", least_steps=20, epochs=1)
-    found = probe(frozen(x), y, frozen(x), 2, config, seed=0)
+    found = train_linear_classifiers(frozen(x), y, frozen(x), 2, config, seed=0)
     assert found.held_out_H.tolist() == [0.75, 0.75]
     assert found.chosen == 0

@@ -8,8 +8,8 @@ import pytest
 from tests.evaluate_world import make_index
 from troodon.config import UsageError, from_dict, parse
 from troodon.evaluate import metrics
-from troodon.evaluate.config import SUITES, EvaluateConfig, suite
-from troodon.evaluate.split import few_shot, how_split, split, stratified
+from troodon.evaluate.config import SUITES, EvaluateConfig, get_suite
+from troodon.evaluate.split import describe_split, few_shot, split, stratified
 
 
 def test_class_accuracy_and_mistakes() -> None:
@@ -22,7 +22,7 @@ def test_class_accuracy_and_mistakes() -> None:
     assert found[:4] == pytest.approx(np.diag(confusion)[:4] / confusion.sum(1)[:4])
     assert np.isnan(found[4:]).all()
     np.fill_diagonal(confusion, 0)
-    mistakes = metrics.confusions(predicted, labels, 6, most=100)
+    mistakes = metrics.top_confusions(predicted, labels, 6, limit=100)
     assert {(a, b): n for a, b, n in mistakes} == {(a, b): confusion[a, b] for a, b in zip(*confusion.nonzero())}
     assert [n for *_, n in mistakes] == sorted((n for *_, n in mistakes), reverse=True)
 
@@ -31,28 +31,28 @@ def test_the_interval_is_that_of_a_plain_bootstrap() -> None:
     random = np.random.default_rng(0)
     right = random.choice([0.0, 1 / 3, 2 / 3, 1.0], 80, p=[0.3, 0.2, 0.1, 0.4])  # means over three seeds
     resampled = right[random.integers(0, 80, (20000, 80))].mean(1)
-    found = metrics.interval(right, 20000, seed=1)
+    found = metrics.bootstrap_interval(right, 20000, seed=1)
     assert found == pytest.approx(np.quantile(resampled, [0.025, 0.975]), abs=0.006)
-    assert found == metrics.interval(right[::-1], 20000, seed=1)
+    assert found == metrics.bootstrap_interval(right[::-1], 20000, seed=1)
 
 
 def test_the_interval_covers_as_often_as_it_says() -> None:
     random = np.random.default_rng(0)
     covered = 0
     for trial in range(400):
-        low, high = metrics.interval((random.random(200) < 0.7).astype(float), 500, seed=trial)
+        low, high = metrics.bootstrap_interval((random.random(200) < 0.7).astype(float), 500, seed=trial)
         covered += low <= 0.7 <= high
     assert 0.91 <= covered / 400 <= 0.98
 
 
 def test_all_right_is_not_certain() -> None:
-    low, high = metrics.interval(np.ones(3), 1000, 0)
+    low, high = metrics.bootstrap_interval(np.ones(3), 1000, 0)
     assert (low, high) == (pytest.approx(0.025 ** (1 / 3)), 1.0)
-    assert metrics.interval(np.zeros(3), 1000, 0) == (0.0, pytest.approx(1 - low))
+    assert metrics.bootstrap_interval(np.zeros(3), 1000, 0) == (0.0, pytest.approx(1 - low))
 
 
 def test_a_score_has_these_keys() -> None:
-    score = metrics.score("knn", "pets", "accuracy", np.float64(0.5), 0.4, 0.6, {"k": 10}, "mine")
+    score = metrics.score_entry("knn", "pets", "accuracy", np.float64(0.5), 0.4, 0.6, {"k": 10}, "mine")
     assert list(score) == [
         "protocol",
         "dataset",
@@ -95,7 +95,7 @@ def test_the_split_of_the_data_comes_first(tmp_path: Path, splits: list, sizes: 
     index = make_index(tmp_path, ["red", "blue"] * 5, splits)
     train, val = split(index, 3)
     assert (len(train), len(val)) == sizes
-    assert how_split(index, 3) == said
+    assert describe_split(index, 3) == said
     assert not set(train.column("path")) & set(val.column("path"))
 
 
@@ -107,14 +107,14 @@ def test_images_without_a_label_are_left_out(tmp_path: Path) -> None:
 def test_no_labels_or_nothing_to_test_on(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"none of the 3 images has a label: put .* folder .* labels\.csv"):
         split(make_index(tmp_path / "a", [None] * 3), 0)
-    with pytest.raises(UsageError, match="the only one of their class"):
+    with pytest.raises(UsageError, match="is the only one of its class"):
         split(make_index(tmp_path / "b", ["red", "blue"]), 0)
 
 
 def test_suites_by_name_and_settings_by_command_line() -> None:
-    assert all(suite(name).suite == name for name in SUITES)
+    assert all(get_suite(name).suite == name for name in SUITES)
     with pytest.raises(UsageError, match="did you mean 'quick'"):
-        suite("quikc")
+        get_suite("quikc")
     config = parse(EvaluateConfig, ["--ks", "5", "--linear.seeds", "3"], prog="evaluate", default=SUITES["quick"])
     assert (config.ks, config.linear.seeds, config.linear.blocks) == ((5,), 3, (1,))
     with pytest.raises(UsageError, match="temperature -1"):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from tests.evaluate_world import COLOURS, Fake, frozen, make_index
-from troodon.evaluate.pictures import RIGHT, WRONG, neighbours_picture, pca_colours, pca_picture, spread
+from troodon.evaluate.pictures import RIGHT, WRONG, draw_neighbours, draw_pca, pca_colours, spread_over_classes
 
 
 def halves(images: int) -> np.ndarray:
@@ -45,13 +45,13 @@ def test_features_of_few_channels_or_of_one_value_are_drawn() -> None:
 
 def test_images_stand_beside_their_patches(tmp_path: Path) -> None:
     patches = torch.from_numpy(halves(4))
-    normalised = SimpleNamespace(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    normalise = SimpleNamespace(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     backbone = SimpleNamespace(
         prepare=lambda images: torch.full((len(images), 3, 32, 32), 1.0),
         features=lambda prepared: SimpleNamespace(patches=patches),
-        preprocessing=normalised,
+        preprocessing=normalise,
     )
-    pca_picture(backbone, [np.zeros((9, 9, 3), np.uint8)] * 4, tmp_path / "pca.png")
+    draw_pca(backbone, [np.zeros((9, 9, 3), np.uint8)] * 4, tmp_path / "pca.png")
     page = np.asarray(Image.open(tmp_path / "pca.png")).astype(int)
     assert page.shape[1] == 1000
     assert (page[60, 60] == 191).all()  # 1.0 * 0.25 + 0.5: the image as it was before it was normalised
@@ -67,7 +67,7 @@ def test_frames_say_who_agrees(tmp_path: Path, labelled: bool) -> None:
     train = make_index(tmp_path / "train", names if labelled else [None] * 4)
     val = make_index(tmp_path / "val", ["red"] if labelled else [None])
     near = frozen(np.array([[1.0, 0.0], [0.9, 0.1], [0.5, 0.5], [0.0, 1.0]]))
-    neighbours_picture(train, val, (near, frozen(np.array([[1.0, 0.0]]))), tmp_path / "n.png")
+    draw_neighbours(train, val, (near, frozen(np.array([[1.0, 0.0]]))), tmp_path / "n.png")
     page = np.asarray(Image.open(tmp_path / "n.png"))
     cell, gap = (1000 - 32 - 24 - 6 * 8) // 8, 8
     corners = [tuple(int(v) for v in page[17, 16 + cell + 24 + i * (cell + gap) + 1]) for i in range(7)]
@@ -86,7 +86,7 @@ def test_rows_of_features_are_rows_of_the_index(tmp_path: Path) -> None:
     train, val = make_index(tmp_path / "train", ["red", "green", "blue"]), make_index(tmp_path / "val", ["x", "blue"])
     near, far = frozen(np.eye(3)[1:]), frozen(np.eye(3)[2:])
     near.rows[:], far.rows[:] = [1, 2], [1]
-    neighbours_picture(train, val, (near, far), tmp_path / "n.png")
+    draw_neighbours(train, val, (near, far), tmp_path / "n.png")
     page = np.asarray(Image.open(tmp_path / "n.png")).astype(int)
     cell = (1000 - 32 - 24 - 6 * 8) // 8
     for x in (16, 16 + cell + 24):
@@ -97,13 +97,13 @@ def test_rows_of_features_are_rows_of_the_index(tmp_path: Path) -> None:
 
 def test_queries_are_of_different_classes() -> None:
     labels = [name for name in "abcdef" for _ in range(10)]
-    assert sorted(labels[i] for i in spread(labels, 6)) == [*"abcdef"]
-    assert spread(["a", "b"], 6) == [0, 1]
-    assert spread([None, None, None], 2) == [0, 2]
+    assert sorted(labels[i] for i in spread_over_classes(labels, 6)) == [*"abcdef"]
+    assert spread_over_classes(["a", "b"], 6) == [0, 1]
+    assert spread_over_classes([None, None, None], 2) == [0, 2]
 
 
 def test_what_the_suite_draws(tmp_path: Path) -> None:
     images = [np.full((30, 20, 3), 90, np.uint8), np.full((20, 30, 3), 30, np.uint8)]
-    pca_picture(Fake(), images, tmp_path / "pca.png")
+    draw_pca(Fake(), images, tmp_path / "pca.png")
     with Image.open(tmp_path / "pca.png") as picture:
         assert picture.width == 1000

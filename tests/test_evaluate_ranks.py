@@ -24,12 +24,12 @@ CONFIG = EvaluateConfig(
 
 def evaluated(index, folder: Path, cache: Path | None) -> tuple[list[dict], int]:
     """With parts of four images, where the process goes on with parts as they are."""
-    fake, reader, part = Fake(), Reader(batch=2, cache=cache, shared=True), features.PART
-    features.PART = 4
+    fake, reader, part = Fake(), Reader(batch=2, cache=cache, shared=True), features.PART_SIZE
+    features.PART_SIZE = 4
     try:
         return evaluate([fake], [labels_of(*split(index, 0), "colours")], CONFIG, folder, reader=reader), fake.batches
     finally:
-        features.PART = part
+        features.PART_SIZE = part
 
 
 def wrong(index) -> str:

@@ -9,7 +9,7 @@ from tests.evaluate_world import Fake, make_index
 from troodon.evaluate import metrics
 from troodon.evaluate.config import EvaluateConfig
 from troodon.evaluate.features import Reader
-from troodon.evaluate.retrieve import find_copies, rank_queries, retrieve, score_pairs
+from troodon.evaluate.retrieve import detect_copies, rank_queries, retrieve, score_pairs
 from troodon.evaluate.sets.benchmark import Benchmark
 
 NOTHING = np.zeros(0, np.int64)
@@ -47,8 +47,8 @@ def test_micro_ap_is_that_of_scikit_learn_also_where_scores_are_equal() -> None:
 def test_queries_are_ranked_without_what_counts_for_nothing() -> None:
     gallery = np.array([[1.0, 0], [0.9, 0.1], [0.5, 0.5], [0, 1]], np.float32)
     query = np.array([[1.0, 0], [0, 1.0], [1.0, 1.0]], np.float32)
-    judged = [(np.array([1, 2]), np.array([0])), (np.array([0]), NOTHING), (NOTHING, NOTHING)]
-    ap, first = rank_queries(query, gallery, judged, (1, 2), "steps")
+    relevance = [(np.array([1, 2]), np.array([0])), (np.array([0]), NOTHING), (NOTHING, NOTHING)]
+    ap, first = rank_queries(query, gallery, relevance, (1, 2), "steps")
     assert ap[:2] == pytest.approx([1.0, 0.25])
     assert np.isnan(ap[2])
     assert first[0].tolist() == [1.0, 1.0]
@@ -58,12 +58,14 @@ def test_queries_are_ranked_without_what_counts_for_nothing() -> None:
 def test_a_colour_is_found_again(tmp_path: Path) -> None:
     images = make_index(tmp_path, ["red", "green", "blue"] * 4)
     rows = np.arange(12)
-    judged = [(rows[(rows % 3 == q) & (rows != q)], np.array([q])) for q in range(3)]
-    easy = [(right[:1], np.append(right[1:], q)) for (right, _), q in zip(judged, range(3))]
+    relevance = [(rows[(rows % 3 == q) & (rows != q)], np.array([q])) for q in range(3)]
+    easy = [(right[:1], np.append(right[1:], q)) for (right, _), q in zip(relevance, range(3))]
     benchmark = Benchmark(
-        "colours", "retrieval", images, queries=np.arange(3), gallery=rows, judged={"easy": easy, "all": judged}
+        "colours", "retrieval", images, queries=np.arange(3), gallery=rows, relevance={"easy": easy, "all": relevance}
     )
-    found = {(r.protocol, r.metric): r for r in retrieve(Fake(), benchmark, EvaluateConfig(at=(1, 3)), Reader())}
+    found = {
+        (r.protocol, r.metric): r for r in retrieve(Fake(), benchmark, EvaluateConfig(retrieval_at=(1, 3)), Reader())
+    }
     assert {key: r.value for key, r in found.items()} == {
         ("retrieve_easy", "map"): 1.0, ("retrieve_easy", "p@1"): 1.0, ("retrieve_easy", "p@3"): 1.0,
         ("retrieve", "map"): 1.0, ("retrieve", "p@1"): 1.0, ("retrieve", "p@3"): 1.0,
@@ -79,10 +81,10 @@ def test_copies_are_told_from_all_other_pairs(tmp_path: Path) -> None:
         (tmp_path / f"{copy}.png").write_bytes((tmp_path / f"{of}.png").read_bytes())
     images = make_index_of(tmp_path, images)
     benchmark = Benchmark("pairs", "copies", images, pairs=np.array([[0, 1], [2, 3]]))
-    (result,) = find_copies(Fake(), benchmark, EvaluateConfig(), Reader())
+    (result,) = detect_copies(Fake(), benchmark, EvaluateConfig(), Reader())
     assert (result.metric, result.value) == ("micro_ap", 1.0)
     wrong = Benchmark("pairs", "copies", images, pairs=np.array([[0, 2]]))
-    (result,) = find_copies(Fake(), wrong, EvaluateConfig(), Reader())
+    (result,) = detect_copies(Fake(), wrong, EvaluateConfig(), Reader())
     assert result.value < 0.5
 
 
@@ -103,7 +105,7 @@ def test_of_very_many_pairs_the_lowest_change_nothing(monkeypatch: pytest.Monkey
     x[1], x[3] = x[0] + 0.1, x[2] + 0.2
     pairs = np.array([[0, 1], [2, 3]])
     every = metrics.micro_ap(*score_pairs(x, pairs), 100, 0)
-    monkeypatch.setattr(module, "MOST", 10)
+    monkeypatch.setattr(module, "MAX_PAIRS", 10)
     few = score_pairs(x, pairs)
     assert len(few[0]) < 60 * 59 / 2
     assert metrics.micro_ap(*few, 100, 0) == pytest.approx(every)

@@ -17,14 +17,14 @@ from troodon.evaluate import classify, suite
 from troodon.evaluate.config import EvaluateConfig, LinearConfig, LogisticConfig
 from troodon.evaluate.features import Reader
 from troodon.evaluate.results import releases, versions
-from troodon.evaluate.sets.benchmark import Benchmark, tags_of
+from troodon.evaluate.sets.benchmark import Benchmark, tag_matrix
 from troodon.evaluate.split import split
-from troodon.evaluate.suite import divided, evaluate
+from troodon.evaluate.suite import evaluate, group_datasets
 from troodon.images.index import SCHEMA, Index
 from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
-from troodon.report.scores import told_apart
-from troodon.verbs.evaluation import opened_benchmarks, table
+from troodon.report.scores import label_unlike_protocols
+from troodon.verbs.evaluation import open_benchmarks, scores_table
 
 CONFIG = EvaluateConfig(
     protocols=("knn", "linear", "logistic", "kmeans"), ks=(1,), choose=("held-out", "val"), resamples=50,
@@ -56,7 +56,7 @@ def test_other_sets_are_tested_with_what_one_teaches(tmp_path: Path) -> None:
     some = make_index(tmp_path / "a", ["red", "green", "red"])
     wrong = relabelled(make_index(tmp_path / "b", ["blue", "green"]), ["red", "green"])  # one answers what it must not
     others = [
-        Benchmark(name, "label", images, learns_from="base")
+        Benchmark(name, "label", images, train_benchmark="base")
         for name, images in (("v2", numbered), ("real", several), ("a", some), ("b", wrong))
     ]
     scores = evaluate([Fake()], [*others, base], CONFIG, tmp_path / "s")
@@ -67,12 +67,12 @@ def test_other_sets_are_tested_with_what_one_teaches(tmp_path: Path) -> None:
         }, protocol  # fmt: skip
         assert found["a"]["settings"]["answers"] == "only the 2 classes of this set"
         assert "answers" not in found["v2"]["settings"]
-    (lesson,), _ = divided([*others, base], CONFIG)
-    task = classify.tasked(Fake(), lesson, CONFIG, Reader())
-    for outcome in classify._outcomes(task, CONFIG):
-        said = np.array(task.classes)[outcome.variants[0][1][0][task.test_M == 4]]
+    (dataset,), _ = group_datasets([*others, base], CONFIG)
+    features = classify.extract_labelled(Fake(), dataset, CONFIG, Reader())
+    for predictions in classify._all_predictions(features, CONFIG):
+        said = np.array(features.classes)[predictions.variants[0][1][0][features.test_M == 4]]
         assert set(said) <= {"red", "green"}  # blue is none of its classes
-    with pytest.raises(UsageError, match="v2: has only images to test on; give base"):
+    with pytest.raises(UsageError, match="v2: has only test images; also give base"):
         evaluate([Fake()], others[:1], CONFIG, tmp_path / "t")
 
 
@@ -90,21 +90,21 @@ def test_any_number_of_tags_for_each_image(tmp_path: Path) -> None:
         said = "|".join(["?" + ("red", "bright")[i % 2], *["bright"] * (bright and i % 2 == 0)] if unsure else tags)
         rows.append(f"{i:02d}.png,{said},{'test' if i % 3 == 0 else 'train'}")
     (folder / "index.csv").write_text("\n".join(rows))
-    (tagged,) = opened_benchmarks([folder])
+    (tagged,) = open_benchmarks([folder])
     assert (tagged.kind, tagged.classes) == ("tags", ("bright", "red"))
-    assert sorted(np.unique(tags_of(tagged))) == [-1, 0, 1]
+    assert sorted(np.unique(tag_matrix(tagged))) == [-1, 0, 1]
     scores = evaluate([Fake()], [tagged], CONFIG, tmp_path / "s")
     assert [(s["protocol"], s["metric"]) for s in scores] == [("logistic", "map"), ("logistic", "map_11_points")]
     assert all(s["value"] > 0.95 and s["low"] <= s["value"] <= s["high"] for s in scores)
     assert scores[0]["settings"]["classes"] == 2
     (tmp_path / "tagged" / "index.csv").write_text("image,tags,split\n00.png,,train\n01.png,,test\n")
-    with pytest.raises(UsageError, match="no image to learn from, or to test on, has a tag"):
-        evaluate([Fake()], opened_benchmarks([folder]), CONFIG, tmp_path / "t")
+    with pytest.raises(UsageError, match="no readable training image, or no readable test image has a tag"):
+        evaluate([Fake()], open_benchmarks([folder]), CONFIG, tmp_path / "t")
 
 
 def test_a_suite_without_data_for_it_says_so(tmp_path: Path) -> None:
     base = labels_of(*split(make_index(tmp_path / "base", ["red", "green"] * 5), 0), "base")
-    with pytest.raises(UsageError, match=r"none of its protocols \(depth\) has data here"):
+    with pytest.raises(UsageError, match=r"no dataset here suits its protocols \(depth\)"):
         evaluate([Fake()], [base], dataclasses.replace(CONFIG, protocols=("depth",)), tmp_path / "s")
 
 
@@ -117,14 +117,14 @@ def test_places_that_say_what_they_are_stand_alone_and_the_rest_together(tmp_pat
         make_index(tmp_path / "loose" / label, [label])
     make_index(tmp_path / "pairs", ["red", "red"])
     (tmp_path / "pairs" / "pairs.csv").write_text("path_a,path_b\n000.png,001.png\n")
-    found = opened_benchmarks([tmp_path / name for name in ("one", "pairs", "two", "loose")])
+    found = open_benchmarks([tmp_path / name for name in ("one", "pairs", "two", "loose")])
     assert [(b.name, b.kind, len(b.images)) for b in found] == [
         ("pairs", "copies", 2), ("one", "label", 8), ("two", "label", 8), ("loose", "label", 2),
     ]  # fmt: skip
-    parts = opened_benchmarks([tmp_path / "one" / "train", tmp_path / "one" / "val"])
+    parts = open_benchmarks([tmp_path / "one" / "train", tmp_path / "one" / "val"])
     assert [(b.name, len(b.images)) for b in parts] == [("train + val", 8)]
-    with pytest.raises(UsageError, match="two sets of data are called pairs"):
-        opened_benchmarks([tmp_path / "pairs", tmp_path / "pairs"])
+    with pytest.raises(UsageError, match="two datasets are called pairs"):
+        open_benchmarks([tmp_path / "pairs", tmp_path / "pairs"])
 
 
 def test_versions_of_one_release_are_compared_and_of_others_not(tmp_path: Path, monkeypatch) -> None:
@@ -156,7 +156,7 @@ def test_a_table_has_a_column_for_each_backbone() -> None:
         about = {"backbone": backbone, "dataset": dataset, "protocol": protocol, "metric": metric, "settings": seen}
         return about | {"value": value, "low": value - 0.01, "high": value + 0.01}
 
-    said = table([
+    said = scores_table([
         score("a", "birds", "accuracy", 0.5), score("b", "birds", "accuracy", 0.75),
         score("a", "rooms", "absrel", 0.25, "depth"), score("prior", "rooms", "absrel", 0.5, "depth"),
         score("a", "rooms", "rmse", 0.25, "depth"),
@@ -218,7 +218,7 @@ def test_compare_puts_only_like_beside_like(tmp_path: Path, capsys: pytest.Captu
     assert "holds no scores.json" in capsys.readouterr().err
 
     entries = [json.loads((tmp_path / name / "scores.json").read_text()) for name in ("a", "b", "crop")]
-    assert {e["protocol"] for e in told_apart(entries[:2])} == {"knn"}
-    apart = told_apart(entries)
+    assert {e["protocol"] for e in label_unlike_protocols(entries[:2])} == {"knn"}
+    apart = label_unlike_protocols(entries)
     assert len({e["protocol"] for e in apart}) == 2
     assert len({e["protocol"] for e in apart[: len(entries[0])]}) == 1  # what a compares with goes with it

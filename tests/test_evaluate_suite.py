@@ -14,7 +14,7 @@ from troodon.evaluate.baselines import ColourHistogram
 from troodon.evaluate.config import EvaluateConfig, LinearConfig
 from troodon.evaluate.features import Reader
 from troodon.evaluate.sets.benchmark import Benchmark
-from troodon.evaluate.split import how_split, split
+from troodon.evaluate.split import describe_split, split
 from troodon.evaluate.suite import evaluate
 from troodon.images.index import Index
 
@@ -38,7 +38,7 @@ def test_scores_of_two_backbones(tmp_path: Path) -> None:
     ]
     assert all(list(s) == KEYS and s["dataset"] == "colours" and s["metric"] == "accuracy" for s in scores)
     assert scores == run.read_json(tmp_path / "scores" / "scores.json")
-    assert run.manifest(tmp_path / "scores")["kind"] == "scores"
+    assert run.read_manifest(tmp_path / "scores")["kind"] == "scores"
     nearest, linear = scores[0], scores[1]
     assert nearest["value"] == linear["value"] == nearest["high"] == 1.0
     assert 0.5 < nearest["low"] < 1.0
@@ -172,12 +172,12 @@ def test_backbones_of_one_name_are_told_apart(tmp_path: Path) -> None:
 def test_what_cannot_be_scored_is_said_before_anything_runs(tmp_path: Path) -> None:
     fake, out = Fake(), tmp_path / "scores"
     one = make_index(tmp_path / "one", ["red"] * 6)
-    with pytest.raises(UsageError, match="have the label 'red': two are needed"):
+    with pytest.raises(UsageError, match="have the label 'red': two classes are needed"):
         evaluate([fake], [Benchmark("one", "label", one)], CONFIG, out)
     with pytest.raises(UsageError, match="has a label"):
         evaluate([fake], [Benchmark("none", "label", make_index(tmp_path / "none", [None] * 4))], CONFIG, out)
     train, _ = colours(tmp_path)
-    with pytest.raises(UsageError, match="2 of 2 images to test on are also images to learn from"):
+    with pytest.raises(UsageError, match="2 of 2 test images are also training images"):
         evaluate([fake], [labels_of(train, train.take([0, 1]), "same")], CONFIG, out)
     assert fake.batches == 0
     assert not out.exists()
@@ -190,7 +190,7 @@ def test_real_photographs(tmp_path: Path, shared) -> None:
     labels = np.asarray(index.column("label"), dtype=object)
     index = index.take(np.flatnonzero(np.isin(labels, sorted(set(labels))[:3]))[::2])
     train, val = split(index, 0)
-    assert how_split(index, 0) == "train and val, as the data says"
+    assert describe_split(index, 0) == "train and val, as the data says"
     config = dataclasses.replace(CONFIG, ks=(10,))
     for score in evaluate([ColourHistogram()], [labels_of(train, val, "caltech")], config, tmp_path / "scores"):
         assert 0.4 < score["low"] < score["value"] < 1.0

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from troodon.config import UsageError
-from troodon.evaluate.sets.benchmark import IGNORE, Benchmark, tags_of
+from troodon.evaluate.sets.benchmark import IGNORE, Benchmark, tag_matrix
 from troodon.evaluate.sets.layouts import LAYOUTS, open_benchmark
 from troodon.images.decode import decode
 
@@ -272,10 +272,10 @@ def test_each_layout_is_known_by_its_files_and_every_image_can_be_read(name: str
     assert len(found.images) >= 2
     for row in range(len(found.images)):
         assert decode(found.images.read(row)).ndim == 3
-        if found.truth is not None:
+        if found.ground_truth is not None:
             assert found.target(row).ndim == 2
     splits = set(found.images.column("split"))
-    if found.kind == "label" and found.learns_from is None:
+    if found.kind == "label" and found.train_benchmark is None:
         assert splits in ({"train", "val"}, {"train", "test"}, {None})
         assert len(set(found.images.column("label"))) == (1 if name == "caltech101" else 2)
     if found.kind == "tags":
@@ -284,14 +284,14 @@ def test_each_layout_is_known_by_its_files_and_every_image_can_be_read(name: str
         assert splits in ({"train", "val"}, {None})
     if found.kind == "retrieval":
         assert len(found.queries) >= 1
-        assert all(len(judged) == len(found.queries) for judged in found.judged.values())
+        assert all(len(relevance) == len(found.queries) for relevance in found.relevance.values())
 
 
-@pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if layout.parts])
+@pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if layout.required])
 def test_what_is_missing_is_said_and_where_to_get_it(name: str, tmp_path: Path) -> None:
     root = tmp_path / "data"
     MADE[name](root)
-    mark = LAYOUTS[name].marks[0]
+    mark = LAYOUTS[name].markers[0]
     kept = [p for p in root.rglob("*") if re.fullmatch(rf"(?:.*/)?(?:{mark})", f"data/{p.relative_to(root)}")]
     assert kept, "the mark is there"
     for path in sorted(root.rglob("*"), reverse=True):
@@ -299,13 +299,13 @@ def test_what_is_missing_is_said_and_where_to_get_it(name: str, tmp_path: Path) 
             path.unlink()
     with pytest.raises(UsageError) as said:
         open_benchmark(root)
-    assert f"{name}, but for " in str(said.value)
-    assert LAYOUTS[name].get in str(said.value)
+    assert f"{name} without " in str(said.value)
+    assert LAYOUTS[name].source in str(said.value)
 
 
 def test_a_layout_can_be_named_and_its_name_be_mistaken(tmp_path: Path) -> None:
     image(tmp_path / "data" / "x.jpg")
-    with pytest.raises(UsageError, match="ade20k, but for what it is known by"):
+    with pytest.raises(UsageError, match="ade20k without its marker"):
         open_benchmark(tmp_path / "data", "ade20k")
     with pytest.raises(UsageError, match="did you mean 'ade20k'"):
         open_benchmark(tmp_path / "data", "ade2k")
@@ -315,7 +315,7 @@ def test_a_layout_can_be_named_and_its_name_be_mistaken(tmp_path: Path) -> None:
 def test_a_folder_that_only_looks_alike_is_left_alone_until_it_is_named(tmp_path: Path) -> None:
     classes(tmp_path / "data", "train/{0}/{0}_{1}.JPEG")
     assert open_benchmark(tmp_path / "data") is None
-    with pytest.raises(UsageError, match=r"imagenet-1k, but for .*val/.*https://image-net\.org"):
+    with pytest.raises(UsageError, match=r"imagenet-1k without .*val/.*https://image-net\.org"):
         open_benchmark(tmp_path / "data", "imagenet-1k")
 
 
@@ -336,7 +336,7 @@ def test_voc2007_says_of_every_class_whether_it_is_there(tmp_path: Path) -> None
         "000005": ("train", "car|person"), "000007": ("train", "?dog|person"),
         "000001": ("test", "car|person"), "000002": ("test", "?dog|person"),
     }  # fmt: skip
-    assert tags_of(found).tolist() == [[1, 0, 1], [0, -1, 1]] * 2
+    assert tag_matrix(found).tolist() == [[1, 0, 1], [0, -1, 1]] * 2
     boxes = {Path(path).stem: b.tolist() for path, b in zip(found.images.column("path"), found.objects, strict=True)}
     assert boxes == {"000005": [[1, 0, 5, 6]], "000007": [], "000001": [], "000002": []}
     inside = open_benchmark(tmp_path / "data" / "VOCdevkit" / "VOC2007")
@@ -372,10 +372,10 @@ def test_depths_are_in_the_owners_unit(tmp_path: Path) -> None:
 
 def test_difficulty_boxes_and_what_counts_for_nothing(tmp_path: Path) -> None:
     found = opened(tmp_path, "roxford5k")
-    assert {d: (r.tolist(), n.tolist()) for d, ((r, n),) in found.judged.items()} == {
+    assert {d: (r.tolist(), n.tolist()) for d, ((r, n),) in found.relevance.items()} == {
         "easy": ([0], [2, 1]), "medium": ([0, 2], [1]), "hard": ([2], [0, 1]),
     }  # fmt: skip
-    assert (found.boxes, found.average) == ({5: (1.0, 1.0, 5.0, 4.0)}, "trapezoids")
+    assert (found.boxes, found.ap_method) == ({5: (1.0, 1.0, 5.0, 4.0)}, "trapezoids")
 
 
 def test_a_pickle_runs_nothing(tmp_path: Path) -> None:
@@ -385,7 +385,7 @@ def test_a_pickle_runs_nothing(tmp_path: Path) -> None:
 
     image(tmp_path / "data" / "jpg" / "a.jpg")
     (tmp_path / "data" / "gnd_roxford5k.pkl").write_bytes(pickle.dumps({"imlist": Evil()}))
-    with pytest.raises(UsageError, match="is not the ground truth"):
+    with pytest.raises(UsageError, match="is not the expected ground truth"):
         open_benchmark(tmp_path / "data")
     assert not (tmp_path / "made").exists()
 
@@ -393,7 +393,7 @@ def test_a_pickle_runs_nothing(tmp_path: Path) -> None:
 def test_sets_of_imagenets_classes_say_what_teaches_them(tmp_path: Path) -> None:
     found = opened(tmp_path, "imagenet-real")
     assert found.images.column("label") == ["0", "0|1"]
-    assert found.learns_from == "imagenet-1k"
+    assert found.train_benchmark == "imagenet-1k"
 
 
 def test_records_are_pictures(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Descriptors without learning, which a network must beat. Each stands in for a backbone in `extract`."""
+"""Baselines: descriptors without learning. Each has the interface of a backbone in `extract`."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from torch import Tensor
 from troodon.config import fingerprint
 from troodon.model.config import Preprocessing
 
-# Shape suffixes: B images, C channels of an image, S pixels on a side, P pixels, K bins, D channels of a descriptor.
+# Shape suffixes: B images, C channels of an image, S pixels per side, P pixels, K bins, D channels of a descriptor.
 
-VERSION = 1  # goes up when a descriptor changes, so that features kept from before do not serve it
+VERSION = 1  # increase it when a descriptor changes, so that features cached before are not used
 
 
 @dataclass(frozen=True)
-class Described:
-    """The class token is the descriptor; there are no patches, so their mean has no channels."""
+class DescriptorFeatures:
+    """The class token is the descriptor. There are no patch tokens, so their mean has no channels."""
 
     cls: Tensor
 
@@ -31,9 +31,9 @@ class Described:
 
 @dataclass(frozen=True)
 class ColourHistogram:
-    """Histogram of hue, saturation and value, 8 x 4 x 4 bins, summing to one, then square roots (Hellinger).
+    """Histogram of hue, saturation and value with 8 x 4 x 4 bins, normalised to sum 1, then square roots (Hellinger).
 
-    Other than three channels are no colours: each has a histogram of its own, of as many bins as hue.
+    Images of other than three channels have no hue: then each channel has a histogram with as many bins as hue.
     """
 
     bins: tuple[int, int, int] = (8, 4, 4)
@@ -46,13 +46,13 @@ class ColourHistogram:
         return fingerprint(VERSION, self)
 
     def prepare(self, images: Sequence[np.ndarray]) -> Tensor:
-        """uint8 (H, W, C) arrays -> (B, C, S, S), in [0, 1]; of three, hue, saturation and value."""
-        x_BSSC = [_resized(image, self.side) for image in images]
+        """uint8 (H, W, C) arrays -> (B, C, S, S) in [0, 1]; for three channels hue, saturation and value."""
+        x_BSSC = [_resize_square(image, self.side) for image in images]
         if self.channels == 3:
             x_BSSC = [np.asarray(Image.fromarray(x_SSC).convert("HSV")) for x_SSC in x_BSSC]
         return torch.from_numpy(np.stack(x_BSSC)).permute(0, 3, 1, 2) / 255.0
 
-    def features(self, images: Tensor, *, blocks: int = 1) -> Described:
+    def features(self, images: Tensor, *, blocks: int = 1) -> DescriptorFeatures:
         colours, hue = self.channels == 3, self.bins[0]
         bins = torch.tensor(self.bins if colours else [hue])[:, None]
         x_BCP = torch.minimum((images.flatten(2) * bins).long(), bins - 1)
@@ -62,12 +62,12 @@ class ColourHistogram:
             code_BP = (x_BCP + hue * torch.arange(self.channels)[:, None]).flatten(1)
         count_BK = torch.zeros(len(images), int(np.prod(self.bins)) if colours else hue * self.channels)
         count_BK.scatter_add_(1, code_BP, torch.ones_like(code_BP, dtype=torch.float32))
-        return Described((count_BK / code_BP.shape[1]).sqrt())
+        return DescriptorFeatures((count_BK / code_BP.shape[1]).sqrt())
 
 
 @dataclass(frozen=True)
 class RawPixels:
-    """The image at 16 x 16 pixels, less its mean brightness (without which cosines say little else)."""
+    """The image at 16 x 16 pixels minus its mean brightness, which would otherwise dominate the cosine."""
 
     side: int = 16
     channels: int = 3
@@ -79,16 +79,16 @@ class RawPixels:
 
     def prepare(self, images: Sequence[np.ndarray]) -> Tensor:
         """uint8 (H, W, C) arrays -> (B, C, S, S) in [0, 1]."""
-        return torch.from_numpy(np.stack([_resized(i, self.side) for i in images])).permute(0, 3, 1, 2) / 255.0
+        return torch.from_numpy(np.stack([_resize_square(i, self.side) for i in images])).permute(0, 3, 1, 2) / 255.0
 
-    def features(self, images: Tensor, *, blocks: int = 1) -> Described:
-        return Described((images - images.mean((1, 2, 3), keepdim=True)).flatten(1))
+    def features(self, images: Tensor, *, blocks: int = 1) -> DescriptorFeatures:
+        return DescriptorFeatures((images - images.mean((1, 2, 3), keepdim=True)).flatten(1))
 
 
 @dataclass(frozen=True)
 class PatchColours:
-    """Mean and deviation of each channel in each patch, seen as a network of this preprocessing sees it: for dense
-    protocols, which ask for patches only. It stands in for a network of one block."""
+    """Mean and standard deviation of each channel in each patch, after this preprocessing. For dense protocols, which
+    use patch tokens only. It has the interface of a network of one block."""
 
     preprocessing: Preprocessing
     patch: int
@@ -111,7 +111,7 @@ class PatchColours:
         return torch.device("cpu")
 
     def tokens(self, x_BCHW: Tensor, blocks: int) -> Iterator[list[Any]]:
-        """What `Backbone.tokens` gives: patches (B, P, D), and their mean in the place of the class token."""
+        """The output of `Backbone.tokens`: patch tokens (B, P, D), and their mean instead of the class token."""
         x_BChwpp = x_BCHW.unfold(2, self.patch, self.patch).unfold(3, self.patch, self.patch)
         x_BDhw = torch.cat([x_BChwpp.mean((-2, -1)), x_BChwpp.std((-2, -1), unbiased=False)], 1)
         patches_BPD = x_BDhw.flatten(2).transpose(1, 2)
@@ -120,7 +120,7 @@ class PatchColours:
 
 @dataclass(frozen=True)
 class LocationPrior:
-    """A guess that looks at no picture: what stands at each place of the images to learn from, for dense protocols."""
+    """The usual target at each place of the training images, without looking at the image. For dense protocols."""
 
     name: str = "location-prior"
     fingerprint: str = "location-prior"
@@ -130,7 +130,10 @@ class LocationPrior:
 BASELINES = (ColourHistogram(), RawPixels())
 
 
-def _resized(image: np.ndarray, side: int) -> np.ndarray:
-    """The whole image, squeezed to a square: uint8 (S, S, C)."""
-    bands = (Image.fromarray(band).resize((side, side), Image.Resampling.BILINEAR) for band in np.moveaxis(image, 2, 0))
-    return np.stack([np.asarray(band) for band in bands], axis=2)
+def _resize_square(image: np.ndarray, side: int) -> np.ndarray:
+    """Resize the whole image to a square, ignoring the aspect ratio: uint8 (S, S, C)."""
+    channels_HW = (
+        Image.fromarray(channel_HW).resize((side, side), Image.Resampling.BILINEAR)
+        for channel_HW in np.moveaxis(image, 2, 0)
+    )
+    return np.stack([np.asarray(channel_HW) for channel_HW in channels_HW], axis=2)

@@ -1,33 +1,36 @@
-"""What can be set about evaluation. No torch here."""
+"""Configuration of evaluation. This module does not import torch."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from troodon.config import UsageError, nearest, within
 
 
 @dataclass(frozen=True)
 class LinearConfig:
-    """Linear classifiers on frozen features, all settings trained together (paper, appendix B.3)."""
+    """Linear classifiers on frozen features. All settings are trained together (DINOv2, appendix B.3)."""
 
     rates: tuple[float, ...] = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
-    """Learning rates to choose from; each is scaled by batch / 256."""
+    """Candidate learning rates. Each is scaled by batch / 256."""
     blocks: tuple[int, ...] = (1, 4)
-    """How many of the last blocks to concatenate the class tokens of, to choose from."""
+    """Candidate numbers of last blocks whose class tokens are concatenated."""
     pooling: tuple[Literal["cls", "cls+mean"], ...] = ("cls", "cls+mean")
-    """Class tokens alone, or with the mean patch token of the last block, to choose from."""
+    """Candidates: class tokens alone, or with the mean patch token of the last block."""
     scale: Literal["none", "standardise"] = "standardise"
-    """Features as they are (the paper), or each channel with mean 0 and deviation 1 over the training images."""
+    """none: features as they are (the paper). standardise: mean 0 and standard deviation 1 in each channel, over the
+    training images."""
     epochs: int = 10
-    """Passes over the training images, as far as the two limits on steps allow."""
+    """Epochs over the training images, within the two limits on steps."""
     least_steps: int = 300
+    """Minimum number of steps."""
     most_steps: int = 12500
+    """Maximum number of steps."""
     batch: int = 128
-    """Images per step; all of them where there are fewer."""
+    """Images per step, or all training images if there are fewer."""
     held_out: float = 0.1
-    """Share of each training class that is held out to choose the classifier."""
+    """Fraction of each training class that is held out to choose the classifier."""
     seeds: int = 1
-    """Repetitions with other initial weights, orders and held-out images; the value is their mean."""
+    """Number of runs with different initial weights, orders and held-out images. The score is their mean."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "least_steps", "most_steps", "batch", "seeds"):
@@ -35,7 +38,7 @@ class LinearConfig:
                 raise UsageError(f"linear.{name} {getattr(self, name)} is not at least 1")
         for name in ("rates", "blocks", "pooling"):
             if not getattr(self, name):
-                raise UsageError(f"linear.{name} is empty: give at least one to choose from")
+                raise UsageError(f"linear.{name} is empty: give at least one candidate")
         if min(self.rates) <= 0:
             raise UsageError(f"linear.rates {min(self.rates)} is not above 0")
         if min(self.blocks) < 1:
@@ -46,16 +49,16 @@ class LinearConfig:
 
 @dataclass(frozen=True)
 class LogisticConfig:
-    """Logistic regression with a squared penalty, by L-BFGS (paper, appendix B.3)."""
+    """Logistic regression with an L2 penalty, fitted by L-BFGS (DINOv2, appendix B.3)."""
 
     strengths: tuple[float, ...] = tuple(10 ** (-6 + 11 * i / 44) for i in range(45))
-    """Values of C to choose from: the weight of the images against the penalty."""
+    """Candidate values of C, the inverse of the regularisation strength."""
     steps: int = 1000
-    """Steps of the optimiser, at most."""
+    """Maximum number of L-BFGS iterations."""
     tolerance: float = 1e-5
-    """A problem is solved when no entry of its gradient is above this."""
+    """A fit has converged when no entry of its gradient exceeds this."""
     held_out: float = 0.1
-    """Share of each training class that is held out to choose C."""
+    """Fraction of each training class that is held out to choose C."""
 
     def __post_init__(self) -> None:
         within(self, "logistic.", 1, None, "steps")
@@ -72,30 +75,31 @@ Head = Literal["linear", "patches", "linear_4", "linear_4_ms", "dpt"]
 
 @dataclass(frozen=True)
 class DenseConfig:
-    """What is trained on maps of patches, and how: the same for masks and depths."""
+    """Training of heads on feature maps. The same for segmentation and depth."""
 
     side: int = 0
-    """Pixels on the side of a window, in whole patches; 0 is what the network's images have."""
+    """Side of a window in pixels, rounded to whole patches. 0 takes the size of the network's input images."""
     steps: int = 1000
+    """Training steps."""
     batch: int = 16
-    """Windows of a step."""
+    """Windows per step."""
     rate: float = 1e-3
-    """Of AdamW; warmed up over a tenth of the steps, then on a cosine to 0."""
+    """Learning rate of AdamW. Linear warm-up over a tenth of the steps, times a cosine to 0."""
     weight_decay: float = 1e-4
     seeds: int = 1
-    """Repetitions with other initial weights and orders; the value is their mean."""
+    """Number of runs with different initial weights and orders. The score is their mean."""
     scales: tuple[float, ...] = (1.0, 1.32, 1.73)
-    """Of the multi-scale protocol: times that the shorter side of an image is a window's."""
+    """Scales of the multi-scale protocol: shorter side of the resized image, divided by the side of a window."""
     heads: tuple[Head, ...] = ("linear", "patches", "linear_4", "linear_4_ms")
-    """A linear layer on the last block; for depth, where that sees the class token too, on its patches alone; on four
-    blocks (for masks the last, for depths spread over the network, as in the paper); on four at several scales;
-    convolutions on four, for depth."""
+    """linear: a linear layer on the last block; for depth it sees the class token too. patches: the same without the
+    class token, for depth. linear_4: on four blocks (the last ones for segmentation, spread over the network for depth,
+    as in the paper). linear_4_ms: the same at several scales. dpt: convolutions on four blocks, for depth."""
     bins: int = 256
-    """Of depth."""
+    """Number of depth bins."""
     unit: float = 0.001
-    """Metres of a count of depth, where the owner of the data does not say it."""
+    """Metres per unit of the depth files, if the dataset does not define it."""
     range: tuple[float, float] | None = None
-    """Metres that count, least and most, where the owner of the data does not say it."""
+    """Smallest and largest valid depth in metres, if the dataset does not define it."""
 
     def __post_init__(self) -> None:
         within(self, "dense.", 0, None, "side", "weight_decay")
@@ -112,47 +116,48 @@ class DenseConfig:
 Protocol = Literal[
     "knn", "linear", "logistic", "kmeans", "retrieve", "copies", "segment", "depth", "match", "discover"
 ]  # fmt: skip
-ALL: tuple[Protocol, ...] = get_args(Protocol)
+PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Which protocols run on frozen features, and how."""
+    """The protocols that run on frozen features, and their settings."""
 
     suite: str = "mine"
-    protocols: tuple[Protocol, ...] = ALL
-    """Those that a set of data has a truth for are done; patches are matched in any images with masks or depths."""
+    protocols: tuple[Protocol, ...] = PROTOCOLS
+    """A protocol runs on each dataset that has ground truth for it. Images with masks or depths also run match."""
     ks: tuple[int, ...] = (10, 20, 100, 200)
-    """Neighbours that vote in k-NN; one score for each."""
+    """Numbers of neighbours of k-NN. The score is that of the k chosen on the training images."""
     temperature: float = 0.07
-    """A neighbour's vote is softmax(cosine / temperature)."""
+    """The weight of a neighbour is softmax(cosine / temperature)."""
     shots: tuple[int, ...] = ()
-    """Besides, k-NN from only so many training images of each class; one score for each."""
+    """Few-shot k-NN: numbers of training images per class. One score for each."""
     shot_seeds: int = 5
-    """Random choices of those images; the value is their mean."""
+    """Number of random choices of these images. The score is their mean."""
     linear: LinearConfig = LinearConfig()
     choose: tuple[Literal["held-out", "val"], ...] = ("held-out",)
-    """What linear classifiers are chosen on: held-out training images, or, as papers do, the images to test on."""
+    """Images on which linear classifiers are chosen: held-out training images or, as papers do, the test images."""
     logistic: LogisticConfig = LogisticConfig()
-    rounds: int = 100
-    """Of k-means, at most."""
+    kmeans_iterations: int = 100
+    """Maximum number of k-means iterations."""
     cluster_seeds: int = 3
-    """Beginnings of k-means; the value is the mean."""
-    at: tuple[int, ...] = (1, 5, 10)
-    """Besides mean average precision, the precision of the first so many images retrieved."""
+    """Number of k-means initialisations. The score is their mean."""
+    retrieval_at: tuple[int, ...] = (1, 5, 10)
+    """Values of k for the precision of the first k retrieved images. Mean average precision is always reported."""
     dense: DenseConfig = DenseConfig()
     match_images: int = 100
-    """Images of which two views are matched."""
+    """Number of images of which two views are matched."""
     match_within: tuple[float, ...] = (0.05, 0.1)
-    """A match is right within this share of the view's side."""
+    """A match is correct within this fraction of the side of the view (PCK thresholds)."""
     resamples: int = 1000
-    """Bootstrap resamples of the images behind an interval."""
+    """Number of bootstrap samples of the images for each confidence interval."""
     seed: int = 0
-    """Of everything random here, the split of unsplit data among it."""
+    """Seed of all random choices, including the split of datasets without one."""
+    RENAMED: ClassVar[dict[str, str]] = {"rounds": "kmeans_iterations", "at": "retrieval_at"}
 
     def __post_init__(self) -> None:
         if not self.protocols:
-            raise UsageError(f"protocols is empty: give some of {', '.join(ALL)}")
+            raise UsageError(f"protocols is empty: give some of {', '.join(PROTOCOLS)}")
         if "knn" in self.protocols and (not self.ks or min(self.ks) < 1):
             raise UsageError(
                 f"ks {' '.join(map(str, self.ks)) or '(none)'}: give numbers of neighbours, each at least 1"
@@ -163,16 +168,16 @@ class EvaluateConfig:
             raise UsageError(f"shots {min(self.shots)} is not at least 1")
         if not self.choose:
             raise UsageError("choose is empty: give held-out, val or both")
-        within(self, "", 1, None, "at", "rounds", "cluster_seeds", "match_images")
+        within(self, "", 1, None, "retrieval_at", "kmeans_iterations", "cluster_seeds", "match_images")
         for name in ("shot_seeds", "resamples"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} {getattr(self, name)} is not at least 1")
-        if not self.match_within or not all(0 < share <= 1 for share in self.match_within):
-            raise UsageError(f"match_within {self.match_within}: give shares of a side, above 0")
+        if not self.match_within or not all(0 < fraction <= 1 for fraction in self.match_within):
+            raise UsageError(f"match_within {self.match_within}: give fractions of a side, above 0 and at most 1")
 
 
 SUITES = {
-    # A quarter of the paper's values of C, and fewer steps: of thousands of images a minute, and not ten.
+    # A quarter of the paper's values of C and fewer steps: thousands of images take one minute instead of ten.
     "mine": EvaluateConfig(logistic=LogisticConfig(strengths=LogisticConfig().strengths[::4], steps=200)),
     "paper": EvaluateConfig(
         suite="paper",
@@ -190,8 +195,8 @@ SUITES = {
 }
 
 
-def suite(name: str) -> EvaluateConfig:
-    """The suite of that name. UsageError, with the nearest one, for any other."""
+def get_suite(name: str) -> EvaluateConfig:
+    """Return the suite of that name. Raises UsageError with the nearest name for any other."""
     if name not in SUITES:
         raise nearest("suite", name, SUITES)
     return SUITES[name]

@@ -1,8 +1,9 @@
-"""The only thing here that runs a backbone: once over the images, for every protocol that wants their features.
+"""Feature extraction: the backbone runs once over the images for all protocols that need their features.
 
-`extract` gives class tokens and mean patches of whole images; maps.py, through `in_parts`, the patches of windows. Both
-work on one part of the images after another. A part is kept in the cache as soon as it is done, so what was interrupted
-goes on where it stopped; and several ranks each do some of the parts, so that no image is done, or counted, twice.
+`extract` returns class tokens and mean patch tokens of whole images. feature_maps.py returns the patch tokens of
+windows, through `compute_in_parts`. Both process the images in parts. A part is cached as soon as it is complete, so an
+interrupted extraction resumes where it stopped. Each of several ranks computes some of the parts, so that no image is
+computed or counted twice.
 """
 
 import hashlib
@@ -23,18 +24,18 @@ from troodon.config import UsageError, fingerprint
 from troodon.evaluate.results import versions
 from troodon.images.decode import BadImage
 from troodon.images.index import Index
-from troodon.images.reading import stream
+from troodon.images.reading import read_batches
 
 # Shape suffixes: N images, B images of a batch, L last blocks (oldest first), D channels.
 
 T = TypeVar("T")
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
-PART = 4096  # images
+PART_SIZE = 4096  # images
 
 
 class Extractor(Protocol):
-    """What a backbone, or anything that stands in for one, must have. `features` returns `.blocks`."""
+    """The interface of a backbone or a baseline descriptor. `features` returns an object with `.blocks`."""
 
     @property
     def name(self) -> str: ...
@@ -52,48 +53,44 @@ class Extractor(Protocol):
 
 @dataclass(frozen=True)
 class FrozenFeatures:
-    """Features of the images that could be read: row i of the arrays is row `rows[i]` of the index.
+    """Features of the readable images: row i of the arrays is row `rows[i]` of the index.
 
-    float32, not 16: an untrained network tells images apart only by the last digits of its class token.
+    float32, not float16: the class tokens of an untrained network differ only in the last digits.
     """
 
     backbone: str
     cls_NLD: np.ndarray  # class token of each of the last blocks, after the last norm
-    mean_NLD: np.ndarray  # mean patch token likewise; D is 0 where there are no patches
+    mean_NLD: np.ndarray  # mean patch token of the same blocks; D is 0 without patches
     rows: np.ndarray  # (N,) int64
-    left_out: dict[str, str]  # path -> why it could not be read
+    unreadable: dict[str, str]  # path -> reason
 
     @property
     def final_ND(self) -> np.ndarray:
         """The class token after the last norm."""
         return self.cls_NLD[:, -1]
 
-    def take(self, places: np.ndarray) -> "FrozenFeatures":
-        """The features at these places; `left_out` stays with the whole."""
-        return FrozenFeatures(self.backbone, self.cls_NLD[places], self.mean_NLD[places], self.rows[places], {})
-
 
 @dataclass(frozen=True)
 class Reader:
-    """How images are read, and where features are kept."""
+    """Reads the images of an extraction; holds its batch size and its caches."""
 
     batch: int = 64
     threads: int = 0
     cache: Path | None = None
-    shared: bool = False  # whether all ranks ask for the same features at the same time, and each do a part
-    kept: dict[str, FrozenFeatures] = field(default_factory=dict, repr=False)  # those that were asked for before
+    shared: bool = False  # all ranks extract the same features at the same time, and each computes some parts
+    in_memory: dict[str, FrozenFeatures] = field(default_factory=dict, repr=False)  # by cache key
 
     def images(
         self, backbone: Extractor, index: Index, rows: range, broken: dict[int, BadImage]
     ) -> Iterator[tuple[list[int], list[np.ndarray]]]:
-        """The images that can be read among these rows, a batch at a time; of the others, why they cannot."""
-        wrong: dict[int, BadImage] = {}
+        """Yield (rows, images) of the readable images in batches; add the errors of the others to `broken`."""
+        errors: dict[int, BadImage] = {}
         part = index.take(rows)
-        kept: Callable[[Sequence[np.ndarray]], Any] = list
-        found = stream(part, self.batch, kept, channels=backbone.channels, threads=self.threads, broken=wrong)
-        for rows_B, images in found:
+        keep: Callable[[Sequence[np.ndarray]], Any] = list
+        batches = read_batches(part, self.batch, keep, channels=backbone.channels, threads=self.threads, broken=errors)
+        for rows_B, images in batches:
             yield [rows[i] for i in rows_B], list(images)  # pyrefly: ignore[invalid-yield]
-        broken.update({rows[i]: error for i, error in wrong.items()})
+        broken.update({rows[i]: error for i, error in errors.items()})
 
 
 def extract(
@@ -104,36 +101,36 @@ def extract(
     boxes: dict[int, Box] | None = None,
     reader: Reader | None = None,
 ) -> FrozenFeatures:
-    """Features of every readable image from the last `blocks` blocks, or all of them where there are fewer.
+    """Extract features of every readable image from the last `blocks` blocks, or from all blocks if there are fewer.
 
-    Of rows in `boxes` only that part of the image is looked at. UsageError when no image can be read.
+    Images of the rows in `boxes` are cropped to their box. Raises UsageError if no image can be read.
     """
     reader = reader or Reader()
     if hasattr(backbone, "config"):
         blocks = min(blocks, backbone.config.depth)
     boxes = boxes or {}
-    cut = [sorted(boxes.items())] if boxes else []
-    key = kept_as(backbone, index, blocks, *cut)
-    if key in reader.kept:
-        return reader.kept[key]
-    parts = in_parts(
-        index, PART, key, reader,
+    box_settings = [sorted(boxes.items())] if boxes else []
+    key = cache_key(backbone, index, blocks, *box_settings)
+    if key in reader.in_memory:
+        return reader.in_memory[key]
+    parts = compute_in_parts(
+        index, PART_SIZE, key, reader,
         make=lambda rows: _extract(backbone, index, rows, blocks, boxes, reader),
         write=_write, read=lambda path: _read(path, backbone.name),
     )  # fmt: skip
-    left_out = {path: why for part in parts for path, why in part.left_out.items()}
+    unreadable = {path: why for part in parts for path, why in part.unreadable.items()}
     cls, mean, rows = (np.concatenate([getattr(p, name) for p in parts]) for name in ("cls_NLD", "mean_NLD", "rows"))
-    told(left_out, len(rows), len(index))
-    return reader.kept.setdefault(key, FrozenFeatures(backbone.name, cls, mean, rows, left_out))
+    report_unreadable(unreadable, len(rows), len(index))
+    return reader.in_memory.setdefault(key, FrozenFeatures(backbone.name, cls, mean, rows, unreadable))
 
 
-def kept_as(backbone: Extractor, index: Index, *what: Any) -> str:
-    """The name of features in the cache: of who gives them, in which precision, by which versions, of which images."""
-    computed = str(getattr(backbone, "compute", torch.float32))  # products in bf16 give features of their own
-    return fingerprint(backbone.fingerprint, images_fingerprint(index), computed, versions(), *what)
+def cache_key(backbone: Extractor, index: Index, *settings: Any) -> str:
+    """The cache key of features: backbone, image files, compute dtype, package versions and extraction settings."""
+    computed = str(getattr(backbone, "compute", torch.float32))  # bf16 products give different features
+    return fingerprint(backbone.fingerprint, files_fingerprint(index), computed, versions(), *settings)
 
 
-def in_parts(
+def compute_in_parts(
     index: Index,
     size: int,
     key: str,
@@ -143,71 +140,72 @@ def in_parts(
     write: Callable[[Path, T], None],
     read: Callable[[Path], T | None],
 ) -> list[T]:
-    """What `make` says of each part of the rows, in order; kept in the cache, and made by all ranks together.
+    """Compute `make` for each part of `size` rows, and return the results in order.
 
-    A mistake that one rank finds is raised on all of them.
+    Parts are read from the cache if they are there, and written to it otherwise. Ranks divide the parts among them. A
+    UsageError of one rank is raised on all ranks.
     """
     parts = [range(start, min(start + size, len(index))) for start in range(0, len(index), size)] or [range(0)]
     paths = [reader.cache / f"{key}-{i}.npz" if reader.cache else None for i in range(len(parts))]
-    rank, ranks = (dist.rank(), dist.world()) if reader.shared else (0, 1)
-    made: dict[int, T] = {}
-    wrong = ""
+    rank, ranks = (dist.rank(), dist.world_size()) if reader.shared else (0, 1)
+    results: dict[int, T] = {}
+    message = ""
     try:
         for i in range(rank, len(parts), ranks):
             path = paths[i]
-            if (found := read(path) if path else None) is None:
-                found = make(parts[i])
+            if (result := read(path) if path else None) is None:
+                result = make(parts[i])
                 if path:
-                    write(path, found)
-            made[i] = found
+                    write(path, result)
+            results[i] = result
     except UsageError as error:
-        wrong = str(error)
+        message = str(error)
     if ranks > 1:
-        said = dist.gather_objects(wrong if wrong or reader.cache else made)
-        wrong = next((s for s in said if isinstance(s, str) and s), "")
-        if not reader.cache and not wrong:
-            made = {i: part for some in said for i, part in some.items()}
-    if wrong:
-        raise UsageError(wrong)
+        gathered = dist.all_gather_objects(message if message or reader.cache else results)
+        message = next((s for s in gathered if isinstance(s, str) and s), "")
+        if not reader.cache and not message:
+            results = {i: part for computed in gathered for i, part in computed.items()}
+    if message:
+        raise UsageError(message)
     for i, path in enumerate(paths):
-        if i not in made:
-            found = read(path) if path else None
-            assert found is not None, f"part {i} that another rank wrote cannot be read: is {path} on a shared disk?"
-            made[i] = found
-    return [made[i] for i in range(len(parts))]
+        if i not in results:
+            result = read(path) if path else None
+            assert result is not None, f"part {i}, written by another rank, cannot be read: is {path} on a shared disk?"
+            results[i] = result
+    return [results[i] for i in range(len(parts))]
 
 
-def told(left_out: dict[str, str], found: int, images: int) -> None:
-    """Say which images could not be read; UsageError where none could."""
-    if not found:
-        why = next(iter(left_out.items()), ("", "there is none"))
-        raise UsageError(f"none of the {images} images can be read: {': '.join(w for w in why if w)}")
-    if left_out:
-        run.say(f"{len(left_out)} of {images} images cannot be read and are left out: {', '.join(left_out)}"[:500])
+def report_unreadable(unreadable: dict[str, str], readable: int, images: int) -> None:
+    """Report the images that cannot be read. Raises UsageError if none of them can."""
+    if not readable:
+        first = next(iter(unreadable.items()), ("", "there is none"))
+        raise UsageError(f"none of the {images} images can be read: {': '.join(word for word in first if word)}")
+    if unreadable:
+        run.say(f"{len(unreadable)} of {images} images cannot be read and are skipped: {', '.join(unreadable)}"[:500])
 
 
-def same_images(index: Index, *columns: str) -> str:
-    """A name for images called so, as long and with these columns, wherever they lie: what scores are compared by."""
+def dataset_fingerprint(index: Index, *columns: str) -> str:
+    """Fingerprint of paths, lengths and these columns, wherever the files are. Comparable scores share it."""
     return fingerprint([index.column(name) for name in ("path", "length", *columns)])
 
 
-def images_fingerprint(index: Index, *columns: str) -> str:
-    """A name for these images, and these columns besides, in this order, that changes when one of their files does."""
+def files_fingerprint(index: Index, *columns: str) -> str:
+    """Fingerprint of the images, their order and these columns. It changes when one of the files changes."""
     digest = hashlib.sha256()
     for name in ("path", "container", "offset", "length", *columns):
         digest.update("\0".join(map(str, index.column(name))).encode())
     for container in sorted(set(index.column("container"))):
         try:
-            found = os.stat(container)
-            digest.update(f"\0{container}\0{found.st_size}\0{found.st_mtime_ns}".encode())
+            status = os.stat(container)
+            digest.update(f"\0{container}\0{status.st_size}\0{status.st_mtime_ns}".encode())
         except OSError:
             digest.update(f"\0{container}\0gone".encode())
     return digest.hexdigest()[:16]
 
 
-def finite(backbone: Extractor, x: np.ndarray) -> None:
+def check_finite(backbone: Extractor, x: np.ndarray) -> None:
     if not np.isfinite(x).all():
-        raise UsageError(f"{backbone.name}: its features are not finite numbers; this network is broken")
+        raise UsageError(f"{backbone.name}: its features are not finite; this network is broken")
 
 
 def _extract(
@@ -218,25 +216,25 @@ def _extract(
     means: list[Tensor] = []
     broken: dict[int, BadImage] = {}
     for rows_B, images in reader.images(backbone, index, part, broken):
-        images = [_cut(image, boxes.get(row)) for row, image in zip(rows_B, images)]
+        images = [_crop(image, boxes.get(row)) for row, image in zip(rows_B, images)]
         with torch.inference_mode():
             per_block = backbone.features(backbone.prepare(images), blocks=blocks).blocks
         rows += rows_B
         cls.append(torch.stack([c for c, _ in per_block], dim=1).float().cpu())
         means.append(torch.stack([m for _, m in per_block], dim=1).float().cpu())
-    left_out = {index.path(row): str(broken[row]) for row in sorted(broken)}
-    assert len(rows) + len(broken) == len(part), "an image was lost without a word"
+    unreadable = {index.path(row): str(broken[row]) for row in sorted(broken)}
+    assert len(rows) + len(broken) == len(part), "an image is neither read nor reported as broken"
     if not rows:
-        return FrozenFeatures(backbone.name, *_nothing(backbone, blocks), np.zeros(0, np.int64), left_out)
+        return FrozenFeatures(backbone.name, *_empty_features(backbone, blocks), np.zeros(0, np.int64), unreadable)
     features = FrozenFeatures(
-        backbone.name, torch.cat(cls).numpy(), torch.cat(means).numpy(), np.asarray(rows, np.int64), left_out
+        backbone.name, torch.cat(cls).numpy(), torch.cat(means).numpy(), np.asarray(rows, np.int64), unreadable
     )
-    finite(backbone, features.cls_NLD)
+    check_finite(backbone, features.cls_NLD)
     return features
 
 
-def _nothing(backbone: Extractor, blocks: int) -> tuple[np.ndarray, np.ndarray]:
-    """Features of no image, as wide as of one."""
+def _empty_features(backbone: Extractor, blocks: int) -> tuple[np.ndarray, np.ndarray]:
+    """Features of zero images, with the right number of channels."""
     with torch.inference_mode():
         grey = backbone.prepare([np.zeros((32, 32, backbone.channels), np.uint8)])
         per_block = backbone.features(grey, blocks=blocks).blocks
@@ -244,26 +242,26 @@ def _nothing(backbone: Extractor, blocks: int) -> tuple[np.ndarray, np.ndarray]:
     return cls, mean
 
 
-def _cut(image_HWC: np.ndarray, box: Box | None) -> np.ndarray:
+def _crop(image_HWC: np.ndarray, box: Box | None) -> np.ndarray:
     if box is None:
         return image_HWC
     left, top, right, bottom = (max(0, round(edge)) for edge in box)
-    cut = image_HWC[top:bottom, left:right]
-    return cut if cut.size else image_HWC
+    cropped_HWC = image_HWC[top:bottom, left:right]
+    return cropped_HWC if cropped_HWC.size else image_HWC
 
 
 def _write(path: Path, features: FrozenFeatures) -> None:
     data = io.BytesIO()
-    why = np.asarray(list(features.left_out.items()), dtype=str).reshape(-1, 2)
-    np.savez(data, cls=features.cls_NLD, mean=features.mean_NLD, rows=features.rows, left_out=why)
+    unreadable = np.asarray(list(features.unreadable.items()), dtype=str).reshape(-1, 2)
+    np.savez(data, cls=features.cls_NLD, mean=features.mean_NLD, rows=features.rows, left_out=unreadable)
     run.write_bytes(path, data.getvalue())
 
 
 def _read(path: Path, name: str) -> FrozenFeatures | None:
-    """What was kept; None where there is nothing, or nothing whole."""
+    """The cached features; None if the file is missing or damaged."""
     try:
-        with open(path, "rb") as file, np.load(file) as kept:
-            left_out = {str(p): str(reason) for p, reason in kept["left_out"]}
-            return FrozenFeatures(name, kept["cls"], kept["mean"], kept["rows"], left_out)
+        with open(path, "rb") as file, np.load(file) as arrays:
+            unreadable = {str(p): str(reason) for p, reason in arrays["left_out"]}
+            return FrozenFeatures(name, arrays["cls"], arrays["mean"], arrays["rows"], unreadable)
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
         return None

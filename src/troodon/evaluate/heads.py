@@ -1,16 +1,16 @@
-"""What is trained on maps of patches: a linear layer, or a few convolutions (https://arxiv.org/abs/2103.13413)."""
+"""Heads on feature maps: a linear layer, or the convolutions of DPT (https://arxiv.org/abs/2103.13413)."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Shape suffixes: B windows, L blocks, D channels of a block, C channels out, h w patches.
+# Shape suffixes: B windows, L blocks, D channels of a block, C output channels, h w patches.
 
-WIDTH = 128  # channels inside the convolutional head
+WIDTH = 128  # hidden channels of the convolutional head
 
 
-class Linear(nn.Module):
-    """Batch norm and a linear layer on each patch, of all its blocks; with `cls`, also on the window's class tokens."""
+class LinearHead(nn.Module):
+    """Batch norm and a linear layer on the concatenated blocks of each patch; with `cls`, also on the class tokens."""
 
     def __init__(self, blocks: int, dim: int, out: int, cls: bool):
         super().__init__()
@@ -30,9 +30,9 @@ class Linear(nn.Module):
         return self.layer(self.norm(x_BFhw))
 
 
-class Dense(nn.Module):
-    """Convolutions on four blocks, as DPT has them: the later a block, the coarser it is read; then joined, coarse to
-    fine, to twice as many cells as there are patches. Class tokens are added to the patches of their block."""
+class DPTHead(nn.Module):
+    """Convolutions on four blocks, as in DPT: later blocks are read at coarser resolutions; then all are fused, coarse
+    to fine, up to twice the resolution of the patches. Class tokens are concatenated to the patches of their block."""
 
     def __init__(self, blocks: int, dim: int, out: int, cls: bool):
         super().__init__()
@@ -45,18 +45,18 @@ class Dense(nn.Module):
         """(B, C, 2 h, 2 w)."""
         blocks, (h, w) = maps_BLDhw.shape[1], maps_BLDhw.shape[-2:]
         scales = [2.0, 1.0, 0.5, 0.5][-blocks:] if blocks > 1 else [1.0]
-        joined = None
+        fused = None
         for i in reversed(range(blocks)):
             cls_BDhw = cls_BLD[:, i, :, None, None].expand(-1, -1, h, w)
             x = self.norm[i](torch.cat([maps_BLDhw[:, i], cls_BDhw], 1))
             x = self.read[i](x.movedim(1, -1)).movedim(-1, 1)
             size = (max(1, round(scales[i] * h)), max(1, round(scales[i] * w)))
             x = F.interpolate(x, size=size, mode="bilinear")
-            if joined is not None:
-                x = x + F.interpolate(joined, size=size, mode="bilinear")
-            joined = self.fuse[i](x)
-        assert joined is not None
-        return self.last(F.interpolate(joined, size=(2 * h, 2 * w), mode="bilinear"))
+            if fused is not None:
+                x = x + F.interpolate(fused, size=size, mode="bilinear")
+            fused = self.fuse[i](x)
+        assert fused is not None
+        return self.last(F.interpolate(fused, size=(2 * h, 2 * w), mode="bilinear"))
 
 
 class _Residual(nn.Module):

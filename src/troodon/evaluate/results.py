@@ -1,4 +1,4 @@
-"""What a protocol hands to the suite, and what a score must share with another to be compared with it."""
+"""The result of a protocol, and the settings that two scores must share to be compared."""
 
 import re
 from dataclasses import dataclass, field
@@ -9,12 +9,12 @@ import torch
 from troodon import run
 from troodon.config import to_dict
 
-VERSION = 1  # of all protocols; goes up when a number would change by other than the settings that are recorded
+VERSION = 1  # of all protocols; increase it when a score changes for a reason that the recorded settings do not show
 
 
 @dataclass(frozen=True)
 class Result:
-    """One number of one protocol on one set of data, with its interval."""
+    """One metric of one protocol on one dataset, with its confidence interval."""
 
     protocol: str
     dataset: str
@@ -22,28 +22,31 @@ class Result:
     value: float
     low: float
     high: float
-    settings: dict  # all that is told
-    like: dict  # what another score must share to be compared with this one
+    settings: dict  # everything that is reported
+    like: dict  # the settings that another score must share to be compared with this one
     details: dict = field(default_factory=dict)
 
 
 def versions() -> dict[str, str | None]:
-    """Of the packages that numbers come from: those that see images and those that compute."""
-    found = run.environment()
-    return {"troodon": found["troodon"]} | {n: found["packages"][n] for n in ("torch", "numpy", "pillow", "simplejpeg")}
+    """Versions of the packages that influence scores: those that decode images and those that compute."""
+    environment = run.environment()
+    return {"troodon": environment["troodon"]} | {
+        n: environment["packages"][n] for n in ("torch", "numpy", "pillow", "simplejpeg")
+    }
 
 
 def releases(used: dict[str, str | None]) -> dict[str, str]:
-    """What two scores must share of their versions: the numbers up to the first that is not 0, as with 0.1 and 2.
+    """The part of the versions that two scores must share: the numbers up to the first that is not 0, as 0.1 and 2.
 
-    A later 2.x keeps its promises and moves a last digit at most; compare names it. simplejpeg gives Pillow's pixels.
+    A later 2.x is compatible and changes at most a last digit; `compare` names it. simplejpeg is not included, because
+    it gives the same pixels as Pillow.
     """
-    known = {name: re.match(r"(0\.)*\d+", used[name] or "") for name in used if name != "simplejpeg"}
-    return {name: match[0] for name, match in known.items() if match}
+    matches = {name: re.match(r"(0\.)*\d+", used[name] or "") for name in used if name != "simplejpeg"}
+    return {name: match[0] for name, match in matches.items() if match}
 
 
 def view(backbone: Any) -> dict:
-    """How images are seen: by a network its preprocessing and what it computes in, by a descriptor its name."""
+    """How images are preprocessed: preprocessing and compute dtype of a network, or the name of a descriptor."""
     preprocessing = getattr(backbone, "preprocessing", None)
     if preprocessing is None:
         return {"transform": backbone.name}
@@ -51,6 +54,6 @@ def view(backbone: Any) -> dict:
 
 
 def likeness(backbone: Any, images: str, **settings: Any) -> dict:
-    """The parts of `Result.like`: how images are seen, which they are, and the settings of the protocol."""
+    """`Result.like`: preprocessing, fingerprint of the images, and the settings of the protocol."""
     plain = {name: to_dict(s) if hasattr(s, "__dataclass_fields__") else s for name, s in settings.items()}
     return {"version": VERSION, "view": view(backbone), "images": images, **plain}

@@ -1,9 +1,9 @@
-"""Evaluation sets as their owners publish them: a table of what they are called, known by, made of, and where to get.
+"""Layouts of published evaluation datasets: a table of their names, markers, required files and sources.
 
-A layout is known by its `marks`: patterns that some of its folders or files fit, wherever in the place they lie. What
-else it needs are `parts`, each a pattern and what people call it; where one is missing, the message says so, and where
-the set is found. `build` then makes a `Benchmark` of the names of the files and the owner's lists (layout_labels.py,
-layout_truths.py).
+A layout is detected by its `markers`: patterns that match some of its folders or files, at any depth. `required` lists
+further folders or files as (pattern, name in messages). If one is missing, the message names it and the source of the
+dataset. `build` makes a `Benchmark` from the file names and the lists of the publisher (label_readers.py,
+truth_readers.py).
 """
 
 import re
@@ -15,7 +15,7 @@ from pathlib import Path
 from troodon.config import UsageError, nearest
 from troodon.evaluate.sets import label_readers as labels
 from troodon.evaluate.sets import truth_readers as truths
-from troodon.evaluate.sets.benchmark import Benchmark, Tree, own
+from troodon.evaluate.sets.benchmark import Benchmark, Tree, open_table
 from troodon.images import files, listing
 
 WNID = r"n\d{8}"
@@ -24,20 +24,16 @@ KITTI = r"(\d{4}_\d\d_\d\d)_drive_\d{4}_sync"
 
 @dataclass(frozen=True)
 class Layout:
-    """A set as it is published."""
+    """The layout of a published dataset."""
 
     build: Callable[[Tree], Benchmark]
-    marks: tuple[str, ...]
-    get: str  # where its owners give it away
-    parts: tuple[tuple[str, str], ...] = ()  # pattern, name
+    markers: tuple[str, ...]
+    source: str  # where the dataset is published
+    required: tuple[tuple[str, str], ...] = ()  # (pattern, name in messages)
 
 
-def named(**splits: str) -> Callable[[Tree], Benchmark]:
-    return partial(labels.by_names, splits=splits)
-
-
-def paired(image: str, truth: tuple[str, ...], splits: dict[str, str], **about) -> Callable[[Tree], Benchmark]:
-    return partial(truths.by_pairs, image=image, truth=truth, splits=splits, about=about)
+def paired(image: str, truth: tuple[str, ...], splits: dict[str, str], **fields) -> Callable[[Tree], Benchmark]:
+    return partial(truths.from_pairs, image=image, truth=truth, splits=splits, fields=fields)
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -47,7 +43,7 @@ LAYOUTS: dict[str, Layout] = {
         "https://image-net.org/challenges/LSVRC/2012 (val/ in folders, or flat beside Kaggle's LOC_val_solution.csv)",
     ),
     "imagenet-v2": Layout(
-        partial(labels.by_names, splits={"test": r"imagenetv2-[^/]+/(\d+)/[^/]+"}, learns_from="imagenet-1k"),
+        partial(labels.from_patterns, splits={"test": r"imagenetv2-[^/]+/(\d+)/[^/]+"}, train_benchmark="imagenet-1k"),
         (r"imagenetv2-[^/]+/\d+",), "https://github.com/modestyachts/ImageNetV2",
     ),
     "imagenet-real": Layout(
@@ -55,15 +51,15 @@ LAYOUTS: dict[str, Layout] = {
         ((r".*ILSVRC2012_val_00000001\.JPEG|val/.+", "the validation images of ImageNet, val/, beside real.json"),),
     ),
     "imagenet-a": Layout(
-        partial(labels.by_names, splits={"test": rf"imagenet-a/({WNID})/[^/]+"}, learns_from="imagenet-1k"),
+        partial(labels.from_patterns, splits={"test": rf"imagenet-a/({WNID})/[^/]+"}, train_benchmark="imagenet-1k"),
         (rf"imagenet-a/{WNID}",), "https://github.com/hendrycks/natural-adv-examples",
     ),
     "imagenet-r": Layout(
-        partial(labels.by_names, splits={"test": rf"imagenet-r/({WNID})/[^/]+"}, learns_from="imagenet-1k"),
+        partial(labels.from_patterns, splits={"test": rf"imagenet-r/({WNID})/[^/]+"}, train_benchmark="imagenet-1k"),
         (rf"imagenet-r/{WNID}",), "https://github.com/hendrycks/imagenet-r",
     ),
     "imagenet-sketch": Layout(
-        partial(labels.by_names, splits={"test": rf"sketch/({WNID})/[^/]+"}, learns_from="imagenet-1k"),
+        partial(labels.from_patterns, splits={"test": rf"sketch/({WNID})/[^/]+"}, train_benchmark="imagenet-1k"),
         (rf"sketch/{WNID}",), "https://github.com/HaohanWang/ImageNet-Sketch",
     ),
     # ---- labels: other sets
@@ -73,15 +69,15 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "places205": Layout(
         partial(
-            labels.by_lists, parse=labels.spaced,
+            labels.from_lists, parse=labels.last_word_label,
             lists={"train": r"train_places205\.csv", "val": r"val_places205\.csv"},
         ),
         (r"train_places205\.csv",), "http://places.csail.mit.edu/user/download.php",
         ((r"val_places205\.csv", "val_places205.csv"),),
     ),
     "food101": Layout(
-        partial(labels.by_lists, lists={"train": r"meta/train\.txt", "test": r"meta/test\.txt"}, parse=labels.foldered,
-                form="images/{}.jpg"),
+        partial(labels.from_lists, lists={"train": r"meta/train\.txt", "test": r"meta/test\.txt"},
+                parse=labels.folder_label, form="images/{}.jpg"),
         (r"meta/train\.txt",), "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101",
         ((r"meta/test\.txt", "meta/test.txt"), (r"images/.+", "images/")),
     ),
@@ -95,7 +91,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "sun397": Layout(
         partial(
-            labels.by_lists, parse=labels.foldered,
+            labels.from_lists, parse=labels.folder_label,
             lists={"train": r"Training_01\.txt", "test": r"Testing_01\.txt"},
         ),
         (r"Training_01\.txt",), "https://vision.princeton.edu/projects/2010/SUN",
@@ -106,25 +102,25 @@ LAYOUTS: dict[str, Layout] = {
         ((r"cars_test_annos_withlabels\.mat", "cars_test_annos_withlabels.mat"), (r"cars_test/?.*", "cars_test/")),
     ),
     "aircraft": Layout(
-        partial(labels.by_lists, lists={"train": r"images_variant_trainval\.txt", "test": r"images_variant_test\.txt"},
-                parse=labels.first_word, form="images/{}.jpg"),
+        partial(labels.from_lists, parse=labels.first_word_label, form="images/{}.jpg",
+                lists={"train": r"images_variant_trainval\.txt", "test": r"images_variant_test\.txt"}),
         (r"images_variant_trainval\.txt",), "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft",
         ((r"images_variant_test\.txt", "images_variant_test.txt"),),
     ),
     "dtd": Layout(
-        partial(labels.by_lists, lists={"train": r"labels/(train|val)1\.txt", "test": r"labels/test1\.txt"},
-                parse=labels.foldered, form="images/{}"),
+        partial(labels.from_lists, lists={"train": r"labels/(train|val)1\.txt", "test": r"labels/test1\.txt"},
+                parse=labels.folder_label, form="images/{}"),
         (r"labels/train1\.txt",), "https://www.robots.ox.ac.uk/~vgg/data/dtd",
         ((r"labels/test1\.txt", "labels/test1.txt"), (r"images/.+", "images/")),
     ),
     "pets": Layout(
-        partial(labels.by_lists, lists={"train": r"annotations/trainval\.txt", "test": r"annotations/test\.txt"},
-                parse=labels.breed, form="images/{}.jpg"),
+        partial(labels.from_lists, lists={"train": r"annotations/trainval\.txt", "test": r"annotations/test\.txt"},
+                parse=labels.breed_label, form="images/{}.jpg"),
         (r"annotations/trainval\.txt",), "https://www.robots.ox.ac.uk/~vgg/data/pets",
         ((r"annotations/test\.txt", "annotations/test.txt"), (r"images", "images/")),
     ),
     "caltech101": Layout(
-        partial(labels.by_names, splits={"": r"101_ObjectCategories/((?!BACKGROUND_Google)[^/]+)/[^/]+"}),
+        partial(labels.from_patterns, splits={"": r"101_ObjectCategories/((?!BACKGROUND_Google)[^/]+)/[^/]+"}),
         (r"101_ObjectCategories/[^/]+",), "https://data.caltech.edu/records/mzrjq-6wc02",
     ),
     "flowers102": Layout(
@@ -145,7 +141,7 @@ LAYOUTS: dict[str, Layout] = {
     "ade20k": Layout(
         paired(r"images/(training|validation)/(.+)\.jpg", (r"annotations/\1/\2.png",),
                {"training": "train", "validation": "val"},
-               kind="mask", read=truths.ade20k, classes=truths.numbers(150)),
+               kind="mask", read=truths.ade20k, classes=truths.numbered_classes(150)),
         (r"annotations/training",), "http://sceneparsing.csail.mit.edu (ADEChallengeData2016)",
         ((r"images/training", "images/training"), (r"images/validation", "images/validation"),
          (r"annotations/validation", "annotations/validation")),
@@ -197,55 +193,55 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def open_benchmark(place: object, layout: str | None = None) -> Benchmark | None:
-    """The set of data that lies at a place, by its files: an owner's, or one's own; None where they do not say.
+    """Open the dataset at a place, detected from its files: a table at the top or a published layout. None if neither.
 
-    `layout` names one of LAYOUTS that it must be. UsageError where a part of it is missing.
+    `layout` names one of LAYOUTS instead of the detection. Raises UsageError if a required part of it is missing.
     """
     if layout is not None and layout not in LAYOUTS:
         raise nearest("layout", layout, LAYOUTS)
-    local = isinstance(place, str | Path) and not files.REMOTE.match(str(place))
-    tree = Tree.open(str(place)) if local else None
+    is_local = isinstance(place, str | Path) and not files.REMOTE.match(str(place))
+    tree = Tree.open(str(place)) if is_local else None
     if tree is None:
         if layout is not None:
             raise UsageError(f"{place}: --layout {layout} is for a folder, tar or zip on this machine")
         return None
-    known = places(tree)
-    for name in [layout] if layout else [] if own_first(tree) else LAYOUTS:
-        if layout or all(_there(mark, known) for mark in LAYOUTS[name].marks):
-            return _built(tree, name, known)
-    return own(tree)
+    known = known_paths(tree)
+    for name in [layout] if layout else [] if has_table(tree) else LAYOUTS:
+        if layout or all(_exists(marker, known) for marker in LAYOUTS[name].markers):
+            return _build(tree, name, known)
+    return open_table(tree)
 
 
-def own_first(tree: Tree) -> bool:
-    """Whether a table at the top says what is true: it is asked before any layout is looked for."""
-    return any(name in tree.where for name in ("index.csv", "pairs.csv", "labels.csv", "manifest.json"))
+def has_table(tree: Tree) -> bool:
+    """Whether the tree has a table at the top. A table has priority over all layouts."""
+    return any(name in tree.entries for name in ("index.csv", "pairs.csv", "labels.csv", "manifest.json"))
 
 
-def places(tree: Tree) -> set[str]:
-    """All folders and all files that are no images, with the place's own name before them."""
-    found = set()
-    for name in tree.where:
+def known_paths(tree: Tree) -> set[str]:
+    """All folders and all files except images, with the name of the root before them."""
+    paths = set()
+    for name in tree.entries:
         folder = name.rpartition("/")[0]
-        while folder and folder not in found:
-            found.add(folder)
+        while folder and folder not in paths:
+            paths.add(folder)
             folder = folder.rpartition("/")[0]
-        if listing.ending_of(name) not in listing.ENDINGS:
-            found.add(name)
-    return {f"{tree.name}/{name}" for name in found}
+        if listing.extension(name) not in listing.IMAGE_EXTENSIONS:
+            paths.add(name)
+    return {f"{tree.name}/{name}" for name in paths}
 
 
-def _there(pattern: str, known: set[str]) -> bool:
-    wanted = re.compile(rf"(?:.*/)?(?:{pattern})")
-    return any(map(wanted.fullmatch, known))
+def _exists(pattern: str, known: set[str]) -> bool:
+    regex = re.compile(rf"(?:.*/)?(?:{pattern})")
+    return any(map(regex.fullmatch, known))
 
 
-def _built(tree: Tree, name: str, known: set[str]) -> Benchmark:
+def _build(tree: Tree, name: str, known: set[str]) -> Benchmark:
     layout = LAYOUTS[name]
-    marks = [(mark, f"what it is known by ({mark})") for mark in layout.marks]
-    missing = [called for pattern, called in (*marks, *layout.parts) if not _there(pattern, known)]
+    markers = [(marker, f"its marker ({marker})") for marker in layout.markers]
+    missing = [text for pattern, text in (*markers, *layout.required) if not _exists(pattern, known)]
     if missing:
-        raise UsageError(f"{tree.root}: {name}, but for {', and '.join(missing)}; its owners: {layout.get}")
-    built = layout.build(tree)
-    if not len(built.images):
-        raise UsageError(f"{tree.root}: {name}, but none of its images is there; its owners: {layout.get}")
-    return replace(built, name=name)
+        raise UsageError(f"{tree.root}: {name} without {', and '.join(missing)}; published at {layout.source}")
+    benchmark = layout.build(tree)
+    if not len(benchmark.images):
+        raise UsageError(f"{tree.root}: {name} without any of its images; published at {layout.source}")
+    return replace(benchmark, name=name)
