@@ -22,7 +22,7 @@ from troodon.curate.config import CurateConfig
 from troodon.curate.pipeline import curate
 from troodon.evaluate.baselines import BASELINES, ColourHistogram, RawPixels
 from troodon.images import decode as module
-from troodon.images.decode import BadImage, decode, to_grey, read_header, to_rgb
+from troodon.images.decode import BadImage, decode, read_header, to_grey, to_rgb
 from troodon.images.reading import read_batches
 from troodon.images.sources import open_source
 from troodon.learn.pretrain import check, pretrain
@@ -457,5 +457,5 @@ def test_descriptors_of_colours_are_pillows():
 
 
 def test_array_headers_are_not_read_beyond_a_kilobyte(monkeypatch):
-    monkeypatch.setattr(module, "NPY_HEADER", 10)
+    monkeypatch.setattr(module, "MAX_NPY_HEADER", 10)
     assert refusal(npy(array(3))).status == "decode error"

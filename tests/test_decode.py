@@ -354,11 +354,11 @@ def test_a_jpeg_is_decoded_smaller_when_it_may(size, times, orientation, monkeyp
         asked.append((height, width))
         return times
 
-    whole, small = decode(data), decode(data, shrink=shrink)
+    whole, small = decode(data), decode(data, reduction=shrink)
     assert asked == [whole.shape[:2]]
     assert small.shape == (*(-(-side // times) for side in whole.shape[:2]), 3)
     monkeypatch.setattr(module, "simplejpeg", None)
-    assert np.array_equal(decode(data, shrink=lambda *_: times), small)
+    assert np.array_equal(decode(data, reduction=lambda *_: times), small)
     if not size[0] % times and not size[1] % times:
         average = np.asarray(Image.fromarray(whole).reduce(times)).astype(float)
         assert np.abs(small - average).mean() < 4  # of 255; an area average is nearly what it is
@@ -367,4 +367,4 @@ def test_a_jpeg_is_decoded_smaller_when_it_may(size, times, orientation, monkeyp
 @pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP"])
 def test_other_formats_are_whole_whatever_they_may(format):
     data = packed(picture(), format)
-    assert np.array_equal(decode(data, shrink=lambda *_: 8), decode(data))
+    assert np.array_equal(decode(data, reduction=lambda *_: 8), decode(data))

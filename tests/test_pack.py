@@ -124,18 +124,18 @@ def test_all_may_be_saved_in_one_format(photos, tmp_path):
 
 def test_a_killed_run_goes_on_with_the_next_shard(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_plan", lambda *_: 2)
-    write, written = module._write, []
+    write, written = module._write_shard, []
 
     def stopping(index, items, folder, container, told):
         if container == "00001.tar":
             raise KeyboardInterrupt
         write(index, items, folder, container, told)
 
-    monkeypatch.setattr(module, "_write", stopping)
+    monkeypatch.setattr(module, "_write_shard", stopping)
     with pytest.raises(KeyboardInterrupt):
         pack(photos, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(module, "_write", lambda *a: written.append(a[3]) or write(*a))
+    monkeypatch.setattr(module, "_write_shard", lambda *a: written.append(a[3]) or write(*a))
     pack(photos, tmp_path / "out")
     assert written == ["00001.tar", "00002.tar"]
     pack(photos, tmp_path / "out")
@@ -148,7 +148,7 @@ def test_a_killed_run_goes_on_with_the_next_shard(photos, tmp_path, monkeypatch)
 def test_what_was_written_wrongly_does_not_count(photos, tmp_path, monkeypatch):
     add = module._add
     monkeypatch.setattr(module, "_add", lambda tar, file, name, data: add(tar, file, name, bytes(len(data))))
-    with pytest.raises(OSError, match="was not written as it was"):
+    with pytest.raises(OSError, match="was not written correctly"):
         pack(photos, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -19,8 +19,8 @@ from troodon import run
 from troodon.config import UsageError
 from troodon.images import scan as module
 from troodon.images.index import SCHEMA, Index
-from troodon.images.inventory import render, summarise
-from troodon.images.scan import SCAN_SCHEMA, MODIFIED, scan_to
+from troodon.images.inventory import format_summary, summarise
+from troodon.images.scan import MODIFIED, SCAN_SCHEMA, scan_to
 from troodon.images.sources import open_source
 
 
@@ -142,11 +142,11 @@ def test_broken_files_are_not_duplicates_of_one_another(tmp_path):
     summary = summarise(scan(open_source(tmp_path), threads=1))
     assert summary["identical"]["groups"] == 0
     assert summary["sizes"]["width"] is None
-    assert "broken      2 (empty 2)" in render(summary)
+    assert "broken      2 (empty 2)" in format_summary(summary)
 
 
 def test_the_summary_in_words(photos):
-    text = render(summarise(scan(open_source(photos), threads=2)))
+    text = format_summary(summarise(scan(open_source(photos), threads=2)))
     for line in (
         "broken      3 (empty 1, not an image 1, truncated 1)",
         "formats     JPEG 4, PNG 2",
@@ -165,7 +165,7 @@ def test_the_summary_in_words(photos):
 def test_long_lists_are_cut_and_say_so(tmp_path):
     for n in range(13):
         (tmp_path / f"{n:02}.jpg").write_bytes(b"hello")
-    lines = render(summarise(scan(open_source(tmp_path), threads=1))).splitlines()
+    lines = format_summary(summarise(scan(open_source(tmp_path), threads=1))).splitlines()
     assert lines[-1] == "  ... and 3 more"
     assert sum("not an image" in line for line in lines) == 11  # the count, and ten of the files
 
@@ -238,7 +238,7 @@ def test_what_could_not_be_read_is_tried_again(photos, tmp_path):
     (photos / "train/cat/1.jpg").unlink()
     table, _ = module.scan(index, threads=1)
     (photos / "train/cat/1.jpg").write_bytes(data)
-    again, read = module.scan(index, threads=1, known=[table])
+    again, read = module.scan(index, threads=1, previous=[table])
     assert read == 1
     assert again["status"].to_pylist().count("ok") == 6
 

@@ -125,9 +125,8 @@ def assign_labels(
     """
     folders = [path[: path.rfind("/") + 1] for path in paths]
     table_of = {folder: _nearest_table(folder, tables) for folder in set(folders)}
-    classes = {
-        f: _class_of(f[len(root) :]) for f, home in table_of.items() if home is None or tables[home].labels is None
-    }
+    by_name = [folder for folder, table in table_of.items() if table is None or tables[table].labels is None]
+    classes = {folder: _class_of(folder[len(root) :]) for folder in by_name}
     if len(set(classes.values()) - {None}) < 2:  # a single folder is not a class
         classes = {}
     split_of = {folder: _split_of(folder) for folder in table_of}
