@@ -560,8 +560,8 @@ def test_no_torch_is_needed() -> None:
         (markup.number(math.nan), MISSING),
         (markup.number(None), MISSING),
         (markup.number(True), "yes"),
-        (markup.share(0.7123), f"71.2{SPACE}%"),
-        (markup.share(None), MISSING),
+        (markup.percent(0.7123), f"71.2{SPACE}%"),
+        (markup.percent(None), MISSING),
         (markup.duration(59.9), f"60{SPACE}s"),
         (markup.duration(3600), f"1{SPACE}h"),
         (markup.duration(90061), f"1{SPACE}d 1{SPACE}h"),
@@ -591,7 +591,7 @@ def test_long_curves_stay_small_and_keep_their_spikes() -> None:
     x_N = np.arange(100_000)
     y_N = np.sin(x_N / 9000)
     y_N[54_321] = -4.0
-    drawn = charts.curve(x_N, y_N, label="long")
+    drawn = charts.line_chart(x_N, y_N, label="long")
     assert len(drawn) < 30_000
     lowest = max(float(y) for y in re.findall(r",([\d.]+)", re.search(r'points="([^"]+)"', drawn)[1]))
     assert lowest > charts.HEIGHT - charts.BOTTOM - 12, "the dip reaches the foot of the chart"
@@ -599,17 +599,17 @@ def test_long_curves_stay_small_and_keep_their_spikes() -> None:
 
 @pytest.mark.parametrize("y", [[3.0], [2.0] * 5, [0.0] * 30, [-1e-12, 1e12]])
 def test_curves_of_few_or_equal_values(y: list[float]) -> None:
-    parsed = Page(charts.curve(np.arange(len(y)) * 10, np.array(y), label="odd", floor=0.0))
+    parsed = Page(charts.line_chart(np.arange(len(y)) * 10, np.array(y), label="odd", floor=0.0))
     assert parsed.wrong == []
     assert all(re.fullmatch(r"[\d., ]+", attrs["points"]) for attrs in parsed.of("polyline"))
 
 
 def test_the_running_mean_neither_lags_nor_leans() -> None:
     line = np.linspace(5, -3, 200)
-    assert np.allclose(charts.smoothed(line, 4)[60:-60], line[60:-60], atol=1e-4)
-    assert np.allclose(charts.smoothed(np.full(50, 2.5), 4), 2.5)
+    assert np.allclose(charts.smooth_mean(line, 4)[60:-60], line[60:-60], atol=1e-4)
+    assert np.allclose(charts.smooth_mean(np.full(50, 2.5), 4), 2.5)
     noise = np.random.default_rng(0).normal(size=2000)
-    assert charts.smoothed(noise, 8).std() < 0.4
+    assert charts.smooth_mean(noise, 8).std() < 0.4
 
 
 def test_a_made_world_is_told(tmp_path: Path) -> None:

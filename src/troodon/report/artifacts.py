@@ -1,4 +1,4 @@
-"""Which artifacts lie in the given folders, and what is read of them: a missing file is nothing, not an error."""
+"""Find artifacts in the given folders, and read their files: a missing file is None or empty, not an error."""
 
 import json
 from collections.abc import Sequence
@@ -9,20 +9,20 @@ from typing import Any
 from troodon.config import UsageError
 from troodon.run import MANIFEST, read_manifest
 
-KINDS = ("world", "index", "selection", "run", "scores")  # those that have a section of their own
-DEEP = 2
+KINDS = ("world", "index", "selection", "run", "scores")  # each has a section of its own
+MAX_DEPTH = 2
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A finished folder, or a run that is still going, which has no manifest yet."""
+    """A finished folder, or a run in progress, which has no manifest yet."""
 
     folder: Path
-    name: str  # from the given folder on, with / between
+    name: str  # path from the given folder on, with /
     kind: str
     fingerprint: str | None
     settings: dict
-    command: list[str]  # its words; none where it was not made by one
+    command: list[str]  # the words of the command that made it; empty if Python did
 
     def json(self, name: str) -> Any:
         """The contents of a JSON file; None where it is missing or is not JSON."""
@@ -38,7 +38,7 @@ class Artifact:
             return None
 
     def lines(self, name: str) -> list[dict]:
-        """The records of a .jsonl file; lines that were cut short are left out."""
+        """The records of a .jsonl file; incomplete lines are skipped."""
         records = []
         for line in (self.text(name) or "").splitlines():
             try:
@@ -53,45 +53,45 @@ class Artifact:
         return sorted((self.folder / "pictures").glob("*.png"))
 
 
-def find(paths: Sequence[Path]) -> list[Artifact]:
+def find_artifacts(paths: Sequence[Path]) -> list[Artifact]:
     """Artifacts at these paths or up to two folders below them, sorted within each. UsageError if there is none."""
     if not paths:
         raise UsageError(f"no folder to report on: give one that holds artifacts ({', '.join(KINDS)})")
-    found: dict[Path, Artifact] = {}
+    artifacts: dict[Path, Artifact] = {}
     for path in paths:
         if not path.is_dir():
             raise UsageError(f"{path}: no such folder; give one that holds artifacts ({', '.join(KINDS)})")
-        for folder in _folders(path.resolve(), DEEP):
+        for folder in _folders(path.resolve(), MAX_DEPTH):
             name = "/".join([path.resolve().name, *folder.relative_to(path.resolve()).parts])
-            artifact = _artifact(folder, name)
+            artifact = _open_artifact(folder, name)
             if artifact is not None:
-                found.setdefault(folder, artifact)
-    if not any(artifact.kind in KINDS for artifact in found.values()):
+                artifacts.setdefault(folder, artifact)
+    if not any(artifact.kind in KINDS for artifact in artifacts.values()):
         raise UsageError(
-            f"{', '.join(map(str, paths))}: no artifact here or up to {DEEP} folders below; "
+            f"{', '.join(map(str, paths))}: no artifact here or up to {MAX_DEPTH} folders below; "
             f"looked for a {MANIFEST} of kind {', '.join(KINDS)}"
         )
-    return list(found.values())
+    return list(artifacts.values())
 
 
-def _folders(folder: Path, deep: int) -> list[Path]:
-    found = [folder]
-    if deep:
+def _folders(folder: Path, depth: int) -> list[Path]:
+    """The folder and those up to `depth` below it, without hidden and unfinished ones."""
+    folders = [folder]
+    if depth:
         for child in sorted(folder.iterdir()):
             if child.is_dir() and not child.name.startswith(".") and child.suffix != ".partial":
-                found += _folders(child, deep - 1)
-    return found
+                folders += _folders(child, depth - 1)
+    return folders
 
 
-def _artifact(folder: Path, name: str) -> Artifact | None:
+def _open_artifact(folder: Path, name: str) -> Artifact | None:
     try:
-        said = read_manifest(folder)
+        found = read_manifest(folder)
     except ValueError:
-        said = None
-    if isinstance(said, dict) and isinstance(said.get("kind"), str):
-        return Artifact(
-            folder, name, said["kind"], said.get("fingerprint"), said.get("settings") or {}, said.get("command") or []
-        )
+        found = None
+    if isinstance(found, dict) and isinstance(found.get("kind"), str):
+        settings, command = found.get("settings") or {}, found.get("command") or []
+        return Artifact(folder, name, found["kind"], found.get("fingerprint"), settings, command)
     if (folder / "metrics.jsonl").is_file():
         return Artifact(folder, name, "run", None, {}, [])
     return None

@@ -1,7 +1,7 @@
-"""Charts as SVG, drawn by hand: no script, no font, no library. Colours are classes that the page's style defines.
+"""Charts as SVG, without scripts, fonts or a library. Colours are classes that page.css defines.
 
-Small charts (`curve`, `columns`) have a fixed shape and scale with their box. Long ones (`bars`) are laid out in
-per cent of the width, so that their letters keep their size on a telephone.
+Small charts (`line_chart`, `histogram`) have a fixed aspect ratio and scale with their box. Long ones (`bar_chart`) are
+laid out in per cent of the width, so that their text keeps its size on a telephone.
 """
 
 import itertools
@@ -16,22 +16,22 @@ from troodon.text import plural
 
 WIDTH, HEIGHT = 320, 168
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 22  # margins, in units of the drawing
-POINTS = 240  # that a line is drawn with, at most
-HOVERS = 48  # places of a line that tell their value
+POINTS = 240  # of a line, at most
+TOOLTIPS = 48  # of a line, at most
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One row of `bars`: lengths laid end to end, and perhaps the interval in which the end lies."""
+    """One row of a bar chart: stacked lengths, and perhaps an interval for their end."""
 
     name: str
-    says: str  # what stands at the right end
+    label: str  # shown at the right end
     parts: tuple[tuple[str, float], ...]  # (class of the colour, length)
     interval: tuple[float, float] | None = None
 
 
 def ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[float]:
-    """About `count` round numbers (1, 2 or 5 times a power of ten apart) from `low` to `high`."""
+    """About `count` round numbers from `low` to `high`, whose step is 1, 2 or 5 times a power of ten."""
     rough = (high - low) / max(1, count)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m for m in (1, 2, 5, 10) if m * power >= rough * 0.999) * power
@@ -41,7 +41,7 @@ def ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[f
 
 
 def tick_text(values: Sequence[float], unit: str = "") -> list[str]:
-    """The same number of decimals for all of them; thousands as 10k, millions as 1M."""
+    """The values as text, with equally many decimals; thousands as 10k, millions as 1M."""
     step = min((b - a for a, b in itertools.pairwise(values)), default=abs(values[0]) if values else 1.0) or 1.0
     largest = max((abs(v) for v in values), default=0.0)
     if largest and largest < 1e-2:
@@ -55,22 +55,22 @@ def tick_text(values: Sequence[float], unit: str = "") -> list[str]:
     return [text.replace("-", MINUS) + unit for text in out]
 
 
-def smoothed(y_N: np.ndarray, span: float) -> np.ndarray:
-    """Exponential mean over about `span` values to both sides: it neither lags behind nor leans to an end."""
+def smooth_mean(y_N: np.ndarray, span: float) -> np.ndarray:
+    """Exponential mean over about `span` values to both sides: without lag, and without bias at the ends."""
     keep = math.exp(-1 / span)
 
-    def behind(values: np.ndarray) -> np.ndarray:
+    def decayed_sum(values: np.ndarray) -> np.ndarray:
         total, out = 0.0, []
         for value in values:
             total = keep * total + float(value)
             out.append(total)
         return np.array(out)
 
-    both, weight = (behind(v) + behind(v[::-1])[::-1] - v for v in (y_N, np.ones(len(y_N))))
-    return both / weight
+    total, weight = (decayed_sum(v) + decayed_sum(v[::-1])[::-1] - v for v in (y_N, np.ones(len(y_N))))
+    return total / weight
 
 
-def curve(
+def line_chart(
     x_N: np.ndarray,
     y_N: np.ndarray,
     *,
@@ -79,14 +79,14 @@ def curve(
     unit: str = "",
     smooth: bool = True,
     floor: float | None = None,
-    along: str = "step",
+    x_name: str = "step",
 ) -> Markup:
-    """A line over steps: every value faintly and their running mean boldly, or plain with dots (`smooth=False`).
+    """A line over steps: faint raw values with a bold running mean, or the values with dots (`smooth=False`).
 
-    `floor` is a number that the vertical axis must reach down to. Far outliers are cut off, and counted above.
+    The vertical axis reaches down to `floor`, if it is given. Far outliers are cut off, and counted at the top.
     """
-    drawn = smoothed(y_N, max(1.0, len(y_N) / 60)) if smooth and len(y_N) >= 20 else y_N
-    low, high, above = _range(y_N, drawn, floor)
+    drawn = smooth_mean(y_N, max(1.0, len(y_N) / 60)) if smooth and len(y_N) >= 20 else y_N
+    low, high, above = _axis_range(y_N, drawn, floor)
     left, right = float(x_N[0]), float(x_N[-1])
     if left == right:
         left, right = left - 0.5, right + 0.5
@@ -95,11 +95,11 @@ def curve(
 
     inside = []
     if drawn is not y_N:
-        inside.append(_path(*_thinned(px, py_of(y_N)), f"raw {colour}"))
-        chosen = _evenly(len(px), POINTS)
+        inside.append(_path(*_thin(px, py_of(y_N)), f"raw {colour}"))
+        chosen = _evenly_spaced(len(px), POINTS)
         inside.append(_path(px[chosen], py_of(drawn)[chosen], f"line {colour}"))
     else:
-        inside.append(_path(*_thinned(px, py_of(y_N)), f"line {colour}"))
+        inside.append(_path(*_thin(px, py_of(y_N)), f"line {colour}"))
         if len(y_N) <= 40:
             inside += [h("circle", cx=x, cy=y, r=2.6, class_=f"dot {colour}") for x, y in zip(px, py_of(y_N))]
     frame = h("svg", inside, x=LEFT, y=TOP - 4, width=WIDTH - LEFT - RIGHT + 4, height=HEIGHT - TOP - BOTTOM + 8,
@@ -110,25 +110,27 @@ def curve(
     more = (
         h("text", f"{plural(above, 'value')} above", x=WIDTH - RIGHT, y=TOP + 8, class_="tick end") if above else None
     )
-    return _drawing(label, axes, frame, more, _hovers(x_N, y_N, px, along, unit))
+    return _chart(label, axes, frame, more, _tooltips(x_N, y_N, px, x_name, unit))
 
 
-def columns(counts: Sequence[int], edges: Sequence[float], *, label: str, unit: str = "", colour: str = "c1") -> Markup:
-    """A histogram: `counts[i]` lies between `edges[i]` and `edges[i + 1]`; columns are equally wide."""
+def histogram(
+    counts: Sequence[int], edges: Sequence[float], *, label: str, unit: str = "", colour: str = "c1"
+) -> Markup:
+    """A histogram: `counts[i]` values lie between `edges[i]` and `edges[i + 1]`; columns are equally wide."""
     high = max(1.0, max(counts) * 1.05)
     wide, tall = (WIDTH - LEFT - RIGHT) / len(counts), HEIGHT - TOP - BOTTOM
     shapes = []
     for i, count in enumerate(counts):
-        said = h("title", f"{number(edges[i])} to {number(edges[i + 1])}{unit}: {number(count)}")
+        tooltip = h("title", f"{number(edges[i])} to {number(edges[i + 1])}{unit}: {number(count)}")
         top, length = HEIGHT - BOTTOM - count / high * tall, count / high * tall
         shapes.append(h("rect", x=LEFT + i * wide + 0.75, y=top, width=wide - 1.5, height=length, class_=colour))
-        shapes.append(h("rect", said, x=LEFT + i * wide, y=TOP, width=wide, height=tall, class_="hit"))
+        shapes.append(h("rect", tooltip, x=LEFT + i * wide, y=TOP, width=wide, height=tall, class_="hit"))
     every = max(1, math.ceil(len(edges) / 6))
     at_x = [(LEFT + i * wide, text) for i, text in enumerate(tick_text(edges)) if i % every == 0]
-    return _drawing(label, _axes(at_x, 0.0, high, "", whole=True), shapes)
+    return _chart(label, _axes(at_x, 0.0, high, "", whole=True), shapes)
 
 
-def bars(rows: Sequence[Bar], *, label: str, top: float, unit: str = "", scale: float = 1.0) -> Markup:
+def bar_chart(rows: Sequence[Bar], *, label: str, top: float, unit: str = "", scale: float = 1.0) -> Markup:
     """Horizontal bars from 0 to `top`, each with its name above it. The axis shows values times `scale`."""
     tall, shapes = 40, []
     end = tall * len(rows) + 4
@@ -142,7 +144,7 @@ def bars(rows: Sequence[Bar], *, label: str, top: float, unit: str = "", scale: 
         y, before = i * tall, 0.0
         name = bar.name if len(bar.name) <= 34 else bar.name[:33] + "…"
         shapes.append(h("text", name, x=0, y=y + 15, class_="name"))
-        shapes.append(h("text", bar.says, x="100%", y=y + 15, class_="says end"))
+        shapes.append(h("text", bar.label, x="100%", y=y + 15, class_="says end"))
         for colour, length in bar.parts:
             shapes.append(
                 h("rect", x=_percent(before, top), width=_percent(length, top), y=y + 21, height=12, class_=colour)
@@ -152,13 +154,13 @@ def bars(rows: Sequence[Bar], *, label: str, top: float, unit: str = "", scale: 
             low, high = (_percent(v, top) for v in bar.interval)
             shapes.append(h("line", x1=low, x2=high, y1=y + 27, y2=y + 27, class_="whisker"))
             shapes += [h("line", x1=v, x2=v, y1=y + 23, y2=y + 31, class_="whisker") for v in (low, high)]
-        said = h("title", f"{bar.name}: {bar.says}")
-        shapes.append(h("rect", said, x=0, y=y + 2, width="100%", height=tall - 4, class_="hit"))
-    said = f"{label}: " + "; ".join(f"{bar.name} {bar.says}" for bar in rows)
-    return h("svg", shapes, class_="bars", width="100%", height=end + 20, role="img", aria_label=said)
+        tooltip = h("title", f"{bar.name}: {bar.label}")
+        shapes.append(h("rect", tooltip, x=0, y=y + 2, width="100%", height=tall - 4, class_="hit"))
+    description = f"{label}: " + "; ".join(f"{bar.name} {bar.label}" for bar in rows)
+    return h("svg", shapes, class_="bars", width="100%", height=end + 20, role="img", aria_label=description)
 
 
-def _drawing(label: str, *content: Content) -> Markup:
+def _chart(label: str, *content: Content) -> Markup:
     return h("svg", *content, viewBox=f"0 0 {WIDTH} {HEIGHT}", class_="chart", role="img", aria_label=label)
 
 
@@ -175,36 +177,36 @@ def _axes(at_x: list[tuple[float, str]], low: float, high: float, unit: str, *, 
     return out
 
 
-def _hovers(x_N: np.ndarray, y_N: np.ndarray, px: np.ndarray, along: str, unit: str) -> list[Markup]:
-    """Invisible columns that tell the mean of what lies in them."""
-    out, parts = [], np.array_split(np.arange(len(x_N)), min(HOVERS, len(x_N)))
+def _tooltips(x_N: np.ndarray, y_N: np.ndarray, px: np.ndarray, x_name: str, unit: str) -> list[Markup]:
+    """Invisible columns whose tooltips show the mean of the values in them."""
+    out, parts = [], np.array_split(np.arange(len(x_N)), min(TOOLTIPS, len(x_N)))
     for i, part in enumerate(parts):
         left = LEFT if i == 0 else (px[parts[i - 1][-1]] + px[part[0]]) / 2
         right = WIDTH - RIGHT if i == len(parts) - 1 else (px[part[-1]] + px[parts[i + 1][0]]) / 2
         first, last = x_N[part[0]], x_N[part[-1]]
         where = number(first) if first == last else f"{number(first)} to {number(last)}"
         mean = f"{number(float(y_N[part].mean()), 4)}{unit}"
-        said = h("title", f"{along} {where}: {mean}" + (f" on average of {len(part)}" if len(part) > 1 else ""))
-        out.append(h("rect", said, x=left, y=TOP, width=right - left, height=HEIGHT - TOP - BOTTOM, class_="hit"))
+        tooltip = h("title", f"{x_name} {where}: {mean}" + (f" on average of {len(part)}" if len(part) > 1 else ""))
+        out.append(h("rect", tooltip, x=left, y=TOP, width=right - left, height=HEIGHT - TOP - BOTTOM, class_="hit"))
     return out
 
 
-def _range(y_N: np.ndarray, drawn_N: np.ndarray, floor: float | None) -> tuple[float, float, int]:
-    """Lower and upper end of the vertical axis, and how many values lie above it."""
+def _axis_range(y_N: np.ndarray, drawn_N: np.ndarray, floor: float | None) -> tuple[float, float, int]:
+    """Lower and upper end of the vertical axis, and the number of values above it."""
     low, high, above = float(y_N.min()), float(y_N.max()), 0
     if len(y_N) >= 50:
-        usual_low, usual = np.percentile(y_N, [1, 98])
-        reach = max(float(usual + (usual - usual_low)), float(drawn_N.max()))
-        if high > reach:
-            high, above = reach, int((y_N > reach).sum())
+        p1, p98 = np.percentile(y_N, [1, 98])
+        limit = max(float(p98 + (p98 - p1)), float(drawn_N.max()))
+        if high > limit:
+            high, above = limit, int((y_N > limit).sum())
     if floor is not None:
         low = min(floor, low)
     pad = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     return (low if low == floor else low - pad), high + pad, above
 
 
-def _thinned(x_N: np.ndarray, y_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most POINTS of them: of each stretch its lowest and its highest, in their order, so no spike is lost."""
+def _thin(x_N: np.ndarray, y_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most POINTS points: the lowest and the highest of each segment, in their order, so that no spike is lost."""
     if len(x_N) <= POINTS:
         return x_N, y_N
     chosen = set()
@@ -214,7 +216,7 @@ def _thinned(x_N: np.ndarray, y_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x_N[order], y_N[order]
 
 
-def _evenly(total: int, count: int) -> np.ndarray:
+def _evenly_spaced(total: int, count: int) -> np.ndarray:
     return np.unique(np.linspace(0, total - 1, min(total, count)).round().astype(int))
 
 
@@ -226,8 +228,8 @@ def _percent(value: float, top: float) -> str:
     return f"{min(100.0, max(0.0, 100 * value / top)):.2f}%"
 
 
-def from_to(name: str, x_N: np.ndarray, y_N: np.ndarray, unit: str = "") -> str:
-    """What a curve shows, in words, for those who do not see it."""
+def describe_curve(name: str, x_N: np.ndarray, y_N: np.ndarray, unit: str = "") -> str:
+    """What a curve shows, in words, for screen readers."""
     if len(y_N) == 1:
         return f"{name}: {number(float(y_N[0]))}{unit} at step {number(x_N[0])}"
     return (

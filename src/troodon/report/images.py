@@ -1,4 +1,4 @@
-"""What was found: the embedded world, and the index of images with its formats, sizes and broken files."""
+"""The sections about images: the embedded world, and indexes with their formats, sizes and broken files."""
 
 from collections import Counter, defaultdict
 
@@ -12,80 +12,83 @@ from troodon.report.markup import (
     Card,
     Content,
     Markup,
-    Part,
+    Section,
+    details,
     figure,
     file_size,
-    folded,
     h,
     is_number,
     join,
     note,
     number,
-    share,
+    percent,
     table,
 )
 from troodon.report.thumbnails import Frame, picture, spread, thumbnail
 from troodon.text import plural
 
-BROKEN, GROUPS, SHOWN = 20, 8, 48  # files, groups, images of the contact sheet
-CLASSES, OF_CLASS, MEMBERS, EXTREMES = 12, 5, 5, 5  # classes, images of each, of a group, of a kind of extreme
+BROKEN, GROUPS, CONTACT_SHEET = 20, 8, 48  # files, groups, images of the contact sheet
+CLASSES, CLASS_IMAGES, MEMBERS, EXTREMES = 12, 5, 5, 5  # classes, images of each, of a group, of a kind of extreme
 
 
-def world(artifacts: list[Artifact]) -> Part | None:
-    """Made images: what they were made of. None without them."""
+def world_section(artifacts: list[Artifact]) -> Section | None:
+    """The settings and pictures of made worlds. None without one."""
     if not artifacts:
         return None
     body: list[Content] = []
-    for one in artifacts:
-        numbers = [(key.replace("_", " "), number(v)) for key, v in one.settings.items() if _simple(v)]
-        for path in one.pictures():
+    for artifact in artifacts:
+        numbers = [(key.replace("_", " "), number(v)) for key, v in artifact.settings.items() if _is_scalar(v)]
+        for path in artifact.pictures():
             title = path.stem.replace("_", " ")
             shown = picture(path, title)
             body.append(figure(shown, title.capitalize()) if shown else None)
-        body.append(table(f"Settings of {one.name}", ("setting", "value"), numbers) if numbers else None)
-    return Part("world", "The world", join(h("p", "The images were made, not collected."), body))
+        body.append(table(f"Settings of {artifact.name}", ("setting", "value"), numbers) if numbers else None)
+    return Section("world", "The world", join(h("p", "The images were made, not collected."), body))
 
 
-def images(artifacts: list[Artifact]) -> Part | None:
-    """Counts, formats, sizes, broken files and identical ones. None without an index."""
-    tables = [(one, Index.load(one.folder / "images.parquet")) for one in artifacts if _has(one)]
+def images_section(artifacts: list[Artifact]) -> Section | None:
+    """Counts, formats, sizes, broken files and duplicates. None without an index."""
+    tables = [
+        (artifact, Index.load(artifact.folder / "images.parquet")) for artifact in artifacts if _has_images(artifact)
+    ]
     if not tables:
         return None
     body, total, broken = [], 0, 0
-    for one, index in tables:
-        bad = _broken(index)
+    for artifact, index in tables:
+        bad = _broken_rows(index)
         total, broken = total + len(index), broken + len(bad)
-        body.append(h("h3", one.name) if len(tables) > 1 else None)
-        body.append(_one(index, bad))
+        body.append(h("h3", artifact.name) if len(tables) > 1 else None)
+        body.append(_index_body(index, bad))
     card = Card(
         "images found", number(total), plural(broken, "cannot be read", "cannot be read") if broken else "all readable"
     )
-    return Part(
+    return Section(
         "images", "Images", join(body), (card,), f"{plural(total, 'image')} {'was' if total == 1 else 'were'} found"
     )
 
 
-def _one(index: Index, bad: list[int]) -> Markup:
-    said: list[Content] = [h("p", _summary(index, bad), class_="prose")]
+def _index_body(index: Index, bad: list[int]) -> Markup:
+    body: list[Content] = [h("p", _summary(index, bad), class_="prose")]
     broken = set(bad)
     good = [row for row in range(len(index)) if row not in broken]
     if good:
-        strip = h("div", (thumbnail(index, row) for row in spread(good, SHOWN)), class_="strip")
-        said.append(figure(strip, "Contact sheet", "Evenly spaced over the index."))
-    said += [h("div", _formats(index), _sides(index), class_="grid two"), _extremes(index, good), _classes(index, good)]
+        strip = h("div", (thumbnail(index, row) for row in spread(good, CONTACT_SHEET)), class_="strip")
+        body.append(figure(strip, "Contact sheet", "Evenly spaced over the index."))
+    body.append(h("div", _formats(index), _shorter_sides(index), class_="grid two"))
+    body += [_extremes(index, good), _classes(index, good)]
     if bad:
-        rows = [(index.path(row), _cell(index, "status", row), _cell(index, "reason", row)) for row in bad[:BROKEN]]
+        rows = [(index.path(row), _value(index, "status", row), _value(index, "reason", row)) for row in bad[:BROKEN]]
         rest = f"; the first {BROKEN} of {number(len(bad))}" if len(bad) > BROKEN else ""
-        said.append(table(f"Files that cannot be read{rest}", ("file", "status", "reason"), rows, text=3))
+        body.append(table(f"Files that cannot be read{rest}", ("file", "status", "reason"), rows, text=3))
         if len(bad) > BROKEN:
-            said.append(note(f"and {number(len(bad) - BROKEN)} more."))
-    said.append(_identical(index))
-    return join(said)
+            body.append(note(f"and {number(len(bad) - BROKEN)} more."))
+    body.append(_duplicates(index))
+    return join(body)
 
 
 def _extremes(index: Index, good: list[int]) -> Content:
-    """The smallest, the largest and the most elongated: where what is no photograph is often found."""
-    if not (good and _known(index, "width") and _known(index, "height")):
+    """The smallest, the largest and the most elongated images, which are often no photographs."""
+    if not (good and _has_column(index, "width") and _has_column(index, "height")):
         return None
     sides = np.array([(index.table["width"][r].as_py(), index.table["height"][r].as_py()) for r in good], float)
     if np.isnan(sides).any() or (sides == sides[0]).all():
@@ -105,7 +108,7 @@ def _extremes(index: Index, good: list[int]) -> Content:
 
 
 def _classes(index: Index, good: list[int]) -> Content:
-    """Some images of some classes, the smallest and the largest among these."""
+    """Example images of some classes, from the largest class to the smallest."""
     rows_of = defaultdict(list)
     labels = index.column("label")
     for row in good:
@@ -117,7 +120,7 @@ def _classes(index: Index, good: list[int]) -> Content:
     strips = []
     for name in spread(by_size, CLASSES):
         title = h("p", f"{name}, {plural(len(rows_of[name]), 'image')}", class_="note")
-        cells = (thumbnail(index, row) for row in spread(rows_of[name], OF_CLASS))
+        cells = (thumbnail(index, row) for row in spread(rows_of[name], CLASS_IMAGES))
         strips.append(h("div", title, h("div", cells, class_="strip")))
     shown = f", {CLASSES} of them shown, from the largest to the smallest" if len(rows_of) > CLASSES else ""
     return figure(h("div", strips, class_="groups"), "Classes", f"{plural(len(rows_of), 'class', 'classes')}{shown}.")
@@ -125,32 +128,32 @@ def _classes(index: Index, good: list[int]) -> Content:
 
 def _summary(index: Index, bad: list[int]) -> str:
     words = [plural(len(index), "file")]
-    if _known(index, "length"):
+    if _has_column(index, "length"):
         words.append(file_size(sum(n for n in index.column("length") if is_number(n) and n > 0)))
-    labels = {label for label in index.column("label") if label is not None} if _known(index, "label") else set()
+    labels = {label for label in index.column("label") if label is not None} if _has_column(index, "label") else set()
     if labels:
         words.append(plural(len(labels), "class", "classes"))
-    kinds = Counter(_cell(index, "status", row) or "unknown" for row in bad)
-    told = ", ".join(f"{number(n)} {kind}" for kind, n in kinds.most_common())
-    state = f"{plural(len(bad), 'file')} cannot be read ({told})." if bad else "Every one can be read."
+    kinds = Counter(_value(index, "status", row) or "unknown" for row in bad)
+    reasons = ", ".join(f"{number(n)} {kind}" for kind, n in kinds.most_common())
+    state = f"{plural(len(bad), 'file')} cannot be read ({reasons})." if bad else "Every one can be read."
     return f"{', '.join(words)}. {state}"
 
 
 def _formats(index: Index) -> Content:
-    if not _known(index, "format"):
+    if not _has_column(index, "format"):
         return None
     counts = Counter(value for value in index.column("format") if value).most_common()
     if not counts:
         return None
     top = sum(count for _, count in counts)
-    rows = [charts.Bar(name, f"{number(n)} ({share(n / top)})", (("c1", n / top),)) for name, n in counts[:8]]
+    rows = [charts.Bar(name, f"{number(n)} ({percent(n / top)})", (("c1", n / top),)) for name, n in counts[:8]]
     more = f"{number(len(counts) - 8)} rarer formats are not shown." if len(counts) > 8 else None
-    return figure(charts.bars(rows, label="Formats", top=1.0, unit=f"{SPACE}%", scale=100), "Formats", more)
+    return figure(charts.bar_chart(rows, label="Formats", top=1.0, unit=f"{SPACE}%", scale=100), "Formats", more)
 
 
-def _sides(index: Index) -> Content:
-    """Histogram of the shorter side, which decides how sharp a crop can be."""
-    if not (_known(index, "width") and _known(index, "height")):
+def _shorter_sides(index: Index) -> Content:
+    """Histogram of the shorter side, which limits how sharp a crop can be."""
+    if not (_has_column(index, "width") and _has_column(index, "height")):
         return None
     sizes = [s for s in zip(index.column("width"), index.column("height")) if is_number(s[0]) and is_number(s[1])]
     if not sizes:
@@ -158,17 +161,17 @@ def _sides(index: Index) -> Content:
     short = np.array([min(size) for size in sizes])
     (width, height), most = Counter(sizes).most_common(1)[0]
     low, half, high = (number(int(v)) for v in (short.min(), np.median(short), short.max()))
-    said = f"From {low} to {high} pixels, half of them {half} or more."
+    caption = f"From {low} to {high} pixels, half of them {half} or more."
     if most > 0.2 * len(sizes):
-        said += f" {share(most / len(sizes))} are {number(width)} by {number(height)}."
+        caption += f" {percent(most / len(sizes))} are {number(width)} by {number(height)}."
     edges = _edges(float(short.min()), float(short.max()))
     counts = np.histogram(short, edges)[0].tolist()
-    drawing = charts.columns(counts, edges, label=f"Histogram of the shorter side. {said}", unit=" pixels")
-    return figure(drawing, "Shorter side, in pixels", said)
+    drawing = charts.histogram(counts, edges, label=f"Histogram of the shorter side. {caption}", unit=" pixels")
+    return figure(drawing, "Shorter side, in pixels", caption)
 
 
 def _edges(low: float, high: float) -> list[float]:
-    """Round numbers from `low` to beyond `high`; powers of two where sizes differ much."""
+    """Bin edges: round numbers from `low` to beyond `high`; powers of two where sizes differ much."""
     if high > 16 * max(low, 1.0):
         first, last = int(np.floor(np.log2(max(low, 1.0)))), int(np.floor(np.log2(high))) + 1
         return [2.0**i for i in range(first, last + 1)]
@@ -180,45 +183,49 @@ def _edges(low: float, high: float) -> list[float]:
     return edges
 
 
-def _identical(index: Index) -> Content:
-    """Images that are there more than once: byte for byte, or the same pixels saved in another way."""
-    if not _known(index, "sha256"):
+def _duplicates(index: Index) -> Content:
+    """Images that occur more than once: byte for byte, or with the same pixels in other bytes."""
+    if not _has_column(index, "sha256"):
         return None
-    by_bytes = _groups(index, "sha256")
-    alike = _groups(index, "pixels") if _known(index, "pixels") else by_bytes
-    if not alike:
+    same_bytes = _groups(index, "sha256")
+    same_picture = _groups(index, "pixels") if _has_column(index, "pixels") else same_bytes
+    if not same_picture:
         return h("p", "No two files hold the same picture.", class_="prose")
-    digests, said = index.column("sha256"), []
-    copies = sum(len(rows) - 1 for rows in by_bytes)
-    resaved = sum(len({digests[row] for row in rows}) - 1 for rows in alike)
+    digests, sentences = index.column("sha256"), []
+    copies = sum(len(rows) - 1 for rows in same_bytes)
+    resaved = sum(len({digests[row] for row in rows}) - 1 for rows in same_picture)
     if copies:
         who = f"{plural(copies, 'file')} {'is' if copies == 1 else 'are'}"
-        said.append(f"{who} byte for byte a copy of another, in {plural(len(by_bytes), 'group')}.")
+        sentences.append(f"{who} byte for byte a copy of another, in {plural(len(same_bytes), 'group')}.")
     if resaved:
-        said.append(f"{number(resaved)} more {'has' if resaved == 1 else 'have'} the pixels of another in other bytes.")
+        sentences.append(
+            f"{number(resaved)} more {'has' if resaved == 1 else 'have'} the pixels of another in other bytes."
+        )
     labels, splits = index.column("label"), index.column("split")
 
     def kinds(rows: list[int]) -> tuple[int, int]:
         return len({labels[r] for r in rows} - {None}), len({splits[r] for r in rows} - {None})
 
-    torn = [rows for rows in alike if kinds(rows)[0] > 1]
-    leaking = [rows for rows in alike if kinds(rows)[1] > 1]
-    if torn:
-        said.append(f"In {plural(len(torn), 'group')} images have different labels.")
+    conflicting = [rows for rows in same_picture if kinds(rows)[0] > 1]
+    leaking = [rows for rows in same_picture if kinds(rows)[1] > 1]
+    if conflicting:
+        sentences.append(f"In {plural(len(conflicting), 'group')} images have different labels.")
     if leaking:
-        said.append(f"{plural(len(leaking), 'group')} {'lies' if len(leaking) == 1 else 'lie'} in more than one split.")
-    alike.sort(key=lambda rows: (*(-n for n in kinds(rows)), -len(rows), rows[0]))  # conflicts and leaks first
+        sentences.append(
+            f"{plural(len(leaking), 'group')} {'lies' if len(leaking) == 1 else 'lie'} in more than one split."
+        )
+    same_picture.sort(key=lambda rows: (*(-n for n in kinds(rows)), -len(rows), rows[0]))  # conflicts and leaks first
     strips = []
-    for rows in alike[:GROUPS]:
+    for rows in same_picture[:GROUPS]:
         cells = [thumbnail(index, r, Frame(" / ".join(filter(None, (splits[r], labels[r]))))) for r in rows[:MEMBERS]]
         more = h("span", f"+ {number(len(rows) - MEMBERS)}", class_="more") if len(rows) > MEMBERS else None
         strips.append(h("div", cells, more, class_="strip"))
-    caption = "Conflicting labels and splits come first." if torn or leaking else "The largest groups come first."
-    table_ = table("Files", ("files", "count"), [(_names(index, g), number(len(g))) for g in alike[:GROUPS]])
+    first = "Conflicting labels and splits" if conflicting or leaking else "The largest groups"
+    names = table("Files", ("files", "count"), [(_names(index, g), number(len(g))) for g in same_picture[:GROUPS]])
     return join(
-        h("p", " ".join(said), class_="prose"),
-        figure(h("div", strips, class_="groups"), "The same picture more than once", caption),
-        folded("Their names", table_),
+        h("p", " ".join(sentences), class_="prose"),
+        figure(h("div", strips, class_="groups"), "The same picture more than once", f"{first} come first."),
+        details("Their names", names),
     )
 
 
@@ -234,23 +241,23 @@ def _names(index: Index, rows: list[int]) -> str:
     return ", ".join(index.path(row) for row in rows[:4]) + (" …" if len(rows) > 4 else "")
 
 
-def _broken(index: Index) -> list[int]:
-    if not _known(index, "status"):
+def _broken_rows(index: Index) -> list[int]:
+    if not _has_column(index, "status"):
         return []
     return [row for row, status in enumerate(index.column("status")) if status not in (None, "ok")]
 
 
-def _cell(index: Index, name: str, row: int) -> Content:
-    return index.table[name][row].as_py() if _known(index, name) else None
+def _value(index: Index, name: str, row: int) -> Content:
+    return index.table[name][row].as_py() if _has_column(index, name) else None
 
 
-def _known(index: Index, name: str) -> bool:
+def _has_column(index: Index, name: str) -> bool:
     return name in index.table.column_names
 
 
-def _has(one: Artifact) -> bool:
-    return (one.folder / "images.parquet").is_file()
+def _has_images(artifact: Artifact) -> bool:
+    return (artifact.folder / "images.parquet").is_file()
 
 
-def _simple(value: object) -> bool:
+def _is_scalar(value: object) -> bool:
     return isinstance(value, str) or is_number(value) or isinstance(value, bool)

@@ -1,6 +1,6 @@
-"""HTML that cannot be broken by what is put into it, and numbers and tables for people.
+"""HTML that its content cannot break; numbers and tables as HTML text.
 
-Every string that is not `Markup` is escaped where it enters a page, so a file may be called <script>.
+Every string that is not `Markup` is escaped when it enters a page, so a file may be called <script>.
 """
 
 import base64
@@ -20,11 +20,11 @@ SPACE = "\N{NO-BREAK SPACE}"
 MISSING = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 FORBIDDEN = re.compile("[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x9f\\ud800-\\udfff\\u202a-\\u202e\\u2066-\\u2069]")
-VOID = {"img", "meta", "br", "link"}  # elements without an end
+VOID = {"img", "meta", "br", "link"}  # elements without an end tag
 
 
 class Markup(str):
-    """HTML as it goes into the page; any other string is text."""
+    """HTML that goes into the page unchanged; any other string is text."""
 
     __slots__ = ()
 
@@ -34,7 +34,7 @@ Content: TypeAlias = "str | int | float | Iterable[Content] | None"
 
 @dataclass(frozen=True)
 class Card:
-    """A number worth seeing first."""
+    """A key number at the top of the page."""
 
     label: str
     value: str
@@ -43,36 +43,37 @@ class Card:
 
 
 @dataclass(frozen=True)
-class Part:
+class Section:
     """One section of the page."""
 
     anchor: str
     title: str
     body: Markup
     cards: tuple[Card, ...] = ()
-    clause: str = ""  # what it adds to the sentence at the head of the page
+    clause: str = ""  # its part of the sentence at the top of the page
 
 
 def h(element: str, /, *content: Content, **attributes: object) -> Markup:
-    """One element. `class_` and `for_` lose their underscore, others become hyphens; None and False are left out."""
+    """An element. `class_` and `for_` lose their underscore, other underscores become hyphens; None and False are
+    skipped."""
     words = [element]
     for key, value in attributes.items():
         if value is None or value is False:
             continue
         key = key.rstrip("_").replace("_", "-")
-        words.append(key if value is True else f'{key}="{html.escape(_plain(value))}"')
+        words.append(key if value is True else f'{key}="{html.escape(_attribute(value))}"')
     start = f"<{' '.join(words)}>"
     return Markup(start if element in VOID else f"{start}{join(*content)}</{element}>")
 
 
 def join(*content: Content) -> Markup:
-    """Everything one after the other; None is nothing, a list is its elements."""
+    """The contents, concatenated; None is nothing, a list stands for its elements."""
     out: list[str] = []
     for item in content:
         if isinstance(item, Markup):
             out.append(item)
         elif isinstance(item, str):
-            out.append(html.escape(_visible(item), quote=False))
+            out.append(html.escape(_printable(item), quote=False))
         elif isinstance(item, Iterable):
             out.append(join(*item))
         elif item is not None:
@@ -81,7 +82,7 @@ def join(*content: Content) -> Markup:
 
 
 def table(caption: str, head: Sequence[Content], rows: Iterable[Sequence[Content]], *, text: int = 1) -> Markup:
-    """A captioned table whose first `text` columns are words and whose others are numbers, aligned right."""
+    """A table with a caption; its first `text` columns are words, the others are numbers, aligned right."""
     kind = ["word" if i < text else "number" for i in range(len(head))]
     first = h("tr", (h("th", cell, scope="col", class_=k) for cell, k in zip(head, kind)))
     body = [
@@ -94,10 +95,12 @@ def table(caption: str, head: Sequence[Content], rows: Iterable[Sequence[Content
 
 
 def figure(body: Markup, title: str, caption: Content = None) -> Markup:
+    """A figure with a title above and a caption below."""
     return h("figure", h("p", title, class_="title"), body, h("figcaption", caption) if caption else None)
 
 
-def folded(title: str, *content: Content) -> Markup:
+def details(title: str, *content: Content) -> Markup:
+    """Content that is folded until its title is clicked."""
     return h("details", h("summary", title), *content)
 
 
@@ -106,7 +109,7 @@ def note(*content: Content) -> Markup:
 
 
 def legend(*entries: tuple[str, str]) -> Markup:
-    """(class of the colour, meaning) pairs."""
+    """A legend of (class of the colour, meaning) pairs."""
     return h("p", (h("span", h("i", class_=f"swatch {colour}"), text) for colour, text in entries), class_="legend")
 
 
@@ -115,14 +118,14 @@ def data_uri(data: bytes, kind: str) -> str:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a finite number; True and False are not."""
+    """Whether the value is a finite number; True and False are not."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.number):
         return False
     return math.isfinite(value)
 
 
 def number(value: object, digits: int = 3) -> str:
-    """1,234 or 0.712 or 3.4e-4; a dash for what is missing or not finite; text as it is."""
+    """1,234 or 0.712 or 3.4e-4; a dash for a missing value or one that is not finite; strings are unchanged."""
     if isinstance(value, bool | np.bool_):
         return "yes" if value else "no"
     if isinstance(value, str):
@@ -135,17 +138,17 @@ def number(value: object, digits: int = 3) -> str:
     if size == 0:
         text = "0"
     elif size >= 1000:
-        text = f"{size:,.0f}" if size < 1e9 else _power(size)
+        text = f"{size:,.0f}" if size < 1e9 else _scientific(size)
     elif size >= 1e-2:
         whole = len(str(int(size))) if size >= 1 else 0
         text = f"{size:.{max(0, digits - whole)}f}"
     else:
-        text = _power(size)
+        text = _scientific(size)
     return MINUS + text if value < 0 else text
 
 
-def share(value: object, decimals: int = 1) -> str:
-    """0.7123 is 71.2 %."""
+def percent(value: object, decimals: int = 1) -> str:
+    """0.7123 -> 71.2 %."""
     return f"{100 * float(value):.{decimals}f}{SPACE}%".replace("-", MINUS) if is_number(value) else MISSING
 
 
@@ -154,26 +157,26 @@ def duration(seconds: object) -> str:
     return plain_duration(seconds, SPACE) if is_number(seconds) else MISSING
 
 
-def file_size(count: object) -> str:
-    """Bytes in kB, MB, GB of a thousand."""
-    return plain_file_size(count, SPACE) if is_number(count) else MISSING
+def file_size(size: object) -> str:
+    """999 bytes, 1.2 MB."""
+    return plain_file_size(size, SPACE) if is_number(size) else MISSING
 
 
 def sentence(clauses: Sequence[str]) -> str:
-    """Joined by commas and a last "and"; starts with a capital, ends with a full stop."""
+    """The clauses as one sentence, joined by commas and a last "and"."""
     last = {1: "", 2: " and "}.get(len(clauses), ", and ") + clauses[-1]
     text = ", ".join(clauses[:-1]) + last
     return text[:1].upper() + text[1:] + "."
 
 
-def flat(value: object, prefix: str = "") -> list[tuple[str, str]]:
+def flatten(value: object, prefix: str = "") -> list[tuple[str, str]]:
     """Nested dictionaries as (name, value) rows."""
     if not isinstance(value, dict):
         return []
     rows = []
     for key, inner in value.items():
         if isinstance(inner, dict):
-            rows += flat(inner, f"{prefix}{key} / ")
+            rows += flatten(inner, f"{prefix}{key} / ")
         elif isinstance(inner, list):
             rows.append((f"{prefix}{key}", ", ".join(str(v) for v in inner)))
         elif inner is not None:
@@ -181,18 +184,18 @@ def flat(value: object, prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
-def _power(size: float) -> str:
+def _scientific(size: float) -> str:
     mantissa, exponent = f"{size:.1e}".split("e")
     return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
-def _plain(value: object) -> str:
-    """An attribute: short numbers, so that drawings stay small."""
+def _attribute(value: object) -> str:
+    """The value of an attribute; numbers are short, so that charts stay small."""
     if isinstance(value, float):
         return f"{value:.2f}".rstrip("0").rstrip(".")
-    return _visible(str(value))
+    return _printable(str(value))
 
 
-def _visible(text: str) -> str:
-    """Without what HTML forbids or what turns the text around it: controls, undecodable bytes of file names."""
+def _printable(text: str) -> str:
+    """Text without what HTML forbids or what changes its direction: controls, undecodable bytes of file names."""
     return FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", text)

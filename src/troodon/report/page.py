@@ -1,32 +1,32 @@
-"""One page that tells what happened: it needs no network, no script and no other file.
+"""The report: one HTML page about artifacts, which needs no network, no script and no other file.
 
-Every section reads the artifacts of one kind and knows nothing of the others; what is not there is left out.
+Each section reads the artifacts of one kind and is independent of the others; sections without artifacts are skipped.
 """
 
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from troodon.report.artifacts import Artifact, find
-from troodon.report.images import images, world
-from troodon.report.markup import Card, Content, Markup, Part, file_size, flat, h, join, sentence, table
-from troodon.report.scores import scores
-from troodon.report.selection import selection
-from troodon.report.training import training
+from troodon.report.artifacts import Artifact, find_artifacts
+from troodon.report.images import images_section, world_section
+from troodon.report.markup import Card, Content, Markup, Section, file_size, flatten, h, join, sentence, table
+from troodon.report.scores import scores_section
+from troodon.report.selection import selection_section
+from troodon.report.training import training_section
 from troodon.run import say, write_bytes
 from troodon.text import plural
 
-SECTIONS: list[tuple[str, Callable[[list[Artifact]], Part | None]]] = [
-    ("world", world),
-    ("index", images),
-    ("selection", selection),
-    ("run", training),
-    ("scores", scores),
+SECTIONS: list[tuple[str, Callable[[list[Artifact]], Section | None]]] = [
+    ("world", world_section),
+    ("index", images_section),
+    ("selection", selection_section),
+    ("run", training_section),
+    ("scores", scores_section),
 ]
-ORDER = ["world", "index", "embeddings", "selection", "run", "backbone", "scores"]  # of the work
-# Nothing may be fetched or run, whatever a file name tries.
+KIND_ORDER = ["world", "index", "embeddings", "selection", "run", "backbone", "scores"]  # as they are made
+# Nothing may be fetched or run, whatever a file name contains.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-EYE = Markup(
+LOGO = Markup(
     '<svg class="eye" viewBox="0 0 32 32" aria-hidden="true"><path d="M1 16C6 7 11 4 16 4s10 3 15 12c-5 9-10 12-15 12'
     'S6 25 1 16Z" class="white"/><circle cx="16" cy="16" r="9.5" class="iris"/>'
     '<ellipse cx="16" cy="16" rx="2.6" ry="8.5" class="slit"/><circle cx="19.6" cy="11.8" r="1.7" class="glint"/></svg>'
@@ -39,13 +39,13 @@ def report(paths: Sequence[Path], out: Path, title: str | None = None) -> Path:
     `out` is the page, or a folder that gets a report.html. The same artifacts give the same bytes. UsageError when
     there is no artifact to report on.
     """
-    artifacts = find([Path(path) for path in paths])
-    parts = []
-    for kind, section in SECTIONS:
-        part = section([one for one in artifacts if one.kind == kind])
-        if part is not None:
-            parts.append(part)
-    page = _page(title or _title(paths), [*parts, _repeat(artifacts)])
+    artifacts = find_artifacts([Path(path) for path in paths])
+    sections = []
+    for kind, make_section in SECTIONS:
+        section = make_section([artifact for artifact in artifacts if artifact.kind == kind])
+        if section is not None:
+            sections.append(section)
+    page = _page(title or _title(paths), [*sections, _repeat_section(artifacts)])
     out = Path(out)
     target = out if out.suffix.lower() in (".html", ".htm") and not out.is_dir() else out / "report.html"
     write_bytes(target, page.encode())
@@ -57,7 +57,7 @@ def _title(paths: Sequence[Path]) -> str:
     return ", ".join(Path(path).resolve().name for path in paths)
 
 
-def _page(title: str, parts: list[Part]) -> str:
+def _page(title: str, sections: list[Section]) -> str:
     style = (Path(__file__).with_name("page.css")).read_text()
     head = h(
         "head",
@@ -70,53 +70,58 @@ def _page(title: str, parts: list[Part]) -> str:
         h("style", Markup(style)),
     )
     top = h(
-        "header", h("p", EYE, "Troodon report", class_="kicker"), h("h1", title), h("p", _lead(parts), class_="lead")
+        "header",
+        h("p", LOGO, "Troodon report", class_="kicker"),
+        h("h1", title),
+        h("p", _lead(sections), class_="lead"),
     )
-    cards = [card for part in parts for card in part.cards]
+    cards = [card for section in sections for card in section.cards]
     body = h(
         "body",
         h("a", "Skip to the content", href="#content", class_="skip"),
         top,
         _cards(cards) if cards else None,
-        h("nav", (h("a", part.title, href=f"#{part.anchor}") for part in parts), aria_label="Sections"),
-        h("main", (h("section", h("h2", p.title), p.body, id=p.anchor) for p in parts), id="content"),
+        h("nav", (h("a", s.title, href=f"#{s.anchor}") for s in sections), aria_label="Sections"),
+        h("main", (h("section", h("h2", s.title), s.body, id=s.anchor) for s in sections), id="content"),
         h("footer", h("p", "Written by Troodon. This page is one file: it runs no script and loads nothing.")),
     )
     return f"<!doctype html>\n{h('html', head, body, lang='en')}\n"
 
 
-def _lead(parts: list[Part]) -> str:
-    clauses = [part.clause for part in parts if part.clause]
+def _lead(sections: list[Section]) -> str:
+    """The sentence at the top of the page."""
+    clauses = [section.clause for section in sections if section.clause]
     return sentence(clauses) if clauses else "A record of what was made, and how to make it again."
 
 
 def _cards(cards: list[Card]) -> Markup:
     shown = []
     for card in cards:
-        told = h("dd", card.note) if card.note else None
+        comment = h("dd", card.note) if card.note else None
         kind = "card strong" if card.strong else "card"
-        shown.append(h("div", h("dt", card.label), h("dd", card.value, class_="value"), told, class_=kind))
+        shown.append(h("div", h("dt", card.label), h("dd", card.value, class_="value"), comment, class_=kind))
     return h("dl", shown, class_="cards")
 
 
-def _repeat(artifacts: list[Artifact]) -> Part:
-    """The commands that were recorded, what every artifact is called by, and the versions behind them."""
-    in_order = sorted(artifacts, key=lambda one: ORDER.index(one.kind) if one.kind in ORDER else len(ORDER))
-    commands = list(dict.fromkeys(shlex.join(one.command) for one in in_order if one.command))
+def _repeat_section(artifacts: list[Artifact]) -> Section:
+    """The recorded commands, the fingerprints of all artifacts, and the versions of packages."""
+    order = {kind: i for i, kind in enumerate(KIND_ORDER)}
+    in_order = sorted(artifacts, key=lambda artifact: order.get(artifact.kind, len(order)))
+    commands = list(dict.fromkeys(shlex.join(artifact.command) for artifact in in_order if artifact.command))
     body: list[Content] = []
     if commands:
         body += [
             h("p", "The commands, in the order of the work:", class_="prose"),
             h("pre", "\n".join(commands)),
         ]
-    rows = [(one.name, one.kind, h("code", one.fingerprint or "not finished")) for one in artifacts]
+    rows = [(artifact.name, artifact.kind, h("code", artifact.fingerprint or "not finished")) for artifact in artifacts]
     body.append(
         table("The pieces, and the fingerprints of what made them", ("folder", "kind", "fingerprint"), rows, text=3)
     )
     versions: dict[str, dict] = {}
-    for one in artifacts:
-        environment = one.json("environment.json")
+    for artifact in artifacts:
+        environment = artifact.json("environment.json")
         if isinstance(environment, dict):
-            versions.setdefault(str(flat(environment)), environment)
-    body += [table("Versions and machine", ("what", "value"), flat(env), text=2) for env in versions.values()]
-    return Part("repeat", "How to repeat it", join(body))
+            versions.setdefault(str(flatten(environment)), environment)
+    body += [table("Versions and machine", ("what", "value"), flatten(env), text=2) for env in versions.values()]
+    return Section("repeat", "How to repeat it", join(body))

@@ -1,4 +1,4 @@
-"""What the features are worth: every backbone under every protocol, with intervals, best first."""
+"""The section about scores: every backbone under every protocol, with intervals, best first."""
 
 import re
 from collections import Counter, defaultdict
@@ -9,17 +9,17 @@ from troodon.report.markup import (
     SPACE,
     Card,
     Content,
-    Part,
+    Section,
+    details,
     figure,
-    flat,
-    folded,
+    flatten,
     h,
     is_number,
     join,
     legend,
     note,
     number,
-    share,
+    percent,
     table,
 )
 from troodon.report.thumbnails import picture
@@ -38,38 +38,44 @@ METRICS = {"accuracy": "accuracy", "miou": "mean IoU", "pixel_accuracy": "pixel 
            "rmse_log": "RMSE of logarithms"}  # fmt: skip
 ERRORS = {"absrel", "abs_rel", "rmse", "rmse_log", "error", "loss"}  # lower is better, and not a share of anything
 TO = "\N{EN DASH}"
-REFERENCE = re.compile(r"random|histogram|pixel|chance|untrained|prior|patch-colours|mean colour", re.IGNORECASE)
-SECOND = re.compile(r"pixel_accuracy|rmse|rmse_log|delta\d|p@\d+")  # metrics that are told only with all others
+BASELINES = re.compile(r"random|histogram|pixel|chance|untrained|prior|patch-colours|mean colour", re.IGNORECASE)
+SECONDARY = re.compile(r"pixel_accuracy|rmse|rmse_log|delta\d|p@\d+")  # shown only among all metrics
 PICTURES = {
     "pca": "The first three principal components of the patch features, as red, green and blue. With good "
-    "features, parts that mean the same get the same colour, although nobody named them.",
+    "features, parts that mean the same get the same colour, without labels.",
     "neighbours": "A query on the left, then the images whose features lie nearest to it.",
 }
 
 
-def scores(artifacts: list[Artifact]) -> Part | None:
+def scores_section(artifacts: list[Artifact]) -> Section | None:
     """Tables, bars with 95 % intervals, sentences and pictures. None without scores."""
     if not artifacts:
         return None
-    entries = label_unlike_protocols([_entries(one) for one in artifacts])
+    entries = label_unlike_protocols([_entries(artifact) for artifact in artifacts])
     groups = defaultdict(list)
     for entry in entries:
         groups[entry["dataset"], entry["protocol"], entry["metric"]].append(entry)
     for group in groups.values():
-        group.sort(key=lambda e: (-_better(e), e["backbone"]))
-    first = main_metrics(groups)
-    others = folded("All metrics", _table(groups)) if len(first) < len(groups) else None
-    body = [_words(first), _table(first), _bars(first), others, [_pictures(one, len(artifacts)) for one in artifacts]]
+        group.sort(key=lambda e: (-_sort_key(e), e["backbone"]))
+    main = main_metrics(groups)
+    others = details("All metrics", _table(groups)) if len(main) < len(groups) else None
+    body = [
+        _sentences(main),
+        _table(main),
+        _bars(main),
+        others,
+        [_pictures(artifact, len(artifacts)) for artifact in artifacts],
+    ]
     if not entries:
         body.insert(0, note("The scores are empty."))
-    return Part("scores", "What the features are worth", join(body, _settings(entries)), _cards(first), _clause(first))
+    return Section("scores", "What the features are worth", join(body, _settings(entries)), _cards(main), _clause(main))
 
 
-def _entries(one: Artifact) -> list[dict]:
-    """Entries as recorded, with names for what they leave out; a list of anything else is no list of scores."""
-    found = one.json("scores.json")
+def _entries(artifact: Artifact) -> list[dict]:
+    """The recorded entries, with empty strings for missing names; anything that is no score is skipped."""
+    entries = artifact.json("scores.json")
     out = []
-    for entry in found if isinstance(found, list) else []:
+    for entry in entries if isinstance(entries, list) else []:
         if isinstance(entry, dict) and "value" in entry:
             names = {key: str(entry.get(key) or "") for key in ("protocol", "dataset", "metric")}
             out.append({**entry, **names, "backbone": str(entry.get("backbone") or "backbone")})
@@ -77,51 +83,53 @@ def _entries(one: Artifact) -> list[dict]:
 
 
 def main_metrics(groups: dict) -> dict:
-    """Of each protocol the metrics that say most; others only where there are none of these."""
-    said = {(d, p) for d, p, metric in groups if not SECOND.fullmatch(metric)}
-    return {key: group for key, group in groups.items() if not SECOND.fullmatch(key[2]) or key[:2] not in said}
+    """The main metrics of each protocol; secondary ones only where it has no others."""
+    main = {(d, p) for d, p, metric in groups if not SECONDARY.fullmatch(metric)}
+    return {key: group for key, group in groups.items() if not SECONDARY.fullmatch(key[2]) or key[:2] not in main}
 
 
 def label_unlike_protocols(artifacts: list[list[dict]]) -> list[dict]:
-    """All entries; where artifacts measured by one name in unlike ways, the name says which, so that none stand side
-    by side. What an artifact compares with (a histogram has no crop) goes with what was trained there."""
-    found: list[tuple[dict, tuple, str]] = []
+    """All entries; protocols that artifacts measured differently under one name get names that differ.
+
+    So these are not shown side by side. Baselines (a histogram has no crop) go with what was trained in their artifact.
+    """
+    labelled: list[tuple[dict, tuple, str]] = []
     for entries in artifacts:
         like: dict[tuple, str] = {}
         for entry in sorted(entries, key=is_baseline):
             key = (entry["dataset"], entry["protocol"], entry["metric"])
             like.setdefault(key, str(entry.get("fingerprint") or "")[:6])
         keys = ((e["dataset"], e["protocol"], e["metric"]) for e in entries)
-        found += [(entry, key, like[key]) for entry, key in zip(entries, keys)]
-    ways = defaultdict(set)
-    for _, key, way in found:
-        ways[key].add(way)
+        labelled += [(entry, key, like[key]) for entry, key in zip(entries, keys)]
+    fingerprints = defaultdict(set)
+    for _, key, fingerprint in labelled:
+        fingerprints[key].add(fingerprint)
     return [
-        {**entry, "protocol": f"{entry['protocol']} [{way or 'unsaid'}]"} if len(ways[key]) > 1 else entry
-        for entry, key, way in found
+        {**entry, "protocol": f"{entry['protocol']} [{label or 'unsaid'}]"} if len(fingerprints[key]) > 1 else entry
+        for entry, key, label in labelled
     ]
 
 
 def is_baseline(entry: dict) -> bool:
-    """Whether this is something to compare with: a random network, a histogram, raw pixels."""
-    return bool(REFERENCE.search(entry["backbone"]))
+    """Whether this is a score of a baseline: a random network, a histogram, raw pixels."""
+    return bool(BASELINES.search(entry["backbone"]))
 
 
 def _is_error(metric: str) -> bool:
     return metric.lower() in ERRORS
 
 
-def _better(entry: dict) -> float:
+def _sort_key(entry: dict) -> float:
     if not is_number(entry["value"]):
         return -float("inf")
     return -entry["value"] if _is_error(entry["metric"]) else entry["value"]
 
 
-def _value(entry: dict) -> str:
-    return number(entry["value"]) if _is_error(entry["metric"]) else share(entry["value"])
+def _value_text(entry: dict) -> str:
+    return number(entry["value"]) if _is_error(entry["metric"]) else percent(entry["value"])
 
 
-def _interval(entry: dict) -> str:
+def _interval_text(entry: dict) -> str:
     low, high = entry.get("low"), entry.get("high")
     if not (is_number(low) and is_number(high)):
         return ""
@@ -130,36 +138,36 @@ def _interval(entry: dict) -> str:
     return f"{100 * low:.1f}{TO}{100 * high:.1f}"
 
 
-def _protocol(name: str) -> str:
+def _protocol_name(name: str) -> str:
     plain, bracket, way = name.partition(" [")
     return PROTOCOLS.get(plain, plain.replace("_", " ")) + bracket + way
 
 
-def _ours(group: list[dict]) -> dict | None:
-    """The best of those that were trained."""
+def _best_trained(group: list[dict]) -> dict | None:
+    """The best score of a trained backbone; groups are sorted, the best first."""
     return next((e for e in group if not is_baseline(e) and is_number(e["value"])), None)
 
 
-def _against(group: list[dict]) -> list[dict]:
+def _baselines(group: list[dict]) -> list[dict]:
     return [e for e in group if is_baseline(e) and is_number(e["value"])]
 
 
-def _words(groups: dict) -> Content:
+def _sentences(groups: dict) -> Content:
     """k-NN on birds: 71.2 % (68.0-74.1), random network 35.0 %, colour histogram 14.1 %."""
     out = []
     for (dataset, protocol, metric), group in groups.items():
-        best = _ours(group)
+        best = _best_trained(group)
         if best is None:
             continue
-        interval = f" ({_interval(best)})" if _interval(best) else ""
-        others = "".join(f", {e['backbone']} {_value(e)}" for e in _against(group))
+        interval = f" ({_interval_text(best)})" if _interval_text(best) else ""
+        others = "".join(f", {e['backbone']} {_value_text(e)}" for e in _baselines(group))
         named = METRICS.get(metric.lower(), metric.replace("_", " "))
         where = f" on {dataset}" if dataset else ""
         error = f", {named}" if metric != "accuracy" else ""
         out.append(
             h(
                 "li",
-                h("strong", f"{_protocol(protocol)} {_value(best)}"),
+                h("strong", f"{_protocol_name(protocol)} {_value_text(best)}"),
                 f"{interval}{others}",
                 h("span", f"{where}{error}", class_="quiet"),
             )
@@ -171,19 +179,19 @@ def _table(groups: dict) -> Content:
     """Backbones in rows, protocols in columns, a table for each dataset."""
     out = []
     for dataset in dict.fromkeys(d for d, *_ in groups):
-        mine = {key: group for key, group in groups.items() if key[0] == dataset}
-        cell = {(e["backbone"], key): e for key, group in mine.items() for e in reversed(group)}
-        names = dict.fromkeys(e["backbone"] for group in mine.values() for e in group)
-        said = [METRICS.get(metric.lower(), metric.replace("_", " ")) for *_, metric in mine]
-        head = ["backbone", *(f"{_protocol(key[1])}, {metric}" for key, metric in zip(mine, said))]
+        columns = {key: group for key, group in groups.items() if key[0] == dataset}
+        cells = {(e["backbone"], key): e for key, group in columns.items() for e in reversed(group)}
+        names = dict.fromkeys(e["backbone"] for group in columns.values() for e in group)
+        metrics = [METRICS.get(metric.lower(), metric.replace("_", " ")) for *_, metric in columns]
+        head = ["backbone", *(f"{_protocol_name(key[1])}, {metric}" for key, metric in zip(columns, metrics))]
         rows = []
         for name in names:
-            row: list[Content] = [h("strong", name) if not REFERENCE.search(name) else name]
-            for key in mine:
-                entry = cell.get((name, key))
+            row: list[Content] = [h("strong", name) if not BASELINES.search(name) else name]
+            for key in columns:
+                entry = cells.get((name, key))
+                interval = _interval_text(entry) if entry else ""
                 row.append(
-                    entry
-                    and [_value(entry), h("span", f" ({_interval(entry)})" if _interval(entry) else "", class_="quiet")]
+                    entry and [_value_text(entry), h("span", f" ({interval})" if interval else "", class_="quiet")]
                 )
             rows.append(row)
         where = f" on {dataset}" if dataset else ""
@@ -198,34 +206,30 @@ def _bars(groups: dict) -> Content:
         if not known:
             continue
         error = _is_error(metric)
-        top = (
-            1.0
-            if not error
-            else max(max(e["value"], e["high"] if is_number(e.get("high")) else 0) for e in known) or 1.0
-        )
+        ends = [max(e["value"], e["high"] if is_number(e.get("high")) else 0) for e in known]
+        top = (max(ends) or 1.0) if error else 1.0
         rows = []
         for e in known:
-            interval = (e["low"], e["high"]) if _interval(e) else None
-            says = f"{_value(e)} ({_interval(e)})" if interval else _value(e)
-            rows.append(charts.Bar(e["backbone"], says, (("ref" if is_baseline(e) else "c1", e["value"]),), interval))
-        title = f"{_protocol(protocol)} on {dataset}" if dataset else _protocol(protocol)
+            interval = (e["low"], e["high"]) if _interval_text(e) else None
+            label = f"{_value_text(e)} ({_interval_text(e)})" if interval else _value_text(e)
+            rows.append(charts.Bar(e["backbone"], label, (("ref" if is_baseline(e) else "c1", e["value"]),), interval))
+        title = f"{_protocol_name(protocol)} on {dataset}" if dataset else _protocol_name(protocol)
         if several[dataset, protocol] > 1:
             title += f": {METRICS.get(metric, metric)}"
         title = title[:1].upper() + title[1:] if protocol != "knn" else title
         unit, scale = ("", 1.0) if error else (f"{SPACE}%", 100.0)
-        said = "Lower is better." if error else None
-        out.append(figure(charts.bars(rows, label=title, top=top, unit=unit, scale=scale), title, said))
+        caption = "Lower is better." if error else None
+        out.append(figure(charts.bar_chart(rows, label=title, top=top, unit=unit, scale=scale), title, caption))
     key = legend(("c1", "trained"), ("ref", "to compare with"), ("mark", f"95{SPACE}% interval"))
     return [key, h("div", out, class_="grid two")] if out else None
 
 
-def _pictures(one: Artifact, of: int) -> Content:
-    out = []
-    known = [*PICTURES]
-    for path in sorted(one.pictures(), key=lambda p: known.index(p.stem) if p.stem in known else len(known)):
+def _pictures(artifact: Artifact, artifacts: int) -> Content:
+    out, order = [], {name: i for i, name in enumerate(PICTURES)}
+    for path in sorted(artifact.pictures(), key=lambda p: order.get(p.stem, len(order))):
         caption = PICTURES.get(path.stem, path.stem.replace("_", " ").capitalize() + ".")
         shown = picture(path, caption)
-        where = f"{one.name}: " if of > 1 else ""
+        where = f"{artifact.name}: " if artifacts > 1 else ""
         out.append(h("figure", shown, h("figcaption", where, caption)) if shown else None)
     return out
 
@@ -234,33 +238,34 @@ def _settings(entries: list[dict]) -> Content:
     rows = []
     for e in entries:
         settings = e.get("settings")
-        if isinstance(settings, dict):  # what fingerprints stand for says the same again
+        if isinstance(settings, dict):  # these two are long, and in the fingerprint
             settings = {name: value for name, value in settings.items() if name not in ("protocol", "versions")}
-        told = ", ".join(f"{name} {value}" for name, value in flat(settings))
-        if told:
-            rows.append((e["backbone"], _protocol(e["protocol"]), e["dataset"], told))
-    rows = list(dict.fromkeys(rows))  # several metrics of one protocol
+        text = ", ".join(f"{name} {value}" for name, value in flatten(settings))
+        if text:
+            rows.append((e["backbone"], _protocol_name(e["protocol"]), e["dataset"], text))
+    rows = list(dict.fromkeys(rows))  # metrics of one protocol have the same settings
     title = "Settings of the protocols"
-    return folded(title, table(title, ("backbone", "protocol", "dataset", "settings"), rows, text=4)) if rows else None
+    return details(title, table(title, ("backbone", "protocol", "dataset", "settings"), rows, text=4)) if rows else None
 
 
 def _cards(groups: dict) -> tuple[Card, ...]:
-    """The first dataset's protocols, at most three."""
+    """Cards of the first three scores of trained backbones, each with a baseline."""
     out = []
     for (_, protocol, metric), group in groups.items():
-        best, others = _ours(group), _against(group)
-        random = next((e for e in others if "random" in e["backbone"].lower()), others[0] if others else None)
+        best, others = _best_trained(group), _baselines(group)
+        baseline = next((e for e in others if "random" in e["backbone"].lower()), others[0] if others else None)
         if best is not None and len(out) < 3:
-            against = f"{random['backbone']} {_value(random)}" if random else ""
-            what = "" if protocol in PROTOCOLS else f" {METRICS.get(metric, metric)}"
-            out.append(Card(f"{_protocol(protocol)}{what}, {best['backbone']}", _value(best), against, strong=True))
+            comparison = f"{baseline['backbone']} {_value_text(baseline)}" if baseline else ""
+            metric_text = "" if protocol in PROTOCOLS else f" {METRICS.get(metric, metric)}"
+            label = f"{_protocol_name(protocol)}{metric_text}, {best['backbone']}"
+            out.append(Card(label, _value_text(best), comparison, strong=True))
     return tuple(out)
 
 
 def _clause(groups: dict) -> str:
     for (dataset, protocol, _), group in groups.items():
-        best = _ours(group)
+        best = _best_trained(group)
         if best is not None:
             where = f" on {dataset}" if dataset else ""
-            return f"frozen features reach {_value(best)}{where} by {_protocol(protocol)}"
+            return f"frozen features reach {_value_text(best)}{where} by {_protocol_name(protocol)}"
     return ""

@@ -1,4 +1,4 @@
-"""Small copies of images, as they go into the page."""
+"""Images as they are embedded in the page: thumbnails, and pictures from artifacts."""
 
 import io
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ BUDGET = 400_000  # bytes of an embedded picture; more is recompressed
 
 @dataclass(frozen=True)
 class Frame:
-    """How a thumbnail is shown: `kept` ones have a frame; `says` stands below."""
+    """How a thumbnail is shown: `kept` ones have a frame; `caption` stands below."""
 
-    says: Content = None
+    caption: Content = None
     kept: bool = False
 
 
 def thumbnail(index: Index, row: int, frame: Frame = Frame()) -> Markup:
-    """Row `row` of the index; a grey box where the image is gone or broken."""
+    """A thumbnail of row `row` of the index; a grey box if the image is missing or broken."""
     path = index.path(row)
     try:
         source, side = jpeg(to_rgb(decode(index.read(row), None, _smaller)))
@@ -33,9 +33,9 @@ def thumbnail(index: Index, row: int, frame: Frame = Frame()) -> Markup:
         reason = error.reason if isinstance(error, BadImage) else "the file is gone or was cut short"
         image = h("span", class_="missing", role="img", aria_label=f"{path}: {reason}", title=f"{path}: {reason}")
     else:
-        # Very small images are enlarged as they are, not blurred.
+        # Very small images are enlarged without interpolation.
         image = h("img", src=source, alt=path, title=path, class_="tiny" if side <= 40 else None)
-    below = h("figcaption", frame.says) if frame.says is not None else None
+    below = h("figcaption", frame.caption) if frame.caption is not None else None
     return h("figure", h("span", image, class_="box"), below, class_="thumb kept" if frame.kept else "thumb")
 
 
@@ -44,7 +44,7 @@ def _smaller(height: int, width: int) -> int:
 
 
 def jpeg(pixels_HWC: np.ndarray) -> tuple[str, int]:
-    """A data URI of the image, at most SIDE pixels long, and the longer side of what it was made from."""
+    """A data URI of the image, whose longer side is SIDE pixels at most, and the longer side of the original."""
     image = Image.fromarray(pixels_HWC)
     longest = max(image.size)
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=2.0)
@@ -54,11 +54,11 @@ def jpeg(pixels_HWC: np.ndarray) -> tuple[str, int]:
 
 
 def picture(path: Path, alt: str) -> Markup | None:
-    """A picture from an artifact, whole; one that is very large is scaled or recompressed. None if there is none."""
+    """A picture from an artifact, scaled and recompressed if it is very large. None if it cannot be read."""
     try:
         data = path.read_bytes()
         if len(data) <= BUDGET:
-            decode(data)  # so that a broken one is not embedded
+            decode(data)  # a broken picture is not embedded
             return h("img", src=data_uri(data, "png"), alt=alt, class_="picture")
         image = Image.fromarray(decode(data))
     except (OSError, BadImage):
@@ -73,7 +73,7 @@ def picture(path: Path, alt: str) -> Markup | None:
 
 
 def spread(rows: list, count: int) -> list:
-    """`count` of them, evenly spaced, from the first to the last."""
+    """`count` rows, evenly spaced, from the first to the last."""
     if len(rows) <= count:
         return list(rows)
     return [rows[round(i * (len(rows) - 1) / max(1, count - 1))] for i in range(count)]

@@ -1,4 +1,4 @@
-"""What happened in a run: its loss terms, schedules and speed over steps, its settings, and what it was shown."""
+"""The section about runs: loss terms, schedules and speed over steps, settings, and pictures of the input."""
 
 import re
 from collections import Counter
@@ -6,16 +6,16 @@ from collections import Counter
 import numpy as np
 
 from troodon.report.artifacts import Artifact
-from troodon.report.charts import curve, from_to
+from troodon.report.charts import describe_curve, line_chart
 from troodon.report.markup import (
     SPACE,
     Card,
     Content,
     Markup,
-    Part,
+    Section,
+    details,
     duration,
-    flat,
-    folded,
+    flatten,
     h,
     is_number,
     join,
@@ -30,25 +30,25 @@ from troodon.text import plural
 # (key of metrics.jsonl, title, what it is)
 LEARNING = [
     ("loss", "Total loss", "What is minimised: the sum of the terms."),
-    ("dino_global", "DINO, global crops", "Saying of one large crop what the teacher says of the other."),
-    ("dino_local", "DINO, local crops", "Saying of small crops what the teacher says of the large ones."),
-    ("ibot", "iBOT, masked patches", "Saying of hidden patches what the teacher, who sees them, says."),
-    ("koleo", "KoLeo, spread", "Lower is wider: images pushed apart from their nearest neighbour."),
-    ("contrast", "Contrast", "Finding the other view of an image among all views of the step."),
-    ("gram", "Gram anchoring", "Keeping the cosines between patches that an earlier average had."),
-    ("knn", "Quick k-NN", "Accuracy of frozen features by their neighbours; labels serve only for this."),
+    ("dino_global", "DINO, global crops", "Predict the teacher's targets for one large crop from the other."),
+    ("dino_local", "DINO, local crops", "Predict the teacher's targets for large crops from small ones."),
+    ("ibot", "iBOT, masked patches", "Predict the teacher's targets for hidden patches, which the teacher sees."),
+    ("koleo", "KoLeo, spread", "Pushes images away from their nearest neighbours; lower is wider."),
+    ("contrast", "Contrast", "Find the other view of an image among all views of the step."),
+    ("gram", "Gram anchoring", "Keep the cosines between patches as an earlier EMA had them."),
+    ("knn", "Quick k-NN", "Accuracy of frozen features by their neighbours; labels are used only here."),
 ]
 HEALTH = [
-    ("target_entropy", "Entropy of targets", "Of ln K. At 100 % targets tell no image from another."),
+    ("target_entropy", "Entropy of targets", "Of ln K. At 100 % targets are the same for every image."),
     ("mean_target_entropy", "Mean target's entropy", "Of ln K. Near 0 % all images get the same targets."),
-    ("prototypes_used", "Prototypes in use", "First choices that differ, of as many as could."),
+    ("prototypes_used", "Prototypes in use", "Different first choices, of as many as possible."),
     ("feature_cosine", "Mean cosine of two images", "At 1 all images look the same to the network."),
-    ("effective_rank", "Effective rank of features", "Directions in which images differ, weighed by how much."),
+    ("effective_rank", "Effective rank of features", "Directions in which images differ, weighted by how much."),
     ("nearest_distance", "Nearest distance", "To the nearest image of a batch, on the unit sphere."),
 ]
-KNOBS = [
+SCHEDULES = [
     ("lr", "Learning rate", None),
-    ("momentum", "Momentum of the average", "How much of the average stays at each step."),
+    ("momentum", "EMA momentum", "The share of the EMA that stays at each step."),
     ("teacher_temperature", "Teacher temperature", None),
     ("weight_decay", "Weight decay", None),
 ]
@@ -58,61 +58,61 @@ MACHINE = [
     ("grad_norm_dino_head", "Gradient norm, DINO head", None),
     ("grad_norm_ibot_head", "Gradient norm, iBOT head", None),
     ("images_per_second", "Images per second", None),
-    ("data_wait", "Waiting for data", "Share of the time in which the device had nothing to do."),
+    ("data_wait", "Waiting for data", "Share of the time in which the device waits."),
 ]
 GROUPS = [
     ("Is it learning?", LEARNING),
     ("Is it healthy?", HEALTH),
-    ("Schedules, gradient and speed", KNOBS + MACHINE),
+    ("Schedules, gradient and speed", SCHEDULES + MACHINE),
 ]
-# in [0, 1], shown in per cent
+# Values in [0, 1], shown in per cent.
 SHARES = {"data_wait", "knn", "target_entropy", "mean_target_entropy", "prototypes_used"}
-EXACT = {"knn"} | {key for key, *_ in KNOBS}  # not noisy: drawn as they are
+EXACT = {"knn"} | {key for key, *_ in SCHEDULES}  # without noise: drawn without a running mean
 FROM_ZERO = SHARES | {"images_per_second", "lr", "grad_norm", "effective_rank"}
-COLOURS = {key: colour for colour, group in (("c3", KNOBS), ("c2", MACHINE), ("c4", HEALTH)) for key, *_ in group}
+COLOURS = {key: colour for colour, group in (("c3", SCHEDULES), ("c2", MACHINE), ("c4", HEALTH)) for key, *_ in group}
 COLOURS |= {"knn": "c4"}
 KNOWN = {"step", "seconds"} | {key for _, group in GROUPS for key, *_ in group}
-PICTURES = {"crops": "What the network was shown: augmented large and small crops."}
-EVENTS, QUARANTINED, OTHERS = 20, 10, 12
+PICTURES = {"crops": "The input of the network: augmented large and small crops."}
+EVENT_ROWS, QUARANTINE_ROWS, OTHER_CHARTS = 20, 10, 12
 
 
-def training(runs: list[Artifact]) -> Part | None:
+def training_section(runs: list[Artifact]) -> Section | None:
     """Curves, final numbers, pictures, settings and environment of each run. None without one."""
     if not runs:
         return None
-    body, most, went_on, alarmed = [], 0, False, []
+    body, steps, in_progress, alarms = [], 0, False, []
     for run in runs:
         body.append(h("h3", run.name) if len(runs) > 1 else None)
-        body.append(_one(run, "h4" if len(runs) > 1 else "h3"))
+        body.append(_run_body(run, "h4" if len(runs) > 1 else "h3"))
         records, events = _records(run)
-        most, went_on = max(most, _done(run, records)), went_on or not _finished(run)
-        alarmed += [name for name in _alarms(events) if name not in alarmed]
-    longest = max(runs, key=lambda run: _done(run, _records(run)[0]))
-    card = Card("steps", number(most), "still going" if not _finished(longest) else _time(_records(longest)[0]))
+        steps, in_progress = max(steps, _steps_done(run, records)), in_progress or not _finished(run)
+        alarms += [name for name in _active_alarms(events) if name not in alarms]
+    longest = max(runs, key=lambda run: _steps_done(run, _records(run)[0]))
+    card = Card("steps", number(steps), "still going" if not _finished(longest) else _time_text(_records(longest)[0]))
     who = "a network" if len(runs) == 1 else f"{number(len(runs))} networks"
-    what = "has learned" if len(runs) == 1 and went_on else "learned"
-    clause = f"{who} {what} without labels for {plural(most, 'step')}" if most else f"{who} began to learn"
-    if alarmed:
-        clause += f" (not healthy: {', '.join(alarmed)})"
-    return Part("training", "Training", join(body), (card,) if most else (), clause)
+    verb = "has learned" if len(runs) == 1 and in_progress else "learned"
+    clause = f"{who} {verb} without labels for {plural(steps, 'step')}" if steps else f"{who} began to learn"
+    if alarms:
+        clause += f" (not healthy: {', '.join(alarms)})"
+    return Section("training", "Training", join(body), (card,) if steps else (), clause)
 
 
-def _one(run: Artifact, heading: str) -> Markup:
+def _run_body(run: Artifact, heading: str) -> Markup:
     records, events = _records(run)
     return join(
-        h("p", _state(run, records), class_="prose"),
-        _health(records, events),
-        _curves(records, heading),
+        h("p", _state_text(run, records), class_="prose"),
+        _health_text(records, events),
+        _charts(records, heading),
         _final(records),
         _pictures(run),
-        _quarantined(run),
+        _quarantine(run),
         _events(events),
-        _documents(run),
+        _settings(run),
     )
 
 
 def _records(run: Artifact) -> tuple[list[dict], list[dict]]:
-    """Records with a step, in order and each step once (the last counts), and those that tell of an event.
+    """Records of steps, in order and each step once (the last counts), and records of events.
 
     "step" becomes the number of steps taken: 0 for the weights that a run began with.
     """
@@ -132,55 +132,55 @@ def _values(records: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array([x for x, _ in pairs]), np.array([y * scale for _, y in pairs], dtype=float)
 
 
-def _done(run: Artifact, records: list[dict]) -> int:
-    """Steps taken: all that were planned once there is a backbone, else up to the last record."""
+def _steps_done(run: Artifact, records: list[dict]) -> int:
+    """Steps taken: all that were planned if there is a backbone, else up to the last record."""
     recorded = int(records[-1]["step"]) if records else 0
-    return max(recorded, _planned(run) or 0) if records and _finished(run) else recorded
+    return max(recorded, _steps_planned(run) or 0) if records and _finished(run) else recorded
 
 
-def _planned(run: Artifact) -> int | None:
-    found = re.search(r"^steps: *(\d+) *$", run.text("config.yaml") or "", re.MULTILINE)
-    return int(found[1]) if found else None
+def _steps_planned(run: Artifact) -> int | None:
+    match = re.search(r"^steps: *(\d+) *$", run.text("config.yaml") or "", re.MULTILINE)
+    return int(match[1]) if match else None
 
 
 def _finished(run: Artifact) -> bool:
     return (run.folder / "backbone" / "backbone.json").is_file()
 
 
-def _time(records: list[dict]) -> str:
+def _time_text(records: list[dict]) -> str:
     known = [r["seconds"] for r in records if is_number(r.get("seconds"))]
     return f"in {duration(known[-1])}" if known else ""
 
 
-def _state(run: Artifact, records: list[dict]) -> str:
-    done, planned = _done(run, records), _planned(run)
+def _state_text(run: Artifact, records: list[dict]) -> str:
+    done, planned = _steps_done(run, records), _steps_planned(run)
     goal = f" of {number(planned)}" if planned else ""
     if not records:
         return f"Nothing recorded yet; {plural(planned, 'step')} to go." if planned else "Nothing recorded yet."
-    said = f"{number(done)}{goal} {'step' if done == 1 and not planned else 'steps'} {_time(records)}".strip()
+    progress = f"{number(done)}{goal} {'step' if done == 1 and not planned else 'steps'} {_time_text(records)}".strip()
     bad = [r["step"] for r in records if "loss" in r and not is_number(r["loss"])]
     warning = (
         f" The loss was not finite in {plural(len(bad), 'record')}, first at step {number(bad[0])}." if bad else ""
     )
     if _finished(run):
-        return f"Finished: {said}.{warning}"
-    return f"Still going, or stopped: {said}, no backbone yet.{warning}"
+        return f"Finished: {progress}.{warning}"
+    return f"Still going, or stopped: {progress}, no backbone yet.{warning}"
 
 
-def _alarms(events: list[dict]) -> dict[str, dict]:
-    """The last event of each alarm that is not over."""
+def _active_alarms(events: list[dict]) -> dict[str, dict]:
+    """The last event of each alarm that is still on."""
     last = {event.get("alarm"): event for event in events if event["event"] == "health"}
     return {str(name): event for name, event in last.items() if not event.get("over")}
 
 
-def _health(records: list[dict], events: list[dict]) -> Content:
-    if alarms := _alarms(events):
+def _health_text(records: list[dict], events: list[dict]) -> Content:
+    if alarms := _active_alarms(events):
         return [
             h("p", h("strong", f"{name}, since step {number(event.get('at'))}: "), event.get("message"), class_="alarm")
             for name, event in alarms.items()
         ]
-    read = sum(is_number(r.get("target_entropy")) for r in records)
-    return h("p", f"{plural(read, 'reading')} of its health: no alarm.", class_="prose") if read else None
+    readings = sum(is_number(r.get("target_entropy")) for r in records)
+    return h("p", f"{plural(readings, 'reading')} of its health: no alarm.", class_="prose") if readings else None
 
 
 def _pictures(run: Artifact) -> Content:
@@ -192,36 +192,36 @@ def _pictures(run: Artifact) -> Content:
     return out
 
 
-def _curves(records: list[dict], heading: str) -> Content:
-    extra = sorted({key for r in records for key, value in r.items() if is_number(value)} - KNOWN)[:OTHERS]
+def _charts(records: list[dict], heading: str) -> Content:
+    extra = sorted({key for r in records for key, value in r.items() if is_number(value)} - KNOWN)[:OTHER_CHARTS]
     others = [(key, key.replace("_", " ").capitalize(), None) for key in extra]
     key, out = legend(("c1", "running mean"), ("faint", "every record")), []
     for title, group in [*GROUPS, ("Also recorded", others)]:
-        drawn = [_curve(records, *entry) for entry in group]
+        drawn = [_chart(records, *entry) for entry in group]
         if any(drawn):
             out += [h(heading, title, class_="sub"), None if out else key, h("div", drawn, class_="grid")]
     return out
 
 
-def _curve(records: list[dict], key: str, title: str, caption: str | None) -> Content:
+def _chart(records: list[dict], key: str, title: str, caption: str | None) -> Content:
     x_N, y_N = _values(records, key)
     if not len(x_N):
         return None
     unit = f"{SPACE}%" if key in SHARES else ""
-    drawing = curve(
+    drawing = line_chart(
         x_N,
         y_N,
-        label=from_to(title, x_N, y_N, unit),
+        label=describe_curve(title, x_N, y_N, unit),
         colour=COLOURS.get(key, "c1"),
         unit=unit,
         smooth=key not in EXACT,
         floor=0.0 if key in FROM_ZERO else None,
     )
-    head = h("p", title, h("span", _shown(key, y_N[-1]), class_="last"), class_="title")
+    head = h("p", title, h("span", _format(key, y_N[-1]), class_="last"), class_="title")
     return h("figure", head, drawing, h("figcaption", caption) if caption else None)
 
 
-def _shown(key: str, value: float) -> str:
+def _format(key: str, value: float) -> str:
     return f"{value:.1f}{SPACE}%" if key in SHARES else number(float(value), 4)
 
 
@@ -232,42 +232,42 @@ def _final(records: list[dict]) -> Content:
         if len(x_N):
             tail = y_N[-max(1, len(y_N) // 10) :]
             numbers = (y_N[0], y_N.min(), y_N.max(), tail.mean(), y_N[-1])
-            rows.append((title, *(_shown(key, v) for v in numbers)))
+            rows.append((title, *(_format(key, v) for v in numbers)))
     head = ("quantity", "first", "lowest", "highest", "mean of the last tenth", "last")
     return table("Final numbers", head, rows) if rows else None
 
 
-def _quarantined(run: Artifact) -> Content:
+def _quarantine(run: Artifact) -> Content:
     records = run.lines("quarantine.jsonl")
     if not records:
         return None
     kinds = Counter(str(r.get("status") or r.get("reason") or "unknown") for r in records).most_common(3)
-    said = f"{plural(len(records), 'file')} could not be used and {'was' if len(records) == 1 else 'were'} set aside"
-    rows = [(str(r.get("path", "?")), str(r.get("reason") or r.get("status") or "")) for r in records[:QUARANTINED]]
+    counted = f"{plural(len(records), 'file')} could not be used and {'was' if len(records) == 1 else 'were'} set aside"
+    rows = [(str(r.get("path", "?")), str(r.get("reason") or r.get("status") or "")) for r in records[:QUARANTINE_ROWS]]
     rest = (
-        note(f"and {number(len(records) - QUARANTINED)} more, in quarantine.jsonl.")
-        if len(records) > QUARANTINED
+        note(f"and {number(len(records) - QUARANTINE_ROWS)} more, in quarantine.jsonl.")
+        if len(records) > QUARANTINE_ROWS
         else None
     )
-    told = f"{said} ({', '.join(f'{number(n)} {kind}' for kind, n in kinds)})."
+    text = f"{counted} ({', '.join(f'{number(n)} {kind}' for kind, n in kinds)})."
     title = "Files set aside in training"
-    return join(h("p", told, class_="prose"), folded(title, table(title, ("file", "reason"), rows, text=2), rest))
+    return join(h("p", text, class_="prose"), details(title, table(title, ("file", "reason"), rows, text=2), rest))
 
 
 def _events(events: list[dict]) -> Content:
     if not events:
         return None
-    rows = [(str(e["event"]), str(e.get("message", "")), number(e.get("at"))) for e in events[-EVENTS:]]
-    title = "Events" if len(events) <= EVENTS else f"The last {EVENTS} of {number(len(events))} events"
+    rows = [(str(e["event"]), str(e.get("message", "")), number(e.get("at"))) for e in events[-EVENT_ROWS:]]
+    title = "Events" if len(events) <= EVENT_ROWS else f"The last {EVENT_ROWS} of {number(len(events))} events"
     return table(title, ("event", "what happened", "after step"), rows, text=2)
 
 
-def _documents(run: Artifact) -> Content:
+def _settings(run: Artifact) -> Content:
     out = []
     if settings := run.text("config.yaml"):
-        out.append(folded("Settings (config.yaml)", h("pre", settings)))
+        out.append(details("Settings (config.yaml)", h("pre", settings)))
     for name, title in (("environment.json", "Environment"), ("plan.json", "Plan")):
-        rows = flat(run.json(name))
+        rows = flatten(run.json(name))
         if rows:
-            out.append(folded(f"{title} ({name})", table(title, ("what", "value"), rows, text=2)))
+            out.append(details(f"{title} ({name})", table(title, ("what", "value"), rows, text=2)))
     return out
