@@ -10,7 +10,7 @@ CHECK_VERSION := import sys; sys.exit("troodon needs Python 3.11 or newer" if sy
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types tests format docs clean
+.PHONY: help demo test lint types tests format tables docs clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,9 @@ tests: .venv/dev  ## run the tests
 format: .venv/dev  ## rewrite the code in the house style
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+tables: .venv/base  ## make the tables of README.md and docs/performance.md from benchmarks/results
+	$(PY) benchmarks/tables.py
 
 docs: .venv/docs  ## build the pages into site/
 	$(PY) -m zensical build --clean

@@ -1,15 +1,15 @@
-"""Embedding: images a second of `Backbone.faster().features`, against transformers' Dinov2 with the same weights.
+"""Embedding: images a second of `Backbone.optimized().features`, against transformers' Dinov2 with the same weights.
 
     python benchmarks/embed.py [--quick] [--size base] [--px 224] [--images 32] [--rounds 3] [--compile]
-                               [--against auto | transformers | usual]
+                               [--against auto | transformers | usual] [--record]
 
-`embed_images_per_second` is ours, with the precision that it chooses by itself, against the rival as it comes, in fp32;
-the two other lines compare in one precision each. The features of both are compared as well. Without transformers
-(pip install 'troodon[bench]') the rival is the same network written the usual way (benchmarks/usual.py); `against` in
-the settings says which it was. On random images and weights, which are there already: nothing is decoded.
+`embed_images_per_second` is ours, in the precision that it chooses itself, against the rival in its default precision,
+fp32; the two other results compare both sides in one precision. The settings hold the differences of the features.
+Without transformers (pip install 'troodon[bench]') the rival is the same network written the usual way
+(benchmarks/usual.py); `against` in the settings says which it was. Images and weights are random and already in memory:
+nothing is decoded.
 """
 
-import argparse
 import importlib.util
 import sys
 import tempfile
@@ -21,36 +21,37 @@ import torch
 from torch import Tensor
 
 import usual
-from measure import device, finish, line, seconds
-from troodon.model.backbone import Backbone, open_weights
+from measure import argument_parser, device, finish, median_seconds, result
+from troodon.model.backbone import Backbone
 from troodon.model.config import BASE, GIANT, LARGE, SMALL, Preprocessing
+from troodon.model.weights import load_weights
 
 SIZES = {"small": SMALL, "base": BASE, "large": LARGE, "giant": GIANT}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def of_transformers(size: str) -> tuple[Backbone, Callable[[Tensor, torch.dtype], Tensor]]:
-    """Their network with random weights, ours with the same; theirs as images, dtype -> class tokens."""
+def transformers_model(size: str) -> tuple[Backbone, Callable[[Tensor, torch.dtype], Tensor]]:
+    """Our backbone, and transformers' model with the same random weights as (images, dtype) -> class tokens."""
     from transformers import Dinov2Config, Dinov2Model
 
-    like = SIZES[size]
+    vit = SIZES[size]
     torch.manual_seed(0)
     config = Dinov2Config(
-        hidden_size=like.dim, num_hidden_layers=like.depth, num_attention_heads=like.heads, image_size=518,
-        patch_size=14, use_swiglu_ffn=like.mlp == "swiglu", layerscale_value=0.1,
+        hidden_size=vit.dim, num_hidden_layers=vit.depth, num_attention_heads=vit.heads, image_size=518,
+        patch_size=14, use_swiglu_ffn=vit.mlp == "swiglu", layerscale_value=0.1,
     )  # fmt: skip
     model = Dinov2Model(config).eval().requires_grad_(False)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        backbone = open_weights(Path(folder))
+        backbone = load_weights(Path(folder))
     models = {dtype: Dinov2Model(config).eval() for dtype in DTYPES.values()}
-    for dtype, each in models.items():
-        each.load_state_dict(model.state_dict())
-        each.to(device(), dtype).requires_grad_(False)
+    for dtype, copy in models.items():
+        copy.load_state_dict(model.state_dict())
+        copy.to(device(), dtype).requires_grad_(False)
     return backbone, lambda images, dtype: models[dtype](images.to(dtype)).last_hidden_state[:, 0].float()
 
 
-def of_usual(size: str) -> tuple[Backbone, Callable[[Tensor, torch.dtype], Tensor]]:
+def usual_model(size: str) -> tuple[Backbone, Callable[[Tensor, torch.dtype], Tensor]]:
     backbone = Backbone.random(replace(SIZES[size], layer_scale=0.1), Preprocessing()).to(device())
 
     def run(images: Tensor, dtype: torch.dtype) -> Tensor:
@@ -61,52 +62,53 @@ def of_usual(size: str) -> tuple[Backbone, Callable[[Tensor, torch.dtype], Tenso
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__, packages=("transformers",))
     parser.add_argument("--quick", action="store_true", help="ViT-S/14, 8 images")
     parser.add_argument("--size", choices=[*SIZES], default="base")
     parser.add_argument("--px", type=int, default=224)
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--compile", action="store_true", help="ours only")
+    parser.add_argument("--compile", action="store_true", help="compile our side only")
     parser.add_argument("--against", choices=["auto", "transformers", "usual"], default="auto")
-    asked = parser.parse_args()
-    size, count = ("small", 8) if asked.quick else (asked.size, asked.images)
-    against = asked.against
+    arguments = parser.parse_args()
+    size, count = ("small", 8) if arguments.quick else (arguments.size, arguments.images)
+    against = arguments.against
     if against == "auto":
         against = "transformers" if importlib.util.find_spec("transformers") else "usual"
         if against == "usual":
             print("transformers is not installed: the rival is the same network written the usual way", file=sys.stderr)
-    backbone, rival = {"transformers": of_transformers, "usual": of_usual}[against](size)
+    backbone, rival = {"transformers": transformers_model, "usual": usual_model}[against](size)
     backbone = backbone.to(device())
-    chosen = backbone.faster("auto", compile=asked.compile)
-    images = torch.randn(count, 3, asked.px, asked.px, device=device())
+    chosen = backbone.optimized("auto", compile=arguments.compile)
+    images = torch.randn(count, 3, arguments.px, arguments.px, device=device())
 
-    ours = {dtype: backbone.faster(name, compile=asked.compile) for name, dtype in DTYPES.items()}
+    ours = {dtype: backbone.optimized(name, compile=arguments.compile) for name, dtype in DTYPES.items()}
     with torch.inference_mode():
-        exact = backbone.features(images[:4]).cls
+        reference = backbone.features(images[:4]).cls
         differences = {
-            name: ((x - exact).norm() / exact.norm()).item()
+            name: ((x - reference).norm() / reference.norm()).item()
             for name, x in {
                 "ours": chosen.features(images[:4]).cls, "rival": rival(images[:4], torch.float32),
                 "rival in bf16": rival(images[:4], torch.bfloat16),
             }.items()
         }  # fmt: skip
-        sides = {("ours", dtype): lambda b=b: b.features(images) for dtype, b in ours.items()}
-        sides |= {("rival", dtype): lambda d=dtype: rival(images, d) for dtype in DTYPES.values()}
-        rates = {side: count / took for side, took in zip(sides, seconds([*sides.values()], asked.rounds), strict=True)}
+        functions = {("ours", dtype): lambda b=b: b.features(images) for dtype, b in ours.items()}
+        functions |= {("rival", dtype): lambda d=dtype: rival(images, d) for dtype in DTYPES.values()}
+        times = median_seconds([*functions.values()], arguments.rounds)
+        rates = {side: count / seconds for side, seconds in zip(functions, times, strict=True)}
     settings = {
-        "size": size, "px": asked.px, "images": count, "against": against, "compile": asked.compile,
+        "size": size, "px": arguments.px, "images": count, "against": against, "compile": arguments.compile,
         "differences": differences,
     }  # fmt: skip
     names = {dtype: name for name, dtype in DTYPES.items()}
     pairs = [("", chosen.compute, torch.float32), *((f"_{name}", dtype, dtype) for name, dtype in DTYPES.items())]
     finish([
-        line(
-            f"embed_images_per_second{suffix}", rates["ours", mine], rates["rival", theirs], "images/s",
-            more_is_better=True, dtype=names[mine], rival_dtype=names[theirs], **settings,
+        result(
+            f"embed_images_per_second{suffix}", rates["ours", dtype], rates["rival", rival_dtype], "images/s",
+            more_is_better=True, dtype=names[dtype], rival_dtype=names[rival_dtype], **settings,
         )
-        for suffix, mine, theirs in pairs
-    ])  # fmt: skip
+        for suffix, dtype, rival_dtype in pairs
+    ], arguments)  # fmt: skip
 
 
 if __name__ == "__main__":
