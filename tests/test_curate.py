@@ -22,13 +22,13 @@ from troodon.curate import dedup, gather, pipeline, space, thresholds
 from troodon.curate import embed as embedding
 from troodon.curate.calibrate import calibrate
 from troodon.curate.config import CurateConfig
-from troodon.curate.dedup import components, identical, keep_order, near_duplicates
-from troodon.curate.finder import Finder
+from troodon.curate.dedup import components, find_identical, keep_order, near_duplicates
+from troodon.curate.encoder import CopyEncoder
 from troodon.curate.retrieve import Hits, best_hits, retrieve
-from troodon.curate.stage import Progress
+from troodon.curate.stage import ProgressLine
 from troodon.images.index import SCHEMA, Index
 from troodon.images.sources import open_source
-from troodon.search.exact import pairs_above, unit
+from troodon.search.exact import l2_normalise, pairs_above
 from troodon.views.attacks import attack
 
 # Pictures of noise have no look-alikes, so the threshold may aim at next to no false merges.
@@ -172,11 +172,11 @@ def test_tables_beside_the_ledger_agree_with_it(selection):
     }
     assert all(sum(g["group"] == h["group"] for g in groups) >= 2 for h in groups)
     assert all(g["score"] == 1 for g in groups if g["row"] == g["group"])
-    x, images = embedding.load(selection / "embeddings")
+    x, images = embedding.load_embeddings(selection / "embeddings")
     assert images["path"].to_pylist() == [r["path"] for r in ledger]
     assert x.dtype == np.float16
     assert [s == "ok" for s in images["status"].to_pylist()] == np.any(x != 0, 1).tolist()
-    expected = unit(Pixels().prepare([picture(3)]).flatten(1).numpy())
+    expected = l2_normalise(Pixels().prepare([picture(3)]).flatten(1).numpy())
     np.testing.assert_array_equal(x[3], expected[0].astype(np.float16))
 
 
@@ -201,7 +201,7 @@ def test_a_finished_run_does_nothing_and_another_is_refused(selection, pools):
 @pytest.mark.parametrize("at", ["second part", "duplicates", "calibration", "hits", "end"])
 def test_a_killed_run_continues_to_the_same_bytes(selection, pools, tmp_path, monkeypatch, at):
     out, backbone = tmp_path / "selection", Pixels()
-    config = replace(QUICK, part=48)  # a multiple of the batch: the backbone sees the same batches
+    config = replace(QUICK, partition_size=48)  # a multiple of the batch: the backbone sees the same batches
 
     def kill(*_, **__):
         raise KeyboardInterrupt
@@ -212,7 +212,7 @@ def test_a_killed_run_continues_to_the_same_bytes(selection, pools, tmp_path, mo
             patch.setattr(Pixels, "features", lambda *a: kill() if len(calls) > 3 else calls.append(0) or features(*a))
         else:
             where, name = {
-                "duplicates": (pipeline, "compare"),
+                "duplicates": (pipeline, "prepare_comparison"),
                 "calibration": (thresholds, "calibrate"),
                 "hits": (pipeline, "gather"),
                 "end": (pipeline, "_link"),
@@ -239,7 +239,7 @@ def test_neither_batch_nor_threads_are_part_of_the_result(selection, pools, tmp_
 
 def test_settings_reach_the_result(pools, selection, tmp_path):
     config = replace(QUICK, threshold=0.9, within_curated="drop", k=50, collisions="multiplicity", tokens="cls+mean")
-    out = pipeline.curate(replace(config, minimum=0.05), *pools, Pixels(), tmp_path / "a")
+    out = pipeline.curate(replace(config, min_similarity=0.05), *pools, Pixels(), tmp_path / "a")
     ledger, hits = rows(out), pq.read_table(out / "hits.parquet")
     assert run.read_json(out / "summary.json")["threshold"] == 0.9
     assert run.read_json(out / "summary.json")["calibration"] is None
@@ -315,15 +315,15 @@ def planted(count: int, channels: int, seed: int) -> tuple[np.ndarray, np.ndarra
     """Unit vectors; a third are copies, cosine 0.8 and more with an original, in groups of 2 to 30."""
     random, parts, group = np.random.default_rng(seed), [], []
     while len(group) < count // 3:
-        size, original = int(random.integers(2, 31)), unit(random.standard_normal((1, channels)))
+        size, original = int(random.integers(2, 31)), l2_normalise(random.standard_normal((1, channels)))
         noise = random.standard_normal((size, channels))
-        noise = unit(noise - (noise @ original.T) * original)
+        noise = l2_normalise(noise - (noise @ original.T) * original)
         cosine = random.uniform(0.9, 0.99, (size, 1))
         cosine[0] = 1
         parts.append(cosine * original + np.sqrt(1 - cosine**2) * noise)
         group += [len(parts)] * size
     rest = count - len(group)
-    x = unit(np.concatenate([*parts, random.standard_normal((rest, channels))]))
+    x = l2_normalise(np.concatenate([*parts, random.standard_normal((rest, channels))]))
     group = np.r_[group, -np.arange(1, rest + 1)]
     mixed = random.permutation(count)
     return x[mixed], group[mixed]
@@ -352,7 +352,7 @@ def test_large_groups_are_rechecked_against_chaining():
 
 
 def test_rechecking_in_blocks_is_rechecking_in_order(monkeypatch):
-    x = unit(np.random.default_rng(3).standard_normal((400, 4)))
+    x = l2_normalise(np.random.default_rng(3).standard_normal((400, 4)))
     whole = verdict(x, threshold=0.7)
     monkeypatch.setattr(dedup, "BLOCK", 7)
     np.testing.assert_array_equal(verdict(x, threshold=0.7).cause_N, whole.cause_N)
@@ -385,9 +385,9 @@ def test_the_keep_rule():
 def test_identical_files():
     rank = np.array([3, 1, 2, 0, 4])
     nobody = np.zeros(5, bool)
-    assert identical(list("abaab"), rank, nobody).tolist() == [3, -1, 3, -1, 1]
-    assert identical(list("abaab"), rank, np.array([1, 0, 0, 1, 0], bool)).tolist() == [-1, -1, 3, -1, 1]
-    assert identical([], rank[:0], nobody[:0]).tolist() == []
+    assert find_identical(list("abaab"), rank, nobody).tolist() == [3, -1, 3, -1, 1]
+    assert find_identical(list("abaab"), rank, np.array([1, 0, 0, 1, 0], bool)).tolist() == [-1, -1, 3, -1, 1]
+    assert find_identical([], rank[:0], nobody[:0]).tolist() == []
 
 
 def test_components_are_those_of_the_whole_graph_in_whatever_parts_it_comes():
@@ -418,8 +418,8 @@ def test_whitening_makes_variances_equal_and_brings_copies_out():
     margins = {}
     for kind in ("plain", "centred", "whitened"):
         mapped = space.fit(kind, x.astype(np.float16))
-        a, b = unit(mapped(x[:200])), unit(mapped(copies))
-        others = a @ unit(mapped(x[200:])).T
+        a, b = l2_normalise(mapped(x[:200])), l2_normalise(mapped(copies))
+        others = a @ l2_normalise(mapped(x[200:])).T
         margins[kind] = float(np.median((a * b).sum(1)) - np.quantile(others.max(1), 0.9))
     assert margins["plain"] < 0.02
     assert margins["whitened"] > margins["centred"] > margins["plain"]
@@ -435,11 +435,11 @@ def pictures(count: int, first: int = 0) -> list[np.ndarray]:
 
 def test_calibration_separates_copies_from_look_alikes():
     images, pool = pictures(60), pictures(400)
-    x = Finder(Pixels(), pixels=False)(pool)
+    x = CopyEncoder(Pixels(), pixels=False)(pool)
     mapped = space.fit("whitened", x)
 
     def look(batch):
-        return mapped(Finder(Pixels(), pixels=False)(batch))
+        return mapped(CopyEncoder(Pixels(), pixels=False)(batch))
 
     vectors_ = mapped(x)
     found = calibrate(look, images, np.random.default_rng(0), others_MD=vectors_, false_merges=0.02)
@@ -493,7 +493,7 @@ def test_retrieval_is_the_nearest_with_a_floor():
         (2, 1, 5),
         (2, 2, 4),
     ]
-    high = retrieve(x, queries=np.array([0, 2]), candidates=np.array([1, 3, 4, 5]), k=2, minimum=0.9995)
+    high = retrieve(x, queries=np.array([0, 2]), candidates=np.array([1, 3, 4, 5]), k=2, min_similarity=0.9995)
     assert high.row_H.tolist() == [1, 5]
     times, best = best_hits(hits, 6)
     assert times.tolist() == [0, 1, 0, 0, 2, 1]
@@ -503,14 +503,14 @@ def test_retrieval_is_the_nearest_with_a_floor():
 
 
 def test_embedding_says_how_fast_it_goes(capsys):
-    progress = Progress("embed", "images", 1000, seconds=0)
+    progress = ProgressLine("embed", "images", 1000, interval=0)
     progress.add(10)
     assert "embed: 10 of 1,000 images" in capsys.readouterr().err
 
 
 def test_a_part_in_which_nothing_can_be_read(tmp_path):
     index = write(tmp_path / "i", {"a.png": b"", "b.png": b"", "c.png": png(picture(0)), "d.png": png(picture(1))})
-    x, images = embedding.load(embedding.embed(Pixels(), index, tmp_path / "e", batch=2, threads=1, part=2))
+    x, images = embedding.load_embeddings(embedding.embed(Pixels(), index, tmp_path / "e", batch=2, threads=1, partition_size=2))
     assert x.shape == (4, 192)
     assert np.any(x != 0, 1).tolist() == [False, False, True, True]
     assert images["status"].to_pylist() == ["empty", "empty", "ok", "ok"]

@@ -5,14 +5,14 @@ import pytest
 from PIL import Image
 
 from troodon.config import UsageError
-from troodon.curate import hashes as hashes_of
+from troodon.curate import hashes as hashes_module
 from troodon.curate import scores
-from troodon.curate.balance import draw_order, evenly, from_clusters, hierarchy, shares
 from troodon.curate.config import CurateConfig
 from troodon.curate.hashes import near_hashes, perceptual_hash
-from troodon.curate.leak import nearest_hits, spread
-from troodon.curate.retrieve import Hits, fill
-from troodon.search.exact import above, unit
+from troodon.curate.leak import best_matches, propagate_matches
+from troodon.curate.retrieve import Hits, fill_hits
+from troodon.curate.sampling import balanced_quotas, draw_order, hierarchical_kmeans, sample_clusters, sample_hierarchy
+from troodon.search.exact import iter_pairs_above, l2_normalise
 from troodon.views.attacks import attack
 
 from .test_curate import chain, picture
@@ -20,13 +20,13 @@ from .test_curate import chain, picture
 
 def test_leaks_are_the_nearest_benchmark_images_and_components_chain():
     x, benchmark = chain(0, 20, 41, 90, 180), chain(95, 2, 1)
-    row, score = nearest_hits(5, above(x, 0.93, benchmark))
+    row, score = best_matches(5, iter_pairs_above(x, 0.93, benchmark))
     assert row.tolist() == [2, 1, -1, 0, -1]
     np.testing.assert_allclose(score[[0, 1, 3]], np.cos(np.radians([1, 18, 5])), atol=1e-6)
     assert np.isnan(score[[2, 4]]).all()
-    joined = spread(row, score, above(x, 0.93))
+    joined = propagate_matches(row, score, iter_pairs_above(x, 0.93))
     assert joined.tolist() == [2, 1, 2, 0, -1]  # 41 degrees resembles 20, which resembles 1
-    assert nearest_hits(5, above(x, 0.9, benchmark[:0]))[0].tolist() == [-1] * 5
+    assert best_matches(5, iter_pairs_above(x, 0.9, benchmark[:0]))[0].tolist() == [-1] * 5
 
 
 def test_the_best_hit_does_not_depend_on_the_order_of_tiles():
@@ -38,7 +38,7 @@ def test_the_best_hit_does_not_depend_on_the_order_of_tiles():
         expected.setdefault(hit[0], hit[2])
     for parts in (1, 9):
         order = random.permutation(400)
-        row, _ = nearest_hits(50, [(i[p], j[p], score[p]) for p in np.array_split(order, parts)])
+        row, _ = best_matches(50, [(i[p], j[p], score[p]) for p in np.array_split(order, parts)])
         assert {at: r for at, r in enumerate(row.tolist()) if r >= 0} == expected
 
 
@@ -65,7 +65,7 @@ def test_hashes_within_a_radius_are_all_found_once(radius, monkeypatch):
         for bit in random.integers(0, 64, random.integers(0, 7)).tolist():
             hashes[at] ^= np.uint64(1 << bit)
     hashes[10:30] = hashes[10]
-    monkeypatch.setattr(hashes_of, "CROWD", 7)
+    monkeypatch.setattr(hashes_module, "BLOCK", 7)
     bits = np.bitwise_count(hashes[:, None] ^ hashes[None])
     expected = set(zip(*(part.tolist() for part in np.nonzero(np.triu(bits <= radius, 1)))))
     found = [(i, j) for part in near_hashes(hashes, radius) for i, j in zip(part[0].tolist(), part[1].tolist())]
@@ -81,15 +81,15 @@ def test_marks_are_what_they_say():
     assert scores.sharpness(np.full((9, 9, 1), 3, np.uint8)) == 0
     assert (scores.side(sharp), scores.aspect(sharp)) == (48, 1.25)
     names = ("side<50", "aspect>1.5", "tests.test_gather:redness>0.5")
-    found = scores.named(names)
+    found = scores.load_scores(names)
     assert list(found) == ["side", "aspect", "tests.test_gather:redness"]
     values = {name: np.array([score(sharp), score(np.full((60, 200, 3), (255, 0, 0), np.uint8))])
               for name, score in found.items()}  # fmt: skip
-    assert scores.marked(names, values) == ["side<50", "aspect>1.5 tests.test_gather:redness>0.5"]
+    assert scores.image_marks(names, values) == ["side<50", "aspect>1.5 tests.test_gather:redness>0.5"]
     with pytest.raises(UsageError, match="did you mean 'sharpness'"):
-        scores.named(["sharpnes<1"])
+        scores.load_scores(["sharpnes<1"])
     with pytest.raises(UsageError, match="no_such_module"):
-        scores.named(["no_such_module:x<1"])
+        scores.load_scores(["no_such_module:x<1"])
     with pytest.raises(UsageError, match="expected a score, < or >, and a number"):
         CurateConfig(marks=("sharpness=1",))
 
@@ -102,15 +102,15 @@ def test_filling_gives_everyone_their_own():
     # Both queries like 7 best, the second more; the first has to take its next, and so on.
     hits = Hits(np.array([0, 0, 0, 1, 1, 1]), np.array([1, 2, 3, 1, 2, 3]), np.array([7, 8, 9, 7, 9, 8]),
                 np.array([0.8, 0.7, 0.6, 0.9, 0.5, 0.4], np.float32))  # fmt: skip
-    one = fill(hits, np.full(6, 1))
+    one = fill_hits(hits, np.full(6, 1))
     assert list(zip(one.query_H.tolist(), one.row_H.tolist(), one.rank_H.tolist())) == [(0, 8, 2), (1, 7, 1)]
-    two = fill(hits, np.full(6, 2))  # of three images the nearer query has one more
+    two = fill_hits(hits, np.full(6, 2))  # of three images the nearer query has one more
     assert sorted(two.row_H.tolist()) == [7, 8, 9]
-    assert fill(Hits(*(column[:0] for column in vars(hits).values())), np.zeros(0, int)).row_H.tolist() == []
+    assert fill_hits(Hits(*(column[:0] for column in vars(hits).values())), np.zeros(0, int)).row_H.tolist() == []
     random = np.random.default_rng(0)
     query, row = np.repeat(np.arange(40), 30), np.concatenate([random.permutation(200)[:30] for _ in range(40)])
     many = Hits(query, np.tile(np.arange(1, 31), 40), row, -np.tile(np.arange(30), 40).astype(np.float32))
-    filled = fill(many, np.full(1200, 4))
+    filled = fill_hits(many, np.full(1200, 4))
     assert len(set(filled.row_H.tolist())) == len(filled.row_H) == 160
     assert (np.bincount(filled.query_H) == 4).all()
 
@@ -118,15 +118,15 @@ def test_filling_gives_everyone_their_own():
 def test_clusters_with_more_than_three_curated_images_are_drawn_from():
     rows, cluster = np.arange(100, 200), np.repeat([0, 1, 2, 3], 25)
     cluster_Q, dataset_Q = np.array([0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 2]), np.array([0] * 7 + [1] * 5)
-    drawn = from_clusters(cluster_Q, dataset_Q, rows, cluster, more_than=3, most=10, cap=1000, seed=0)
+    drawn = sample_clusters(cluster_Q, dataset_Q, rows, cluster, more_than=3, per_cluster=10, cap=1000, seed=0)
     assert drawn.cluster.tolist() == [0, 2]
     assert drawn.dataset.tolist() == [0, 1]
     assert (drawn.hits.tolist(), drawn.size.tolist(), drawn.taken.tolist()) == ([4, 5], [25, 25], [10, 10])
     assert np.bincount(cluster[drawn.rows - 100], minlength=4).tolist() == [10, 0, 10, 0]
-    assert len(from_clusters(cluster_Q, dataset_Q, rows, cluster, more_than=0, most=99, cap=7, seed=0).rows) <= 14
-    capped = from_clusters(cluster_Q, dataset_Q * 0, rows, cluster, more_than=2, most=99, cap=7, seed=0)
+    assert len(sample_clusters(cluster_Q, dataset_Q, rows, cluster, more_than=0, per_cluster=99, cap=7, seed=0).rows) <= 14
+    capped = sample_clusters(cluster_Q, dataset_Q * 0, rows, cluster, more_than=2, per_cluster=99, cap=7, seed=0)
     assert len(capped.rows) == capped.taken.sum() == 7
-    assert not len(from_clusters(cluster_Q, dataset_Q, rows, cluster, more_than=9, most=9, cap=9, seed=0).rows)
+    assert not len(sample_clusters(cluster_Q, dataset_Q, rows, cluster, more_than=9, per_cluster=9, cap=9, seed=0).rows)
 
 
 def test_what_is_drawn_depends_on_the_number_of_an_image_and_the_seed():
@@ -138,19 +138,19 @@ def test_what_is_drawn_depends_on_the_number_of_an_image_and_the_seed():
 
 
 def test_shares_are_as_even_as_sizes_allow():
-    assert shares(np.array([10, 2, 5]), 9).tolist() == [4, 2, 3]
-    assert shares(np.array([10, 2, 5]), 99).tolist() == [10, 2, 5]
-    assert shares(np.array([3, 3, 3]), 8).sum() == 8
-    assert shares(np.array([0, 4]), 3).tolist() == [0, 3]
+    assert balanced_quotas(np.array([10, 2, 5]), 9).tolist() == [4, 2, 3]
+    assert balanced_quotas(np.array([10, 2, 5]), 99).tolist() == [10, 2, 5]
+    assert balanced_quotas(np.array([3, 3, 3]), 8).sum() == 8
+    assert balanced_quotas(np.array([0, 4]), 3).tolist() == [0, 3]
 
 
 def test_an_even_draw_levels_what_is_common_and_what_is_rare():
     random = np.random.default_rng(0)
-    middle = unit(random.standard_normal((8, 24)))
+    middle = l2_normalise(random.standard_normal((8, 24)))
     kind = np.repeat(np.arange(8), [1000, 500, 200, 100, 60, 40, 30, 20])
-    x = unit(middle[kind] + 0.15 * random.standard_normal((len(kind), 24)))
+    x = l2_normalise(middle[kind] + 0.15 * random.standard_normal((len(kind), 24)))
     rows = np.arange(len(x)) + 5
-    drawn = evenly(rows, hierarchy(x, (60, 8), 0), 160, 0)
+    drawn = sample_hierarchy(rows, hierarchical_kmeans(x, (60, 8), 0), 160, 0)
     assert len(drawn) == len(np.unique(drawn)) == 160
     counts, chance = np.bincount(kind[drawn - 5], minlength=8), 160 * np.bincount(kind) / len(kind)
 
@@ -160,4 +160,4 @@ def test_an_even_draw_levels_what_is_common_and_what_is_rare():
 
     assert entropy(counts) > 0.9 * np.log(8)
     assert entropy(counts) > entropy(chance) + 0.4
-    assert evenly(rows, hierarchy(x, (60, 8), 0), 10_000, 0).tolist() == rows.tolist()
+    assert sample_hierarchy(rows, hierarchical_kmeans(x, (60, 8), 0), 10_000, 0).tolist() == rows.tolist()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from troodon import cli, leak
+from troodon import cli, launch, leak
 from troodon.config import UsageError
 from troodon.images.sources import open_source
 from troodon.model.backbone import Backbone
@@ -64,10 +64,10 @@ def test_leaks_are_named_left_out_and_scored_with_and_without(places, tmp_path):
 def test_the_command_and_its_mistakes(places, tmp_path, capsys):
     words = ["leak", "--backbone", places["backbone"], "--data", places["training"], "--benchmark", places["benchmark"]]
     words = [str(w) for w in [*words, "--out", tmp_path / "out", "--suite", "none"]]
-    assert cli.run([*words, "--benchmark-threshold", "0.9999", "--duplicate-space", "plain"]) == cli.DONE
+    assert cli.run([*words, "--benchmark-threshold", "0.9999", "--duplicate-space", "plain"]) == launch.DONE
     out, _ = capsys.readouterr()
     assert out.startswith("3 of 30 images resemble one of the benchmark's")
-    assert cli.run([*words, "--steps", "exact", "--out", str(tmp_path / "other")]) == cli.MISTAKE
+    assert cli.run([*words, "--steps", "exact", "--out", str(tmp_path / "other")]) == launch.MISTAKE
     assert "has the step benchmark" in capsys.readouterr().err
     with pytest.raises(UsageError, match="quik"):
         leak(places["backbone"], places["training"], places["benchmark"], tmp_path / "more", suite="quik")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from troodon.search.exact import above, cosines, pairs_above, tiles, top_k, unit
+from troodon.search.exact import cosines, count_tiles, iter_pairs_above, l2_normalise, pairs_above, top_k
 
 
 def vectors(count: int, channels: int = 24, seed: int = 0) -> np.ndarray:
@@ -79,8 +79,8 @@ def test_pairs_are_all_those_above_and_no_other(block, threshold):
     np.testing.assert_allclose(score, matrix[i, j], atol=1e-5)
     i, j, _ = pairs_above(x, threshold, y, block=block)
     np.testing.assert_array_equal(np.stack([i, j]), np.stack(np.nonzero(cosine_matrix(x, y) > threshold)))
-    assert len(list(above(x, threshold, block=block))) == tiles(230, block=block)
-    assert len(list(above(x, threshold, y, block=block))) == tiles(230, 61, block=block)
+    assert len(list(iter_pairs_above(x, threshold, block=block))) == count_tiles(230, block=block)
+    assert len(list(iter_pairs_above(x, threshold, y, block=block))) == count_tiles(230, 61, block=block)
 
 
 def test_above_means_above():
@@ -92,7 +92,7 @@ def test_above_means_above():
 
 
 def test_float16_files_give_the_scores_of_their_rows_made_unit_length_again(tmp_path):
-    x = unit(vectors(300, 64)).astype(np.float16)
+    x = l2_normalise(vectors(300, 64)).astype(np.float16)
     np.save(tmp_path / "x.npy", x)
     stored = np.load(tmp_path / "x.npy", mmap_mode="r")
     exact = x.astype(np.float64)

@@ -1,4 +1,4 @@
-"""Stages: done once, by anyone; killed processes, full disks and mistakes leave nothing half done."""
+"""Stages: every unit is computed once, by any worker; killed processes, full disks and errors leave no partial results."""
 
 import contextlib
 import hashlib
@@ -14,168 +14,174 @@ import pytest
 
 from troodon import run
 from troodon.config import UsageError
-from troodon.curate.engines import Here, Processes, Ray, engine
-from troodon.curate.stage import Stage, counted, do, perform, seconds, totals
+from troodon.curate.backends import ProcessPool, RayCluster, SingleProcess, create_backend
+from troodon.curate.stage import Stage, run_stage, run_unit, stage_seconds, total_counts, unit_counts
 
 
 @dataclass(frozen=True)
 class Count:
-    """Counts to a number, and does as it is told on the way."""
+    """Adds up numbers, and fails, kills its process or sleeps on request."""
 
-    kill: tuple[int, ...] = ()  # these end their process, the first time
+    kill: tuple[int, ...] = ()  # units that kill their process, the first time
     always: bool = False
     fail: tuple[int, ...] = ()
     lose: int = 0
     slow: float = 0.0
-    notes: str = ""  # a folder where it notes what it did
+    log: str = ""  # a folder where finished units are logged
 
     def __call__(self, unit: int, folder: Path) -> dict:
         time.sleep(self.slow)
-        mark = Path(self.notes) / f"{unit}.killed"
+        mark = Path(self.log) / f"{unit}.killed"
         if unit in self.kill and (self.always or not mark.exists()):
             mark.touch()
             (folder / "half").write_text("half")
             os.kill(os.getpid(), signal.SIGKILL)
         if unit in self.fail:
             raise UsageError(f"unit {unit} is a mistake")
-        if self.notes:
-            with open(Path(self.notes) / "done", "a") as file:
+        if self.log:
+            with open(Path(self.log) / "done", "a") as file:
                 file.write(f"{unit}\n")
         (folder / "sum.txt").write_text(str(sum(range(unit))))
-        return counted(unit, unit - 1 - self.lose, odd=1)
+        return unit_counts(unit, unit - 1 - self.lose, odd=1)
 
 
-def stage(units: int = 6, **told) -> Stage:
-    return Stage("count", Count(**told), list(range(1, units + 1)), "0123")
+def stage(units: int = 6, **behaviour) -> Stage:
+    return Stage("count", Count(**behaviour), list(range(1, units + 1)), "0123")
 
 
-def hashed(parts: list[Path]) -> str:
+def sha256_of(parts: list[Path]) -> str:
     files = [f for part in parts for f in sorted(part.rglob("*")) if f.name != "timings.json"]
     return hashlib.sha256(b"".join(f.relative_to(parts[0].parents[1]).as_posix().encode() + f.read_bytes()
                                    for f in files)).hexdigest()  # fmt: skip
 
 
-def test_whoever_does_it_the_files_are_the_same(tmp_path):
-    expected = hashed(do(stage(), tmp_path / "here", Here()))
-    assert hashed(do(stage(), tmp_path / "one", Processes(1))) == expected
-    assert hashed(do(stage(), tmp_path / "three", Processes(3))) == expected
-    assert totals(do(stage(), tmp_path / "here", Here())) == {"in": 21, "out": 15, "left out": {"odd": 6}}
-    assert list(seconds(do(stage(), tmp_path / "here", Here()))) == ["count"]
+def test_all_backends_write_the_same_files(tmp_path):
+    expected = sha256_of(run_stage(stage(), tmp_path / "here", SingleProcess()))
+    assert sha256_of(run_stage(stage(), tmp_path / "one", ProcessPool(1))) == expected
+    assert sha256_of(run_stage(stage(), tmp_path / "three", ProcessPool(3))) == expected
+    assert total_counts(run_stage(stage(), tmp_path / "here", SingleProcess())) == {
+        "in": 21,
+        "out": 15,
+        "left out": {"odd": 6},
+    }
+    assert list(stage_seconds(run_stage(stage(), tmp_path / "here", SingleProcess()))) == ["count"]
 
 
-def test_ray_gives_the_same_files(tmp_path):
+def test_ray_writes_the_same_files(tmp_path):
     ray = pytest.importorskip("ray")
-    expected = hashed(do(stage(), tmp_path / "here", Here()))
+    expected = sha256_of(run_stage(stage(), tmp_path / "here", SingleProcess()))
     environment = {"PYTHONPATH": os.pathsep.join(sys.path)}
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": environment})
     try:
-        assert hashed(do(stage(), tmp_path / "ray", Ray())) == expected
+        assert sha256_of(run_stage(stage(), tmp_path / "ray", RayCluster())) == expected
         with pytest.raises(UsageError, match="unit 2 is a mistake"):
-            do(stage(fail=(2,)), tmp_path / "wrong", Ray())
+            run_stage(stage(fail=(2,)), tmp_path / "wrong", RayCluster())
     finally:
         ray.shutdown()
 
 
-def test_what_is_done_is_not_done_again(tmp_path):
-    told = stage(notes=str(tmp_path))
-    parts = do(told, tmp_path / "home", Here())
+def test_complete_units_are_not_computed_again(tmp_path):
+    logged = stage(log=str(tmp_path))
+    parts = run_stage(logged, tmp_path / "home", SingleProcess())
     (parts[2] / "counts.json").unlink()
     for file in parts[2].iterdir():
         file.unlink()
     parts[2].rmdir()
-    (parts[2].parent / "00002.0a0b0c0d.partial").mkdir()  # left by a kill
-    do(told, tmp_path / "home", Here())
+    (parts[2].parent / "00002.0a0b0c0d.partial").mkdir()  # left by a killed process
+    run_stage(logged, tmp_path / "home", SingleProcess())
     assert (tmp_path / "done").read_text().split() == ["1", "2", "3", "4", "5", "6", "3"]
-    assert sorted(p.name for p in parts[0].parent.iterdir()) == [f"{at:05d}" for at in range(6)]
-    perform(told, tmp_path / "home", 0)
+    assert sorted(p.name for p in parts[0].parent.iterdir()) == [f"{number:05d}" for number in range(6)]
+    run_unit(logged, tmp_path / "home", 0)
     assert len((tmp_path / "done").read_text().split()) == 7
 
 
-def test_a_killed_process_costs_one_unit(tmp_path):
-    told = stage(8, kill=(2, 5, 8), notes=str(tmp_path))
-    assert hashed(do(told, tmp_path / "killed", Processes(2))) == hashed(do(stage(8), tmp_path / "calm", Here()))
+def test_a_killed_process_loses_one_unit(tmp_path):
+    logged = stage(8, kill=(2, 5, 8), log=str(tmp_path))
+    assert sha256_of(run_stage(logged, tmp_path / "killed", ProcessPool(2))) == sha256_of(
+        run_stage(stage(8), tmp_path / "calm", SingleProcess())
+    )
     assert sorted(map(int, (tmp_path / "done").read_text().split())) == list(range(1, 9))
     assert not list((tmp_path / "killed").rglob("*.partial"))
 
 
-def test_a_unit_that_always_kills_is_named(tmp_path):
-    with pytest.raises(RuntimeError, match="count: part 1 ended 3 processes: 2"):
-        do(stage(kill=(2,), always=True, notes=str(tmp_path)), tmp_path / "home", Processes(2))
-    assert len(do(stage(), tmp_path / "home", Here())) == 6
+def test_a_unit_that_always_kills_its_process_is_named(tmp_path):
+    with pytest.raises(RuntimeError, match="count: unit 1 has killed 3 processes: 2"):
+        run_stage(stage(kill=(2,), always=True, log=str(tmp_path)), tmp_path / "home", ProcessPool(2))
+    assert len(run_stage(stage(), tmp_path / "home", SingleProcess())) == 6
 
 
-@pytest.mark.parametrize("by", [Here(), Processes(2)])
-def test_mistakes_come_back_and_leave_nothing_half_done(tmp_path, by):
+@pytest.mark.parametrize("backend", [SingleProcess(), ProcessPool(2)])
+def test_errors_are_raised_and_leave_no_partial_unit(tmp_path, backend):
     with pytest.raises(UsageError, match="unit 3 is a mistake"):
-        do(stage(fail=(3,)), tmp_path, by)
+        run_stage(stage(fail=(3,)), tmp_path, backend)
     folder = tmp_path / "count-0123"
     assert "00002" not in {p.name for p in folder.iterdir() if p.suffix != ".partial"}
-    with pytest.raises(AssertionError, match=r"count, part \d: 1 of \d are unaccounted for"):
-        do(stage(lose=1), tmp_path / "lossy", by)
+    with pytest.raises(AssertionError, match=r"count, unit \d: 1 of \d are unaccounted for"):
+        run_stage(stage(lose=1), tmp_path / "lossy", backend)
 
 
-def test_a_full_disk_fails_the_unit_and_the_next_run_goes_on(tmp_path, monkeypatch):
+def test_a_full_disk_fails_the_unit_and_the_next_run_continues(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
-            do(stage(), tmp_path, Here())
+            run_stage(stage(), tmp_path, SingleProcess())
     assert list((tmp_path / "count-0123").iterdir()) == []
-    assert len(do(stage(), tmp_path, Here())) == 6
+    assert len(run_stage(stage(), tmp_path, SingleProcess())) == 6
 
 
 PROGRAM = """
 import sys
 from pathlib import Path
-from tests.test_stage import Processes, do, stage
+from tests.test_stage import ProcessPool, run_stage, stage
 if __name__ == "__main__":
-    do(stage(12, slow=0.1, notes=sys.argv[1]), Path(sys.argv[1]) / "home", Processes(2))
+    run_stage(stage(12, slow=0.1, log=sys.argv[1]), Path(sys.argv[1]) / "home", ProcessPool(2))
 """
 
 
-def test_a_killed_main_process_leaves_whole_units_and_no_processes(tmp_path):
+def test_a_killed_main_process_leaves_complete_units_and_no_processes(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
     environment["TROODON_TEST"] = str(tmp_path)
     main = subprocess.Popen([sys.executable, str(program), str(tmp_path)], env=environment)
-    folder, until = tmp_path / "home" / "count-0123", time.monotonic() + 30
+    folder, deadline = tmp_path / "home" / "count-0123", time.monotonic() + 30
     while len(list(folder.glob("?????"))) < 3:
-        assert time.monotonic() < until
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     main.kill()
     main.wait()
-    while len(found := _with_environment(f"TROODON_TEST={tmp_path}")):
-        assert time.monotonic() < until, found
+    while len(processes := _processes_with(f"TROODON_TEST={tmp_path}")):
+        assert time.monotonic() < deadline, processes
         time.sleep(0.05)
     done = (tmp_path / "done").read_text().split()
     assert 3 <= len(done) < 12
-    parts = do(stage(12, notes=str(tmp_path)), tmp_path / "home", Here())
-    assert hashed(parts) == hashed(do(stage(12), tmp_path / "calm", Here()))
+    parts = run_stage(stage(12, log=str(tmp_path)), tmp_path / "home", SingleProcess())
+    assert sha256_of(parts) == sha256_of(run_stage(stage(12), tmp_path / "calm", SingleProcess()))
     assert all(run.read_json(part / "counts.json")["in"] for part in parts)
 
 
-def _with_environment(setting: str) -> list[str]:
-    """Running processes that were started with this in their environment."""
-    found = []
+def _processes_with(setting: str) -> list[str]:
+    """Return the ids of running processes with this setting in their environment."""
+    matches = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if setting.encode() in (process / "environ").read_bytes():
-                found.append(process.name)
-    return found
+                matches.append(process.name)
+    return matches
 
 
-def test_engines_are_named(monkeypatch):
-    assert engine("local") == Here()
-    assert engine("local", 4) == Processes(4)
-    assert engine("ray") == Ray(None)
-    assert engine("ray://head:10001") == Ray("ray://head:10001")
+def test_backends_are_created_by_name(monkeypatch):
+    assert create_backend("local") == SingleProcess()
+    assert create_backend("local", 4) == ProcessPool(4)
+    assert create_backend("ray") == RayCluster(None)
+    assert create_backend("ray://head:10001") == RayCluster("ray://head:10001")
     with pytest.raises(UsageError, match="did you mean 'local'"):
-        engine("loca")
+        create_backend("loca")
     with pytest.raises(UsageError, match="workers -1"):
-        engine("local", -1)
+        create_backend("local", -1)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match=r"pip install 'troodon\[ray\]'"):
-        do(stage(), Path("unused"), Ray())
+        run_stage(stage(), Path("unused"), RayCluster())

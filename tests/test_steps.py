@@ -17,10 +17,10 @@ from PIL import Image
 
 from troodon import run, verbs
 from troodon.config import UsageError
-from troodon.curate import compose, engines, pipeline
+from troodon.curate import backends, ledger, pipeline
 from troodon.curate import embed as embedding
-from troodon.curate.descriptor import Descriptor
-from troodon.curate.engines import Processes
+from troodon.curate.backends import ProcessPool
+from troodon.curate.descriptor import CopyDescriptor
 from troodon.images.index import SCHEMA, Index
 from troodon.images.sources import open_source
 from troodon.model.backbone import Backbone
@@ -56,11 +56,11 @@ def world(tmp_path_factory) -> dict[str, Index]:
     return {"curated": curated, "uncurated": open_source(home / "pool"), "benchmark": open_source(home / "benchmark")}
 
 
-def made(world: dict[str, Index], out: Path, engine=None, curated: Index | None = None, **changes) -> Path:
+def made(world: dict[str, Index], out: Path, backend=None, curated: Index | None = None, **changes) -> Path:
     given = world["curated"] if curated is None else curated
     config = replace(QUICK, benchmark_false_merges=1e-6, **changes)
     bench = world["benchmark"]
-    return pipeline.curate(config, given, world["uncurated"], Pixels(), out, benchmark=bench, engine=engine)
+    return pipeline.curate(config, given, world["uncurated"], Pixels(), out, benchmark=bench, backend=backend)
 
 
 EVERYTHING = {
@@ -100,15 +100,15 @@ def test_everything_together_balances_and_says_why(world, tmp_path):
 
 def test_a_ledger_is_written_in_blocks(world, tmp_path, monkeypatch):
     whole = made(world, tmp_path / "a", **EVERYTHING)
-    monkeypatch.setattr(compose, "BLOCK", 7)
+    monkeypatch.setattr(ledger, "BLOCK", 7)
     blocks = made(world, tmp_path / "b", **EVERYTHING)
     tables = [pq.read_table(out / "images.parquet").to_pylist() for out in (whole, blocks)]
     assert repr(tables[0]) == repr(tables[1])  # not ==: scores may be nan
 
 
 def test_whoever_works_the_selection_is_the_same(world, tmp_path):
-    engine = Processes(2)
-    assert files(made(world, tmp_path / "a", engine=engine, part=16, **EVERYTHING)) == files(
+    backend = ProcessPool(2)
+    assert files(made(world, tmp_path / "a", backend=backend, partition_size=16, **EVERYTHING)) == files(
         made(world, tmp_path / "b", **EVERYTHING)
     )
 
@@ -205,15 +205,15 @@ class Deadly(Pixels):
 
 
 def test_an_image_on_which_processes_die_is_found_and_left_out(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(engines, "TRIES", 1)
+    monkeypatch.setattr(backends, "MAX_DEATHS", 1)
     index = write(tmp_path / "i", {f"{i}.png": png(picture(i)[: 13 if i == 1 else 40]) for i in range(3)})
-    engine = Processes(1)
-    out = embedding.embed(Deadly(), index, tmp_path / "e", batch=1, threads=1, part=2, engine=engine)
-    engine.close()
-    images = embedding.load(out)[1]
+    backend = ProcessPool(1)
+    out = embedding.embed(Deadly(), index, tmp_path / "e", batch=1, threads=1, partition_size=2, backend=backend)
+    backend.close()
+    images = embedding.load_embeddings(out)[1]
     assert images["status"].to_pylist() == ["ok", "deadly", "ok"]
     assert images["reason"][1].as_py() == "every process that reads it dies"
-    assert "embed: image 1 ended 1 processes, and is left out" in capsys.readouterr().err
+    assert "embed: image 1 has killed 1 processes and is excluded" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir() if p.name != "i"] == ["e"]
 
 
@@ -225,7 +225,7 @@ def test_a_torchscript_file_finds_copies(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.trace(Shrinks(), torch.zeros(1, 3, 32, 32)).save(str(tmp_path / "small.pt"))
-    found = Descriptor.load(tmp_path / "small.pt")
+    found = CopyDescriptor.load(tmp_path / "small.pt")
     image = picture(0)
     x = found.features(found.prepare([image, picture(1)[:20]])).cls
     assert x.shape == (2, 48)
@@ -236,7 +236,7 @@ def test_a_torchscript_file_finds_copies(tmp_path):
     assert torch.equal(again.features(again.prepare([image])).cls, x[:1])
     (tmp_path / "text.pt").write_text("no network")
     with pytest.raises(UsageError, match=r"text\.pt: not a TorchScript copy descriptor"):
-        Descriptor.load(tmp_path / "text.pt")
+        CopyDescriptor.load(tmp_path / "text.pt")
 
 
 class Sscd(torch.nn.Module):
@@ -258,7 +258,7 @@ def test_published_thresholds_are_warned_of_for_all_but_a_file_like_sscds(world,
         warnings.simplefilter("ignore")
         torch.jit.script(Sscd().eval()).save(str(tmp_path / "sscd.torchscript.pt"))
         torch.jit.script(Sscd().trunk.append(torch.nn.Flatten())).save(str(tmp_path / "any.pt"))
-    sscd, other = (Descriptor.load(tmp_path / name) for name in ("sscd.torchscript.pt", "any.pt"))
+    sscd, other = (CopyDescriptor.load(tmp_path / name) for name in ("sscd.torchscript.pt", "any.pt"))
     x_BD = sscd.features(sscd.prepare([picture(0), picture(1)[:20]])).cls
     assert x_BD.shape == (2, 512)
     torch.testing.assert_close(x_BD.norm(dim=1), torch.ones(2))
@@ -287,5 +287,5 @@ def test_calibrate_measures_and_writes_nothing(tmp_path):
     assert found["recall"]["resave"] == 1
     assert 0 < found["threshold"] < 1
     assert [p.name for p in tmp_path.iterdir()] == ["photos"]
-    with pytest.raises(UsageError, match="of 1 0 can be read"):
+    with pytest.raises(UsageError, match="only 0 of 1 can be read"):
         verbs.calibrate(Pixels(), tmp_path / "photos" / "broken.png")

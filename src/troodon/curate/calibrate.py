@@ -1,17 +1,17 @@
-"""The threshold between copies and look-alikes, measured on the images at hand.
+"""Calibration: the threshold between copies and look-alikes, measured on the images at hand.
 
-What is a near-duplicate depends on the network: 0.6 of one is 0.97 of another. So images are drawn from the pool, and
+The cosine of a near-duplicate depends on the network: 0.6 of one is 0.97 of another. So images are drawn from the pool.
 
-  * compared with the other images of the pool, nearly all of them different pictures, which sets the threshold: it is
-    where one image would be taken for a copy of `false_merges` others, on average;
-  * attacked, as pictures are on the web, and compared with their copies, which tells what share it will find. Nor
-    is the threshold lower than where 95 % of these copies are found: that matters in pools of a few images.
+  * They are compared with the other images of the pool, nearly all of them different pictures. This sets the threshold:
+    one image is taken for a copy of `false_merges` others, on average.
+  * They are attacked, as pictures are on the web, and compared with their copies. This gives the expected recall. The
+    threshold is not lower than where 95 % of these copies are found; that matters in pools of a few images.
 
-The pool may hold true copies, and nobody knows how many. They are the highest scores, so the threshold is not read off
-there, but extrapolated from lower ones: from the scores that 50 and 5 others of an image exceed. Below these, copies
-are lost in the crowd. In atanh of the cosine the logarithm of the number of others above falls about linearly: aiming
-at 0.02, it came to between 0 and 0.1 with five kinds of features, 100 to 11,500 images, and up to half of them copied
-once. Where each image has several copies the threshold comes out too high: copies stay, pictures are not lost.
+The pool may contain true copies, and nobody knows how many. They have the highest scores, so the threshold is not read
+off there, but extrapolated from lower scores: from those that 50 and 5 others of an image exceed. There, copies are few
+among the others. In atanh of the cosine, the logarithm of the number of others above falls about linearly: aiming at
+0.02, the result was between 0 and 0.1 with five kinds of features, 100 to 11,500 images, and up to half of them copied
+once. If each image has several copies, the threshold is too high: copies remain, but no different picture is lost.
 """
 
 import dataclasses
@@ -22,30 +22,32 @@ import numpy as np
 from numpy import ndarray
 from numpy.random import Generator
 
-from troodon.search.exact import unit
-from troodon.views.attacks import ATTACKS, attack, disguised
+from troodon.search.exact import l2_normalise
+from troodon.views.attacks import ATTACKS, attack, attacked_copies
 
-# Shape suffixes: n images that were drawn, M others, D channels.
+# Shape suffixes: n images that were drawn, M others, V views (an image and its attacked copies), D channels.
 
-FAR, NEAR = 50, 5  # others above the two scores that the threshold is extrapolated from
+FAR, NEAR = 50, 5  # numbers of others above the two scores that the threshold is extrapolated from
 RATES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # of false merges, in the table
-COPIES = 4  # of each image, by attacks in turn
-STRENGTH = 0.5  # of the attacks: a JPEG of quality 34, 83 % of the area, turned by ten degrees ...
-FOUND = 0.95  # share of the copies: enough
-OTHERS = 20_000  # to compare with, at most
-DISGUISED = 100  # images that are disguised, at most
+COPIES_PER_IMAGE = 4  # by one attack after the other
+STRENGTH = 0.5  # of the attacks: a JPEG of quality 34, 83 % of the area, rotated by ten degrees ...
+MIN_RECALL = 0.95  # share of the copies that is sufficient
+MAX_OTHERS = 20_000
+MAX_BENCHMARK_IMAGES = 100  # images that are compared as images of a benchmark are
+
+EmbedImages = Callable[[list[ndarray]], ndarray]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A threshold, and what to expect of it."""
+    """A threshold and its expected effect."""
 
     threshold: float
-    benchmark_threshold: float | None  # the same at another rate, for images of a benchmark in their disguises
-    benchmark_recall: float | None  # share of the copies that it finds
-    false_merges: float  # others that one image is wrongly taken for a copy of, on average, as aimed at
-    images: int  # that were drawn
-    copies: int  # that were made of them
+    benchmark_threshold: float | None  # at another rate, for benchmark images and their attacked copies
+    benchmark_recall: float | None  # share of the copies found at this threshold
+    false_merges: float  # target: number of others that one image is wrongly taken for a copy of, on average
+    images: int  # number of images drawn
+    copies: int  # number of attacked copies
     strength: float
     recall: dict[str, float]  # share of the copies found, by attack
     table: list[dict[str, float]]  # "false_merges", "threshold", "recall" for a range of thresholds
@@ -55,95 +57,117 @@ class Calibration:
 
 
 def calibrate(
-    embed_images: Callable[[list[ndarray]], ndarray],
+    embed_images: EmbedImages,
     images: Sequence[ndarray],
     random: Generator,
     *,
     others_MD: ndarray | None = None,
-    pool: int | None = None,
+    pool_size: int | None = None,
     false_merges: float = 0.001,
     benchmark_false_merges: float | None = None,
-    disguises: int = 0,
+    benchmark_attacks: int = 0,
     strength: float = STRENGTH,
 ) -> Calibration:
-    """Choose the threshold for images uint8 (H, W, 3) that were drawn from a pool of `pool` images.
+    """Choose the threshold for images uint8 (H, W, 3) that were drawn from a pool of `pool_size` images.
 
-    `embed_images` gives vectors (B, D) whose cosines are compared. `others_MD` holds those of images of the pool,
-    first of all of `images` themselves; without it they are compared with one another. `benchmark_false_merges` is the
-    rate for images of a benchmark, where there is one, which are compared in so many `disguises` (views/attacks.py).
+    `embed_images` returns vectors (B, D) whose cosines are compared. `others_MD` holds vectors of images of the pool,
+    those of `images` first; without it the images are compared with one another. `benchmark_false_merges` is the rate
+    for benchmark images, if there are any, with this number of `benchmark_attacks` (views/attacks.py).
     """
-    if others_MD is None:
-        others_MD = embed_images(list(images))
-    others_MD = unit(others_MD)
+    others_MD = l2_normalise(embed_images(list(images)) if others_MD is None else others_MD)
     assert len(others_MD) >= len(images)
-    original_nD = others_MD[: len(images)]
-    threshold_at = tail(original_nD, others_MD, pool or len(others_MD))
+    original_nD, pool_size = others_MD[: len(images)], pool_size or len(others_MD)
+    threshold_at = threshold_function(original_nD, others_MD, pool_size)
 
-    benchmark_threshold, of_benchmark = None, list[float]()
-    seen_nVD = original_nD[:DISGUISED, None]  # these images as such and in disguise
+    benchmark_threshold = None
+    view_nVD = original_nD[:MAX_BENCHMARK_IMAGES, None]
     if benchmark_false_merges is not None:
-        if disguises and len(seen_nVD):
-            attacked = [unit(embed_images(disguised(image, disguises))) for image in images[:DISGUISED]]
-            seen_nVD = np.concatenate([seen_nVD, np.stack(attacked)], axis=1)
-        at = tail(original_nD[:DISGUISED], others_MD, pool or len(others_MD), seen_nVD)
-        benchmark_threshold = at(benchmark_false_merges)
+        view_nVD = _with_attacked_copies(embed_images, images, view_nVD, benchmark_attacks)
+        benchmark_threshold_at = threshold_function(original_nD[: len(view_nVD)], others_MD, pool_size, view_nVD)
+        benchmark_threshold = benchmark_threshold_at(benchmark_false_merges)
 
-    scores = {kind: list[ndarray]() for kind in ATTACKS}
-    kinds = list(ATTACKS)
-    for turn in range(COPIES if len(images) else 0):
-        names = [kinds[(at * COPIES + turn) % len(kinds)] for at in range(len(images))]
-        copies = [attack(image, name, random, strength) for image, name in zip(images, names, strict=True)]
-        copy_nD = unit(embed_images(copies))
-        cosine_n = np.einsum("nd,nd->n", copy_nD, original_nD)
-        of_benchmark += np.einsum("nd,nvd->nv", copy_nD[:DISGUISED], seen_nVD).max(1).tolist()
-        for name, cosine in zip(names, cosine_n, strict=True):
-            scores[name].append(cosine)
-    every = np.array([cosine for of_kind in scores.values() for cosine in of_kind])
-
-    def recall(cosines: Sequence | ndarray, threshold: float) -> float:
-        return round(float((np.asarray(cosines) > threshold).mean()), 4)
-
-    found = recall(of_benchmark, benchmark_threshold) if of_benchmark and benchmark_threshold is not None else None
-    threshold = max(threshold_at(false_merges), round(float(np.quantile(every, 1 - FOUND)), 6) if len(every) else -1.0)
+    scores, benchmark_scores = _copy_scores(embed_images, images, random, strength, original_nD, view_nVD)
+    all_scores = np.array([score for attack_scores in scores.values() for score in attack_scores])
+    lowest = round(float(np.quantile(all_scores, 1 - MIN_RECALL)), 6) if len(all_scores) else -1.0
+    threshold = max(threshold_at(false_merges), lowest)
+    table = [
+        {"false_merges": rate, "threshold": threshold_at(rate), "recall": _recall(all_scores, threshold_at(rate))}
+        for rate in RATES
+        if len(all_scores)
+    ]
+    has_benchmark = benchmark_scores and benchmark_threshold is not None
     return Calibration(
         threshold=threshold,
         benchmark_threshold=benchmark_threshold,
-        benchmark_recall=found,
+        benchmark_recall=_recall(benchmark_scores, benchmark_threshold) if has_benchmark else None,
         false_merges=false_merges,
         images=len(images),
-        copies=len(every),
+        copies=len(all_scores),
         strength=strength,
-        recall={kind: recall(cosines, threshold) for kind, cosines in scores.items() if cosines},
-        table=[
-            {"false_merges": rate, "threshold": threshold_at(rate), "recall": recall(every, threshold_at(rate))}
-            for rate in RATES
-            if len(every)
-        ],
+        recall={name: _recall(attack_scores, threshold) for name, attack_scores in scores.items() if attack_scores},
+        table=table,
     )
 
 
-def tail(
-    original_nD: ndarray, others_MD: ndarray, pool: int, seen_nVD: ndarray | None = None
+def _with_attacked_copies(
+    embed_images: EmbedImages, images: Sequence[ndarray], view_nVD: ndarray, attacks: int
+) -> ndarray:
+    """Append the vectors of `attacks` attacked copies to those of each image: (n, 1, D) -> (n, 1 + attacks, D)."""
+    if not attacks or not len(view_nVD):
+        return view_nVD
+    copies = [l2_normalise(embed_images(attacked_copies(image, attacks))) for image in images[: len(view_nVD)]]
+    return np.concatenate([view_nVD, np.stack(copies)], axis=1)
+
+
+def _copy_scores(
+    embed_images: EmbedImages,
+    images: Sequence[ndarray],
+    random: Generator,
+    strength: float,
+    original_nD: ndarray,
+    view_nVD: ndarray,
+) -> tuple[dict[str, list[float]], list[float]]:
+    """Attack every image COPIES_PER_IMAGE times; return the cosines of copies with their originals by attack, and the
+    highest cosines with any view of these."""
+    names = list(ATTACKS)
+    scores, view_scores = {name: list[float]() for name in names}, list[float]()
+    for copy in range(COPIES_PER_IMAGE if len(images) else 0):
+        attacks = [names[(row * COPIES_PER_IMAGE + copy) % len(names)] for row in range(len(images))]
+        copies = [attack(image, name, random, strength) for image, name in zip(images, attacks, strict=True)]
+        copy_nD = l2_normalise(embed_images(copies))
+        view_scores += np.einsum("nd,nvd->nv", copy_nD[: len(view_nVD)], view_nVD).max(1).tolist()
+        for name, score in zip(attacks, np.einsum("nd,nd->n", copy_nD, original_nD), strict=True):
+            scores[name].append(score)
+    return scores, view_scores
+
+
+def _recall(scores: Sequence | ndarray, threshold: float) -> float:
+    return round(float((np.asarray(scores) > threshold).mean()), 4)
+
+
+def threshold_function(
+    original_nD: ndarray, others_MD: ndarray, pool_size: int, view_nVD: ndarray | None = None
 ) -> Callable[[float], float]:
-    """The threshold that `rate` others of an image exceed, on average over the images, in a pool of this size; where
-    they are seen in several ways, by whichever is nearest. Of `others_MD` the first are the images themselves."""
+    """Return a function from a rate of false merges to the threshold: `rate` others exceed it, on average over the
+    images, in a pool of this size. With several views of an image, the highest cosine of any view counts. The first of
+    `others_MD` are the images themselves."""
     count = min(len(original_nD), len(others_MD))
-    if pool < 3 or count < 2:
+    if pool_size < 3 or count < 2:
         return lambda rate: 1.0
     score_nM = original_nD @ others_MD.T
-    for seen_nD in () if seen_nVD is None else seen_nVD.swapaxes(0, 1):
-        np.maximum(score_nM, seen_nD @ others_MD.T, out=score_nM)
+    for view_nD in () if view_nVD is None else view_nVD.swapaxes(0, 1):
+        np.maximum(score_nM, view_nD @ others_MD.T, out=score_nM)
     score_nM[np.arange(count), np.arange(count)] = -1
     score = np.sort(score_nM, axis=None)[::-1]
 
     def exceeded_by(rate: float) -> float:
-        """atanh of the score that so many of the pool exceed."""
-        at = int(rate * count * (len(others_MD) - 1) / (pool - 1))
-        return float(np.arctanh(np.clip(score[min(at, len(score) - 1)].astype(np.float64), -1 + 1e-7, 1 - 1e-7)))
+        """Return atanh of the score that this number of images of the pool exceed."""
+        rank = int(rate * count * (len(others_MD) - 1) / (pool_size - 1))
+        return float(np.arctanh(np.clip(score[min(rank, len(score) - 1)].astype(np.float64), -1 + 1e-7, 1 - 1e-7)))
 
-    far = min(FAR, 0.3 * (pool - 1))
+    far = min(FAR, 0.3 * (pool_size - 1))
     near = far * NEAR / FAR
     slope = (exceeded_by(near) - exceeded_by(far)) / np.log(far / near)
-    if exceeded_by(near) >= np.arctanh(1 - 1e-6):  # the network tells nothing apart: nothing is a duplicate
+    if exceeded_by(near) >= np.arctanh(1 - 1e-6):  # the network has collapsed: no image is a duplicate
         return lambda rate: 1.0
     return lambda rate: round(float(np.tanh(exceeded_by(near) + slope * np.log(near / rate))), 6)

@@ -1,112 +1,123 @@
-"""What can be set about curation. No torch here."""
+"""Settings of curation. This module does not import torch."""
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from troodon.config import UsageError, within
+from troodon.config import UsageError, to_dict, within
 
 Tokens = Literal["cls", "cls+mean"]
-Space = Literal["plain", "centred", "whitened"]
-Step = Literal["exact", "hash", "duplicate", "benchmark"]
-MARK = re.compile(r"(?P<score>[\w.]+(:\w+)?)(?P<sign>[<>])(?P<limit>-?\d+(\.\d+)?)")
+SpaceKind = Literal["plain", "centred", "whitened"]
+DropStep = Literal["exact", "hash", "duplicate", "benchmark"]
+MARK_PATTERN = re.compile(r"(?P<score>[\w.]+(:\w+)?)(?P<sign>[<>])(?P<limit>-?\d+(\.\d+)?)")
 
 
 @dataclass(frozen=True)
 class CurateConfig:
-    """From a pool of images to a selection (https://arxiv.org/abs/2304.07193, section 3 and appendix A)."""
+    """Settings from a pool of images to a selection (https://arxiv.org/abs/2304.07193, section 3 and appendix A)."""
 
     tokens: Tokens = "cls"
-    """What stands for an image: its class token, or that and the mean of its patches."""
-    steps: tuple[Step, ...] = ("exact", "duplicate", "benchmark")
-    """What is looked for before anything is gathered; any of exact, hash, duplicate, benchmark, in this order."""
+    """Embedding of an image: its class token, or this and the mean of its patch tokens."""
+    steps: tuple[DropStep, ...] = ("exact", "duplicate", "benchmark")
+    """Steps that drop images before gathering: any of exact, hash, duplicate, benchmark, in this order."""
     within_curated: Literal["keep", "drop"] = "keep"
-    """Duplicates among the curated images themselves: keep every readable one, or drop them too."""
+    """Duplicates among the curated images: keep every readable image, or drop duplicates here too."""
     pixels: bool = True
-    """Look for copies by what 8 x 8 pixels tell as well as by the network (see finder.py)."""
+    """Find copies by 8 x 8 pixels as well as by the network (see encoder.py)."""
     hash_radius: int = 2
-    """Step hash: bits of 64 in which perceptual hashes of copies may differ."""
-    duplicate_space: Space = "whitened"
-    """How embeddings are compared to find near-duplicates (see space.py)."""
+    """Step hash: maximum number of bits, of 64, in which the perceptual hashes of copies differ."""
+    duplicate_space: SpaceKind = "whitened"
+    """Space in which embeddings are compared to find near-duplicates (see space.py)."""
     threshold: float | None = None
-    """Cosine above which two images are near-duplicates; none: calibrated on the images themselves."""
+    """Cosine above which two images are near-duplicates. None: calibrated on the images themselves."""
     false_merges: float = 0.001
-    """Calibration: how many other images, on average, one image may be wrongly taken for a copy of. Fewer are, for the
-    threshold is extrapolated with care (docs/log.md): at 0.01 a few of 10,000 images are lost, at 0.001 none was."""
+    """Calibration: number of other images, on average, that one image may be wrongly taken for a copy of. The actual
+    number is smaller, because the threshold is extrapolated conservatively (docs/log.md): at 0.01 a few of 10,000
+    images are lost, at 0.001 none was."""
     calibration_images: int = 250
-    """Calibration: images that are drawn, attacked, and compared."""
+    """Calibration: number of images that are drawn, attacked and compared."""
     recheck_above: int = 4
-    """Groups of more near-duplicates than this may be chains: each member must resemble the kept one itself."""
+    """Larger groups of near-duplicates may be chains: each of their members must resemble the kept image itself."""
     search: Literal["auto", "exact", "lists", "faiss"] = "auto"
-    """How near-duplicates are searched: exact, lists, faiss, or auto: exact up to half a million images, then lists."""
+    """Search for near-duplicates: exact, lists, faiss, or auto: exact up to half a million images, then lists."""
     rounds: int = 2
-    """Searches that are not exact look again among the images that stay, until they have looked so often."""
+    """Number of searches. Methods that are not exact search again among the remaining images."""
     benchmark_threshold: float | None = None
-    """Cosine above which an image counts as a benchmark's; none: calibrated."""
+    """Cosine above which an image resembles a benchmark image. None: calibrated."""
     benchmark_false_merges: float = 1.0
-    """Calibration: how many images, on average, one benchmark image may wrongly cost."""
-    disguises: int = 12
-    """Attacked copies of each benchmark image that are looked for as well, turned, written on, in a window and so on:
-    as many more images to look at and to compare with, and more leaks found. 16 at most, the best first; 0: none."""
+    """Calibration: number of images, on average, that are wrongly dropped for one benchmark image."""
+    benchmark_attacks: int = 12
+    """Number of attacked copies of each benchmark image (rotated, with text, in a window and so on) that images are
+    compared with. More copies cost more time and find more leaks. At most 16, the most useful first; 0: none."""
     benchmark_mode: Literal["direct", "component"] = "direct"
-    """What goes for a benchmark image: images that resemble it, or also all that resemble these, and so on."""
+    """Images dropped for a benchmark image: those that resemble it, or also all that resemble these, and so on."""
     gather: Literal["sample", "cluster", "auto", "balance", "all"] = "sample"
-    """Which images of the pool are gathered: the nearest to each curated one; those of clusters in which curated ones
-    lie; the first for curated sets of more than `large` images and the second for others; an even spread; or all."""
-    retrieve_space: Space = "whitened"
-    """How embeddings are compared to gather."""
+    """How images of the pool are gathered. sample: the nearest to each curated image. cluster: images of clusters that
+    contain curated images. auto: sample for curated sets of more than `large` images, cluster for others. balance: an
+    even sample. all: all images."""
+    retrieve_space: SpaceKind = "whitened"
+    """Space in which embeddings are compared to gather."""
     k: int = 4
-    """sample: uncurated images to retrieve for each curated one."""
+    """sample: number of uncurated images retrieved for each curated image."""
     k_of: tuple[str, ...] = ()
-    """sample: curated sets with a k of their own, such as imagenet=32, by the first part of their images' paths."""
-    minimum: float = -1.0
-    """sample: cosine below which nothing is retrieved."""
+    """sample: values of k for single curated sets, such as imagenet=32, named by the first part of their paths."""
+    min_similarity: float = -1.0
+    """sample: minimum cosine of a retrieved image."""
     collisions: Literal["unique", "multiplicity", "fill"] = "unique"
-    """sample: an image retrieved several times counts once, or as often as it was retrieved (its weight), or goes to
-    the nearest, while others take their next."""
+    """sample: an image retrieved several times counts once (unique), counts as often as it was retrieved, by its weight
+    (multiplicity), or belongs to the nearest query while the other queries take their next image (fill)."""
     large: int = 1_000_000
-    """auto: curated sets of more images than this are retrieved for one by one."""
+    """auto: curated sets of more images than this are gathered by sample."""
     clusters: int = 100_000
-    """cluster: how many; no more than the pool has images."""
+    """cluster: number of clusters, at most the number of images in the pool."""
     more_than: int = 3
-    """cluster: curated images of one set that a cluster must exceed to be chosen."""
+    """cluster: a cluster is chosen if it contains more curated images of one set than this."""
     per_cluster: int = 10_000
-    """cluster: images taken from each, at most."""
+    """cluster: maximum number of images taken from a cluster."""
     cap: int = 1_000_000
-    """cluster: images gathered for one curated set, at most."""
+    """cluster: maximum number of images gathered for one curated set."""
     target: int = 0
-    """balance: uncurated images to draw; 0: half of them."""
+    """balance: number of uncurated images to draw; 0: half of them."""
     levels: tuple[int, ...] = (1000, 100, 10)
-    """balance: clusters of images, clusters of these, and so on."""
+    """balance: number of clusters of images, of clusters of these clusters, and so on."""
     marks: tuple[str, ...] = ()
-    """Scores to write and to mark images by, such as sharpness<0.01, aspect>4, side<64 or my.module:score>0.5. Nothing
-    goes for a mark."""
+    """Scores to write and conditions to mark images by, such as sharpness<0.01, aspect>4, side<64 or
+    my.module:score>0.5. No image is dropped because of a mark."""
     batch: int = 64
-    """Images that the backbone sees at once."""
-    part: int = 20_000
-    """Images that are one unit of work when they are read and embedded: what a killed process loses."""
+    """Batch size of the backbone."""
+    partition_size: int = 20_000
+    """Images per unit of work when images are read and embedded. A killed process loses one unit."""
     threads: int = 0
-    """Threads that read and decode; 0: as many as there are cores, up to 16."""
+    """Threads that read and decode; 0: one per processor, at most 16."""
     seed: int = 0
-    """Of what is drawn: images for calibration and attacks on them, first centroids, images of a cluster."""
+    """Seed of all random choices: calibration images and their attacks, initial centroids, images of a cluster."""
+    RENAMED: ClassVar[dict[str, str]] = {
+        "disguises": "benchmark_attacks", "minimum": "min_similarity", "part": "partition_size",
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
-        within(self, "", -1, 1, "threshold", "benchmark_threshold", "minimum")
-        within(self, "", 1, None, "k", "batch", "part", "recheck_above", "calibration_images", "rounds")
+        within(self, "", -1, 1, "threshold", "benchmark_threshold", "min_similarity")
+        within(self, "", 1, None, "k", "batch", "partition_size", "recheck_above", "calibration_images", "rounds")
         within(self, "", 1, None, "clusters", "levels", "per_cluster", "cap")
         within(self, "", 0, None, "threads", "seed", "more_than", "large", "target")
         within(self, "", 0, 8, "hash_radius")
-        within(self, "", 0, 16, "disguises")
+        within(self, "", 0, 16, "benchmark_attacks")
         for name in ("false_merges", "benchmark_false_merges"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} {getattr(self, name)}: must be above 0; 0.01 is one image in a hundred")
         for mark in self.marks:
-            if not MARK.fullmatch(mark):
+            if not MARK_PATTERN.fullmatch(mark):
                 raise UsageError(f"marks {mark!r}: expected a score, < or >, and a number, such as sharpness<0.01")
-        for each in self.k_of:
-            if not re.fullmatch(r"[^=]+=[1-9]\d*", each):
-                raise UsageError(f"k_of {each!r}: expected a curated set and its k, such as imagenet=32")
+        for setting in self.k_of:
+            if not re.fullmatch(r"[^=]+=[1-9]\d*", setting):
+                raise UsageError(f"k_of {setting!r}: expected a curated set and its k, such as imagenet=32")
 
     def k_for(self, dataset: str) -> int:
-        """The k of this curated set."""
-        return next((int(each.partition("=")[2]) for each in self.k_of if each.partition("=")[0] == dataset), self.k)
+        """Return the k of this curated set."""
+        pairs = (setting.partition("=") for setting in self.k_of)
+        return next((int(k) for name, _, k in pairs if name == dataset), self.k)
+
+    def recorded(self, *names: str) -> dict:
+        """Return these settings (all without names) as manifests and fingerprints record them: by their first names."""
+        values, first_names = to_dict(self), {new: old for old, new in self.RENAMED.items()}
+        return {first_names.get(name, name): values[name] for name in names or values}

@@ -1,6 +1,6 @@
-"""A copy descriptor from a TorchScript file, such as SSCD's (https://arxiv.org/abs/2202.10261): it only finds copies.
+"""A copy descriptor from a TorchScript file, such as SSCD (https://arxiv.org/abs/2202.10261): it only finds copies.
 
-Its thresholds are its own: 0.75 makes nine of ten matches right, 0.6 and 0.45 are those of DINOv2's curation.
+SSCD has its own thresholds: at 0.75 nine of ten matches are right; 0.6 and 0.45 are those of DINOv2's curation.
 """
 
 import hashlib
@@ -19,14 +19,14 @@ from torch.nn import functional as F
 from troodon.config import UsageError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SIDE = 288  # pixels, to which pictures are resized, whatever their shape: batches need one size
+SIDE = 288  # pixels; pictures of any shape are resized to a square, since a batch needs one size
 
 
 @dataclass(frozen=True)
-class Descriptor:
-    """A network (B, 3, S, S) -> (B, D) in a file; the file travels between processes, not the network.
+class CopyDescriptor:
+    """A network (B, 3, S, S) -> (B, D) in a file. When pickled, it is the path that is sent to other processes.
 
-    `for_copies`: whether its vectors have length one, as SSCD's do, for which thresholds were published.
+    `for_copies`: whether its vectors have unit length, as those of SSCD, for which thresholds were published.
     """
 
     path: Path
@@ -40,23 +40,26 @@ class Descriptor:
         return self.path.name
 
     @staticmethod
-    def load(path: Path) -> "Descriptor":
-        """UsageError for a file that is not TorchScript, or whose network does not give one vector an image."""
+    def load(path: Path) -> "CopyDescriptor":
+        """Load the file. Raises UsageError if it is not TorchScript, or if the network does not return one vector."""
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # TorchScript is old; the files are what they are
+                warnings.simplefilter("ignore")  # TorchScript is deprecated, but these files use it
                 network = torch.jit.load(str(path), map_location="cpu").eval()
             with torch.no_grad():
-                found = network(torch.zeros(1, 3, SIDE, SIDE))
+                vector = network(torch.zeros(1, 3, SIDE, SIDE))
         except (RuntimeError, ValueError) as error:
             raise UsageError(f"{path}: not a TorchScript copy descriptor ({str(error).splitlines()[0]})") from None
-        if found.ndim != 2:
-            raise UsageError(f"{path}: gives {tuple(found.shape)} for an image; a copy descriptor gives one vector")
-        unit = abs(found.norm().item() - 1.0) < 1e-3
-        return Descriptor(path, network, hashlib.sha256(path.read_bytes()).hexdigest()[:12], for_copies=unit)
+        if vector.ndim != 2:
+            raise UsageError(
+                f"{path}: returns {tuple(vector.shape)}; a copy descriptor returns one vector per image"
+            )
+        has_unit_length = abs(vector.norm().item() - 1.0) < 1e-3
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        return CopyDescriptor(path, network, digest, for_copies=has_unit_length)
 
     def __reduce__(self) -> tuple:
-        return Descriptor.load, (self.path,)
+        return CopyDescriptor.load, (self.path,)
 
     def prepare(self, images: Sequence[np.ndarray]) -> Tensor:
         """uint8 (H, W, 3) arrays of any sizes -> (B, 3, SIDE, SIDE), resized and normalised."""

@@ -1,19 +1,20 @@
-"""Images to embeddings: one float16 matrix, in the order of the index. Each image is read and decoded once.
+"""Compute embeddings: one float16 matrix, in the order of the index. Each image is read and decoded once.
 
-    embeddings.npy    (N, D); row i is image i; zeros where it could not be read
-    copies.npy        the same by a second backbone, where copies are to be found by another
-    pixels.npy        the same by nothing but small pictures, where these help to find copies (finder.py)
-    images.parquet    the index, and what reading each image has told:
-                      status   "ok", or what BadImage says       reason   why not, in one line; null where ok
-                      width, height    in pixels, upright        sha256   of the bytes; null where unreadable
-                      hash     perceptual, 64 bits; null where unreadable or of one colour
-                      score_<name>     for every score that was asked for
+    embeddings.npy    (N, D); row i is image i; zeros if it cannot be read
+    copies.npy        the same by a second backbone, if another one finds copies
+    pixels.npy        the same by the pixel backbone, if pixels are used to find copies (encoder.py)
+    images.parquet    the index, and the metadata of each image:
+                      status   "ok", or the status of BadImage   reason   why not, in one line; null if ok
+                      width, height    in pixels, upright        sha256   of the bytes; null if unreadable
+                      hash     perceptual, 64 bits; null if unreadable or of one colour
+                      score_<name>     for every requested score
 
-Every `part` images are a unit of the stage "embed" until all are there, so a killed run loses minutes.
+Until all images are done, every `partition_size` images are a unit of the stage "embed", so a killed run loses minutes.
 """
 
 import hashlib
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,19 +28,37 @@ from numpy import ndarray
 
 from troodon import config, run
 from troodon.config import UsageError
-from troodon.curate.engines import Here
-from troodon.curate.finder import COPIES, MATRIX, PIXELS, Pixels, bare, tokens_of
+from troodon.curate.backends import SingleProcess
+from troodon.curate.context import row_ranges
+from troodon.curate.encoder import (
+    COPY_MATRIX,
+    MAIN_MATRIX,
+    PIXEL_MATRIX,
+    PixelBackbone,
+    compute_vectors,
+    without_reader,
+)
 from troodon.curate.hashes import perceptual_hash
-from troodon.curate.scores import Score, named
-from troodon.curate.stage import Counts, Engine, Progress, Stage, code, counted, do, joined, seconds
+from troodon.curate.scores import Score, load_scores
+from troodon.curate.stage import (
+    Backend,
+    Counts,
+    ProgressLine,
+    Stage,
+    code_fingerprint,
+    concatenate_matrices,
+    run_stage,
+    stage_seconds,
+    unit_counts,
+)
 from troodon.images.decode import BadImage
 from troodon.images.index import SCHEMA, Index
-from troodon.images.reading import stream
+from troodon.images.reading import read_batches
 from troodon.model.backbone import Backbone
 
 # Shape suffixes: N images, B images of one batch, D channels of an embedding.
 
-PART = 20_000  # images of a unit
+PARTITION_SIZE = 20_000  # images per unit
 
 
 def embed(
@@ -53,14 +72,14 @@ def embed(
     copies: Backbone | None = None,
     pixels: bool = False,
     marks: Sequence[str] = (),
-    part: int = PART,
-    engine: Engine | None = None,
+    partition_size: int = PARTITION_SIZE,
+    backend: Backend | None = None,
 ) -> Path:
-    """Publish the embeddings of all images of an index in the folder `out`, unless they are there.
+    """Compute the embeddings of all images of an index and publish them in the folder `out`, unless they exist.
 
-    `tokens` is "cls" or "cls+mean": the class token, or it and the mean patch side by side; each of length one.
-    `copies` sees every image too, its class token only; and `pixels` are kept. `marks` name scores to give (see
-    scores.py). UsageError when `out` holds something else, and for two backbones that want different channels.
+    `tokens` is "cls" or "cls+mean": the class token, or this and the mean patch token, each of unit length. `copies`
+    encodes every image too, by its class token only; `pixels` stores pixels as well. `marks` name the scores to compute
+    (see scores.py). Raises UsageError if `out` holds something else, or if the two backbones take different channels.
     """
     settings: dict[str, Any] = {"backbone": backbone.name, "weights": backbone.fingerprint, "tokens": tokens}
     if (compute := str(getattr(backbone, "compute", torch.float32))) != str(torch.float32):
@@ -70,49 +89,49 @@ def embed(
         if copies.channels != backbone.channels:
             raise UsageError(f"{copies.name} takes {copies.channels} channels, {backbone.name} {backbone.channels}")
     if pixels:
-        settings["pixels"] = Pixels.fingerprint
-    scores = named(marks)
+        settings["pixels"] = PixelBackbone.fingerprint
+    scores = load_scores(marks)
     if scores:
         settings["scores"] = sorted(scores)
-    fingerprint = config.fingerprint(settings, index.contents())
+    fingerprint = config.fingerprint(settings, index.content_hash())
     if run.is_done(out, "embeddings", fingerprint, settings):
         return out
-    seen_by = {MATRIX: (bare(backbone), tokens)}
+    networks = {MAIN_MATRIX: (without_reader(backbone), tokens)}
     if copies is not None:
-        seen_by[COPIES] = bare(copies), "cls"
+        networks[COPY_MATRIX] = without_reader(copies), "cls"
     if pixels:
-        seen_by[PIXELS] = Pixels(backbone.channels), "cls"
-    units = [(start, min(start + part, len(index))) for start in range(0, len(index), part)]
-    name = config.fingerprint(
-        fingerprint, part, batch, code()
-    )  # how images are batched may change the last bit of a vector
-    home = out.with_name(f"{out.name}.parts")
-    parts = do(Stage("embed", _Look(seen_by, index, scores, batch, threads), units, name), home, engine or Here())
+        networks[PIXEL_MATRIX] = PixelBackbone(backbone.channels), "cls"
+    # The batches can change the last bit of a vector, so partial results depend on them.
+    stage_name = config.fingerprint(fingerprint, partition_size, batch, code_fingerprint())
+    work = _EmbedUnit(networks, index, scores, batch, threads)
+    stage = Stage("embed", work, row_ranges(len(index), partition_size), stage_name)
+    root = out.with_name(f"{out.name}.parts")
+    parts = run_stage(stage, root, backend or SingleProcess())
     with run.publish(out, "embeddings", fingerprint, settings) as partial:
-        for matrix in seen_by:
-            joined(parts, partial / f"{matrix}.npy")
+        for matrix in networks:
+            concatenate_matrices(parts, partial / f"{matrix}.npy")
         tables = [pq.read_table(part / "images.parquet") for part in parts]
         table = pa.concat_tables(tables).combine_chunks() if tables else SCHEMA.empty_table()
         pq.write_table(table, partial / "images.parquet", compression="zstd")
-        run.write_json(partial / "timings.json", seconds(parts))
-    shutil.rmtree(home, ignore_errors=True)
+        run.write_json(partial / "timings.json", stage_seconds(parts))
+    shutil.rmtree(root, ignore_errors=True)
     return out
 
 
-def load(folder: Path, matrix: str = MATRIX) -> tuple[ndarray, pa.Table]:
-    """The matrix (N, D) float16, mapped from the disk, and the table of its images."""
+def load_embeddings(folder: Path, matrix: str = MAIN_MATRIX) -> tuple[ndarray, pa.Table]:
+    """Load the matrix (N, D) float16, memory-mapped, and the table of its images."""
     return np.load(folder / f"{matrix}.npy", mmap_mode="r"), pq.read_table(folder / "images.parquet")
 
 
 @dataclass(frozen=True)
-class _Hashing(Index):
-    """An index that notes the hash of whatever is read through it."""
+class _HashingIndex(Index):
+    """An index that records the hash of every file that it reads."""
 
     sha256: dict[int, str] = field(default_factory=dict, compare=False, repr=False)
-    avoid: frozenset[int] = frozenset()
+    excluded: frozenset[int] = frozenset()
 
     def read(self, row: int) -> bytes:
-        if row in self.avoid:
+        if row in self.excluded:
             raise BadImage("deadly", "every process that reads it dies")
         data = super().read(row)
         self.sha256[row] = hashlib.sha256(data).hexdigest()
@@ -120,69 +139,68 @@ class _Hashing(Index):
 
 
 @dataclass(frozen=True)
-class _Look:
-    """What is done for rows (start, stop) of the index."""
+class _EmbedUnit:
+    """Reads and embeds rows (first, last) of the index."""
 
-    seen_by: Mapping[str, tuple[Any, str]]
+    networks: Mapping[str, tuple[Any, str]]  # network and tokens by matrix
     index: Index
     scores: Mapping[str, Score]
     batch: int
     threads: int
-    avoid: frozenset[int] = frozenset()  # rows that have ended processes
-    gpu = True  # of use, where an engine has one to give
+    excluded: frozenset[int] = frozenset()  # rows that have killed processes
+    gpu = True  # used if the backend has one
 
-    def avoiding(self, row: int) -> "_Look":
-        return replace(self, avoid=self.avoid | {row})
+    def excluding(self, row: int) -> "_EmbedUnit":
+        return replace(self, excluded=self.excluded | {row})
 
     def __call__(self, unit: tuple[int, int], folder: Path) -> Counts:
-        avoid = frozenset(row - unit[0] for row in self.avoid)
-        index, broken = _Hashing(**vars(self.index.take(range(*unit))), avoid=avoid), dict[int, BadImage]()
-        told, matrices = dict[int, dict](), {name: dict[int, ndarray]() for name in self.seen_by}
-        progress = Progress(f"embed {unit[0]:,} to {unit[1]:,}", "images", len(index))
-        first = next(iter(self.seen_by.values()))[0]
+        excluded = frozenset(row - unit[0] for row in self.excluded)
+        index, broken = _HashingIndex(**vars(self.index.take(range(*unit))), excluded=excluded), dict[int, BadImage]()
+        metadata, matrices = dict[int, dict](), {name: dict[int, ndarray]() for name in self.networks}
+        progress = ProgressLine(f"embed {unit[0]:,} to {unit[1]:,}", "images", len(index))
+        channels = next(iter(self.networks.values()))[0].channels
 
         def prepare(images: Sequence[ndarray]) -> Any:
-            return [self._tell(image) for image in images], [b.prepare(images) for b, _ in self.seen_by.values()]
+            inputs = [network.prepare(images) for network, _ in self.networks.values()]
+            return [self._metadata(image) for image in images], inputs
 
-        images = stream(index, self.batch, prepare, channels=first.channels, threads=self.threads, broken=broken)
-        for rows, (said, prepared) in images:
-            told.update(zip(rows, said, strict=True))
-            for (name, (backbone, tokens)), ready in zip(self.seen_by.items(), prepared, strict=True):
-                matrices[name].update(zip(rows, tokens_of(backbone, tokens, ready).astype(np.float16), strict=True))
+        batches = read_batches(index, self.batch, prepare, channels=channels, threads=self.threads, broken=broken)
+        for rows, (batch_metadata, inputs) in batches:
+            metadata.update(zip(rows, batch_metadata, strict=True))
+            for (name, network), prepared in zip(self.networks.items(), inputs, strict=True):
+                vectors = compute_vectors(*network, prepared).astype(np.float16)
+                matrices[name].update(zip(rows, vectors, strict=True))
             progress.add(len(rows))
 
-        for name, rows in matrices.items():
-            x_ND = np.zeros((len(index), len(next(iter(rows.values()), ()))), np.float16)
-            for row, vector in rows.items():
+        for name, vectors in matrices.items():
+            x_ND = np.zeros((len(index), len(next(iter(vectors.values()), ()))), np.float16)
+            for row, vector in vectors.items():
                 x_ND[row] = vector
             np.save(folder / f"{name}.npy", x_ND)
-        pq.write_table(self._seen(index, told, broken), folder / "images.parquet", compression="zstd")
-        left_out: dict[str, int] = {}
-        for bad in broken.values():
-            left_out[bad.status] = left_out.get(bad.status, 0) + 1
-        return counted(len(index), len(told), **left_out)
+        pq.write_table(self._table(index, metadata, broken), folder / "images.parquet", compression="zstd")
+        return unit_counts(len(index), len(metadata), **Counter(image.status for image in broken.values()))
 
-    def _tell(self, image: ndarray) -> dict:
+    def _metadata(self, image: ndarray) -> dict:
         scores = {f"score_{name}": float(score(image)) for name, score in self.scores.items()}
         return {"height": image.shape[0], "width": image.shape[1], "hash": perceptual_hash(image)} | scores
 
-    def _seen(self, index: "_Hashing", told: dict[int, dict], broken: dict[int, BadImage]) -> pa.Table:
-        """The index with what reading its images has told."""
-        every, table = range(len(index)), index.table.select(SCHEMA.names)
-        assert told.keys() | broken.keys() == set(every)
-        assert not told.keys() & broken.keys()
+    def _table(self, index: "_HashingIndex", metadata: dict[int, dict], broken: dict[int, BadImage]) -> pa.Table:
+        """Return the index with the metadata of its images."""
+        rows, table = range(len(index)), index.table.select(SCHEMA.names)
+        assert metadata.keys() | broken.keys() == set(rows)
+        assert not metadata.keys() & broken.keys()
 
-        def of(name: str) -> list:
-            return [told[row][name] if row in told else None for row in every]
+        def column_of(name: str) -> list:
+            return [metadata[row][name] if row in metadata else None for row in rows]
 
         columns = {
-            "status": pa.array(["ok" if row in told else broken[row].status for row in every], pa.string()),
-            "reason": pa.array([None if row in told else broken[row].reason for row in every], pa.string()),
-            "width": pa.array(of("width"), pa.int64()),
-            "height": pa.array(of("height"), pa.int64()),
-            "sha256": pa.array([index.sha256.get(row) for row in every], pa.string()),
-            "hash": pa.array(of("hash"), pa.uint64()),
-        } | {f"score_{name}": pa.array(of(f"score_{name}"), pa.float32()) for name in self.scores}
+            "status": pa.array(["ok" if row in metadata else broken[row].status for row in rows], pa.string()),
+            "reason": pa.array([None if row in metadata else broken[row].reason for row in rows], pa.string()),
+            "width": pa.array(column_of("width"), pa.int64()),
+            "height": pa.array(column_of("height"), pa.int64()),
+            "sha256": pa.array([index.sha256.get(row) for row in rows], pa.string()),
+            "hash": pa.array(column_of("hash"), pa.uint64()),
+        } | {f"score_{name}": pa.array(column_of(f"score_{name}"), pa.float32()) for name in self.scores}
         for name, column in columns.items():
             table = table.append_column(name, column)
         return table

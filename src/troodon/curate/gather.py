@@ -1,8 +1,9 @@
-"""What is gathered from images that survive: the nearest to curated ones, clusters of these, an even spread, or all.
+"""Gather from the remaining images: the nearest to curated ones, clusters that contain these, an even sample, or all.
 
-look-alikes    vectors of all survivors
+look-alikes    vectors of all remaining images
 retrieve       hits of curated images, some queries at a time
-cluster        centroids from a sample, and the cluster of each survivor, some at a time
+cluster        centroids from a sample
+assign         the cluster of each remaining image, some images at a time
 gather         which images are kept, and why
 """
 
@@ -17,117 +18,168 @@ from numpy import ndarray
 
 from troodon import run
 from troodon.curate import space
-from troodon.curate.balance import ITERATIONS, SAMPLED, evenly, from_clusters, hierarchy
-from troodon.curate.embed import load
-from troodon.curate.pool import Assign, Pool, mapped, ranges
-from troodon.curate.retrieve import Hits, fill
-from troodon.curate.stage import Counts, counted
+from troodon.curate.context import AssignProbes, CurationContext, row_ranges, write_mapped
+from troodon.curate.embed import load_embeddings
+from troodon.curate.retrieve import Hits, fill_hits
+from troodon.curate.sampling import (
+    IMAGES_PER_CLUSTER,
+    ITERATIONS,
+    ClusterSample,
+    hierarchical_kmeans,
+    sample_clusters,
+    sample_hierarchy,
+)
+from troodon.curate.stage import Counts, unit_counts
 from troodon.search.exact import top_k
-from troodon.search.lists import kmeans
+from troodon.search.inverted_lists import kmeans
 
-QUERIES = 16_384  # of one unit
-DEEPER = 8  # times as many hits are looked at as are wanted, where images may be taken already
-NO_HITS = {"query": pa.int64(), "rank": pa.int32(), "row": pa.int64(), "score": pa.float32()}
-CLUSTERS = ("dataset", "cluster", "hits", "size", "taken")
-
-
-def gather(pool: Pool, embeddings: Path, settled: Path) -> Path:
-    """For every survivor of the pool whether it is kept. Writes drawn.npy (rows), hits.parquet and clusters.parquet."""
-    names = ("gather", "retrieve_space", "k", "k_of", "minimum", "collisions", "large", "clusters", "more_than",
-             "per_cluster", "cap", "target", "levels", "seed")  # fmt: skip
-    config, made_from = pool.config, (pool.settings(*names), settled.parent.name, pool.datasets)
-    survivors = np.flatnonzero(pq.read_table(settled / "verdict.parquet")["survives"].to_numpy())
-    curated_M = pool.curated_N[survivors]
-    candidates, queries = np.flatnonzero(~curated_M), np.flatnonzero(curated_M)
-    ends = np.cumsum([size for _, size in pool.datasets])
-    dataset_Q = np.searchsorted(ends, survivors[queries], side="right")
-    by_sample = np.array([config.gather == "sample" or size > config.large for _, size in pool.datasets], bool)
-    if config.gather not in ("sample", "auto"):
-        by_sample[:] = False
-    asking = queries[by_sample[dataset_Q]]
-
-    def look(folder: Path) -> Counts:
-        x_ND = load(embeddings)[0]
-        mapped(x_ND, space.fit(config.retrieve_space, x_ND, survivors), survivors, folder / "vectors.npy")
-        return counted(len(survivors))
-
-    spreads = config.gather != "all"
-    looked = pool.here("look-alikes", look, config.retrieve_space, settled.parent.name) if spreads else None
-    k_Q = (
-        np.array([config.k_for(name) for name, _ in pool.datasets], np.int64)[dataset_Q] if len(queries) else dataset_Q
-    )
-    parts = list[Path]()
-    if len(asking) and len(candidates):
-        deep = int(k_Q.max()) * (DEEPER if config.collisions == "fill" else 1)
-        work = _Retrieve(looked / "vectors.npy", asking, candidates, deep, pool.device)  # type: ignore[operator]
-        parts = pool.spread("retrieve", work, ranges(len(asking), QUERIES), *made_from)
-    clusters = None
-    if len(candidates) and (config.gather == "cluster" or (config.gather == "auto" and not by_sample.all())):
-        clusters = _clusters(pool, looked / "vectors.npy", candidates, made_from)  # type: ignore[operator]
-
-    def work(folder: Path) -> Counts:
-        hits = _hits(parts, survivors)
-        k_H = np.zeros(0, np.int64)
-        if len(hits.row_H):
-            k_H = k_Q[np.searchsorted(survivors[queries], hits.query_H)]
-            near = hits.score_H >= config.minimum
-            hits, k_H = Hits(*(column[near] for column in vars(hits).values())), k_H[near]
-            if config.collisions == "fill":
-                hits = fill(hits, k_H)
-            else:
-                hits = Hits(*(column[hits.rank_H <= k_H] for column in vars(hits).values()))
-        drawn, records = survivors[:0], None
-        if config.gather == "all":
-            drawn = survivors[candidates]
-        elif config.gather == "balance" and len(candidates):
-            x_MD = np.load(looked / "vectors.npy", mmap_mode="r")[candidates]  # type: ignore[operator]
-            levels = hierarchy(x_MD, config.levels, config.seed)
-            target = config.target or len(candidates) // 2
-            drawn = evenly(survivors[candidates], levels, target, config.seed)
-        elif clusters is not None and len(candidates):
-            mine = ~by_sample[dataset_Q]
-            records = from_clusters(
-                clusters[queries[mine]], dataset_Q[mine], survivors[candidates], clusters[candidates],
-                more_than=config.more_than, most=config.per_cluster, cap=config.cap, seed=config.seed,
-            )  # fmt: skip
-            drawn = records.rows
-            short = int((np.minimum(config.per_cluster, records.size) < config.per_cluster).sum())
-            run.say(
-                f"cluster: {len(records.cluster):,} clusters chosen, {short:,} of them have fewer images than wanted"
-            )
-        np.save(folder / "drawn.npy", drawn)
-        columns = zip(NO_HITS.items(), vars(hits).values())
-        pq.write_table(
-            pa.table({n: pa.array(v, t) for (n, t), v in columns}), folder / "hits.parquet", compression="zstd"
-        )
-        if records is not None:
-            named = np.array([name for name, _ in pool.datasets], object)[records.dataset.astype(int)]
-            table = {"dataset": pa.array(named, pa.string())} | {n: getattr(records, n) for n in CLUSTERS[1:]}
-            pq.write_table(pa.table(table), folder / "clusters.parquet")
-        kept = len(np.union1d(drawn, hits.row_H))
-        return counted(len(candidates), kept, not_gathered=len(candidates) - kept)
-
-    return pool.here("gather", work, *made_from)
-
-
-def _clusters(pool: Pool, vectors: Path, candidates: ndarray, made_from: tuple) -> ndarray:
-    """The cluster of each survivor."""
-    config = pool.config
-
-    def train(folder: Path) -> Counts:
-        x_MD = np.load(vectors, mmap_mode="r")
-        np.save(folder / "centroids.npy", kmeans(x_MD[candidates], config.clusters, config.seed, ITERATIONS, SAMPLED))
-        return counted(len(candidates))
-
-    trained = pool.here("cluster", train, *made_from)
-    count = len(np.load(vectors, mmap_mode="r"))
-    parts = pool.spread("assign", Assign(vectors, trained / "centroids.npy", 1), ranges(count), *made_from)
-    return np.concatenate([np.load(part / "lists.npy")[:, 0] for part in parts]).astype(np.int32)
+QUERIES_PER_UNIT = 16_384
+FILL_DEPTH = 8  # hits per wanted image for collisions="fill", since other queries may get some of them
+HIT_TYPES = {"query": pa.int64(), "rank": pa.int32(), "row": pa.int64(), "score": pa.float32()}
+CLUSTER_COLUMNS = ("dataset", "cluster", "hits", "size", "taken")
 
 
 @dataclass(frozen=True)
-class _Retrieve:
-    """The hits of some queries, as places among the survivors."""
+class _Remaining:
+    """The images that remain after all steps: curated ones are queries, the others are candidates."""
+
+    rows: ndarray  # of the index
+    queries: ndarray  # positions in `rows`
+    candidates: ndarray  # positions in `rows`
+    dataset_Q: ndarray  # number of the curated set of each query
+    by_sample_Q: ndarray  # bool: retrieve for this query; otherwise draw from clusters
+    k_Q: ndarray  # number of images to retrieve
+
+    @staticmethod
+    def load(context: CurationContext, verdicts: Path) -> "_Remaining":
+        config, datasets = context.config, context.datasets
+        rows = np.flatnonzero(pq.read_table(verdicts / "verdict.parquet")["survives"].to_numpy())
+        curated_M = context.curated_N[rows]
+        queries, candidates = np.flatnonzero(curated_M), np.flatnonzero(~curated_M)
+        ends = np.cumsum([size for _, size in datasets])
+        dataset_Q = np.searchsorted(ends, rows[queries], side="right")
+        is_auto = config.gather == "auto"
+        by_sample = [config.gather == "sample" or (is_auto and size > config.large) for _, size in datasets]
+        k = [config.k_for(name) for name, _ in datasets]
+        by_sample_Q, k_Q = np.array(by_sample, bool)[dataset_Q], np.array(k, np.int64)[dataset_Q]
+        return _Remaining(rows, queries, candidates, dataset_Q, by_sample_Q, k_Q)
+
+
+def gather(context: CurationContext, embeddings: Path, verdicts: Path) -> Path:
+    """Choose the images that are kept. Writes drawn.npy (rows), hits.parquet and clusters.parquet."""
+    names = ("gather", "retrieve_space", "k", "k_of", "min_similarity", "collisions", "large", "clusters", "more_than",
+             "per_cluster", "cap", "target", "levels", "seed")  # fmt: skip
+    config, inputs = context.config, (context.config.recorded(*names), verdicts.parent.name, context.datasets)
+    remaining = _Remaining.load(context, verdicts)
+    vectors, parts, cluster_M = Path(), list[Path](), None
+    if config.gather != "all":
+        vectors = _write_vectors(context, embeddings, remaining, verdicts)
+    if remaining.by_sample_Q.any() and len(remaining.candidates):
+        queries = remaining.queries[remaining.by_sample_Q]
+        depth = int(remaining.k_Q.max()) * (FILL_DEPTH if config.collisions == "fill" else 1)
+        work = _RetrieveHits(vectors, queries, remaining.candidates, depth, context.device)
+        parts = context.run_units("retrieve", work, row_ranges(len(queries), QUERIES_PER_UNIT), *inputs)
+    if len(remaining.candidates) and _needs_clusters(context):
+        cluster_M = _assign_clusters(context, vectors, remaining.candidates, inputs)
+
+    def choose(folder: Path) -> Counts:
+        hits = _select_hits(context, remaining, parts)
+        if cluster_M is not None:
+            sample = _sample_clusters(context, remaining, cluster_M)
+            drawn = sample.rows
+            _write_clusters(context, sample, folder / "clusters.parquet")
+        else:
+            drawn = _draw(context, remaining, vectors)
+        np.save(folder / "drawn.npy", drawn)
+        columns = {n: pa.array(v, t) for (n, t), v in zip(HIT_TYPES.items(), vars(hits).values())}
+        pq.write_table(pa.table(columns), folder / "hits.parquet", compression="zstd")
+        candidates, kept = len(remaining.candidates), len(np.union1d(drawn, hits.row_H))
+        return unit_counts(candidates, kept, not_gathered=candidates - kept)
+
+    return context.run_single("gather", choose, *inputs)
+
+
+def _write_vectors(context: CurationContext, embeddings: Path, remaining: _Remaining, verdicts: Path) -> Path:
+    """Write the vectors of all remaining images in the space of retrieval."""
+    kind = context.config.retrieve_space
+
+    def work(folder: Path) -> Counts:
+        x_ND = load_embeddings(embeddings)[0]
+        write_mapped(x_ND, space.fit(kind, x_ND, remaining.rows), remaining.rows, folder / "vectors.npy")
+        return unit_counts(len(remaining.rows))
+
+    return context.run_single("look-alikes", work, kind, verdicts.parent.name) / "vectors.npy"
+
+
+def _needs_clusters(context: CurationContext) -> bool:
+    config = context.config
+    return config.gather == "cluster" or (
+        config.gather == "auto" and not all(size > config.large for _, size in context.datasets)
+    )
+
+
+def _assign_clusters(context: CurationContext, vectors: Path, candidates: ndarray, inputs: tuple) -> ndarray:
+    """Cluster the candidates; return the cluster of each remaining image."""
+    config = context.config
+
+    def train(folder: Path) -> Counts:
+        x_ND = np.load(vectors, mmap_mode="r")[candidates]
+        centroids = kmeans(x_ND, config.clusters, config.seed, ITERATIONS, IMAGES_PER_CLUSTER)
+        np.save(folder / "centroids.npy", centroids)
+        return unit_counts(len(candidates))
+
+    trained = context.run_single("cluster", train, *inputs)
+    assign = AssignProbes(vectors, trained / "centroids.npy", 1)
+    parts = context.run_units("assign", assign, row_ranges(len(np.load(vectors, mmap_mode="r"))), *inputs)
+    return np.concatenate([np.load(part / "lists.npy")[:, 0] for part in parts]).astype(np.int32)
+
+
+def _select_hits(context: CurationContext, remaining: _Remaining, parts: list[Path]) -> Hits:
+    """Return the hits that are similar enough, k for each query."""
+    config, hits = context.config, _read_hits(parts, remaining.rows)
+    if not len(hits.row_H):
+        return hits
+    k_H = remaining.k_Q[np.searchsorted(remaining.rows[remaining.queries], hits.query_H)]
+    near_H = hits.score_H >= config.min_similarity
+    hits, k_H = Hits(*(column[near_H] for column in vars(hits).values())), k_H[near_H]
+    if config.collisions == "fill":
+        return fill_hits(hits, k_H)
+    return Hits(*(column[hits.rank_H <= k_H] for column in vars(hits).values()))
+
+
+def _sample_clusters(context: CurationContext, remaining: _Remaining, cluster_M: ndarray) -> ClusterSample:
+    """Draw candidates from the clusters of those queries that are not retrieved for."""
+    config, by_cluster_Q = context.config, ~remaining.by_sample_Q
+    cluster_Q, dataset_Q = cluster_M[remaining.queries[by_cluster_Q]], remaining.dataset_Q[by_cluster_Q]
+    sample = sample_clusters(
+        cluster_Q, dataset_Q, remaining.rows[remaining.candidates], cluster_M[remaining.candidates],
+        more_than=config.more_than, per_cluster=config.per_cluster, cap=config.cap, seed=config.seed,
+    )  # fmt: skip
+    small, wanted = int((sample.size < config.per_cluster).sum()), f"{config.per_cluster:,}"
+    run.say(f"cluster: {len(sample.cluster):,} clusters chosen, {small:,} of them with fewer than {wanted} images")
+    return sample
+
+
+def _draw(context: CurationContext, remaining: _Remaining, vectors: Path) -> ndarray:
+    """Return the rows drawn without curated images: all candidates, an even sample, or none."""
+    config, rows = context.config, remaining.rows[remaining.candidates]
+    if config.gather == "all":
+        return rows
+    if config.gather != "balance" or not len(rows):
+        return rows[:0]
+    levels = hierarchical_kmeans(np.load(vectors, mmap_mode="r")[remaining.candidates], config.levels, config.seed)
+    return sample_hierarchy(rows, levels, config.target or len(rows) // 2, config.seed)
+
+
+def _write_clusters(context: CurationContext, sample: ClusterSample, path: Path) -> None:
+    names = np.array([name for name, _ in context.datasets], object)[sample.dataset.astype(int)]
+    columns = {"dataset": pa.array(names, pa.string())} | {n: getattr(sample, n) for n in CLUSTER_COLUMNS[1:]}
+    pq.write_table(pa.table(columns), path)
+
+
+@dataclass(frozen=True)
+class _RetrieveHits:
+    """Retrieves the hits of some queries, as positions among the remaining images."""
 
     vectors: Path
     queries: ndarray
@@ -137,14 +189,15 @@ class _Retrieve:
 
     def __call__(self, unit: tuple[int, int], folder: Path) -> Counts:
         x_MD, queries = np.load(self.vectors, mmap_mode="r"), self.queries[slice(*unit)]
-        score_Qk, place_Qk = top_k(x_MD[queries], _Rows(x_MD, self.candidates), self.k, device=self.device)  # type: ignore[arg-type]
-        np.savez(folder / "hits.npz", query=queries, row=self.candidates[place_Qk], score=score_Qk)
-        return counted(len(queries))
+        base: Any = _RowView(x_MD, self.candidates)
+        score_Qk, index_Qk = top_k(x_MD[queries], base, self.k, device=self.device)
+        np.savez(folder / "hits.npz", query=queries, row=self.candidates[index_Qk], score=score_Qk)
+        return unit_counts(len(queries))
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Some rows of a mapped matrix, read only as they are asked for."""
+class _RowView:
+    """Some rows of a memory-mapped matrix. Rows are read when they are indexed."""
 
     x_ND: ndarray
     rows: ndarray
@@ -160,14 +213,14 @@ class _Rows:
         return self.x_ND[self.rows[part]]
 
 
-def _hits(parts: list[Path], survivors: ndarray) -> Hits:
-    """The hits of all units, as rows of the index."""
-    query, rank, row, score = ([np.zeros(0, kind)] for kind in (np.int64, np.int32, np.int64, np.float32))
+def _read_hits(parts: list[Path], rows: ndarray) -> Hits:
+    """Read the hits of all units and convert positions to rows of the index."""
+    query, rank, row, score = ([np.zeros(0, dtype)] for dtype in (np.int64, np.int32, np.int64, np.float32))
     for part in parts:
-        with np.load(part / "hits.npz") as found:
-            place_Qk = found["row"]
-            query.append(np.repeat(survivors[found["query"]], place_Qk.shape[1]))
-            rank.append(np.tile(np.arange(1, place_Qk.shape[1] + 1, dtype=np.int32), len(place_Qk)))
-            row.append(survivors[place_Qk.ravel()])
-            score.append(found["score"].ravel())
+        with np.load(part / "hits.npz") as hits:
+            index_Qk = hits["row"]
+            query.append(np.repeat(rows[hits["query"]], index_Qk.shape[1]))
+            rank.append(np.tile(np.arange(1, index_Qk.shape[1] + 1, dtype=np.int32), len(index_Qk)))
+            row.append(rows[index_Qk.ravel()])
+            score.append(hits["score"].ravel())
     return Hits(*(np.concatenate(column) for column in (query, rank, row, score)))

@@ -1,15 +1,16 @@
-"""The step "benchmark", as stages: near-duplicates of a benchmark's images, which would make its scores mean less.
+"""The step "benchmark", as stages: drop near-duplicates of benchmark images, which would distort the scores.
 
-Relative de-duplication (https://arxiv.org/abs/2304.07193, appendix A.3): against other images, and with another
-threshold, than de-duplication of a pool in itself. "direct": whoever resembles a benchmark image goes. "component": so
-do images that resemble one that does, and so on, which is the paper's way, takes far more, and chains.
+Relative de-duplication (https://arxiv.org/abs/2304.07193, appendix A.3): images are compared with other images than
+themselves, and with another threshold. "direct" drops images that resemble a benchmark image. "component" also drops
+images that resemble a dropped one, and so on; this is the paper's way, drops far more images, and chains.
 
-A benchmark is small and its copies may not get through, so its images are compared with in disguise too: padded,
-turned, mirrored, written on. A turned copy in the pool is far from its original, and near to the turned original.
+A benchmark is small, and an attacked copy of it may go unnoticed. Images are therefore also compared with attacked
+copies of the benchmark: padded, rotated, mirrored, with text. A rotated copy in the pool is far from its original, and
+near to the rotated original.
 
-disguises   the vectors of benchmark images, attacked in many ways
-leaks       edges from what is left to benchmark images, as such and in disguise
-benchmark   who resembles one
+disguises   the vectors of attacked copies of benchmark images
+leaks       edges from the remaining images to benchmark images and their attacked copies
+benchmark   which images resemble a benchmark image
 """
 
 from collections.abc import Iterable, Iterator
@@ -25,123 +26,127 @@ from numpy import ndarray
 
 from troodon import run
 from troodon.curate import space
-from troodon.curate.copies import Join, read_edges, write_edges
+from troodon.curate.context import CurationContext, row_ranges
+from troodon.curate.copies import EdgeSearch, read_edges, write_edges
 from troodon.curate.dedup import Edges, components
-from troodon.curate.finder import Finder
-from troodon.curate.pool import Pool, ranges
-from troodon.curate.stage import Counts, Progress, counted
-from troodon.curate.thresholds import picture
+from troodon.curate.encoder import CopyEncoder
+from troodon.curate.stage import Counts, ProgressLine, unit_counts
+from troodon.curate.thresholds import limit_size
 from troodon.images.decode import BadImage, decode
 from troodon.images.index import Index
-from troodon.images.reading import in_turn, threads_or_all
-from troodon.search.exact import above
-from troodon.views.attacks import disguised
+from troodon.images.reading import map_ordered, thread_count
+from troodon.search.exact import iter_pairs_above
+from troodon.views.attacks import attacked_copies
 
-DISGUISED_PX = 256  # about the shorter side: a dozen of each image lie in memory
+ATTACKED_PX = 256  # approximate shorter side; a dozen copies of each image are in memory
 
 
-def leaks(pool: Pool, compared: Path, settled: Path, finder: Finder) -> Path:
-    """The step "benchmark": which survivors resemble an image of a benchmark; the verdict with these gone."""
-    config, shown = pool.config, np.load(compared / "shown.npy")
-    if "benchmark" not in config.steps or not len(shown):
-        return settled
+def remove_leaks(context: CurationContext, comparison: Path, duplicates: Path, encoder: CopyEncoder) -> Path:
+    """Run the step "benchmark": drop the remaining images that resemble a benchmark image, and write a new verdict."""
+    config, benchmark_rows = context.config, np.load(comparison / "shown.npy")
+    if "benchmark" not in config.steps or not len(benchmark_rows):
+        return duplicates
     names = ("benchmark_threshold", "benchmark_mode", "benchmark_false_merges")
-    threshold = run.read_json(compared / "threshold.json")["benchmark_threshold"]
-    rows, verdict = np.load(compared / "rows.npy"), pq.read_table(settled / "verdict.parquet")
-    made_from = (pool.settings(*names), settled.parent.name)
-    looks, disguises = list[Path](), config.disguises if finder.channels in (1, 3) else 0
-    if disguises:
-        units = ranges(len(shown), max(1, config.part // disguises))
-        disguise = _Disguise(finder.bare(), pool.index.take(shown), compared, disguises, config.threads)
-        looks = pool.spread("disguises", disguise, units, disguises, len(units), compared.parent.name)
-    finds = _Leaks(compared, looks, threshold, pool.device)
-    parts = pool.spread("leaks", finds, ranges(len(rows)), *made_from, disguises)
+    threshold = run.read_json(comparison / "threshold.json")["benchmark_threshold"]
+    rows, verdict = np.load(comparison / "rows.npy"), pq.read_table(duplicates / "verdict.parquet")
+    attacks = config.benchmark_attacks if encoder.channels in (1, 3) else 0
+    inputs = (config.recorded(*names), duplicates.parent.name, attacks)
+    copies = list[Path]()
+    if attacks:
+        units = row_ranges(len(benchmark_rows), max(1, config.partition_size // attacks))
+        index = context.index.take(benchmark_rows)
+        encode = _EncodeAttackedCopies(encoder.without_reader(), index, comparison, attacks, config.threads)
+        copies = context.run_units("disguises", encode, units, attacks, len(units), comparison.parent.name)
+    find_leaks = _FindLeaks(comparison, copies, threshold, context.device)
+    parts = context.run_units("leaks", find_leaks, row_ranges(len(rows)), *inputs)
 
     def work(folder: Path) -> Counts:
         survives_N = verdict["survives"].to_numpy().copy()
-        place, score = nearest_hits(len(rows), read_edges(parts))
+        match_M, score_M = best_matches(len(rows), read_edges(parts))
         if config.benchmark_mode == "component":
-            place = spread(place, score, Join(pool, compared, threshold, "exact")(np.arange(len(rows)), 0))
-        leaked = (place >= 0) & survives_N[rows]
-        gone = rows[leaked]
-        cause_N, score_N, leak_N = (verdict[n].to_numpy().copy() for n in ("cause", "score", "exact"))
-        leak_N[:] = False
-        cause_N[gone], score_N[gone], leak_N[gone] = shown[place[leaked]], score[leaked], True
-        survives_N[gone] = False
-        told = {name: verdict[name] for name in ("exact", "hash", "near")}
-        columns = {"survives": survives_N, **told, "leak": leak_N, "cause": cause_N, "score": score_N}
+            edges = EdgeSearch(context, comparison, threshold, "exact")(np.arange(len(rows)), 0)
+            match_M = propagate_matches(match_M, score_M, edges)
+        leaked_M = (match_M >= 0) & survives_N[rows]
+        dropped = rows[leaked_M]
+        cause_N, score_N = (verdict[name].to_numpy().copy() for name in ("cause", "score"))
+        leak_N = np.zeros(len(survives_N), bool)
+        cause_N[dropped], score_N[dropped] = benchmark_rows[match_M[leaked_M]], score_M[leaked_M]
+        leak_N[dropped], survives_N[dropped] = True, False
+        earlier = {name: verdict[name] for name in ("exact", "hash", "near")}
+        columns = {"survives": survives_N, **earlier, "leak": leak_N, "cause": cause_N, "score": score_N}
         pq.write_table(pa.table(columns), folder / "verdict.parquet")
-        run.say(f"benchmark: {len(gone):,} of {len(rows):,} images resemble one of {len(shown):,} of the benchmarks")
-        left = int(survives_N.sum())
-        return counted(left + len(gone), left, leak=len(gone))
+        leaks = f"{len(dropped):,} of {len(rows):,} images resemble one of {len(benchmark_rows):,} benchmark images"
+        run.say(f"benchmark: {leaks}")
+        remaining = int(survives_N.sum())
+        return unit_counts(remaining + len(dropped), remaining, leak=len(dropped))
 
-    return pool.here("benchmark", work, *made_from, disguises)
+    return context.run_single("benchmark", work, *inputs)
 
 
 @dataclass(frozen=True)
-class _Disguise:
-    """The vectors of images (first, last) of benchmarks in all disguises (N V, D), and in `of.npy` which images these
-    are. What cannot be read again has none."""
+class _EncodeAttackedCopies:
+    """Encodes attacked copies of benchmark images (first, last): vectors (N V, D), and in `of.npy` the image of each.
+    An image that cannot be read again has no copies."""
 
-    finder: Finder
+    encoder: CopyEncoder
     index: Index
-    compared: Path
-    disguises: int
+    comparison: Path
+    attacks: int
     threads: int
     gpu = True
 
     def __call__(self, unit: tuple[int, int], folder: Path) -> Counts:
-        index, fitted = self.index.take(range(*unit)), space.Space.load(self.compared / "space.npz")
-        vectors, of = list[ndarray](), list[int]()
-        progress = Progress(f"disguises {unit[0]:,} to {unit[1]:,}", "images", len(index))
+        index, fitted = self.index.take(range(*unit)), space.Space.load(self.comparison / "space.npz")
+        vectors, image_of = list[ndarray](), list[int]()
+        progress = ProgressLine(f"attacked copies of {unit[0]:,} to {unit[1]:,}", "images", len(index))
 
         def load(row: int) -> Any:
             try:
-                images = disguised(picture(decode(index.read(row)), DISGUISED_PX), self.disguises)
-                return self.finder.prepare(self.finder.of_colour(images))
+                images = attacked_copies(limit_size(decode(index.read(row)), ATTACKED_PX), self.attacks)
+                return self.encoder.prepare(self.encoder.match_channels(images))
             except (BadImage, OSError):
                 return None
 
-        count = threads_or_all(self.threads)
-        with ThreadPoolExecutor(count, "disguises") as threads:
-            for row, prepared in enumerate(in_turn(threads, load, range(len(index)), count + 1)):
+        count = thread_count(self.threads)
+        with ThreadPoolExecutor(count, "attacks") as threads:
+            for row, prepared in enumerate(map_ordered(threads, load, range(len(index)), count + 1)):
                 if prepared is not None:
-                    vectors.append(fitted(self.finder.vectors(prepared)).astype(np.float16))
-                    of += [unit[0] + row] * self.disguises
+                    vectors.append(fitted(self.encoder.encode(prepared)).astype(np.float16))
+                    image_of += [unit[0] + row] * self.attacks
                 progress.add(1)
         np.save(folder / "vectors.npy", np.concatenate(vectors) if vectors else np.zeros((0, 0), np.float16))
-        np.save(folder / "of.npy", np.array(of, np.int64))
-        return counted(len(index), len(vectors), unreadable=len(index) - len(vectors))
+        np.save(folder / "of.npy", np.array(image_of, np.int64))
+        return unit_counts(len(index), len(vectors), unreadable=len(index) - len(vectors))
 
 
 @dataclass(frozen=True)
-class _Leaks:
-    """Edges from rows (first, last) to images of benchmarks, as such and in disguise."""
+class _FindLeaks:
+    """Finds edges from rows (first, last) to benchmark images and their attacked copies."""
 
-    compared: Path
-    disguises: list[Path]
+    comparison: Path
+    copies: list[Path]
     threshold: float
     device: Any
 
     def __call__(self, unit: tuple[int, int], folder: Path) -> Counts:
-        x_BD = np.load(self.compared / "vectors.npy", mmap_mode="r")[slice(*unit)]
-        return write_edges(folder, ((unit[0] + i, j, score) for i, j, score in self._near(x_BD)))
+        x_BD = np.load(self.comparison / "vectors.npy", mmap_mode="r")[slice(*unit)]
+        return write_edges(folder, ((unit[0] + i, j, score) for i, j, score in self._edges(x_BD)))
 
-    def _near(self, x_BD: ndarray) -> Iterator[Edges]:
-        yield from above(
-            x_BD, self.threshold, np.load(self.compared / "benchmark.npy", mmap_mode="r"), device=self.device
-        )
-        for part in self.disguises:
-            other_MD, of_M = np.load(part / "vectors.npy", mmap_mode="r"), np.load(part / "of.npy")
-            for i, j, score in above(x_BD, self.threshold, other_MD, device=self.device) if len(of_M) else ():
-                yield i, of_M[j], score
+    def _edges(self, x_BD: ndarray) -> Iterator[Edges]:
+        benchmark_MD = np.load(self.comparison / "benchmark.npy", mmap_mode="r")
+        yield from iter_pairs_above(x_BD, self.threshold, benchmark_MD, device=self.device)
+        for part in self.copies:
+            copy_MD, image_M = np.load(part / "vectors.npy", mmap_mode="r"), np.load(part / "of.npy")
+            if len(image_M):
+                for i, j, score in iter_pairs_above(x_BD, self.threshold, copy_MD, device=self.device):
+                    yield i, image_M[j], score
 
 
-def nearest_hits(count: int, hits: Iterable[Edges]) -> tuple[ndarray, ndarray]:
-    """Of each of `count` images the best hit: row (N,) int64, -1 for none, and score (N,) float32, nan for none. Among
-    equals the lower row, in whatever order hits come."""
+def best_matches(count: int, edges: Iterable[Edges]) -> tuple[ndarray, ndarray]:
+    """Find the best match of each of `count` images: row (N,) int64, -1 for none, and score (N,) float32, nan for none.
+    Ties go to the lower row, whatever the order of the edges."""
     row_N, score_N = np.full(count, -1, np.int64), np.full(count, np.nan, np.float32)
-    for i, j, score in hits:
+    for i, j, score in edges:
         i, j, score = (np.r_[before, new] for before, new in ((np.flatnonzero(row_N >= 0), i), (row_N[row_N >= 0], j),
                                                               (score_N[row_N >= 0], score)))  # fmt: skip
         order = np.lexsort((j, -score, i))
@@ -150,12 +155,12 @@ def nearest_hits(count: int, hits: Iterable[Edges]) -> tuple[ndarray, ndarray]:
     return row_N, score_N
 
 
-def spread(row_N: ndarray, score_N: ndarray, edges: Iterable[Edges]) -> ndarray:
-    """The hits of `row_N`, and for images joined to one of these by edges its hit; the best of a component's."""
+def propagate_matches(row_N: ndarray, score_N: ndarray, edges: Iterable[Edges]) -> ndarray:
+    """Give every image without a match the best match within its component, as defined by the edges: row (N,) int64."""
     label_N = components(len(row_N), edges)
-    hit = np.flatnonzero(row_N >= 0)
-    order = hit[np.lexsort((hit, -score_N[hit], label_N[hit]))]
+    matched = np.flatnonzero(row_N >= 0)
+    order = matched[np.lexsort((matched, -score_N[matched], label_N[matched]))]
     first = order[np.flatnonzero(np.r_[True, np.diff(label_N[order]) > 0][: len(order)])]
-    of_component = np.full(len(row_N), -1, np.int64)
-    of_component[label_N[first]] = row_N[first]
-    return np.where(row_N >= 0, row_N, of_component[label_N])
+    match_of_component = np.full(len(row_N), -1, np.int64)
+    match_of_component[label_N[first]] = row_N[first]
+    return np.where(row_N >= 0, row_N, match_of_component[label_N])

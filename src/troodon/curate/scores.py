@@ -1,7 +1,7 @@
-"""Scores of images, by which they are marked; nothing goes for a mark.
+"""Scores of images and the marks that compare them with limits. No image is dropped because of a mark.
 
-A score is a function from uint8 pixels (H, W, C) to a number. Those here cost little and need no weights; any other,
-such as a detector of faces or of what should not be seen, is named as `module:function`.
+A score is a function from uint8 pixels (H, W, C) to a number. The scores of this module are cheap and need no weights.
+Any other, such as a detector of faces or of unwanted content, is named as `module:function`.
 """
 
 import importlib
@@ -12,21 +12,21 @@ from numpy import ndarray
 from PIL import Image
 
 from troodon.config import UsageError, nearest
-from troodon.curate.config import MARK
+from troodon.curate.config import MARK_PATTERN
 
 Score = Callable[[ndarray], float]
-SEEN_PX = 256  # the longer side at which sharpness is measured: large pictures are soft at their own size
+SHARPNESS_PX = 256  # longer side at which sharpness is measured: large pictures are soft at their full size
 
 
 def sharpness(image_HWC: ndarray) -> float:
-    """Mean difference of a pixel from its neighbours, over the contrast; 0 is one colour, 0.01 is out of focus."""
+    """Mean difference of a pixel from its neighbours, divided by the contrast; 0: one colour, 0.01: out of focus."""
     picture = Image.fromarray(image_HWC[..., 0] if image_HWC.shape[2] < 3 else image_HWC[..., :3]).convert("L")
-    picture.thumbnail((SEEN_PX, SEEN_PX))
+    picture.thumbnail((SHARPNESS_PX, SHARPNESS_PX))
     x_HW = np.asarray(picture, np.float32)
     if min(x_HW.shape) < 3:
         return 0.0
-    around = (x_HW[:-2, 1:-1] + x_HW[2:, 1:-1] + x_HW[1:-1, :-2] + x_HW[1:-1, 2:]) / 4
-    return float(np.abs(x_HW[1:-1, 1:-1] - around).mean() / max(float(x_HW.std()), 1e-3)) if x_HW.std() else 0.0
+    neighbours = (x_HW[:-2, 1:-1] + x_HW[2:, 1:-1] + x_HW[1:-1, :-2] + x_HW[1:-1, 2:]) / 4
+    return float(np.abs(x_HW[1:-1, 1:-1] - neighbours).mean() / max(float(x_HW.std()), 1e-3)) if x_HW.std() else 0.0
 
 
 def side(image_HWC: ndarray) -> float:
@@ -35,45 +35,45 @@ def side(image_HWC: ndarray) -> float:
 
 
 def aspect(image_HWC: ndarray) -> float:
-    """The longer side over the shorter."""
+    """The longer side divided by the shorter."""
     return max(image_HWC.shape[:2]) / min(image_HWC.shape[:2])
 
 
 SCORES: dict[str, Score] = {f.__name__: f for f in (sharpness, side, aspect)}
 
 
-def named(marks: Sequence[str]) -> dict[str, Score]:
-    """The scores that these marks need. UsageError, with the nearest name, for one that does not exist."""
-    found = {}
+def load_scores(marks: Sequence[str]) -> dict[str, Score]:
+    """Load the scores that these marks need. Raises UsageError, with the nearest name, if a score does not exist."""
+    scores = {}
     for mark in marks:
-        name = _parts(mark)[0]
+        name = _parse_mark(mark)[0]
         module, colon, function = name.partition(":")
         if not colon and name not in SCORES:
             raise nearest("score", name, SCORES)
         try:
-            found[name] = getattr(importlib.import_module(module), function) if colon else SCORES[name]
+            scores[name] = getattr(importlib.import_module(module), function) if colon else SCORES[name]
         except (ImportError, AttributeError) as error:
             raise UsageError(f"marks {mark!r}: {error}") from None
-    return found
+    return scores
 
 
-def marked(marks: Sequence[str], scores: dict[str, ndarray]) -> list[str]:
-    """For each image the marks that it bears, with spaces between."""
-    borne: list[list[str]] = [[] for _ in next(iter(scores.values()), [])]
+def image_marks(marks: Sequence[str], scores: dict[str, ndarray]) -> list[str]:
+    """Return the marks of each image, separated by spaces."""
+    names: list[list[str]] = [[] for _ in next(iter(scores.values()), [])]
     for mark in marks:
-        for row in np.flatnonzero(bears(mark, scores)):
-            borne[row].append(mark)
-    return [" ".join(each) for each in borne]
+        for row in np.flatnonzero(has_mark(mark, scores)):
+            names[row].append(mark)
+    return [" ".join(image_names) for image_names in names]
 
 
-def bears(mark: str, scores: dict[str, ndarray]) -> ndarray:
-    """Which images bear this mark; none without a score."""
-    name, sign, limit = _parts(mark)
+def has_mark(mark: str, scores: dict[str, ndarray]) -> ndarray:
+    """Test which images have this mark. An image without a score has none."""
+    name, sign, limit = _parse_mark(mark)
     with np.errstate(invalid="ignore"):
         return scores[name] < limit if sign == "<" else scores[name] > limit
 
 
-def _parts(mark: str) -> tuple[str, str, float]:
-    parts = MARK.fullmatch(mark)
+def _parse_mark(mark: str) -> tuple[str, str, float]:
+    parts = MARK_PATTERN.fullmatch(mark)
     assert parts, mark
     return parts["score"], parts["sign"], float(parts["limit"])

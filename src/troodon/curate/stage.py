@@ -1,12 +1,13 @@
-"""Stages: pure functions of immutable partitions, whose results lie in files.
+"""Stages: pure functions of immutable partitions, whose results are files.
 
-A stage is work to be done on units. Each unit's result is a folder, made under another name, flushed and renamed; the
-folder of all of them is named by the fingerprint of what went in. So a unit is done or not, may be done twice, by
-anyone and anywhere, and gives the same bytes; whoever comes again does what is missing. An engine decides who does it:
+A stage is work on a list of units. The result of a unit is a folder, which is written under a temporary name, flushed
+and renamed; the folder of the stage is named by the fingerprint of its inputs. So a unit is complete or absent. Any
+worker may compute it, anywhere and more than once, and gets the same bytes; a repeated run computes what is missing. A
+backend decides where units are computed:
 
-    <home>/<stage>-<fingerprint>/00000/     whatever the stage writes, and
+    <root>/<stage>-<fingerprint>/00000/     the files that the stage writes, and
         counts.json     "in", "out", and "left out" by reason: they balance, or the unit fails
-        timings.json    seconds; the only file that two runs do not share
+        timings.json    seconds; the only file that differs between two runs
 """
 
 import functools
@@ -24,77 +25,79 @@ from typing import Any, Protocol
 import numpy as np
 
 from troodon import run
+from troodon.text import duration
 
 Counts = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """`work(unit, folder)` fills a folder and returns its counts; it reads files and what it was made with, only."""
+    """`work(unit, folder)` fills a folder and returns its counts. It depends only on files and on its own fields."""
 
     name: str
     work: Callable[[Any, Path], Counts]
     units: Sequence[Any]
     fingerprint: str
 
-    def folder(self, home: Path, at: int) -> Path:
-        return home / f"{self.name}-{self.fingerprint}" / f"{at:05d}"
+    def folder(self, root: Path, number: int) -> Path:
+        return root / f"{self.name}-{self.fingerprint}" / f"{number:05d}"
 
 
-class Engine(Protocol):
-    """Who does the units: `run` does those that wait, and tells each as it is done. `close` ends what it started."""
+class Backend(Protocol):
+    """Where units are computed. `run` computes the pending units and yields the number of each when it is complete;
+    `close` ends the workers that it started."""
 
-    def run(self, stage: Stage, home: Path, waiting: Sequence[int]) -> Iterator[int]: ...
+    def run(self, stage: Stage, root: Path, pending: Sequence[int]) -> Iterator[int]: ...
     def close(self) -> None: ...
 
 
 @functools.cache
-def code() -> str:
-    """A fingerprint of the code that stages run: what other code has left half done is not gone on with."""
+def code_fingerprint() -> str:
+    """Return a fingerprint of the code of curation, so that no run continues the unfinished stages of other code."""
     digest, package = hashlib.sha256(), Path(__file__).parents[1]
     for path in sorted(package.glob("curate/*.py")) + sorted(package.glob("search/*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 
-def counted(before: int, after: int | None = None, **left_out: int) -> Counts:
-    """Counts of a unit: what came in, what goes on (all of it if not told), and what does not, by reason."""
-    return {"in": before, "out": before if after is None else after, "left out": left_out}
+def unit_counts(before: int, after: int | None = None, **dropped: int) -> Counts:
+    """Return the counts of a unit: items in, items out (by default all of them), and dropped items by reason."""
+    return {"in": before, "out": before if after is None else after, "left out": dropped}
 
 
-def do(stage: Stage, home: Path, engine: Engine) -> list[Path]:
-    """Do what is missing of a stage; the folders of all units, in order. Raises what a unit raised."""
-    parts = [stage.folder(home, at) for at in range(len(stage.units))]
-    waiting = [at for at, part in enumerate(parts) if not part.is_dir()]
-    if waiting:
-        _sweep(parts[0].parent)
-        progress = Progress(stage.name, "parts", len(waiting))
-        for _ in engine.run(stage, home, waiting):
+def run_stage(stage: Stage, root: Path, backend: Backend) -> list[Path]:
+    """Compute the missing units of a stage and return the folders of all units, in order. Raises what a unit raised."""
+    parts = [stage.folder(root, number) for number in range(len(stage.units))]
+    pending = [number for number, part in enumerate(parts) if not part.is_dir()]
+    if pending:
+        _remove_partial(parts[0].parent)
+        progress = ProgressLine(stage.name, "units", len(pending))
+        for _ in backend.run(stage, root, pending):
             progress.add(1)
-        _sweep(parts[0].parent)
+        _remove_partial(parts[0].parent)
     return parts
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what killed processes have left; all units are done, or nobody works yet."""
-    for left in folder.glob("*.partial"):
-        shutil.rmtree(left, ignore_errors=True)
+def _remove_partial(folder: Path) -> None:
+    """Remove the folders that killed processes have left. Called before any worker starts or after all have ended."""
+    for partial in folder.glob("*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def perform(stage: Stage, home: Path, at: int) -> None:
-    """Do one unit, unless somebody has; whoever is second throws his own away."""
-    folder, began = stage.folder(home, at), time.monotonic()
+def run_unit(stage: Stage, root: Path, number: int) -> None:
+    """Compute and publish one unit. If another worker has already published the unit, the copy is deleted."""
+    folder, start = stage.folder(root, number), time.monotonic()
     if folder.is_dir():
         return
     partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
     partial.mkdir(parents=True)
     try:
-        counts = stage.work(stage.units[at], partial)
+        counts = stage.work(stage.units[number], partial)
         lost = counts["in"] - counts["out"] - sum(counts["left out"].values())
-        assert not lost, f"{stage.name}, part {at}: {lost} of {counts['in']} are unaccounted for"
+        assert not lost, f"{stage.name}, unit {number}: {lost} of {counts['in']} are unaccounted for"
         run.write_json(partial / "counts.json", counts)
-        run.write_json(partial / "timings.json", {stage.name: round(time.monotonic() - began, 3)})
-        _flush(partial)
+        run.write_json(partial / "timings.json", {stage.name: round(time.monotonic() - start, 3)})
+        _fsync(partial)
         partial.rename(folder)
     except OSError:
         if not folder.is_dir():
@@ -103,56 +106,54 @@ def perform(stage: Stage, home: Path, at: int) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def totals(parts: Sequence[Path]) -> Counts:
-    """The counts of all units together."""
-    every = [run.read_json(part / "counts.json") for part in parts]
-    left_out = sum((Counter(counts["left out"]) for counts in every), Counter())
-    return counted(sum(c["in"] for c in every), sum(c["out"] for c in every), **left_out)
+def total_counts(parts: Sequence[Path]) -> Counts:
+    """Add up the counts of all units."""
+    counts = [run.read_json(part / "counts.json") for part in parts]
+    dropped = sum((Counter(c["left out"]) for c in counts), Counter())
+    return unit_counts(sum(c["in"] for c in counts), sum(c["out"] for c in counts), **dropped)
 
 
-def seconds(folders: Sequence[Path]) -> dict[str, float]:
-    """Seconds by stage, of all units."""
-    spent: Counter[str] = Counter()
+def stage_seconds(folders: Sequence[Path]) -> dict[str, float]:
+    """Add up the seconds of all units by stage."""
+    seconds: Counter[str] = Counter()
     for folder in folders:
-        spent.update(run.read_json(folder / "timings.json"))
-    return {name: round(value, 3) for name, value in spent.items()}
+        seconds.update(run.read_json(folder / "timings.json"))
+    return {name: round(value, 3) for name, value in seconds.items()}
 
 
-def joined(parts: Sequence[Path], path: Path) -> None:
-    """One matrix of those of this name that the parts hold, one after another; rows without columns become zeros."""
+def concatenate_matrices(parts: Sequence[Path], path: Path) -> None:
+    """Concatenate the matrices of this file name in all parts into one file. Rows without columns become zeros."""
     matrices = [np.load(part / path.name, mmap_mode="r") for part in parts]
     rows, channels = sum(map(len, matrices)), max((m.shape[1] for m in matrices), default=0)
-    kind = matrices[0].dtype if matrices else np.dtype(np.float16)
+    dtype = matrices[0].dtype if matrices else np.dtype(np.float16)
     with open(path, "wb") as file:
-        header = {"descr": kind.str, "fortran_order": False, "shape": (rows, channels)}
+        header = {"descr": dtype.str, "fortran_order": False, "shape": (rows, channels)}
         np.lib.format.write_array_header_1_0(file, header)
         for matrix in matrices:
-            file.write((matrix if matrix.shape[1] else np.zeros((len(matrix), channels), kind)).tobytes())
+            file.write((matrix if matrix.shape[1] else np.zeros((len(matrix), channels), dtype)).tobytes())
 
 
-def _flush(folder: Path) -> None:
+def _fsync(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
 
 
-class Progress:
-    """A line of progress every few seconds: how many, how fast, how long still."""
+class ProgressLine:
+    """Prints progress every few seconds: items done, items per second, time remaining."""
 
-    def __init__(self, what: str, unit: str, total: int, seconds: float = 5.0):
-        self.what, self.unit, self.total, self.seconds = what, unit, total, seconds
-        self.began = self.said = time.monotonic()
+    def __init__(self, task: str, items: str, total: int, interval: float = 5.0):
+        self.task, self.items, self.total, self.interval = task, items, total, interval
+        self.start = self.last_print = time.monotonic()
         self.done = 0
 
     def add(self, count: int) -> None:
         self.done, now = self.done + count, time.monotonic()
-        if now - self.said >= self.seconds:
-            self.said, rate = now, max(self.done, 1) / (now - self.began)
-            left, speed = _duration((self.total - self.done) / rate), f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
-            run.say(f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {speed} a second, {left} left")
-
-
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+        if now - self.last_print >= self.interval:
+            self.last_print, rate = now, max(self.done, 1) / (now - self.start)
+            remaining, speed = (
+                duration((self.total - self.done) / rate),
+                f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}",
+            )
+            run.say(f"{self.task}: {self.done:,} of {self.total:,} {self.items}, {speed} a second, {remaining} left")

@@ -13,14 +13,14 @@ from troodon.curate import embed as embedding
 from troodon.curate import pipeline, space
 from troodon.curate.calibrate import calibrate
 from troodon.curate.config import CurateConfig
-from troodon.curate.finder import WIDEST, Finder, Pixels, frame
-from troodon.images.decode import grey
+from troodon.curate.encoder import MAX_FRAME, CopyEncoder, PixelBackbone, frame_fractions
+from troodon.images.decode import to_grey
 from troodon.images.index import SCHEMA, Index
 from troodon.images.sources import open_source
 from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
-from troodon.search.exact import unit
-from troodon.views.attacks import ATTACKS, DISGUISES, attack, disguised
+from troodon.search.exact import l2_normalise
+from troodon.views.attacks import ATTACKS, BENCHMARK_ATTACKS, attack, attacked_copies
 
 from .test_curate import QUICK, picture, png, rows, write
 from .test_curate import Pixels as Colours
@@ -37,33 +37,33 @@ def backbone(channels: int = 3) -> Backbone:
 
 def test_pixels_say_nothing_of_brightness_and_contrast_and_little_of_sides():
     images = [picture(seed) for seed in range(4)]
-    look = Finder(Pixels(3), pixels=False)
+    look = CopyEncoder(PixelBackbone(3), pixels=False)
     x, darker, flatter = (
-        unit(look(some)) for some in (images, [i // 2 for i in images], [i // 2 + 100 for i in images])
+        l2_normalise(look(some)) for some in (images, [i // 2 for i in images], [i // 2 + 100 for i in images])
     )
     assert x.shape == (4, 288)
     assert np.einsum("nd,nd->n", x, darker).min() > 0.995
     assert np.einsum("nd,nd->n", x, flatter).min() > 0.995
-    assert np.einsum("nd,nd->n", x, unit(look([i[:, ::-1] for i in images]))).min() > 0.7
+    assert np.einsum("nd,nd->n", x, l2_normalise(look([i[:, ::-1] for i in images]))).min() > 0.7
     assert (x @ x.T)[~np.eye(4, dtype=bool)].max() < 0.6
     assert not look([np.full((20, 30, 3), 77, np.uint8)]).any()  # one colour: nothing to compare
 
 
 def test_a_frame_says_nothing_but_a_sky_is_part_of_the_picture():
-    look, original = Finder(Pixels(3), pixels=False), picture(5)
-    x = unit(look([original]))[0]
+    look, original = CopyEncoder(PixelBackbone(3), pixels=False), picture(5)
+    x = l2_normalise(look([original]))[0]
     framed = [
         np.pad(original, ((a, a), (b, b), (0, 0)), constant_values=c)
         for a, b, c in ((9, 9, 0), (8, 0, 255), (0, 7, 90))
     ]
     noisy = np.clip(framed[2] + np.random.default_rng(0).normal(0, 3, framed[2].shape), 0, 255).astype(np.uint8)
     for image in (*framed, noisy):
-        assert unit(look([image]))[0] @ x > 0.9
+        assert l2_normalise(look([image]))[0] @ x > 0.9
     below = np.pad(original, ((24, 0), (0, 0), (0, 0)), constant_values=230)
-    assert frame(Image.fromarray(below)) == (0, 0)
-    assert unit(look([below]))[0] @ x < 0.6
+    assert frame_fractions(Image.fromarray(below)) == (0, 0)
+    assert l2_normalise(look([below]))[0] @ x < 0.6
     one_colour = np.full((20, 20, 3), 9, np.uint8)
-    assert frame(Image.fromarray(one_colour)) == (WIDEST / 32, WIDEST / 32)
+    assert frame_fractions(Image.fromarray(one_colour)) == (MAX_FRAME / 32, MAX_FRAME / 32)
     assert not look([one_colour]).any()
 
 
@@ -74,34 +74,34 @@ def test_a_network_and_pixels_stand_side_by_side_and_are_stored(channels, tmp_pa
     for n, image in enumerate(images):
         np.save(tmp_path / f"{n}.npy", image)
     network, width = backbone(channels), 288 if channels > 2 else 96
-    x = Finder(network, "cls+mean")(images, batch=2)
+    x = CopyEncoder(network, "cls+mean")(images, batch=2)
     assert x.shape == (5, 64 + width)
     for part in (x[:, :32], x[:, 32:64], x[:, 64:]):
         np.testing.assert_allclose(np.linalg.norm(part, axis=1), 1, atol=1e-5)
-    np.testing.assert_array_equal(Finder(network, "cls+mean", pixels=False)(images, batch=2), x[:, :64])
+    np.testing.assert_array_equal(CopyEncoder(network, "cls+mean", pixels=False)(images, batch=2), x[:, :64])
     index = open_source(tmp_path)
     folder = embedding.embed(
         network, index, tmp_path / "e", batch=2, threads=1, tokens="cls+mean", pixels=True
     )  # fmt: skip
-    stored = Finder(network, "cls+mean").stored(folder)
+    stored = CopyEncoder(network, "cls+mean").load_vectors(folder)
     assert len(stored) == 5
     np.testing.assert_allclose(stored[:], x, atol=1e-3)
     np.testing.assert_array_equal(stored[np.array([3, 1])], stored[:][[3, 1]])
     if channels == 1:
         shown = [picture(seed) for seed in range(3)]
-        np.testing.assert_array_equal(Finder(network).of_colour(shown), [grey(i) for i in shown])
+        np.testing.assert_array_equal(CopyEncoder(network).match_channels(shown), [to_grey(i) for i in shown])
 
 
 def test_a_copy_descriptor_is_left_by_itself():
-    assert Finder.of(backbone(), "cls", pixels=True).pixels
-    assert not Finder.of(backbone(), "cls", pixels=False).pixels
+    assert CopyEncoder.create(backbone(), "cls", pixels=True).pixels
+    assert not CopyEncoder.create(backbone(), "cls", pixels=False).pixels
 
     class ForCopies(Colours):
         for_copies = True
 
-    assert not Finder.of(ForCopies(), "cls", pixels=True).pixels
+    assert not CopyEncoder.create(ForCopies(), "cls", pixels=True).pixels
     assert (
-        len({Finder(backbone(), tokens, p).fingerprint for tokens in ("cls", "cls+mean") for p in (True, False)}) == 4
+        len({CopyEncoder(backbone(), tokens, p).fingerprint for tokens in ("cls", "cls+mean") for p in (True, False)}) == 4
     )
 
 
@@ -123,19 +123,19 @@ def test_spaces_are_written_and_read(tmp_path):
 
 
 def test_disguises_depend_on_the_image_alone():
-    assert {kind for kind, _ in DISGUISES} <= ATTACKS.keys()
-    first, again = disguised(picture(1), 16), disguised(picture(1).copy(), 16)
-    assert len(first) == len(DISGUISES) == 16
+    assert {kind for kind, _ in BENCHMARK_ATTACKS} <= ATTACKS.keys()
+    first, again = attacked_copies(picture(1), 16), attacked_copies(picture(1).copy(), 16)
+    assert len(first) == len(BENCHMARK_ATTACKS) == 16
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert not any(a.shape == picture(1).shape and np.array_equal(a, picture(1)) for a in first)
-    assert all(np.array_equal(a, b) for a, b in zip(first, disguised(picture(1), 8)))
-    with pytest.raises(UsageError, match="disguises 17"):
-        CurateConfig(disguises=17)
+    assert all(np.array_equal(a, b) for a, b in zip(first, attacked_copies(picture(1), 8)))
+    with pytest.raises(UsageError, match="benchmark_attacks 17"):
+        CurateConfig(benchmark_attacks=17)
 
 
 def test_calibration_knows_of_disguises():
     pool = [picture(seed) for seed in range(150)]
-    look = Finder(Colours(), pixels=False)
+    look = CopyEncoder(Colours(), pixels=False)
     fitted = space.fit("whitened", x := look(pool))
 
     def found(count: int):
@@ -145,7 +145,7 @@ def test_calibration_knows_of_disguises():
             pool[:30],
             random,
             others_MD=fitted(x),
-            disguises=count,
+            benchmark_attacks=count,
             benchmark_false_merges=1.0,
         )
 
@@ -180,7 +180,7 @@ def leaked(hidden, out, network, **changes) -> tuple[int, int, dict]:
 
 
 def test_benchmark_images_are_found_in_disguise(hidden, tmp_path):
-    bare, wrong, _ = leaked(hidden, tmp_path / "bare", Colours(), disguises=0, pixels=False)
+    bare, wrong, _ = leaked(hidden, tmp_path / "bare", Colours(), benchmark_attacks=0, pixels=False)
     assert bare < 34
     assert wrong <= 5
     found, wrong, ledger = leaked(hidden, tmp_path / "masked", Colours(), pixels=False)
