@@ -12,7 +12,7 @@ import torch
 from tests import fidelity
 from troodon.views import photometric
 from troodon.views.config import PhotometricConfig
-from troodon.views.photometric import GLOBAL_1, HUE, LOCAL, NEUTRAL, ORDERS, GLOBAL_2, apply, draw_parameters
+from troodon.views.photometric import GLOBAL_1, GLOBAL_2, HUE, LOCAL, NEUTRAL, ORDERS, apply, draw_parameters
 
 COLUMNS = ("brightness", "contrast", "saturation", "hue", "order", "grey", "sigma", "solarise")
 PLAIN = PhotometricConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
@@ -112,7 +112,7 @@ def test_a_batch_follows_the_order_of_each_of_its_crops(monkeypatch: pytest.Monk
     # The test would not see an order that is ignored if orders made no difference.
     apart = np.abs(got[:24, None] - got[None, :24]).mean((2, 3, 4))
     assert (apart > 0.05).mean() > 0.8
-    monkeypatch.setattr(photometric, "AT_ONCE", 500)  # two crops at a time
+    monkeypatch.setattr(photometric, "PIXELS_AT_ONCE", 500)  # two crops at a time
     assert np.abs(levels(image, batch) - got).max() < 1e-3
 
 

@@ -163,7 +163,7 @@ def test_batches_of_oblong_crops(index, tmp_path):  # noqa: F811
     assert batch.locals_VBCHW.shape == (3, 4, 3, 12, 8)
     assert batch.masks_NP.shape == (8, 4 * 8)
     assert batch.masks_NP.any()
-    times = round(sheet.WIDE / (2 * 32 + 3 * 8 + 16))
+    times = round(sheet.SHEET_WIDTH / (2 * 32 + 3 * 8 + 16))
     for rows in (1, 2):
         sheet.draw_crops(one, tmp_path / f"{rows}.png", rows=rows)
         with Image.open(tmp_path / f"{rows}.png") as drawn:
@@ -176,7 +176,7 @@ def test_the_sheet_darkens_the_patches_that_are_masked(index):  # noqa: F811
     (batch,) = take(loader(index, WIDE), 0, 1)
     white = torch.ones(3, 16, 32) * 100  # whatever the colours
     for mask_P in batch.masks_NP:
-        drawn = np.asarray(sheet._crop(white, PhotometricConfig(), 3, mask_P))
+        drawn = np.asarray(sheet._draw_crop(white, PhotometricConfig(), 3, mask_P))
         mask = mask_P.view(4, 8).numpy()
         assert np.array_equal(drawn[:, :, 0] < 200, mask.repeat(12, 0).repeat(12, 1))
 

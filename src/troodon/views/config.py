@@ -1,4 +1,4 @@
-"""What can be set about what the network sees. No torch here."""
+"""Settings of crops, colour changes and masks. No torch here."""
 
 import math
 from bisect import bisect
@@ -26,20 +26,20 @@ class CropsConfig:
     locals: int = 8
     """Local crops per image; there are always two global ones."""
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
-    """Range of the width over the height of the box that is cut out, drawn log-uniformly; times the crop's own."""
+    """Range of the aspect ratio (width over height) of the box, drawn log-uniformly; relative to that of the crop."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
     attack: float = 0.0
-    """Probability that the picture is attacked, as pictures are on the web, before a global crop is cut out of it: by a
-    kind and a strength drawn for each crop (see views/attacks.py). Only pictures in colour or grey."""
+    """Probability that the image is attacked before a global crop is taken, as images are changed on the web: with a
+    kind and a strength drawn for each crop (see views/attacks.py). Only for colour and grey images."""
     attack_kinds: tuple[str, ...] = ()
-    """Kinds of attacks to draw from; all if left out."""
+    """Kinds of attacks to draw from; all if empty."""
     visits: int = 0
-    """Sets of crops and colours that an image has, one for each visit, then again; 0 is new ones for ever. Few of them
-    spare a frozen teacher from looking at the same twice."""
+    """Number of different sets of crops and colours of an image, which its visits use in turn; 0: new ones at every
+    visit. With few, what a frozen teacher computes can be cached."""
     mixed: tuple[tuple[int, int, float], ...] = ()
     """Side of global crops, side of local crops, weight: each step draws one of these pairs by weight, in place of
-    global_px and local_px (high-resolution training, https://arxiv.org/abs/2508.10104). None if left out."""
+    global_px and local_px (high-resolution training, https://arxiv.org/abs/2508.10104). Empty: none."""
 
     def __post_init__(self) -> None:
         within(self, "crops.", 1, None, "global_px", "local_px")
@@ -55,17 +55,17 @@ class CropsConfig:
                 raise nearest("crops.attack_kinds", unknown, ATTACKS)
         for wide, narrow, weight in self.mixed:
             if min(wide, narrow) < 1 or not 0 < weight < math.inf:
-                said = "sides must be 1 or more, and the weight above 0"
-                raise UsageError(f"crops.mixed {wide} {narrow} {weight:g}: {said}")
+                reason = "sides must be 1 or more, and the weight above 0"
+                raise UsageError(f"crops.mixed {wide} {narrow} {weight:g}: {reason}")
 
     def sizes(self) -> tuple[tuple[Size, Size, float], ...]:
-        """Every size that a step may have: of its global crops, of its local crops, and how probable it is."""
+        """All sizes that a step may have: size of global crops, size of local crops, probability."""
         total = sum(weight for *_, weight in self.mixed)
         mixed = tuple((pair(wide), pair(narrow), weight / total) for wide, narrow, weight in self.mixed)
         return mixed or ((pair(self.global_px), pair(self.local_px), 1.0),)
 
     def pick_size(self, u: float) -> "CropsConfig":
-        """The settings of one step, all of one size: that which `u`, uniform in [0, 1), draws from `mixed`."""
+        """The settings of one step, with the size that `u`, uniform in [0, 1), draws from `mixed`."""
         if not self.mixed:
             return self
         edges = list(accumulate(weight for *_, weight in self.mixed))
@@ -78,7 +78,7 @@ BLURS = {"released": (0.0, 0.9, 0.5), "paper": (1.0, 0.1, 0.5)}
 
 @dataclass(frozen=True)
 class PhotometricConfig:
-    """Colour changes of a view. Defaults are what the released models were trained with."""
+    """Colour changes of a crop. The defaults are those of the released models' training."""
 
     jitter: float = 0.8
     """Probability of colour jitter."""
@@ -86,21 +86,21 @@ class PhotometricConfig:
     contrast: float = 0.4
     saturation: float = 0.2
     hue: float = 0.1
-    """Largest shift of the hue, in turns of the colour circle."""
+    """Largest shift of the hue, as a fraction of the colour circle."""
     grey: float = 0.2
-    """Probability of losing all colour."""
+    """Probability of conversion to grey."""
     blur: Literal["released", "paper"] | tuple[float, float, float] = "released"
-    """Probability of a Gaussian blur of the first global, the second global and local crops; or by name: 0 0.9 0.5,
-    with which the released models were trained, or 1 0.1 0.5, which the paper says."""
+    """Probability of a Gaussian blur of the first global, the second global and local crops; or a name: `released` is
+    0 0.9 0.5, with which the released models were trained, and `paper` is 1 0.1 0.5, which the paper gives."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Standard deviation of the blur, in pixels of the crop."""
     solarise: float = 0.2
     """Probability of solarisation, of the second global crop only."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    """Of each channel, from 0 to 1, subtracted at the end. With other than 3 channels, saturation, hue and grey do
-    nothing, and contrast is about the mean of all channels."""
+    """Mean of each channel, from 0 to 1, subtracted at the end. Without exactly 3 channels, saturation, hue and grey do
+    nothing, and contrast is relative to the mean of all channels."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    """Of each channel: what is left is divided by it."""
+    """Standard deviation of each channel, by which the result is divided."""
 
     def __post_init__(self) -> None:
         within(self, "photometric.", 0, 1, "jitter", "grey", "solarise", *(["blur"] if self.blur not in BLURS else []))
@@ -110,7 +110,7 @@ class PhotometricConfig:
         _ranges(self, "photometric.", "blur_sigma")
         if len(self.mean) != len(self.std):
             counts = f"photometric.mean has {len(self.mean)} numbers and photometric.std {len(self.std)}"
-            raise UsageError(f"{counts}: give one of each for every channel")
+            raise UsageError(f"{counts}: give one number for every channel in each")
 
     @property
     def blurs(self) -> tuple[float, float, float]:

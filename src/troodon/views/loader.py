@@ -1,8 +1,8 @@
-"""The endless, shuffled, resumable stream of batches; and images in order, for those who only look.
+"""The endless, shuffled, resumable stream of batches.
 
-A batch is a function of (seed, its number): which images, which crops, which colours, which masks, which size. Not
-of the number of ranks, which each take a slice of it, nor of threads, nor of where a run was interrupted. The number is
-that of the step, unless the run has left some out.
+A batch is a function of the seed and its number: its images, crops, colours, masks and size. It does not depend on the
+number of ranks, which each take a slice of it, nor on threads, nor on where a run was interrupted. The number is that
+of the step, unless the run has skipped batches.
 """
 
 import contextlib
@@ -31,13 +31,13 @@ from troodon.views.config import CropsConfig, MasksConfig, PhotometricConfig
 from troodon.views.crops import MultiCrop, generator
 from troodon.views.order import assign_source, check_weights, permute
 
-AHEAD = 2  # batches prepared while one is used
-MASK_STREAM, SIZE_STREAM = -1, -2  # whose random numbers draw the masks of a batch, and its size
+BATCHES_AHEAD = 2  # prepared while one batch is used
+MASK_STREAM, SIZE_STREAM = -1, -2  # in place of an image: random numbers for the masks and the size of a batch
 
 
 @dataclass(frozen=True)
 class PartialBatch:
-    """What one worker makes of some images: crops as bytes, what is to happen to their colours, what was broken."""
+    """Some images of a batch, from one worker: crops in uint8, parameters of their colours, and broken images."""
 
     globals_GBCHW: Tensor
     locals_VBCHW: Tensor
@@ -48,10 +48,10 @@ class PartialBatch:
 
 @dataclass(frozen=True)
 class Loader:
-    """Batches of `images` views of the images of an index; `rank` of `world` gets its slice of each.
+    """Batches of `batch_size` images of an index, of which `rank` of `world_size` gets its slice.
 
-    With `weights`, one for each source of the index, that many of every so many images come from each; without, all
-    images of all sources make one pass. With `processes`, these read and crop in place of threads.
+    `weights`, one for each source of the index, give the proportions of the sources; without them, every pass has all
+    images of all sources once. With `processes`, that many processes read and crop in place of threads.
     """
 
     index: Index
@@ -67,8 +67,8 @@ class Loader:
     channels: int = 3
     processes: int = 0
     weights: tuple[float, ...] = ()
-    compiled: bool = False  # the colours: see photometric.apply
-    broken: dict[int, str] = field(default_factory=dict)  # row -> why it cannot be read; a record, not an input
+    compiled: bool = False  # colour operations: see photometric.apply
+    broken: dict[int, str] = field(default_factory=dict)  # output: row -> why it cannot be read
 
     def __post_init__(self) -> None:
         if self.batch_size % self.world_size:
@@ -76,17 +76,17 @@ class Loader:
         check_weights(self.weights, self.index.source_lengths or (len(self.index),))
 
     def rows(self, batch: int) -> list[int]:
-        """Which images of the index this rank's share of a batch shows, before broken ones are replaced."""
+        """The rows of this rank's images of a batch, before broken ones are replaced."""
         return [self.row_at(position)[0] for position in self.positions(batch)]
 
     def positions(self, batch: int) -> range:
-        """Where this rank's share of a batch lies in the endless stream of images."""
+        """The positions of this rank's images of a batch in the endless stream of images."""
         per_rank = self.batch_size // self.world_size
         first = batch * self.batch_size + self.rank * per_rank
         return range(first, first + per_rank)
 
     def row_at(self, position: int) -> tuple[int, int]:
-        """The image at a position of the endless stream, and how often it has been seen before."""
+        """The row of the image at a position of the stream, and the number of its earlier visits."""
         source, place = assign_source(position, self.weights)
         first, length = self._source_range(source)
         visit, place = divmod(place, length)
@@ -94,77 +94,77 @@ class Loader:
         return first + permute(place, length, hash(key) & (2**64 - 1)), visit
 
     def crops_of(self, batch: int) -> CropsConfig:
-        """The crops of a batch, all of one size: the same on every rank."""
+        """The crop settings of a batch, which have one size: the same on every rank."""
         return self.crops.pick_size(generator(self.seed, SIZE_STREAM, batch).random() if self.crops.mixed else 0.0)
 
     def batches(self, first: int, device: torch.device) -> Generator[Batch]:
-        """Batches number `first`, `first` + 1, ..., on `device`, with colours applied there."""
+        """Yield batches number `first`, `first` + 1, ..., on `device`, where the colours are applied."""
         per_rank = self.batch_size // self.world_size
         with self._workers() as (submit, workers), ThreadPoolExecutor(1, "collate") as collector:
-            each = max(1, min(16, per_rank // (4 * workers)))  # a few images at once: dealt evenly, handed over cheaply
-            waiting: list[tuple[int, Future]] = []
+            size = max(1, min(16, per_rank // (4 * workers)))  # images per task: even load, little overhead
+            pending: list[tuple[int, Future]] = []
             try:
                 for batch in count(first):
                     positions = self.positions(batch)
-                    shares = [submit(positions[i : i + each]) for i in range(0, per_rank, each)]
-                    waiting.append((batch, collector.submit(self._gather, batch, shares, device.type == "cuda")))
-                    if len(waiting) > AHEAD:
-                        ready, views = waiting.pop(0)
+                    parts = [submit(positions[i : i + size]) for i in range(0, per_rank, size)]
+                    pending.append((batch, collector.submit(self._concatenate, batch, parts, device.type == "cuda")))
+                    if len(pending) > BATCHES_AHEAD:
+                        ready, views = pending.pop(0)
                         yield self._finish(ready, views.result(), device)
             finally:
-                for _, views in waiting:
+                for _, views in pending:
                     views.cancel()
 
     def load(self, position: int) -> tuple[np.ndarray, MultiCrop, np.random.Generator]:
-        """The image at a position of the endless stream, its boxes, and the random numbers that come after these.
+        """Load the image at a position of the stream: its pixels, its crops, and the generator after the crops.
 
-        In place of an image that cannot be read comes the next row of its source that can.
+        An image that cannot be read is replaced by the next row of its source that can.
         """
         crops = self.crops_of(position // self.batch_size)
         row, visit = self.row_at(position)
         first, length = self._source_range(assign_source(position, self.weights)[0])
-        for tried in range(length):
-            other = first + (row - first + tried) % length
-            if other in self.broken:
+        crop_set = visit % self.crops.visits if self.crops.visits else visit
+        for offset in range(length):
+            candidate = first + (row - first + offset) % length
+            if candidate in self.broken:
                 continue
-            which = visit % self.crops.visits if self.crops.visits else visit
-            random = generator(self.seed, other, which)
-            views = MultiCrop(crops, random, (other, which))
+            random = generator(self.seed, candidate, crop_set)
+            views = MultiCrop(crops, random, (candidate, crop_set))
             try:
-                return decode(self.index.read(other), self.channels, views.draw_boxes), views, random
+                return decode(self.index.read(candidate), self.channels, views.draw_boxes), views, random
             except (BadImage, OSError) as error:
-                self.broken[other] = str(error)
+                self.broken[candidate] = str(error)
         raise UsageError(f"none of the {length} images can be read; the first: {self.broken[first]}")
 
     def load_views(self, position: int) -> tuple[Tensor, Tensor, np.ndarray, tuple[int, int]]:
-        """Of the image at a position of the endless stream: global crops, local crops, colours; and which it is."""
+        """Global crops, local crops, colour parameters, and (row, set of crops) of the image at a position."""
         image, views, random = self.load(position)
         return *views.crop(image), photometric.draw_parameters(self.photometric, self._roles, random), views.image_visit
 
     def load_partial(self, positions: range) -> PartialBatch:
-        """The views of the images at these positions, one beside the other."""
-        wide, narrow, colours, whose = zip(*map(self.load_views, positions))
-        colours_BVP = torch.from_numpy(np.stack(colours))
-        return PartialBatch(torch.stack(wide, 1), torch.stack(narrow, 1), colours_BVP, torch.tensor(whose), dict(self.broken))
+        """The crops of the images at these positions, stacked."""
+        wide, narrow, colours, images = zip(*map(self.load_views, positions))
+        colours_BVP, images_B2 = torch.from_numpy(np.stack(colours)), torch.tensor(images)
+        return PartialBatch(torch.stack(wide, 1), torch.stack(narrow, 1), colours_BVP, images_B2, dict(self.broken))
 
     def preview(self, batch: int, images: int) -> Batch:
-        """The first images of a batch as they are in it, and no others made."""
+        """The first images of a batch, exactly as in it, without computing the others."""
         return self._finish(batch, self.load_partial(self.positions(batch)[:images]), torch.device("cpu"))
 
     def advice(self) -> list[str]:
-        """What makes images come faster here, the most likely first; nothing if nothing is known to."""
-        said, processors = [], os.cpu_count() or 1
+        """What would make loading faster here, the most likely first."""
+        advice, processors = [], os.cpu_count() or 1
         workers = self.processes or thread_count(self.threads, self.index.is_remote)
         if workers * self.world_size < processors:
-            said.append(f"more threads (threads {workers} on {processors} processors)")
+            advice.append(f"more threads (threads {workers} on {processors} processors)")
         if self.index.is_remote or containers.COLUMN_SEPARATOR in str(self.index.table["container"][0]):
-            said.append("`troodon pack` puts the images on this machine's disk, each within reach")
+            advice.append("`troodon pack` puts the images on the disk of this machine, and makes each fast to read")
         if not HAS_SIMPLEJPEG:
-            said.append('pip install "troodon[fast]" decodes JPEGs faster')
+            advice.append('pip install "troodon[fast]" decodes JPEGs faster')
         side = max(px for size in self.crops.sizes() for px in size[0])
         return [
-            *said,
-            f"`troodon pack --side {round(1.5 * side / 64) * 64}` makes large pictures small once and for all",
+            *advice,
+            f"`troodon pack --side {round(1.5 * side / 64) * 64}` reduces large images once and for all",
         ]
 
     @property
@@ -172,16 +172,16 @@ class Loader:
         return (photometric.GLOBAL_1, photometric.GLOBAL_2) + (photometric.LOCAL,) * self.crops.locals
 
     def _source_range(self, source: int) -> tuple[int, int]:
-        """First row and length of a source; without weights all are one."""
+        """First row and length of a source; without weights, all sources are one."""
         if not self.weights:
             return 0, len(self.index)
         return sum(self.index.source_lengths[:source]), self.index.source_lengths[source]
 
     @contextlib.contextmanager
     def _workers(self) -> Iterator[tuple[Callable[[range], Future], int]]:
-        """What hands positions to workers, and how many these are."""
+        """Start the workers: a function that submits positions to them, and their number."""
         if self.processes:
-            # Spawned, not forked: threads of this process may hold locks. Tensors come back through shared memory.
+            # Spawned, not forked: threads of this process may hold locks. Tensors return through shared memory.
             context = torch.multiprocessing.get_context("spawn")
             pool: Executor = ProcessPoolExecutor(self.processes, context, _init_worker, (replace(self, broken={}),))
             submit, workers = functools.partial(pool.submit, _load_partial), self.processes
@@ -194,15 +194,18 @@ class Loader:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _gather(self, batch: int, shares: list[Future], pinned: bool) -> PartialBatch:
-        """The parts of a batch as one, in memory that a device can fetch from by itself."""
+    def _concatenate(self, batch: int, futures: list[Future], is_pinned: bool) -> PartialBatch:
+        """Concatenate the parts of a batch, in pinned memory if `is_pinned`, which a GPU reads by itself."""
         try:
-            parts = [share.result() for share in shares]
+            parts = [future.result() for future in futures]
         except BrokenProcessPool:
-            raise OSError(f"a process that reads images died at batch {batch}; its images are the suspects") from None
+            raise OSError(
+                f"a process that reads images died at batch {batch}, probably because of one of its images"
+            ) from None
+        per_rank = self.batch_size // self.world_size
         wide, narrow = (
-            torch.empty((len(first), self.batch_size // self.world_size, *first.shape[2:]), dtype=torch.uint8, pin_memory=pinned)
-            for first in (parts[0].globals_GBCHW, parts[0].locals_VBCHW)
+            torch.empty((len(crops), per_rank, *crops.shape[2:]), dtype=torch.uint8, pin_memory=is_pinned)
+            for crops in (parts[0].globals_GBCHW, parts[0].locals_VBCHW)
         )
         torch.cat([part.globals_GBCHW for part in parts], 1, out=wide)
         torch.cat([part.locals_VBCHW for part in parts], 1, out=narrow)
@@ -212,28 +215,28 @@ class Loader:
         return PartialBatch(wide, narrow, torch.cat(colours), torch.cat(images), {})
 
     def _finish(self, batch: int, views: PartialBatch, device: torch.device) -> Batch:
-        """The batch on the device, its colours applied, its masks drawn."""
+        """Send the crops to the device, apply their colours there, and draw the masks."""
         colours_VBP = views.colours_BVP.numpy().swapaxes(0, 1)
-        developed = []
-        for crops, numbers in ((views.globals_GBCHW, colours_VBP[:2]), (views.locals_VBCHW, colours_VBP[2:])):
-            crops_NCHW, numbers_NP = crops.flatten(0, 1), numbers.reshape(-1, numbers.shape[-1])
-            sent_NCHW = crops_NCHW.to(device, non_blocking=True)
-            x_NCHW = photometric.apply(sent_NCHW, numbers_NP, self.photometric, self.compiled)
-            developed.append(x_NCHW.unflatten(0, crops.shape[:2]))
+        finished = []
+        for crops, parameters in ((views.globals_GBCHW, colours_VBP[:2]), (views.locals_VBCHW, colours_VBP[2:])):
+            crops_NCHW, parameters_NP = crops.flatten(0, 1), parameters.reshape(-1, parameters.shape[-1])
+            crops_NCHW = crops_NCHW.to(device, non_blocking=True)
+            x_NCHW = photometric.apply(crops_NCHW, parameters_NP, self.photometric, self.compiled)
+            finished.append(x_NCHW.unflatten(0, crops.shape[:2]))
         height, width = (side // self.patch for side in views.globals_GBCHW.shape[-2:])
         random = generator(self.seed, MASK_STREAM, batch)
         masks_NP = masks.draw_masks(2 * self.batch_size, (height, width), self.masks, random)
-        mine = masks_NP.unflatten(0, (2, self.world_size, -1))[:, self.rank, : views.globals_GBCHW.shape[1]].flatten(0, 1)
-        globals_GBCHW, locals_VBCHW = developed
-        return Batch(globals_GBCHW, locals_VBCHW, mine, views.images_B2)
+        masks_GBP = masks_NP.unflatten(0, (2, self.world_size, -1))[:, self.rank, : views.globals_GBCHW.shape[1]]
+        globals_GBCHW, locals_VBCHW = finished
+        return Batch(globals_GBCHW, locals_VBCHW, masks_GBP.flatten(0, 1), views.images_B2)
 
 
-_worker_loader: list[Loader] = []  # of a process that works for a loader
+_worker_loader: list[Loader] = []  # the loader of a worker process
 
 
 def _init_worker(loader: Loader) -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the process that asked for this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles it
     _worker_loader[:] = [loader]
 
 

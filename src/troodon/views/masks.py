@@ -1,4 +1,4 @@
-"""Block masks of the global crops, for the patch objective (section 4 of https://arxiv.org/abs/2106.08254 and of
+"""Block masks of the global crops for the patch objective (section 4 of https://arxiv.org/abs/2106.08254 and of
 https://arxiv.org/abs/2304.07193).
 
 Pure functions of the grid of patches and a random generator.
@@ -14,54 +14,55 @@ from troodon.views.config import MasksConfig
 
 # Shape suffixes: N global crops, P patches of a crop, h and w patches along the sides of its grid.
 
-MIN_BLOCK_PATCHES = 4  # patches of a block
-MIN_ASPECT = 0.3  # height over width of a block; the other extreme is its inverse
-MAX_TRIES = 10  # blocks to draw before the mask is left as it is
+MIN_BLOCK_PATCHES = 4
+MIN_ASPECT = 0.3  # height over width of a block; the maximum is its inverse
+MAX_TRIES = 10  # blocks that are drawn before the mask is left incomplete
 
 
 def draw_masks(count: int, grid: tuple[int, int], config: MasksConfig, random: np.random.Generator) -> Tensor:
-    """The masks of one step's `count` global crops: bool (count, h * w), True where the student sees a mask token.
+    """Draw the masks of `count` global crops: bool (count, h * w), True where the student sees the mask token.
 
-    Exactly int(count * share) crops get one. The range of ratios is cut into as many equal slices, with one mask from
-    each, so every step sees small and large masks; which crop gets which is shuffled.
+    Exactly int(count * share) crops get a mask. The range of ratios is divided into as many equal slices, with one mask
+    from each, so that every step has small and large masks; they are assigned to crops at random.
     """
-    masked = int(count * config.share)
-    edges = np.linspace(*config.ratio, masked + 1)
-    ratios = edges[:-1] + np.diff(edges) * random.random(masked)
+    mask_count = int(count * config.share)
+    edges = np.linspace(*config.ratio, mask_count + 1)
+    ratios = edges[:-1] + np.diff(edges) * random.random(mask_count)
     masks_Nhw = np.zeros((count, *grid), dtype=bool)
-    for row, ratio in zip(random.permutation(count)[:masked], ratios):
+    for row, ratio in zip(random.permutation(count)[:mask_count], ratios):
         masks_Nhw[row] = block_mask(grid, int(grid[0] * grid[1] * ratio), random)
     return torch.from_numpy(masks_Nhw.reshape(count, grid[0] * grid[1]))
 
 
 def block_mask(grid: tuple[int, int], target: int, random: np.random.Generator) -> np.ndarray:
-    """At most `target` patches covered by rectangles, which may overlap: bool (h, w).
+    """Draw a mask of rectangles, which may overlap, that cover at most `target` patches: bool (h, w).
 
-    A rectangle is smaller than the grid on both sides, so a grid of one row gets none, and a few patches rarely one.
-    When no try fits into what is left, the mask stays short: one in thirteen on a 16 x 16 grid, by one to three.
+    A rectangle is smaller than the grid on both sides, so a grid of one row gets none, and a tiny grid rarely one. If
+    no rectangle fits the remaining number, the mask is incomplete: one mask in thirteen on a 16 x 16 grid, by one to
+    three patches.
     """
     mask_hw = np.zeros(grid, dtype=bool)
-    left = target
-    while left > 0:
-        added = _add_block(mask_hw, left, random.random((MAX_TRIES, 4)).tolist())
+    remaining = target
+    while remaining > 0:
+        added = _add_block(mask_hw, remaining, random.random((MAX_TRIES, 4)).tolist())
         if not added:
             break
-        left -= added
+        remaining -= added
     return mask_hw
 
 
-def _add_block(mask_hw: np.ndarray, most: int, numbers: list[list[float]]) -> int:
-    """Add the first of the drawn blocks that covers between 1 and `most` new patches; how many it does, or 0."""
+def _add_block(mask_hw: np.ndarray, limit: int, numbers: list[list[float]]) -> int:
+    """Add the first of the drawn blocks that covers 1 to `limit` new patches; returns their number, or 0 for none."""
     height, width = mask_hw.shape
-    for size, shape, down, across in numbers:
-        area = MIN_BLOCK_PATCHES + (most - MIN_BLOCK_PATCHES) * size
-        aspect = MIN_ASPECT ** (2 * shape - 1)
+    for area_u, aspect_u, y_u, x_u in numbers:
+        area = MIN_BLOCK_PATCHES + (limit - MIN_BLOCK_PATCHES) * area_u
+        aspect = MIN_ASPECT ** (2 * aspect_u - 1)
         h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if h < height and w < width:
-            top, left = int(down * (height - h + 1)), int(across * (width - w + 1))
+            top, left = int(y_u * (height - h + 1)), int(x_u * (width - w + 1))
             block_hw = mask_hw[top : top + h, left : left + w]
             new = h * w - int(np.count_nonzero(block_hw))
-            if 0 < new <= most:
+            if 0 < new <= limit:
                 block_hw[:] = True
                 return new
     return 0
