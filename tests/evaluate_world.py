@@ -1,4 +1,4 @@
-"""A small labelled world on disk, and stand-ins for backbones, for the tests of evaluation."""
+"""A small labelled dataset on disk, and a fake backbone, for the tests of evaluation."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ COLOURS = {"red": (200, 60, 60), "green": (60, 190, 70), "blue": (50, 80, 210), 
 
 
 def make_index(folder: Path, labels: Sequence[str | None], splits: Sequence[str | None] | None = None) -> Index:
-    """One small noisy PNG per label, of the colour that the label names (any other label is grey)."""
+    """One small noisy PNG per label, in the colour that the label names (other labels are grey)."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for i, label in enumerate(labels):
@@ -30,8 +30,8 @@ def make_index(folder: Path, labels: Sequence[str | None], splits: Sequence[str 
     return Index(pa.table([list(c) for c in zip(*rows, strict=True)], schema=SCHEMA))
 
 
-class Fake:
-    """A backbone of three blocks: the mean colour, with less and less noise that only the image decides."""
+class FakeBackbone:
+    """A backbone of three blocks: the mean colour, with noise of the image that decreases from block to block."""
 
     channels = 3
 
@@ -45,7 +45,7 @@ class Fake:
         return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2) / 255.0
 
     def features(self, images: torch.Tensor, *, blocks: int = 1) -> SimpleNamespace:
-        assert blocks <= 3, "a network of three blocks was asked for more"
+        assert blocks <= 3, "more than three blocks requested"
         self.batches += 1
         patches = images.unfold(2, 4, 4).unfold(3, 4, 4).mean((-2, -1)).permute(0, 2, 3, 1) - 0.5
         noise = images[:, :, :3].flatten(1)[:, :3]
@@ -54,15 +54,15 @@ class Fake:
         return SimpleNamespace(cls=per_block[-1][0], patches=patches, blocks=per_block[-blocks:])
 
 
-def labels_of(train: Index, val: Index, name: str) -> Benchmark:
-    """A set of labels that says of itself what teaches and what tests."""
+def merge_splits(train: Index, val: Index, name: str) -> Benchmark:
+    """A classification dataset with a train and val split."""
     index = Index(pa.concat_tables([train.table, val.table]))
     splits = pa.array(["train"] * len(train) + ["val"] * len(val), pa.string())
     return Benchmark(name, "label", Index(index.table.set_column(SCHEMA.get_field_index("split"), "split", splits)))
 
 
-def frozen(cls_ND: np.ndarray, mean_ND: np.ndarray | None = None, blocks: int = 1) -> FrozenFeatures:
-    """Features that no backbone made; with `blocks`, the channels are cut into so many of them."""
+def make_features(cls_ND: np.ndarray, mean_ND: np.ndarray | None = None, blocks: int = 1) -> FrozenFeatures:
+    """Features without a backbone. The channels are divided into `blocks` blocks."""
     n = len(cls_ND)
     mean_ND = np.zeros((n, 0)) if mean_ND is None else mean_ND
     mean_NLD = np.repeat(mean_ND.astype(np.float32)[:, None], blocks, 1)

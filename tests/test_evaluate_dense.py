@@ -1,4 +1,4 @@
-"""Masks and depths: windows cover every pixel, a head learns what patches say, pictures come together again."""
+"""Segmentation and depth: windows cover every pixel, heads learn from patches, predictions are merged."""
 
 import dataclasses
 from pathlib import Path
@@ -16,7 +16,7 @@ from troodon.evaluate.dense import DepthTask, SegmentationTask, cell_targets, in
 from troodon.evaluate.discover import iou
 from troodon.evaluate.feature_maps import (
     WindowGrid,
-    extract_feature_maps,
+    extract_maps,
     last_four,
     normalise,
     resize,
@@ -36,8 +36,8 @@ CONFIG = EvaluateConfig(dense=DenseConfig(steps=60, batch=8, rate=1e-2, heads=("
 VIEW = Preprocessing(resize=32, crop=32)
 
 
-def street(folder: Path, images: int = 12, size: tuple[int, int] = (48, 64)) -> Benchmark:
-    """Pictures of three colours in blocks, with masks of which, and distances that grow with the class."""
+def make_street_dataset(folder: Path, images: int = 12, size: tuple[int, int] = (48, 64)) -> Benchmark:
+    """Images of blocks in three colours, with masks of the colours, and distances that grow with the class."""
     rows = ["image,mask,depth,split"]
     (folder / "m").mkdir(parents=True)
     for i in range(images):
@@ -54,13 +54,13 @@ def street(folder: Path, images: int = 12, size: tuple[int, int] = (48, 64)) -> 
     (folder / "classes.txt").write_text("0 red\n1 green\n2 blue\n11 unlabelled\n")
     tree = Tree.open(folder)
     assert tree is not None
-    found = open_table(tree)
-    assert found is not None
-    return found
+    benchmark = open_table(tree)
+    assert benchmark is not None
+    return benchmark
 
 
-def depths(masks: Benchmark) -> Benchmark:
-    """The same pictures, with distances for a truth."""
+def with_depths(masks: Benchmark) -> Benchmark:
+    """The same images, with depth as ground truth."""
     tree = Tree.open(Path(masks.images.column("container")[0]).parent)
     assert tree is not None
     splits = masks.images.column("split")
@@ -73,84 +73,80 @@ def depths(masks: Benchmark) -> Benchmark:
     ("height", "width", "scale"), [(100, 100, 1.0), (37, 300, 1.0), (480, 360, 1.73), (5, 5, 1.32)]
 )
 def test_windows_cover_every_pixel_and_no_more(height: int, width: int, scale: float) -> None:
-    view = WindowGrid(32, scale)
-    size = view.resized(height, width)
+    grid = WindowGrid(32, scale)
+    size = grid.resized(height, width)
     assert min(size) == max(32, round(32 * scale))
-    seen = np.zeros(size, int)
-    for top, left in view.corners(*size):
+    count = np.zeros(size, int)
+    for top, left in grid.corners(*size):
         assert 0 <= top <= size[0] - 32
-        seen[top : top + 32, left : left + 32] += 1
-    assert seen.shape == size
-    assert seen.min() >= 1
+        count[top : top + 32, left : left + 32] += 1
+    assert count.shape == size
+    assert count.min() >= 1
     if size == (32, 32):
-        assert seen.max() == 1
+        assert count.max() == 1
 
 
-def test_maps_are_what_the_network_says_of_each_window(tmp_path: Path) -> None:
-    benchmark = street(tmp_path / "s", images=3)
+def test_feature_maps_match_the_network_on_each_window(tmp_path: Path) -> None:
+    benchmark = make_street_dataset(tmp_path / "s", images=3)
     vit = ViTConfig(dim=32, depth=6, heads=2, patch=8, grid=4, layer_scale=1.0)
     backbone = Backbone.random(vit, VIEW)
-    maps = extract_feature_maps(
-        backbone, benchmark.images, WindowGrid(32), (1, 5), Reader(batch=2, cache=tmp_path / "cache")
-    )
-    again = extract_feature_maps(
-        backbone, benchmark.images, WindowGrid(32), (1, 5), Reader(batch=5, cache=tmp_path / "cache")
-    )
+    maps = extract_maps(backbone, benchmark.images, WindowGrid(32), (1, 5), Reader(batch=2, cache=tmp_path / "cache"))
+    again = extract_maps(backbone, benchmark.images, WindowGrid(32), (1, 5), Reader(batch=5, cache=tmp_path / "cache"))
     assert isinstance(again.parts[0].maps_NLhwD, np.memmap)
     assert maps.rows_N.tolist() == again.rows_N.tolist() == [0, 0, 1, 1, 2, 2]
-    found, cls = again.get(np.array([3]), (5,))
+    patches, cls = again.get(np.array([3]), (5,))
     pixels = np.asarray(Image.open(tmp_path / "s" / "01.png"))
     top, left, height, width = maps.positions_N4[3]
     window = normalise(backbone, resize(pixels, (height, width))[None, :, top : top + 32, left : left + 32])
     direct = backbone.features(window)
-    assert torch.allclose(found[0, 0].movedim(0, -1), direct.patches[0], atol=2e-3)
+    assert torch.allclose(patches[0, 0].movedim(0, -1), direct.patches[0], atol=2e-3)
     assert torch.allclose(cls[0, 0], direct.cls[0], atol=1e-5)
     assert torch.allclose(tokens(backbone, window, (1, 5))[0][0, 1], direct.patches[0])
 
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
-def test_maps_of_a_faster_network_are_those_of_the_network(tmp_path: Path, compute: str) -> None:
-    """In the precision it was made for, in a few windows at a time, and kept apart from those of another precision."""
-    benchmark = street(tmp_path / "s", images=3)
+def test_feature_maps_of_a_faster_network_match_those_of_the_network(tmp_path: Path, compute: str) -> None:
+    """In its own precision, a few windows at a time, and with another cache key than in another precision."""
+    benchmark = make_street_dataset(tmp_path / "s", images=3)
     vit = ViTConfig(dim=32, depth=6, heads=2, patch=8, grid=4, layer_scale=1.0)
     plain = Backbone.random(vit, VIEW)
     fast = plain.optimized(compute)
-    made = {}
+    maps_of = {}
     for name, backbone in (("plain", plain), ("fast", fast)):
-        maps = extract_feature_maps(backbone, benchmark.images, WindowGrid(32), (2, 5), Reader(batch=4))
-        made[name] = maps.get(np.arange(6), (2, 5))
-    for ours, reference in zip(made["fast"], made["plain"]):
-        off = (ours - reference).norm() / reference.norm()
-        assert off < (1e-3 if compute == "fp32" else 2e-2)
-        assert (off > 1e-3) == (compute == "bf16")  # so it was used
+        maps = extract_maps(backbone, benchmark.images, WindowGrid(32), (2, 5), Reader(batch=4))
+        maps_of[name] = maps.get(np.arange(6), (2, 5))
+    for ours, reference in zip(maps_of["fast"], maps_of["plain"]):
+        error = (ours - reference).norm() / reference.norm()
+        assert error < (1e-3 if compute == "fp32" else 2e-2)
+        assert (error > 1e-3) == (compute == "bf16")  # so it was used
     window = torch.randn(1, 3, 32, 32)
     assert torch.equal(tokens(fast, window, (5,))[1][:, 0], fast.features(window).cls)
     same = cache_key(plain, benchmark.images) == cache_key(fast, benchmark.images)
     assert same == (compute == "fp32")
 
 
-def test_which_blocks_dense_heads_read() -> None:
+def test_blocks_of_dense_heads() -> None:
     assert last_four(12) == (8, 9, 10, 11)
     assert [spread_four(depth) for depth in (12, 24, 40)] == [(2, 5, 8, 11), (4, 11, 17, 23), (9, 19, 29, 39)]
     assert spread_four(3)[-1] == 2
     assert spread_four(1) == last_four(1) == (0,)
 
 
-def test_masks_are_learnt_from_what_patches_say_and_beat_their_places(tmp_path: Path) -> None:
+def test_segmentation_learns_from_patches_and_beats_the_location_prior(tmp_path: Path) -> None:
     colours = PatchColours(VIEW, 8)
-    scores = evaluate([colours, LocationPrior()], [street(tmp_path / "s")], CONFIG, tmp_path / "scores")
-    found = {(s["backbone"], s["protocol"], s["metric"]): s for s in scores}
-    ours, prior = (found[b, "segment", "miou"] for b in ("patch-colours", "location-prior"))
+    scores = evaluate([colours, LocationPrior()], [make_street_dataset(tmp_path / "s")], CONFIG, tmp_path / "scores")
+    by_metric = {(s["backbone"], s["protocol"], s["metric"]): s for s in scores}
+    ours, prior = (by_metric[b, "segment", "miou"] for b in ("patch-colours", "location-prior"))
     assert ours["value"] > 0.8 > 0.5 > prior["value"]
     assert ours["low"] < ours["value"] < ours["high"]
     assert ours["settings"]["window"] == 32
-    assert found["patch-colours", "segment", "pixel_accuracy"]["value"] > 0.9
-    assert found["patch-colours", "match", "pck@0.1"]["value"] > 0.1
+    assert by_metric["patch-colours", "segment", "pixel_accuracy"]["value"] > 0.9
+    assert by_metric["patch-colours", "match", "pck@0.1"]["value"] > 0.1
     assert ours["fingerprint"] != prior["fingerprint"]
 
 
-def test_depths_are_learnt_by_every_head(tmp_path: Path) -> None:
-    benchmark = depths(street(tmp_path / "s"))
+def test_every_head_learns_depth(tmp_path: Path) -> None:
+    benchmark = with_depths(make_street_dataset(tmp_path / "s"))
     dense = DenseConfig(
         steps=80,
         batch=8,
@@ -162,24 +158,24 @@ def test_depths_are_learnt_by_every_head(tmp_path: Path) -> None:
     )
     config = dataclasses.replace(CONFIG, dense=dense, protocols=("depth",))
     scores = evaluate([PatchColours(VIEW, 8), LocationPrior()], [benchmark], config, tmp_path / "scores")
-    found = {(s["backbone"], s["protocol"]): s["value"] for s in scores if s["metric"] == "absrel"}
-    assert set(found) == {
+    absrel = {(s["backbone"], s["protocol"]): s["value"] for s in scores if s["metric"] == "absrel"}
+    assert set(absrel) == {
         ("patch-colours", "depth"), ("patch-colours", "depth_patches"), ("patch-colours", "depth_linear_4_ms"),
         ("patch-colours", "depth_dpt"), ("location-prior", "depth"),
     }  # fmt: skip
-    assert max(v for (b, _), v in found.items() if b == "patch-colours") < 0.3 < found["location-prior", "depth"]
+    assert max(v for (b, _), v in absrel.items() if b == "patch-colours") < 0.3 < absrel["location-prior", "depth"]
 
 
-def test_the_range_of_depths_is_asked_for_before_anything_runs(tmp_path: Path) -> None:
-    benchmark = depths(street(tmp_path / "s", images=3))
+def test_a_missing_depth_range_is_an_error_before_anything_runs(tmp_path: Path) -> None:
+    benchmark = with_depths(make_street_dataset(tmp_path / "s", images=3))
     with pytest.raises(UsageError, match=r"--dense\.range LEAST MOST; .* from 1\.00 to 3\.00"):
         evaluate([PatchColours(VIEW, 8)], [benchmark], CONFIG, tmp_path / "scores")
     assert not (tmp_path / "scores").exists()
 
 
-def test_truth_lies_where_the_window_was_cut(tmp_path: Path) -> None:
-    benchmark, task = street(tmp_path / "s", images=2), SegmentationTask(3)
-    maps = extract_feature_maps(PatchColours(VIEW, 8), benchmark.images, WindowGrid(32), (0,), Reader())
+def test_targets_match_the_position_of_the_window(tmp_path: Path) -> None:
+    benchmark, task = make_street_dataset(tmp_path / "s", images=2), SegmentationTask(3)
+    maps = extract_maps(PatchColours(VIEW, 8), benchmark.images, WindowGrid(32), (0,), Reader())
     target, windows = cell_targets(benchmark, task, maps)
     assert target.shape == (4, 16, 16)
     assert windows.tolist() == [0, 1, 2, 3]
@@ -190,37 +186,37 @@ def test_truth_lies_where_the_window_was_cut(tmp_path: Path) -> None:
     assert (target[2][0] == IGNORE).all()  # the first rows of the second picture are unlabelled
 
 
-def test_a_truth_that_cannot_be_read_leaves_only_its_image_out(tmp_path: Path) -> None:
-    benchmark = street(tmp_path / "s", images=6)
+def test_unreadable_ground_truth_skips_only_its_image(tmp_path: Path) -> None:
+    benchmark = make_street_dataset(tmp_path / "s", images=6)
     (tmp_path / "s" / "m" / "00.png").write_bytes(b"broken")
-    maps = extract_feature_maps(PatchColours(VIEW, 8), benchmark.images, WindowGrid(32), (0,), Reader())
+    maps = extract_maps(PatchColours(VIEW, 8), benchmark.images, WindowGrid(32), (0,), Reader())
     _, windows = cell_targets(benchmark, SegmentationTask(3), maps)
     assert set(maps.rows_N[windows]) == {1, 2, 3, 4, 5}
 
 
-def test_a_prediction_put_together_from_windows_is_the_whole(tmp_path: Path) -> None:
-    """A head that says of each patch how red it is gives a picture of how red the picture is."""
-    benchmark = street(tmp_path / "s", images=2)
-    maps = extract_feature_maps(PatchColours(VIEW, 8), benchmark.images, WindowGrid(32), (0,), Reader())
+def test_windows_are_merged_into_one_prediction(tmp_path: Path) -> None:
+    """A head that returns the red channel of each patch predicts the red channel of the image."""
+    benchmark = make_street_dataset(tmp_path / "s", images=2)
+    maps = extract_maps(PatchColours(VIEW, 8), benchmark.images, WindowGrid(32), (0,), Reader())
     task = DepthTask(1.0, 0.0, 10.0, 1)
 
     class Red(torch.nn.Module):
         def forward(self, maps_BLDhw, cls_BLD):
             return maps_BLDhw[:, 0, :1]
 
-    activation = dataclasses.replace(task)
-    object.__setattr__(activation, "activation", lambda z: z)
-    found = dict(predict(Red(), activation, [maps, maps], (0,), {0: (48, 64), 1: (48, 64)}))
+    task_without_activation = dataclasses.replace(task)
+    object.__setattr__(task_without_activation, "activation", lambda z: z)
+    predicted = dict(predict(Red(), task_without_activation, [maps, maps], (0,), {0: (48, 64), 1: (48, 64)}))
     pixels = np.asarray(Image.open(tmp_path / "s" / "01.png"), dtype=np.float32)
     red = (pixels[..., 0] / 255 - 0.485) / 0.229
-    assert np.corrcoef(found[1].ravel(), red.ravel())[0, 1] > 0.9
-    assert found[1].shape == (48, 64)
+    assert np.corrcoef(predicted[1].ravel(), red.ravel())[0, 1] > 0.9
+    assert predicted[1].shape == (48, 64)
     assert interpolate(torch.ones(1, 1, 2, 2), (3, 5)).shape == (1, 1, 3, 5)
 
 
-def test_training_is_a_function_of_its_arguments(tmp_path: Path) -> None:
-    benchmark, task = street(tmp_path / "s", images=4), SegmentationTask(3)
-    maps = extract_feature_maps(PatchColours(VIEW, 8), benchmark.images, WindowGrid(32), (0,), Reader())
+def test_training_is_deterministic(tmp_path: Path) -> None:
+    benchmark, task = make_street_dataset(tmp_path / "s", images=4), SegmentationTask(3)
+    maps = extract_maps(PatchColours(VIEW, 8), benchmark.images, WindowGrid(32), (0,), Reader())
     target, windows = cell_targets(benchmark, task, maps)
     few = DenseConfig(steps=5, batch=3)
     a, b, c = (train_head("linear", task, maps, (0,), target, windows, few, seed) for seed in (1, 1, 2))
@@ -228,7 +224,7 @@ def test_training_is_a_function_of_its_arguments(tmp_path: Path) -> None:
     assert not torch.equal(a.layer.weight, c.layer.weight)
 
 
-def test_a_thing_of_another_colour_is_found_where_it_is(tmp_path: Path) -> None:
+def test_discovery_finds_an_object_of_another_colour(tmp_path: Path) -> None:
     folder, rows, boxes = tmp_path / "things", ["image,tags"], []
     folder.mkdir()
     for i in range(6):
@@ -241,66 +237,66 @@ def test_a_thing_of_another_colour_is_found_where_it_is(tmp_path: Path) -> None:
         rows.append(f"{i}.png,thing")
         boxes.append(np.array([[0, 0, 4, 4], [left, top, left + 32, top + 24]], float))
     (folder / "index.csv").write_text("\n".join(rows))
-    found = open_benchmark(folder)
-    assert found is not None
+    benchmark = open_benchmark(folder)
+    assert benchmark is not None
     config = dataclasses.replace(CONFIG, protocols=("discover",), dense=dataclasses.replace(CONFIG.dense, side=64))
-    some = dataclasses.replace(found, objects=(*boxes[:5], np.zeros((0, 4))))
+    some = dataclasses.replace(benchmark, objects=(*boxes[:5], np.zeros((0, 4))))
     (score,) = evaluate([PatchColours(VIEW, 8)], [some], config, tmp_path / "s")
     assert (score["metric"], score["value"], score["settings"]["images"]) == ("corloc", 1.0, 5)
     assert score["settings"]["a box of the whole picture"] == 0.0
-    elsewhere = dataclasses.replace(found, objects=tuple(b[:1] for b in boxes))
+    elsewhere = dataclasses.replace(benchmark, objects=tuple(b[:1] for b in boxes))
     (score,) = evaluate([PatchColours(VIEW, 8)], [elsewhere], config, tmp_path / "t")
     assert score["value"] == 0.0
     assert iou(np.array([0, 0, 4, 2]), np.array([[2, 0, 6, 2], [9, 9, 10, 10]])).tolist() == [1 / 3, 0]
 
 
-def test_mean_iou_is_that_of_a_confusion_matrix() -> None:
+def test_mean_iou_matches_scikit_learn() -> None:
     sklearn = pytest.importorskip("sklearn.metrics")
     random = np.random.default_rng(0)
-    target, said = random.integers(0, 5, (2, 40, 40))
+    target, predicted = random.integers(0, 5, (2, 40, 40))
     target[random.random((40, 40)) < 0.1] = IGNORE
-    counts = metrics.class_counts(said, target, 6, IGNORE)  # a sixth class that is nowhere
-    known = target != IGNORE
-    expected = sklearn.jaccard_score(target[known], said[known], average="macro")
+    counts = metrics.class_counts(predicted, target, 6, IGNORE)  # a sixth class that is nowhere
+    valid = target != IGNORE
+    expected = sklearn.jaccard_score(target[valid], predicted[valid], average="macro")
     assert metrics.mean_iou(counts[None])[0] == pytest.approx(expected)
-    assert counts[0].sum() / counts[2].sum() == pytest.approx((said == target)[known].mean())
+    assert counts[0].sum() / counts[2].sum() == pytest.approx((predicted == target)[valid].mean())
 
 
-def test_depth_errors_are_their_definitions() -> None:
+def test_depth_errors_match_their_definitions() -> None:
     random = np.random.default_rng(0)
     t, p = random.uniform(1, 5, (2, 30))
     t[:5] = 0
-    found = metrics.depth_errors(p, t)
-    known = [(a, b) for a, b in zip(p, t) if b > 0]
-    assert found["absrel"] == pytest.approx(sum(abs(a - b) / b for a, b in known) / len(known))
-    assert found["rmse"] == pytest.approx((sum((a - b) ** 2 for a, b in known) / len(known)) ** 0.5)
-    assert found["delta1"] == pytest.approx(sum(max(a / b, b / a) < 1.25 for a, b in known) / len(known))
+    errors = metrics.depth_errors(p, t)
+    valid = [(a, b) for a, b in zip(p, t) if b > 0]
+    assert errors["absrel"] == pytest.approx(sum(abs(a - b) / b for a, b in valid) / len(valid))
+    assert errors["rmse"] == pytest.approx((sum((a - b) ** 2 for a, b in valid) / len(valid)) ** 0.5)
+    assert errors["delta1"] == pytest.approx(sum(max(a / b, b / a) < 1.25 for a, b in valid) / len(valid))
 
 
-def test_matches_of_patches_that_carry_their_place_are_right() -> None:
-    """The second view says of each patch where in the first it lies: so the nearest is where it went."""
-    turn = random_affine(np.random.default_rng(3))
+def test_patches_that_encode_their_position_are_matched_correctly() -> None:
+    """The features of a patch encode its position in the first view, so the nearest patch is the true match."""
+    affine = random_affine(np.random.default_rng(3))
     n = 16
     ys = 2 * (torch.arange(n) + 0.5) / n - 1
     place = torch.stack(torch.meshgrid(ys, ys, indexing="xy"), -1)
-    there = place @ turn[:, :2].T + turn[:, 2]
+    target = place @ affine[:, :2].T + affine[:, 2]
 
     def code(x: torch.Tensor) -> torch.Tensor:  # nearer places have a higher cosine
         return torch.cat([(6 * x).cos(), (6 * x).sin(), (2 * x).cos(), (2 * x).sin()], -1)
 
-    off = match_distances(code(place), code(there), turn)
-    assert len(off) > n
-    assert off.max() < 1.5 / n
-    chance = match_distances(torch.randn(n, n, 8), torch.randn(n, n, 8), turn)
+    distances = match_distances(code(place), code(target), affine)
+    assert len(distances) > n
+    assert distances.max() < 1.5 / n
+    chance = match_distances(torch.randn(n, n, 8), torch.randn(n, n, 8), affine)
     assert (chance < 0.1).mean() < 0.2
     grey = torch.full((3, 8, 8), 100, dtype=torch.uint8)
-    seen = torch.stack([change_light(grey, np.random.default_rng(i)) for i in range(50)])[:, :, 0, 0].float()
-    assert seen.std(0).min() > 15  # every colour changes, and not by one factor
-    assert (seen / seen.mean(1, keepdim=True)).std() > 0.1
+    changed = torch.stack([change_light(grey, np.random.default_rng(i)) for i in range(50)])[:, :, 0, 0].float()
+    assert changed.std(0).min() > 15  # every colour changes, and not by one factor
+    assert (changed / changed.mean(1, keepdim=True)).std() > 0.1
     assert (change_light(torch.full((3, 1, 1), 255, dtype=torch.uint8), np.random.default_rng(0)) <= 255).all()
     ramp = torch.arange(64.0).repeat(64, 1)[None].expand(3, -1, -1) * 4
-    seen = warp(ramp.to(torch.uint8), turn).float()
-    assert abs(float(seen[0, 32, 32]) - 4 * (31.5 + 32 * float(turn[0, 2]))) < 6
+    changed = warp(ramp.to(torch.uint8), affine).float()
+    assert abs(float(changed[0, 32, 32]) - 4 * (31.5 + 32 * float(affine[0, 2]))) < 6
 
 
 @pytest.mark.parametrize(
@@ -312,35 +308,37 @@ def test_matches_of_patches_that_carry_their_place_are_right() -> None:
         ("neardup_cifar10_dev.tar", "copies", 4313, None),
     ],
 )
-def test_real_sets_say_what_they_are(shared, pack: str, kind: str, images: int, truths: set | None) -> None:
-    found = open_benchmark(shared(pack))
-    assert found is not None
-    assert (found.kind, len(found.images)) == (kind, images)
-    if found.ground_truth is not None:
-        assert set(found.images.column("split")) == {"train", "val"}
+def test_kinds_of_real_datasets(shared, pack: str, kind: str, images: int, truths: set | None) -> None:
+    benchmark = open_benchmark(shared(pack))
+    assert benchmark is not None
+    assert (benchmark.kind, len(benchmark.images)) == (kind, images)
+    if benchmark.ground_truth is not None:
+        assert set(benchmark.images.column("split")) == {"train", "val"}
     if truths is not None:
-        assert {int(v) for row in range(0, images, 40) for v in np.unique(found.target(row))} == truths
-        assert found.classes[:2] == ("Sky", "Building")
+        assert {int(v) for row in range(0, images, 40) for v in np.unique(benchmark.target(row))} == truths
+        assert benchmark.classes[:2] == ("Sky", "Building")
     if kind == "depth":
-        low, high = depth_range(found, 0.001)
+        low, high = depth_range(benchmark, 0.001)
         assert 0.5 < low < 1.0 < 3.0 < high < 4.0
     if kind == "retrieval":
-        assert len(found.queries) == 80
-        assert all(len(right) == 40 for right, _ in found.relevance["all"])
+        assert len(benchmark.queries) == 80
+        assert all(len(relevant) == 40 for relevant, _ in benchmark.relevance["all"])
     if kind == "copies":
-        assert len(found.pairs) == 174
+        assert len(benchmark.pairs) == 174
 
 
 def test_colours_of_real_streets_beat_chance(tmp_path: Path, shared) -> None:
-    """Sky, road and trees have colours of their own: far better than the most frequent class everywhere (2.5 %)."""
-    found = open_benchmark(shared("seg_camvid_dev.tar"))
-    assert found is not None
-    assert found.ground_truth is not None
+    """Sky, road and trees differ in colour: far better than the most frequent class everywhere (2.5 %)."""
+    benchmark = open_benchmark(shared("seg_camvid_dev.tar"))
+    assert benchmark is not None
+    assert benchmark.ground_truth is not None
     rows = np.concatenate([np.arange(0, 360, 30), np.arange(370, 468, 20)])
-    few = dataclasses.replace(found, images=found.images.take(rows), ground_truth=found.ground_truth.take(rows))
+    few = dataclasses.replace(
+        benchmark, images=benchmark.images.take(rows), ground_truth=benchmark.ground_truth.take(rows)
+    )
     config = dataclasses.replace(CONFIG, dense=dataclasses.replace(CONFIG.dense, side=96, steps=100), match_images=3)
     scores = evaluate([PatchColours(VIEW, 8)], [few], config, tmp_path / "s")
-    found = {s["metric"]: s for s in scores}
-    assert found["miou"]["value"] > 0.12
-    assert found["pixel_accuracy"]["value"] > 0.4
-    assert (found["miou"]["settings"]["train"], found["miou"]["settings"]["val"]) == (12, 5)
+    by_metric = {s["metric"]: s for s in scores}
+    assert by_metric["miou"]["value"] > 0.12
+    assert by_metric["pixel_accuracy"]["value"] > 0.4
+    assert (by_metric["miou"]["settings"]["train"], by_metric["miou"]["settings"]["val"]) == (12, 5)

@@ -1,4 +1,4 @@
-"""Pictures show what is in the features: colours of parts, neighbours with the right frame."""
+"""Pictures show the features: colours of patches, neighbours with the right frame."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,19 +8,19 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.evaluate_world import COLOURS, Fake, frozen, make_index
+from tests.evaluate_world import COLOURS, FakeBackbone, make_features, make_index
 from troodon.evaluate.pictures import RIGHT, WRONG, draw_neighbours, draw_pca, pca_colours, spread_over_classes
 
 
 def halves(images: int) -> np.ndarray:
-    """Patches of which the left half says one thing and the right half another, in every image."""
+    """Patches whose features differ between the left and the right half of every image."""
     x = 0.01 * np.random.default_rng(0).normal(size=(images, 6, 6, 12))
     x[:, :, :3, 0] += 1
     x[:, :, 3:, 1] += 1
     return x
 
 
-def test_parts_that_are_alike_get_one_colour_in_every_image() -> None:
+def test_similar_patches_get_one_colour_in_all_images() -> None:
     colours = pca_colours(halves(3)).astype(int)
     left, right = colours[:, :, :3, 0], colours[:, :, 3:, 0]
     assert left.std() < 10
@@ -28,7 +28,7 @@ def test_parts_that_are_alike_get_one_colour_in_every_image() -> None:
     assert abs(left.mean() - right.mean()) > 200
 
 
-def test_the_foreground_is_what_is_not_at_the_border() -> None:
+def test_the_background_is_at_the_border() -> None:
     x = 0.05 * np.random.default_rng(0).normal(size=(2, 8, 8, 12))
     x[:, 2:6, 2:6, 3] += 1
     inside = np.zeros((8, 8), dtype=bool)
@@ -43,7 +43,7 @@ def test_features_of_few_channels_or_of_one_value_are_drawn() -> None:
     assert not pca_colours(np.ones((1, 2, 2, 8)), foreground=True).any()
 
 
-def test_images_stand_beside_their_patches(tmp_path: Path) -> None:
+def test_images_are_drawn_beside_their_patches(tmp_path: Path) -> None:
     patches = torch.from_numpy(halves(4))
     normalise = SimpleNamespace(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     backbone = SimpleNamespace(
@@ -62,12 +62,12 @@ def test_images_stand_beside_their_patches(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_frames_say_who_agrees(tmp_path: Path, labelled: bool) -> None:
+def test_frames_show_whether_classes_agree(tmp_path: Path, labelled: bool) -> None:
     names = ["red", "red", "green", "blue"]
     train = make_index(tmp_path / "train", names if labelled else [None] * 4)
     val = make_index(tmp_path / "val", ["red"] if labelled else [None])
-    near = frozen(np.array([[1.0, 0.0], [0.9, 0.1], [0.5, 0.5], [0.0, 1.0]]))
-    draw_neighbours(train, val, (near, frozen(np.array([[1.0, 0.0]]))), tmp_path / "n.png")
+    near = make_features(np.array([[1.0, 0.0], [0.9, 0.1], [0.5, 0.5], [0.0, 1.0]]))
+    draw_neighbours(train, val, (near, make_features(np.array([[1.0, 0.0]]))), tmp_path / "n.png")
     page = np.asarray(Image.open(tmp_path / "n.png"))
     cell, gap = (1000 - 32 - 24 - 6 * 8) // 8, 8
     corners = [tuple(int(v) for v in page[17, 16 + cell + 24 + i * (cell + gap) + 1]) for i in range(7)]
@@ -82,9 +82,9 @@ def test_frames_say_who_agrees(tmp_path: Path, labelled: bool) -> None:
 
 
 def test_rows_of_features_are_rows_of_the_index(tmp_path: Path) -> None:
-    """An image that could not be read shifts features against the index; pictures must not shift with them."""
+    """An unreadable image shifts the features relative to the index. The pictures must not shift."""
     train, val = make_index(tmp_path / "train", ["red", "green", "blue"]), make_index(tmp_path / "val", ["x", "blue"])
-    near, far = frozen(np.eye(3)[1:]), frozen(np.eye(3)[2:])
+    near, far = make_features(np.eye(3)[1:]), make_features(np.eye(3)[2:])
     near.rows[:], far.rows[:] = [1, 2], [1]
     draw_neighbours(train, val, (near, far), tmp_path / "n.png")
     page = np.asarray(Image.open(tmp_path / "n.png")).astype(int)
@@ -102,8 +102,8 @@ def test_queries_are_of_different_classes() -> None:
     assert spread_over_classes([None, None, None], 2) == [0, 2]
 
 
-def test_what_the_suite_draws(tmp_path: Path) -> None:
+def test_pca_picture_of_images_of_several_sizes(tmp_path: Path) -> None:
     images = [np.full((30, 20, 3), 90, np.uint8), np.full((20, 30, 3), 30, np.uint8)]
-    draw_pca(Fake(), images, tmp_path / "pca.png")
+    draw_pca(FakeBackbone(), images, tmp_path / "pca.png")
     with Image.open(tmp_path / "pca.png") as picture:
         assert picture.width == 1000

@@ -1,10 +1,10 @@
-"""Several ranks give the scores of one, and look at each image once between them."""
+"""Several ranks return the scores of one rank, and together process each image once."""
 
 from pathlib import Path
 
 import numpy as np
 
-from tests.evaluate_world import Fake, labels_of, make_index
+from tests.evaluate_world import FakeBackbone, make_index, merge_splits
 from tests.ranks import on_ranks
 from troodon import verbs
 from troodon.config import UsageError
@@ -22,33 +22,39 @@ CONFIG = EvaluateConfig(
 )  # fmt: skip
 
 
-def evaluated(index, folder: Path, cache: Path | None) -> tuple[list[dict], int]:
-    """With parts of four images, where the process goes on with parts as they are."""
-    fake, reader, part = Fake(), Reader(batch=2, cache=cache, shared=True), features.PART_SIZE
+def run_evaluation(index, folder: Path, cache: Path | None) -> tuple[list[dict], int]:
+    """With parts of four images. The part size is restored afterwards."""
+    fake, reader, part = FakeBackbone(), Reader(batch=2, cache=cache, shared=True), features.PART_SIZE
     features.PART_SIZE = 4
     try:
-        return evaluate([fake], [labels_of(*split(index, 0), "colours")], CONFIG, folder, reader=reader), fake.batches
+        return evaluate(
+            [fake], [merge_splits(*split(index, 0), "colours")], CONFIG, folder, reader=reader
+        ), fake.batches
     finally:
         features.PART_SIZE = part
 
 
-def wrong(index) -> str:
+def error_message(index) -> str:
     try:
-        extract(Fake(sharpness=float("nan")), index, reader=Reader(shared=True))
+        extract(FakeBackbone(sharpness=float("nan")), index, reader=Reader(shared=True))
     except UsageError as error:
         return str(error)
     return ""
 
 
-def everything(index, folder: Path) -> tuple:
-    return evaluated(index, folder / "both", None), evaluated(index, folder / "kept", folder / "cache"), wrong(index)
+def run_all(index, folder: Path) -> tuple:
+    return (
+        run_evaluation(index, folder / "both", None),
+        run_evaluation(index, folder / "kept", folder / "cache"),
+        error_message(index),
+    )
 
 
-def test_ranks_share_the_images_and_give_the_scores_of_one(tmp_path: Path) -> None:
-    index = make_index(tmp_path / "images", ["red", "green", "blue"] * 7)  # 21: no number of ranks divides all parts
+def test_ranks_share_the_images_and_return_the_scores_of_one_rank(tmp_path: Path) -> None:
+    index = make_index(tmp_path / "images", ["red", "green", "blue"] * 7)  # 21: the last part is smaller
     (tmp_path / "images" / "004.png").write_bytes(b"broken")
-    alone, batches = evaluated(index, tmp_path / "alone", None)
-    first, second = on_ranks(2, everything, index, tmp_path)
+    alone, batches = run_evaluation(index, tmp_path / "alone", None)
+    first, second = on_ranks(2, run_all, index, tmp_path)
     for a, b in zip(first[:2], second[:2]):
         assert a[0] == b[0] == alone
         assert b[1] < batches  # the first also draws the pictures
@@ -57,7 +63,7 @@ def test_ranks_share_the_images_and_give_the_scores_of_one(tmp_path: Path) -> No
     assert "not finite" in first[2]
 
 
-def test_the_command_on_two_processes_is_the_command_on_one(tmp_path: Path) -> None:
+def test_two_processes_match_one_process(tmp_path: Path) -> None:
     make_index(tmp_path / "data" / "train" / "a", ["red"] * 6)
     make_index(tmp_path / "data" / "train" / "b", ["blue"] * 6)
     make_index(tmp_path / "data" / "val" / "a", ["red"] * 3)

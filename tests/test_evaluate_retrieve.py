@@ -1,11 +1,11 @@
-"""Retrieval and copies: rankings whose worth is known, definitions, scikit-learn, and what owners say of difficulty."""
+"""Retrieval and copies: rankings of known value, definitions, scikit-learn, and difficulties."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.evaluate_world import Fake, make_index
+from tests.evaluate_world import FakeBackbone, make_index
 from troodon.evaluate import metrics
 from troodon.evaluate.config import EvaluateConfig
 from troodon.evaluate.features import Reader
@@ -15,26 +15,26 @@ from troodon.evaluate.sets.benchmark import Benchmark
 NOTHING = np.zeros(0, np.int64)
 
 
-def test_average_precision_is_that_of_scikit_learn_and_of_oxford() -> None:
+def test_average_precision_matches_scikit_learn_and_oxford() -> None:
     sklearn = pytest.importorskip("sklearn.metrics")
     random = np.random.default_rng(0)
     for share in (0.05, 0.5, 0.9):
         relevant = random.random(60) < share
         relevant[random.integers(60)] = True
-        found = metrics.average_precision(relevant, int(relevant.sum()))
-        assert found == pytest.approx(sklearn.average_precision_score(relevant, -np.arange(60)))
-        steps, before, seen = 0.0, 1.0, 0  # the definition by trapezoids, step by step
+        ap = metrics.average_precision(relevant, int(relevant.sum()))
+        assert ap == pytest.approx(sklearn.average_precision_score(relevant, -np.arange(60)))
+        steps, before, hits = 0.0, 1.0, 0  # the definition by trapezoids, step by step
         for rank, right in enumerate(relevant):
-            before = seen / rank if rank else 1.0
-            seen += right
-            steps += right * (before + seen / (rank + 1)) / 2
+            before = hits / rank if rank else 1.0
+            hits += right
+            steps += right * (before + hits / (rank + 1)) / 2
         assert metrics.average_precision(relevant, int(relevant.sum()), "trapezoids") == pytest.approx(
             steps / relevant.sum()
         )
     assert metrics.average_precision(np.array([True, False]), 2) == 0.5  # one of two was never found
 
 
-def test_micro_ap_is_that_of_scikit_learn_also_where_scores_are_equal() -> None:
+def test_micro_ap_matches_scikit_learn_with_ties() -> None:
     sklearn = pytest.importorskip("sklearn.metrics")
     random = np.random.default_rng(1)
     for scores in (random.normal(size=500), random.integers(0, 6, 500) / 6, np.zeros(500)):
@@ -44,7 +44,7 @@ def test_micro_ap_is_that_of_scikit_learn_also_where_scores_are_equal() -> None:
         assert low <= value <= high
 
 
-def test_queries_are_ranked_without_what_counts_for_nothing() -> None:
+def test_ignored_images_are_removed_from_the_ranking() -> None:
     gallery = np.array([[1.0, 0], [0.9, 0.1], [0.5, 0.5], [0, 1]], np.float32)
     query = np.array([[1.0, 0], [0, 1.0], [1.0, 1.0]], np.float32)
     relevance = [(np.array([1, 2]), np.array([0])), (np.array([0]), NOTHING), (NOTHING, NOTHING)]
@@ -55,7 +55,7 @@ def test_queries_are_ranked_without_what_counts_for_nothing() -> None:
     assert first[1].tolist() == [0.0, 0.0]
 
 
-def test_a_colour_is_found_again(tmp_path: Path) -> None:
+def test_retrieval_of_colours(tmp_path: Path) -> None:
     images = make_index(tmp_path, ["red", "green", "blue"] * 4)
     rows = np.arange(12)
     relevance = [(rows[(rows % 3 == q) & (rows != q)], np.array([q])) for q in range(3)]
@@ -63,33 +63,34 @@ def test_a_colour_is_found_again(tmp_path: Path) -> None:
     benchmark = Benchmark(
         "colours", "retrieval", images, queries=np.arange(3), gallery=rows, relevance={"easy": easy, "all": relevance}
     )
-    found = {
-        (r.protocol, r.metric): r for r in retrieve(Fake(), benchmark, EvaluateConfig(retrieval_at=(1, 3)), Reader())
+    results = {
+        (r.protocol, r.metric): r
+        for r in retrieve(FakeBackbone(), benchmark, EvaluateConfig(retrieval_at=(1, 3)), Reader())
     }
-    assert {key: r.value for key, r in found.items()} == {
+    assert {key: r.value for key, r in results.items()} == {
         ("retrieve_easy", "map"): 1.0, ("retrieve_easy", "p@1"): 1.0, ("retrieve_easy", "p@3"): 1.0,
         ("retrieve", "map"): 1.0, ("retrieve", "p@1"): 1.0, ("retrieve", "p@3"): 1.0,
     }  # fmt: skip
     (tmp_path / "000.png").write_bytes(b"broken")  # a query less, and an image less in the gallery
-    again = next(iter(retrieve(Fake(), benchmark, EvaluateConfig(), Reader())))
+    again = next(iter(retrieve(FakeBackbone(), benchmark, EvaluateConfig(), Reader())))
     assert (again.settings["queries"], again.settings["gallery"], again.settings["images left out"]) == (2, 11, 1)
 
 
-def test_copies_are_told_from_all_other_pairs(tmp_path: Path) -> None:
+def test_copies_are_separated_from_all_other_pairs(tmp_path: Path) -> None:
     images = make_index(tmp_path, ["red", "green", "blue", "grey"])
     for copy, of in (("001", "000"), ("003", "002")):
         (tmp_path / f"{copy}.png").write_bytes((tmp_path / f"{of}.png").read_bytes())
-    images = make_index_of(tmp_path, images)
+    images = update_lengths(tmp_path, images)
     benchmark = Benchmark("pairs", "copies", images, pairs=np.array([[0, 1], [2, 3]]))
-    (result,) = detect_copies(Fake(), benchmark, EvaluateConfig(), Reader())
+    (result,) = detect_copies(FakeBackbone(), benchmark, EvaluateConfig(), Reader())
     assert (result.metric, result.value) == ("micro_ap", 1.0)
     wrong = Benchmark("pairs", "copies", images, pairs=np.array([[0, 2]]))
-    (result,) = detect_copies(Fake(), wrong, EvaluateConfig(), Reader())
+    (result,) = detect_copies(FakeBackbone(), wrong, EvaluateConfig(), Reader())
     assert result.value < 0.5
 
 
-def make_index_of(folder: Path, index):
-    """The same rows, as long as their files are now."""
+def update_lengths(folder: Path, index):
+    """The same rows with the current lengths of the files."""
     import pyarrow as pa
 
     from troodon.images.index import Index
@@ -98,7 +99,7 @@ def make_index_of(folder: Path, index):
     return Index(index.table.set_column(index.table.schema.get_field_index("length"), "length", lengths))
 
 
-def test_of_very_many_pairs_the_lowest_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropping_the_lowest_pairs_does_not_change_micro_ap(monkeypatch: pytest.MonkeyPatch) -> None:
     from troodon.evaluate import retrieve as module
 
     x = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)

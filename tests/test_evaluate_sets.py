@@ -1,4 +1,4 @@
-"""Several sets of data in one evaluation, and what may be compared with what."""
+"""Several datasets in one evaluation, and comparable scores."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.evaluate_world import Fake, labels_of, make_index
+from tests.evaluate_world import FakeBackbone, make_index, merge_splits
 from troodon import cli, verbs
 from troodon.config import UsageError
 from troodon.evaluate import classify, suite
@@ -36,21 +36,21 @@ def relabelled(index: Index, labels: list[str]) -> Index:
     return Index(index.table.set_column(SCHEMA.get_field_index("label"), "label", pa.array(labels)))
 
 
-def test_every_protocol_of_labels_and_what_it_was_chosen_on(tmp_path: Path) -> None:
+def test_every_classification_protocol_and_its_choice(tmp_path: Path) -> None:
     index = make_index(tmp_path / "i", ["red", "green", "blue"] * 10)
-    scores = evaluate([Fake()], [labels_of(*split(index, 0), "colours")], CONFIG, tmp_path / "s")
-    found = {s["protocol"]: s for s in scores}
-    assert list(found) == ["knn", "linear", "linear_chosen_on_val", "logistic", "kmeans"]
+    scores = evaluate([FakeBackbone()], [merge_splits(*split(index, 0), "colours")], CONFIG, tmp_path / "s")
+    by_protocol = {s["protocol"]: s for s in scores}
+    assert list(by_protocol) == ["knn", "linear", "linear_chosen_on_val", "logistic", "kmeans"]
     assert [s["value"] for s in scores] == pytest.approx([1.0] * 5)
-    assert found["linear"]["settings"]["chosen on"] == "held-out training images"
-    assert found["linear_chosen_on_val"]["settings"]["chosen on"] == "the images it is measured on"
-    assert (found["kmeans"]["metric"], found["kmeans"]["settings"]["clusters"]) == ("nmi", 3)
+    assert by_protocol["linear"]["settings"]["chosen on"] == "held-out training images"
+    assert by_protocol["linear_chosen_on_val"]["settings"]["chosen on"] == "the images it is measured on"
+    assert (by_protocol["kmeans"]["metric"], by_protocol["kmeans"]["settings"]["clusters"]) == ("nmi", 3)
     assert len({s["fingerprint"] for s in scores}) == 5
 
 
-def test_other_sets_are_tested_with_what_one_teaches(tmp_path: Path) -> None:
-    """ImageNet's companions: numbers for names, several right labels, and some of the classes only."""
-    base = labels_of(*split(make_index(tmp_path / "base", ["red", "green", "blue"] * 10), 0), "base")
+def test_several_test_sets_share_one_training_set(tmp_path: Path) -> None:
+    """As for ImageNet classes: numbers instead of names, several correct labels, and some of the classes only."""
+    base = merge_splits(*split(make_index(tmp_path / "base", ["red", "green", "blue"] * 10), 0), "base")
     numbered = relabelled(make_index(tmp_path / "v2", ["blue", "green", "red"]), ["0", "1", "2"])  # by name, sorted
     several = relabelled(make_index(tmp_path / "real", ["red", "blue", "blue", "red"]), ["1|2", "1", "0", "2"])
     some = make_index(tmp_path / "a", ["red", "green", "red"])
@@ -59,25 +59,25 @@ def test_other_sets_are_tested_with_what_one_teaches(tmp_path: Path) -> None:
         Benchmark(name, "label", images, train_benchmark="base")
         for name, images in (("v2", numbered), ("real", several), ("a", some), ("b", wrong))
     ]
-    scores = evaluate([Fake()], [*others, base], CONFIG, tmp_path / "s")
+    scores = evaluate([FakeBackbone()], [*others, base], CONFIG, tmp_path / "s")
     for protocol in ("knn", "linear", "logistic"):
-        found = {s["dataset"]: s for s in scores if s["protocol"] == protocol}
-        assert {name: s["value"] for name, s in found.items() if name != "b"} == {
+        by_dataset = {s["dataset"]: s for s in scores if s["protocol"] == protocol}
+        assert {name: s["value"] for name, s in by_dataset.items() if name != "b"} == {
             "base": 1.0, "v2": 1.0, "real": 0.75, "a": 1.0,
         }, protocol  # fmt: skip
-        assert found["a"]["settings"]["answers"] == "only the 2 classes of this set"
-        assert "answers" not in found["v2"]["settings"]
+        assert by_dataset["a"]["settings"]["answers"] == "only the 2 classes of this set"
+        assert "answers" not in by_dataset["v2"]["settings"]
     (dataset,), _ = group_datasets([*others, base], CONFIG)
-    features = classify.extract_labelled(Fake(), dataset, CONFIG, Reader())
+    features = classify.extract_labelled(FakeBackbone(), dataset, CONFIG, Reader())
     for predictions in classify._all_predictions(features, CONFIG):
-        said = np.array(features.classes)[predictions.variants[0][1][0][features.test_M == 4]]
-        assert set(said) <= {"red", "green"}  # blue is none of its classes
-    with pytest.raises(UsageError, match="v2: has only test images; also give base"):
-        evaluate([Fake()], others[:1], CONFIG, tmp_path / "t")
+        predicted = np.array(features.classes)[predictions.variants[0][1][0][features.test_M == 4]]
+        assert set(predicted) <= {"red", "green"}  # blue is none of its classes
+    with pytest.raises(UsageError, match="v2: has only test images; also give base, to train on"):
+        evaluate([FakeBackbone()], others[:1], CONFIG, tmp_path / "t")
 
 
-def test_any_number_of_tags_for_each_image(tmp_path: Path) -> None:
-    """Bright and red, one, both or neither; what nobody is sure of is neither taught nor counted."""
+def test_multi_label_classification(tmp_path: Path) -> None:
+    """Bright and red, one, both or neither. Unknown tags are used neither for training nor for testing."""
     folder, rows = tmp_path / "tagged", ["image,tags,split"]
     folder.mkdir()
     for i in range(48):
@@ -87,28 +87,28 @@ def test_any_number_of_tags_for_each_image(tmp_path: Path) -> None:
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i:02d}.png")
         tags = [*["red"] * red, *["bright"] * bright]
         unsure = i % 11 == 10
-        said = "|".join(["?" + ("red", "bright")[i % 2], *["bright"] * (bright and i % 2 == 0)] if unsure else tags)
-        rows.append(f"{i:02d}.png,{said},{'test' if i % 3 == 0 else 'train'}")
+        text = "|".join(["?" + ("red", "bright")[i % 2], *["bright"] * (bright and i % 2 == 0)] if unsure else tags)
+        rows.append(f"{i:02d}.png,{text},{'test' if i % 3 == 0 else 'train'}")
     (folder / "index.csv").write_text("\n".join(rows))
     (tagged,) = open_benchmarks([folder])
     assert (tagged.kind, tagged.classes) == ("tags", ("bright", "red"))
     assert sorted(np.unique(tag_matrix(tagged))) == [-1, 0, 1]
-    scores = evaluate([Fake()], [tagged], CONFIG, tmp_path / "s")
+    scores = evaluate([FakeBackbone()], [tagged], CONFIG, tmp_path / "s")
     assert [(s["protocol"], s["metric"]) for s in scores] == [("logistic", "map"), ("logistic", "map_11_points")]
     assert all(s["value"] > 0.95 and s["low"] <= s["value"] <= s["high"] for s in scores)
     assert scores[0]["settings"]["classes"] == 2
     (tmp_path / "tagged" / "index.csv").write_text("image,tags,split\n00.png,,train\n01.png,,test\n")
     with pytest.raises(UsageError, match="no readable training image, or no readable test image has a tag"):
-        evaluate([Fake()], open_benchmarks([folder]), CONFIG, tmp_path / "t")
+        evaluate([FakeBackbone()], open_benchmarks([folder]), CONFIG, tmp_path / "t")
 
 
-def test_a_suite_without_data_for_it_says_so(tmp_path: Path) -> None:
-    base = labels_of(*split(make_index(tmp_path / "base", ["red", "green"] * 5), 0), "base")
+def test_a_suite_without_suitable_data_is_an_error(tmp_path: Path) -> None:
+    base = merge_splits(*split(make_index(tmp_path / "base", ["red", "green"] * 5), 0), "base")
     with pytest.raises(UsageError, match=r"no dataset here suits its protocols \(depth\)"):
-        evaluate([Fake()], [base], dataclasses.replace(CONFIG, protocols=("depth",)), tmp_path / "s")
+        evaluate([FakeBackbone()], [base], dataclasses.replace(CONFIG, protocols=("depth",)), tmp_path / "s")
 
 
-def test_places_that_say_what_they_are_stand_alone_and_the_rest_together(tmp_path: Path) -> None:
+def test_datasets_with_a_split_or_layout_stay_separate_and_the_rest_is_merged(tmp_path: Path) -> None:
     for name in ("one", "two"):
         for part in ("train", "val"):
             for label in ("red", "blue"):
@@ -117,8 +117,8 @@ def test_places_that_say_what_they_are_stand_alone_and_the_rest_together(tmp_pat
         make_index(tmp_path / "loose" / label, [label])
     make_index(tmp_path / "pairs", ["red", "red"])
     (tmp_path / "pairs" / "pairs.csv").write_text("path_a,path_b\n000.png,001.png\n")
-    found = open_benchmarks([tmp_path / name for name in ("one", "pairs", "two", "loose")])
-    assert [(b.name, b.kind, len(b.images)) for b in found] == [
+    benchmarks = open_benchmarks([tmp_path / name for name in ("one", "pairs", "two", "loose")])
+    assert [(b.name, b.kind, len(b.images)) for b in benchmarks] == [
         ("pairs", "copies", 2), ("one", "label", 8), ("two", "label", 8), ("loose", "label", 2),
     ]  # fmt: skip
     parts = open_benchmarks([tmp_path / "one" / "train", tmp_path / "one" / "val"])
@@ -128,13 +128,13 @@ def test_places_that_say_what_they_are_stand_alone_and_the_rest_together(tmp_pat
 
 
 def test_versions_of_one_release_are_compared_and_of_others_not(tmp_path: Path, monkeypatch) -> None:
-    images = labels_of(*split(make_index(tmp_path / "i", ["red", "green"] * 10), 0), "colours")
+    images = merge_splits(*split(make_index(tmp_path / "i", ["red", "green"] * 10), 0), "colours")
     config = dataclasses.replace(CONFIG, protocols=("knn",))
     prints = {}
     for torch_version in ("2.13.0", "2.14.1+cpu", "3.0.0", None):
         used = {"troodon": "0.1.0", "torch": torch_version, "numpy": "2.3.1", "pillow": "12.0.0", "simplejpeg": None}
         monkeypatch.setattr(suite, "versions", lambda used=used: used)
-        (score,) = evaluate([Fake()], [images], config, tmp_path / str(torch_version))
+        (score,) = evaluate([FakeBackbone()], [images], config, tmp_path / str(torch_version))
         prints[torch_version] = score["fingerprint"]
         assert score["settings"]["versions"] == used
     assert prints["2.13.0"] == prints["2.14.1+cpu"]
@@ -152,16 +152,16 @@ def test_versions_of_one_release_are_compared_and_of_others_not(tmp_path: Path, 
 
 def test_a_table_has_a_column_for_each_backbone() -> None:
     def score(backbone: str, dataset: str, metric: str, value: float, protocol: str = "knn") -> dict:
-        seen = {"protocol": {"view": {"crop": {"a": 48, "b": 32}[backbone]}}} if backbone != "prior" else {}
-        about = {"backbone": backbone, "dataset": dataset, "protocol": protocol, "metric": metric, "settings": seen}
-        return about | {"value": value, "low": value - 0.01, "high": value + 0.01}
+        settings = {"protocol": {"view": {"crop": {"a": 48, "b": 32}[backbone]}}} if backbone != "prior" else {}
+        entry = {"backbone": backbone, "dataset": dataset, "protocol": protocol, "metric": metric, "settings": settings}
+        return entry | {"value": value, "low": value - 0.01, "high": value + 0.01}
 
-    said = scores_table([
+    text = scores_table([
         score("a", "birds", "accuracy", 0.5), score("b", "birds", "accuracy", 0.75),
         score("a", "rooms", "absrel", 0.25, "depth"), score("prior", "rooms", "absrel", 0.5, "depth"),
         score("a", "rooms", "rmse", 0.25, "depth"),
     ])  # fmt: skip
-    first, second = ([line.split("|")[1:-1] for line in block.splitlines()] for block in said.split("\n\n"))
+    first, second = ([line.split("|")[1:-1] for line in block.splitlines()] for block in text.split("\n\n"))
     first, second = ([[text.strip() for text in line] for line in block] for block in (first, second))
     assert first[0] == ["data", "protocol", "metric", "a, 48 px", "b, 32 px"]
     assert first[2] == ["birds", "knn", "accuracy, %", "50.0 (49.0-51.0)", "**75.0** (74.0-76.0)"]
@@ -170,7 +170,7 @@ def test_a_table_has_a_column_for_each_backbone() -> None:
     ]
 
 
-def test_images_without_labels_have_their_patches_matched(tmp_path: Path) -> None:
+def test_unlabelled_images_run_patch_matching(tmp_path: Path) -> None:
     make_index(tmp_path / "loose", [None] * 4)
     vit = ViTConfig(dim=32, depth=2, heads=2, patch=8, grid=4, layer_scale=1.0)
     networks = [Backbone.random(vit, Preprocessing(side, side), seed=7) for side in (32, 40)]
@@ -188,7 +188,7 @@ def test_images_without_labels_have_their_patches_matched(tmp_path: Path) -> Non
         verbs.evaluate("mine", networks, tmp_path / "loose", tmp_path / "s", compute="bf61")
 
 
-def test_compare_puts_only_like_beside_like(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_compare_groups_only_comparable_scores(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for label in ("red", "blue"):
         make_index(tmp_path / "data" / label, [label] * 8)
     vit = ViTConfig(dim=32, depth=2, heads=2, patch=8, grid=4, layer_scale=1.0)
@@ -211,9 +211,9 @@ def test_compare_puts_only_like_beside_like(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "patched").mkdir()
     (tmp_path / "patched" / "scores.json").write_text(json.dumps(patched))
     assert cli.run(["compare", str(tmp_path / "a"), str(tmp_path / "patched")]) == 0
-    said = capsys.readouterr().out
-    assert f"with other versions: {tmp_path / 'patched'}: torch: " in said
-    assert "not to be compared" not in said
+    output = capsys.readouterr().out
+    assert f"with other versions: {tmp_path / 'patched'}: torch: " in output
+    assert "not to be compared" not in output
     assert cli.run(["compare", str(tmp_path / "data")]) == 2
     assert "holds no scores.json" in capsys.readouterr().err
 

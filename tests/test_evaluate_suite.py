@@ -1,4 +1,4 @@
-"""The whole evaluation of a small world: what is written, what is refused, what is not done twice."""
+"""The whole evaluation of a small dataset: written files, errors, and reuse of finished scores."""
 
 import dataclasses
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.evaluate_world import Fake, labels_of, make_index
+from tests.evaluate_world import FakeBackbone, make_index, merge_splits
 from troodon import run
 from troodon.config import UsageError
 from troodon.evaluate.baselines import ColourHistogram
@@ -23,13 +23,15 @@ CONFIG = EvaluateConfig(protocols=("knn", "linear"), ks=(1, 3, 200), linear=LINE
 KEYS = ["protocol", "dataset", "metric", "value", "low", "high", "settings", "backbone", "fingerprint"]
 
 
-def colours(tmp_path: Path) -> tuple:
+def colour_splits(tmp_path: Path) -> tuple:
     return split(make_index(tmp_path / "images", ["red", "green", "blue"] * 10), 0)
 
 
 def test_scores_of_two_backbones(tmp_path: Path) -> None:
-    train, val = colours(tmp_path)
-    scores = evaluate([Fake(), ColourHistogram()], [labels_of(train, val, "colours")], CONFIG, tmp_path / "scores")
+    train, val = colour_splits(tmp_path)
+    scores = evaluate(
+        [FakeBackbone(), ColourHistogram()], [merge_splits(train, val, "colours")], CONFIG, tmp_path / "scores"
+    )
     assert [(s["backbone"], s["protocol"]) for s in scores] == [
         ("fake", "knn"),
         ("fake", "linear"),
@@ -65,21 +67,21 @@ def test_scores_of_two_backbones(tmp_path: Path) -> None:
 
 
 def test_finished_scores_are_read_and_others_refused(tmp_path: Path) -> None:
-    train, val = colours(tmp_path)
-    fake, out, cache = Fake(), tmp_path / "scores", tmp_path / "cache"
-    scores = evaluate([fake], [labels_of(train, val, "colours")], CONFIG, out, reader=Reader(cache=cache))
+    train, val = colour_splits(tmp_path)
+    fake, out, cache = FakeBackbone(), tmp_path / "scores", tmp_path / "cache"
+    scores = evaluate([fake], [merge_splits(train, val, "colours")], CONFIG, out, reader=Reader(cache=cache))
     ran = fake.batches
-    assert evaluate([fake], [labels_of(train, val, "colours")], CONFIG, out, reader=Reader(cache=cache)) == scores
+    assert evaluate([fake], [merge_splits(train, val, "colours")], CONFIG, out, reader=Reader(cache=cache)) == scores
     assert fake.batches == ran
     with pytest.raises(UsageError, match=r"temperature: 0\.07 -> 0\.1"):
-        evaluate([fake], [labels_of(train, val, "colours")], dataclasses.replace(CONFIG, temperature=0.1), out)
+        evaluate([fake], [merge_splits(train, val, "colours")], dataclasses.replace(CONFIG, temperature=0.1), out)
     with pytest.raises(UsageError, match="the images or the backbone"):
-        evaluate([Fake(fingerprint="f2")], [labels_of(train, val, "colours")], CONFIG, out)
+        evaluate([FakeBackbone(fingerprint="f2")], [merge_splits(train, val, "colours")], CONFIG, out)
     with pytest.raises(UsageError, match="the images or the backbone"):
-        evaluate([fake], [labels_of(train.take(range(20)), val, "colours")], CONFIG, out)
+        evaluate([fake], [merge_splits(train.take(range(20)), val, "colours")], CONFIG, out)
     ran = fake.batches
     other = dataclasses.replace(CONFIG, ks=(5,), linear=dataclasses.replace(LINEAR, blocks=(1,)))
-    evaluate([fake], [labels_of(train, val, "colours")], other, tmp_path / "other", reader=Reader(cache=cache))
+    evaluate([fake], [merge_splits(train, val, "colours")], other, tmp_path / "other", reader=Reader(cache=cache))
     assert fake.batches == ran + 1  # only to draw the patches: features came from the cache
 
 
@@ -88,14 +90,14 @@ def relabelled(index: Index, names: dict[str, str]) -> Index:
     return Index(index.table.set_column(index.table.schema.get_field_index("label"), "label", [labels]))
 
 
-def test_other_labels_are_other_scores(tmp_path: Path) -> None:
-    train, val = colours(tmp_path)
+def test_other_labels_give_other_scores(tmp_path: Path) -> None:
+    train, val = colour_splits(tmp_path)
     config = dataclasses.replace(CONFIG, protocols=("knn",))
-    (score,) = evaluate([Fake()], [labels_of(train, val, "colours")], config, tmp_path / "scores")
+    (score,) = evaluate([FakeBackbone()], [merge_splits(train, val, "colours")], config, tmp_path / "scores")
     wrong = relabelled(val, {"green": "red"})
     with pytest.raises(UsageError, match="the images or the backbone"):
-        evaluate([Fake()], [labels_of(train, wrong, "colours")], config, tmp_path / "scores")
-    (worse,) = evaluate([Fake()], [labels_of(train, wrong, "colours")], config, tmp_path / "worse")
+        evaluate([FakeBackbone()], [merge_splits(train, wrong, "colours")], config, tmp_path / "scores")
+    (worse,) = evaluate([FakeBackbone()], [merge_splits(train, wrong, "colours")], config, tmp_path / "worse")
     assert (score["value"], worse["value"]) == (1.0, pytest.approx(2 / 3))
     (detail,) = run.read_json(tmp_path / "worse" / "details.json")
     assert detail["mistakes"] == [{"class": "red", "taken for": "green", "images": 2}]
@@ -104,36 +106,36 @@ def test_other_labels_are_other_scores(tmp_path: Path) -> None:
 
 
 def test_choices_do_not_see_the_validation_labels(tmp_path: Path) -> None:
-    """Where there is nothing to learn, what is best on the validation images is best by luck alone."""
+    """On noise, the setting that is best on the validation images is best by chance."""
     train, val = split(make_index(tmp_path / "images", ["this", "that", "other"] * 40), 0)
     config = dataclasses.replace(CONFIG, ks=(1, 2, 4, 8, 16))
-    knn, linear = evaluate([Fake()], [labels_of(train, val, "noise")], config, tmp_path / "scores")
+    knn, linear = evaluate([FakeBackbone()], [merge_splits(train, val, "noise")], config, tmp_path / "scores")
     details = run.read_json(tmp_path / "scores" / "details.json")
-    judged = {int(k): v for k, v in details[0]["leave-one-out"].items()}
-    assert knn["settings"]["k"] == max(judged, key=lambda k: (judged[k], -k))
+    accuracy_of_k = {int(k): v for k, v in details[0]["leave-one-out"].items()}
+    assert knn["settings"]["k"] == max(accuracy_of_k, key=lambda k: (accuracy_of_k[k], -k))
     assert knn["value"] < knn["settings"]["best on val"]["value"] == max(v["value"] for v in details[0]["variants"])
     tried = {c["classifier"]: c for c in details[1]["classifiers"]}
     assert tried[linear["settings"]["classifier"]]["held-out"] == max(c["held-out"] for c in tried.values())
     assert linear["settings"]["best on val"]["value"] == max(c["val"] for c in tried.values())
 
 
-def test_a_class_that_training_lacks_counts_as_wrong(tmp_path: Path) -> None:
+def test_a_class_without_training_images_counts_as_wrong(tmp_path: Path) -> None:
     index = make_index(
         tmp_path / "images",
         ["red", "blue"] * 5 + ["red", "blue", "green", "green"],
         ["train"] * 10 + ["val"] * 4,
     )
-    for score in evaluate([Fake()], [Benchmark("colours", "label", index)], CONFIG, tmp_path / "scores"):
+    for score in evaluate([FakeBackbone()], [Benchmark("colours", "label", index)], CONFIG, tmp_path / "scores"):
         assert score["value"] == 0.5
         assert score["settings"]["val images of classes without training images (counted as wrong)"] == 2
         assert score["settings"]["classes"] == 3
 
 
-def test_a_broken_image_is_counted_out_not_wrong(tmp_path: Path) -> None:
-    train, val = colours(tmp_path)
+def test_a_broken_image_is_skipped_and_not_counted_as_wrong(tmp_path: Path) -> None:
+    train, val = colour_splits(tmp_path)
     broken = Path(val.column("container")[2])
     broken.write_bytes(broken.read_bytes()[:90])
-    for score in evaluate([Fake()], [labels_of(train, val, "colours")], CONFIG, tmp_path / "scores"):
+    for score in evaluate([FakeBackbone()], [merge_splits(train, val, "colours")], CONFIG, tmp_path / "scores"):
         assert (score["value"], score["settings"]["val"], score["settings"]["images left out"]) == (1.0, 5, 1)
     details = run.read_json(tmp_path / "scores" / "details.json")
     assert list(details[0]["left out"]["val"]) == [broken.name]
@@ -142,7 +144,7 @@ def test_a_broken_image_is_counted_out_not_wrong(tmp_path: Path) -> None:
 def test_three_images(tmp_path: Path) -> None:
     index = make_index(tmp_path / "images", ["red", "red", "blue"])
     train, val = split(index, 0)
-    scores = evaluate([Fake()], [labels_of(train, val, "few")], CONFIG, tmp_path / "scores")
+    scores = evaluate([FakeBackbone()], [merge_splits(train, val, "few")], CONFIG, tmp_path / "scores")
     assert [s["value"] for s in scores] == [1.0, 1.0]
     assert scores[0]["low"] == pytest.approx(0.025)
 
@@ -151,7 +153,7 @@ def test_few_shot_and_seeds_are_means(tmp_path: Path) -> None:
     train, val = split(make_index(tmp_path / "images", ["this", "that", "other"] * 40), 0)
     linear = dataclasses.replace(LINEAR, seeds=5)
     config = dataclasses.replace(CONFIG, shots=(2,), shot_seeds=5, linear=linear)
-    knn, shot, linear = evaluate([Fake()], [labels_of(train, val, "noise")], config, tmp_path / "scores")
+    knn, shot, linear = evaluate([FakeBackbone()], [merge_splits(train, val, "noise")], config, tmp_path / "scores")
     assert (knn["protocol"], shot["protocol"]) == ("knn", "knn_2_shot")
     assert shot["settings"]["images of each class"] == 2
     assert len(linear["settings"]["classifier"]) == linear["settings"]["seeds"] == 5
@@ -161,24 +163,28 @@ def test_few_shot_and_seeds_are_means(tmp_path: Path) -> None:
         assert images != pytest.approx(round(images))
 
 
-def test_backbones_of_one_name_are_told_apart(tmp_path: Path) -> None:
-    train, val = colours(tmp_path)
+def test_backbones_of_one_name_get_distinct_names(tmp_path: Path) -> None:
+    train, val = colour_splits(tmp_path)
     config = dataclasses.replace(CONFIG, protocols=("knn",))
-    twins = [Fake(fingerprint="aaaaaaaa"), Fake(fingerprint="bbbbbbbb"), Fake(fingerprint="aaaaaaaa")]
-    scores = evaluate(twins, [labels_of(train, val, "colours")], config, tmp_path / "scores")
+    backbones = [
+        FakeBackbone(fingerprint="aaaaaaaa"),
+        FakeBackbone(fingerprint="bbbbbbbb"),
+        FakeBackbone(fingerprint="aaaaaaaa"),
+    ]
+    scores = evaluate(backbones, [merge_splits(train, val, "colours")], config, tmp_path / "scores")
     assert [s["backbone"] for s in scores] == ["fake aaaaaa", "fake bbbbbb"]
 
 
-def test_what_cannot_be_scored_is_said_before_anything_runs(tmp_path: Path) -> None:
-    fake, out = Fake(), tmp_path / "scores"
+def test_invalid_datasets_are_errors_before_anything_runs(tmp_path: Path) -> None:
+    fake, out = FakeBackbone(), tmp_path / "scores"
     one = make_index(tmp_path / "one", ["red"] * 6)
     with pytest.raises(UsageError, match="have the label 'red': two classes are needed"):
         evaluate([fake], [Benchmark("one", "label", one)], CONFIG, out)
     with pytest.raises(UsageError, match="has a label"):
         evaluate([fake], [Benchmark("none", "label", make_index(tmp_path / "none", [None] * 4))], CONFIG, out)
-    train, _ = colours(tmp_path)
+    train, _ = colour_splits(tmp_path)
     with pytest.raises(UsageError, match="2 of 2 test images are also training images"):
-        evaluate([fake], [labels_of(train, train.take([0, 1]), "same")], CONFIG, out)
+        evaluate([fake], [merge_splits(train, train.take([0, 1]), "same")], CONFIG, out)
     assert fake.batches == 0
     assert not out.exists()
 
@@ -192,5 +198,5 @@ def test_real_photographs(tmp_path: Path, shared) -> None:
     train, val = split(index, 0)
     assert describe_split(index, 0) == "train and val, as the data says"
     config = dataclasses.replace(CONFIG, ks=(10,))
-    for score in evaluate([ColourHistogram()], [labels_of(train, val, "caltech")], config, tmp_path / "scores"):
+    for score in evaluate([ColourHistogram()], [merge_splits(train, val, "caltech")], config, tmp_path / "scores"):
         assert 0.4 < score["low"] < score["value"] < 1.0

@@ -132,8 +132,7 @@ BASELINES = (ColourHistogram(), RawPixels())
 
 def _resize_square(image: np.ndarray, side: int) -> np.ndarray:
     """Resize the whole image to a square, ignoring the aspect ratio: uint8 (S, S, C)."""
-    channels_HW = (
-        Image.fromarray(channel_HW).resize((side, side), Image.Resampling.BILINEAR)
-        for channel_HW in np.moveaxis(image, 2, 0)
+    channels = (
+        Image.fromarray(x_HW).resize((side, side), Image.Resampling.BILINEAR) for x_HW in np.moveaxis(image, 2, 0)
     )
-    return np.stack([np.asarray(channel_HW) for channel_HW in channels_HW], axis=2)
+    return np.stack([np.asarray(x_SS) for x_SS in channels], axis=2)

@@ -18,7 +18,7 @@ from troodon.evaluate.cluster import kmeans
 from troodon.evaluate.config import EvaluateConfig
 from troodon.evaluate.features import Extractor, FrozenFeatures, Reader, dataset_fingerprint, extract
 from troodon.evaluate.knn import knn, leave_one_out, usable_ks
-from troodon.evaluate.linear import train_linear_classifiers
+from troodon.evaluate.linear import train_classifiers
 from troodon.evaluate.logistic import logistic
 from troodon.evaluate.results import Result, likeness
 from troodon.evaluate.sets.benchmark import LABEL_SEPARATOR
@@ -75,26 +75,23 @@ class Predictions:
 def classify(backbone: Extractor, dataset: LabelledDataset, config: EvaluateConfig, reader: Reader) -> Iterator[Result]:
     """Yield all scores of one backbone. Nothing is chosen on test images, except where the protocol name says so."""
     data = extract_labelled(backbone, dataset, config, reader)
-    tests = list(dataset.tests)
-    fingerprints = [
-        dataset_fingerprint(dataset.train, "label"),
-        *(dataset_fingerprint(i, "label") for i in dataset.tests.values()),
-    ]
+    train = dataset_fingerprint(dataset.train, "label")
+    tests = [(name, dataset_fingerprint(index, "label")) for name, index in dataset.tests.items()]
     for predictions in _all_predictions(data, config):
-        for test, name in enumerate(tests):
-            like = likeness(backbone, f"{fingerprints[0]} {fingerprints[1 + test]}", **predictions.like)
+        for test, (name, images) in enumerate(tests):
+            like = likeness(backbone, f"{train} {images}", **predictions.like)
             yield _score(predictions, data, test, name, dataset.split, like, config)
     if "kmeans" in config.protocols:
-        for test, name in enumerate(tests):
-            yield _kmeans_score(backbone, data, test, name, fingerprints[1 + test], config)
+        for test, (name, images) in enumerate(tests):
+            yield _kmeans_score(backbone, data, test, name, images, config)
 
 
 def check(dataset: LabelledDataset) -> None:
     """Raise UsageError for fewer than two classes, and for images that are in both the training set and a test set."""
     _check_two_classes(dataset.train.column("label"))
-    places = set(zip(dataset.train.column("container"), dataset.train.column("offset"), strict=True))
+    train = set(zip(dataset.train.column("container"), dataset.train.column("offset"), strict=True))
     for test in dataset.tests.values():
-        if both := len(places & set(zip(test.column("container"), test.column("offset"), strict=True))):
+        if both := len(train & set(zip(test.column("container"), test.column("offset"), strict=True))):
             raise UsageError(f"{both} of {len(test)} test images are also training images: keep the two sets disjoint")
 
 
@@ -141,17 +138,16 @@ def _knn_labels(
 ) -> dict[int, np.ndarray]:
     """Classes (M,) that k-NN predicts from these training rows, for each k; -1 where no training image is allowed.
 
-    A test set of some classes only sees training images of these."""
+    For a test set of some classes only, the neighbours are training images of these classes.
+    """
     x_ND, y_N = data.train.final_ND[rows], data.labels_N[rows]
     predicted = {k: np.full(len(data.test_M), -1) for k in ks}
     for test in np.unique(data.test_M):
         rows_M = np.flatnonzero(data.test_M == test)
         allowed_N = np.ones(len(y_N), bool) if data.allowed_MC is None else data.allowed_MC[rows_M[0]][y_N]
         if allowed_N.any():
-            train_ND, labels, test_MD = (
-                torch.from_numpy(x) for x in (x_ND[allowed_N], y_N[allowed_N], data.val.final_ND[rows_M])
-            )
-            for k, predicted_M in knn(train_ND, labels, test_MD, ks, temperature).items():
+            arrays = (torch.from_numpy(x) for x in (x_ND[allowed_N], y_N[allowed_N], data.val.final_ND[rows_M]))
+            for k, predicted_M in knn(*arrays, ks, temperature).items():
                 predicted[k][rows_M] = predicted_M.numpy()
     return predicted
 
@@ -162,10 +158,7 @@ def _knn(data: LabelledFeatures, config: EvaluateConfig) -> Predictions:
     predicted = _knn_labels(data, np.arange(len(x_ND)), list(usable), config.temperature)
     rows = np.random.default_rng(config.seed).permutation(len(x_ND))[:MAX_LEAVE_ONE_OUT]
     accuracy_of_k = leave_one_out(x_ND, labels_N, list(usable), config.temperature, torch.from_numpy(np.sort(rows)))
-    variants = [
-        ({"k": k} | ({} if requested == [k] else {"k asked for": requested}), predicted[k][None])
-        for k, requested in usable.items()
-    ]
+    variants = [({"k": k} | ({} if ks == [k] else {"k asked for": ks}), predicted[k][None]) for k, ks in usable.items()]
     return Predictions(
         "knn",
         variants,
@@ -195,46 +188,35 @@ def _few_shot(data: LabelledFeatures, config: EvaluateConfig, shots: int) -> Pre
 def _linear(data: LabelledFeatures, config: EvaluateConfig) -> Iterator[Predictions]:
     """The classifier that is best on held-out images and, if configured, the one that is best on the first test set."""
     linear = config.linear
-    classifiers = [
-        train_linear_classifiers(
-            data.train, data.labels_N, data.val, len(data.classes), linear, config.seed + seed, data.allowed_MC
-        )
-        for seed in range(linear.seeds)
-    ]
+    arguments = data.train, data.labels_N, data.val, len(data.classes), linear
+    classifiers = [train_classifiers(*arguments, config.seed + seed, data.allowed_MC) for seed in range(linear.seeds)]
     first_M = data.test_M == 0
     correct_SH = np.stack([data.is_correct(p.predicted_HM.numpy())[:, first_M].mean(1) for p in classifiers])
     variants = []
-    for choice, heads in (
-        ("held-out", [p.chosen for p in classifiers]),
-        ("best on val", correct_SH.argmax(1).tolist()),
-    ):
-        names = [_classifier(*p.settings[h]) for p, h in zip(classifiers, heads)]
+    choices = {"held-out": [p.chosen for p in classifiers], "best on val": correct_SH.argmax(1).tolist()}
+    for choice, chosen in choices.items():
+        names = [_classifier_name(*p.settings[h]) for p, h in zip(classifiers, chosen)]
         description = {"choice": choice, "classifier": names[0] if len(names) == 1 else names}
-        variants.append((description, np.stack([p.predicted_HM[h].numpy() for p, h in zip(classifiers, heads)])))
+        variants.append((description, np.stack([p.predicted_HM[h].numpy() for p, h in zip(classifiers, chosen)])))
     held_out_SH = np.stack([p.held_out_H.numpy() for p in classifiers])
-    for chosen in config.choose:
-        val = chosen == "val"
+    settings = classifiers[0].settings
+    accuracies = zip(settings, held_out_SH.mean(0).tolist(), correct_SH.mean(0).tolist(), strict=True)
+    tried = [{"classifier": _classifier_name(*s), "held-out": held_out, "val": val} for s, held_out, val in accuracies]
+    for val in (choice == "val" for choice in config.choose):
         yield Predictions(
             "linear_chosen_on_val" if val else "linear",
             variants,
             chosen=int(val),
             settings={
                 "chosen on": "the images it is measured on" if val else classifiers[0].chosen_on,
-                "chosen from": len(classifiers[0].settings),
+                "chosen from": len(settings),
                 "scale": linear.scale,
                 "steps": classifiers[0].steps,
                 "batch": classifiers[0].batch,
                 "seeds": linear.seeds,
             },
             like={"linear": linear, "seed": config.seed},
-            details={
-                "classifiers": [
-                    {"classifier": _classifier(*s), "held-out": float(held), "val": float(accuracy)}
-                    for s, held, accuracy in zip(
-                        classifiers[0].settings, held_out_SH.mean(0), correct_SH.mean(0), strict=True
-                    )
-                ]
-            },
+            details={"classifiers": tried},
         )
 
 
@@ -276,8 +258,8 @@ def _kmeans_score(
 
     value, order = agreement(np.arange(len(rows_M))), np.random.default_rng(config.seed).permutation(len(rows_M))
     groups = min(JACKKNIFE_GROUPS, len(rows_M))
-    without = np.array([agreement(np.delete(order, np.s_[g::groups])) for g in range(groups)])
-    error = 1.96 * float(np.sqrt((groups - 1) / groups * ((without - without.mean()) ** 2).sum()))
+    leave_out = np.array([agreement(np.delete(order, np.s_[g::groups])) for g in range(groups)])
+    error = 1.96 * float(np.sqrt((groups - 1) / groups * ((leave_out - leave_out.mean()) ** 2).sum()))
     settings = {
         "clusters": clusters, "seeds": config.cluster_seeds, "rounds": config.kmeans_iterations, "val": len(rows_M),
         "features": "class token of the last block", "interval": f"95 %, jackknife over {groups} groups of images",
@@ -287,19 +269,14 @@ def _kmeans_score(
     return Result("kmeans", dataset, "nmi", min(1.0, value), low, high, settings, like)
 
 
-def _classifier(blocks: int, pooling: str, rate: float) -> str:
+def _classifier_name(blocks: int, pooling: str, rate: float) -> str:
     return f"{blocks} {'block' if blocks == 1 else 'blocks'}, {pooling}, rate {rate:g}"
 
 
 def _score(
-    predictions: Predictions,
-    data: LabelledFeatures,
-    test: int,
-    dataset: str,
-    split: str,
-    like: dict,
+    predictions: Predictions, data: LabelledFeatures, test: int, dataset: str, split: str, like: dict,
     config: EvaluateConfig,
-) -> Result:
+) -> Result:  # fmt: skip
     """The score and the details of these predictions on one test set."""
     rows_M = np.flatnonzero(data.test_M == test)
     labels_M, scored = data.labels_MA[rows_M, 0], []

@@ -110,7 +110,7 @@ class DenseConfig:
         if not self.heads or not self.scales:
             raise UsageError("dense.heads and dense.scales: give at least one of each")
         if self.range is not None and not 0 <= self.range[0] < self.range[1]:
-            raise UsageError(f"dense.range {self.range[0]} {self.range[1]}: give the least and the largest distance")
+            raise UsageError(f"dense.range {self.range[0]} {self.range[1]}: give the smallest and the largest distance")
 
 
 Protocol = Literal[
@@ -125,9 +125,9 @@ class EvaluateConfig:
 
     suite: str = "mine"
     protocols: tuple[Protocol, ...] = PROTOCOLS
-    """A protocol runs on each dataset that has ground truth for it. Images with masks or depths also run match."""
+    """A protocol runs on each dataset with ground truth for it; match runs on masks, depths and unlabelled images."""
     ks: tuple[int, ...] = (10, 20, 100, 200)
-    """Numbers of neighbours of k-NN. The score is that of the k chosen on the training images."""
+    """Numbers of neighbours of k-NN. details.json has a score for each, scores.json for the best on training images."""
     temperature: float = 0.07
     """The weight of a neighbour is softmax(cosine / temperature)."""
     shots: tuple[int, ...] = ()

@@ -21,7 +21,7 @@ from troodon.evaluate.dense import (
     read_target,
     train_head,
 )
-from troodon.evaluate.feature_maps import WindowGrid, extract_feature_maps, last_four, spread_four, window_side
+from troodon.evaluate.feature_maps import WindowGrid, extract_maps, last_four, spread_four, window_side
 from troodon.evaluate.features import Reader, dataset_fingerprint
 from troodon.evaluate.results import Result, likeness
 from troodon.evaluate.sets.benchmark import IGNORE, Benchmark, depth_range
@@ -73,7 +73,7 @@ def evaluate_dense(backbone: Any, benchmark: Benchmark, config: EvaluateConfig, 
     blocks = tuple(sorted({*four_blocks, depth - 1}))
     head_names = [head for head in dense.heads if protocol == "depth" or head not in ("patches", "dpt")]
     train_maps, val_maps = (
-        extract_feature_maps(backbone, part.images, WindowGrid(side), blocks, reader) for part in (train, val)
+        extract_maps(backbone, part.images, WindowGrid(side), blocks, reader) for part in (train, val)
     )
     target_Wnn, readable_W = cell_targets(train, task, train_maps)
     if not len(readable_W):
@@ -88,8 +88,7 @@ def evaluate_dense(backbone: Any, benchmark: Benchmark, config: EvaluateConfig, 
         if head == "linear_4_ms":
             grids = [WindowGrid(side, scale) for scale in dense.scales]
             scales = [
-                val_maps if g.scale == 1.0 else extract_feature_maps(backbone, val.images, g, blocks, reader)
-                for g in grids
+                val_maps if g.scale == 1.0 else extract_maps(backbone, val.images, g, blocks, reader) for g in grids
             ]
         metrics_by_row = []
         for seed in range(config.seed, config.seed + dense.seeds):
@@ -107,9 +106,8 @@ def evaluate_dense(backbone: Any, benchmark: Benchmark, config: EvaluateConfig, 
         } | _task_settings(task) | ({"scales": dense.scales} if head == "linear_4_ms" else {})  # fmt: skip
         if unreadable := len(train_maps.unreadable) + len(val_maps.unreadable):
             settings["images left out"] = unreadable
-        like = likeness(
-            backbone, images, head=head, window=side, dense=dense, task=_task_settings(task), seed=config.seed
-        )
+        task_settings = _task_settings(task)
+        like = likeness(backbone, images, head=head, window=side, dense=dense, task=task_settings, seed=config.seed)
         like["dense"] = {k: v for k, v in like["dense"].items() if k not in ("heads", "side")}
         name = protocol if head == "linear" else f"{protocol}_{head}"
         yield from _scores(name, benchmark, task, metrics_by_row, settings, like, config)
@@ -119,10 +117,9 @@ def evaluate_location_prior(benchmark: Benchmark, config: EvaluateConfig) -> Ite
     """Yield the scores of the location prior, which needs no features."""
     task, (train, val, split) = make_task(benchmark, config.dense), split_rows(benchmark.images, config.seed)
     prior_ss = location_prior(benchmark, task, [int(row) for row in train])
-    metrics_by_row = {}
+    prior_11ss, metrics_by_row = torch.from_numpy(prior_ss)[None, None].float(), {}
     mode = "nearest" if isinstance(task, SegmentationTask) else "bilinear"
-    for row, target_HW in _valid_targets(benchmark, task, (int(row) for row in val)).items():
-        prior_11ss = torch.from_numpy(prior_ss)[None, None].float()
+    for row, target_HW in _valid_targets(benchmark, task, val.tolist()).items():
         predicted_HW = interpolate(prior_11ss, target_HW.shape, mode)[0, 0].numpy()
         metrics_by_row[row] = _image_metrics(task, predicted_HW, target_HW)
     protocol = "segment" if benchmark.kind == "mask" else "depth"
@@ -150,7 +147,7 @@ def _scores(
 ) -> Iterator[Result]:  # fmt: skip
     """Yield means over seeds, with intervals over images: class counts are summed over seeds, errors averaged."""
     rows = sorted(metrics_by_row[0])
-    numbers = np.stack([np.stack([c[row] for row in rows]) for c in metrics_by_row])
+    numbers = np.stack([np.stack([by_row[row] for row in rows]) for by_row in metrics_by_row])
     if isinstance(task, SegmentationTask):
         values: dict[str, tuple] = {}
         flat_NK = numbers.sum(0).reshape(len(rows), -1)

@@ -77,7 +77,5 @@ def discover_box(patches_hwD: Tensor) -> np.ndarray:
 def iou(box_4: np.ndarray, others_K4: np.ndarray) -> np.ndarray:
     """Intersection over union (K,) of a box with others: left, top, right, bottom."""
     sides_K2 = np.minimum(box_4[2:], others_K4[:, 2:]) - np.maximum(box_4[:2], others_K4[:, :2])
-    intersection_K = sides_K2.clip(0).prod(1)
-    return intersection_K / (
-        (box_4[2:] - box_4[:2]).prod() + (others_K4[:, 2:] - others_K4[:, :2]).prod(1) - intersection_K
-    )
+    both_K = sides_K2.clip(0).prod(1)
+    return both_K / ((box_4[2:] - box_4[:2]).prod() + (others_K4[:, 2:] - others_K4[:, :2]).prod(1) - both_K)

@@ -121,9 +121,7 @@ def window_side(backbone: Any, side: int) -> int:
     return max(1, round(side / patch)) * patch
 
 
-def extract_feature_maps(
-    backbone: Any, index: Index, grid: WindowGrid, blocks: tuple[int, ...], reader: Reader
-) -> FeatureMaps:
+def extract_maps(backbone: Any, index: Index, grid: WindowGrid, blocks: tuple[int, ...], reader: Reader) -> FeatureMaps:
     """Extract the feature maps of every readable image. Raises UsageError if none can be read."""
     key = cache_key(backbone, index, "maps", grid, blocks)
     parts = compute_in_parts(

@@ -48,7 +48,7 @@ class LinearClassifiers:
     batch: int
 
 
-def train_linear_classifiers(
+def train_classifiers(
     train: FrozenFeatures,
     labels_N: np.ndarray,
     val: FrozenFeatures,
@@ -79,9 +79,7 @@ def train_linear_classifiers(
     chunks = logits(x_MF, slices, model, config)
     if allowed_MC is not None:
         forbidden = (~torch.from_numpy(allowed_MC)).split(CHUNK)
-        chunks = [
-            z_HMC.masked_fill(forbidden_MC, -math.inf) for z_HMC, forbidden_MC in zip(chunks, forbidden, strict=True)
-        ]
+        chunks = [z_HMC.masked_fill(not_MC, -math.inf) for z_HMC, not_MC in zip(chunks, forbidden, strict=True)]
     tied_H = held_out_H == held_out_H.max()  # with few images many classifiers tie: the lowest loss decides
     return LinearClassifiers(
         settings=[(s.blocks, s.pooling, rate) for s in slices for rate in config.rates],
@@ -139,15 +137,15 @@ def fit(
     for step in range(steps):
         rows_B = order[step * batch : (step + 1) * batch]
         x_BF, target_B1C = x_NF[rows_B], F.one_hot(labels_N[rows_B], classes).float()[:, None]
-        schedule = 0.5 * (1 + math.cos(math.pi * step / steps))
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         for s, (w, b), (mw, mb) in zip(slices, model, momentum, strict=True):
             x_BS = x_BF[:, s.first : s.last]
             p_BRC = torch.addmm(b, x_BS, w).unflatten(1, (rates, classes)).softmax(-1)
             gradient_BH = ((p_BRC - target_B1C) * (rate_R1 / batch)).flatten(1)
             torch.addmm(mw, x_BS.T, gradient_BH, beta=MOMENTUM, out=mw)
             mb.mul_(MOMENTUM).add_(gradient_BH.sum(0))
-            w.sub_(mw, alpha=schedule)
-            b.sub_(mb, alpha=schedule)
+            w.sub_(mw, alpha=cosine)
+            b.sub_(mb, alpha=cosine)
     return model, steps, batch
 
 

@@ -29,7 +29,7 @@ from troodon.images.decode import BadImage
 
 MIN_SCALE = 0.5  # minimum side of the second view, as a fraction of the first
 MAX_ROTATION = 30  # degrees, in both directions
-MAX_LIGHT_CHANGE = 0.5  # maximum absolute logarithm of the gain of each channel, and of the exponent
+MAX_LIGHT_CHANGE = 0.5  # maximum absolute natural logarithm of the gain of each channel, and of the exponent
 
 
 def match(backbone: Any, benchmark: Benchmark, config: EvaluateConfig, reader: Reader) -> Iterator[Result]:
@@ -52,27 +52,24 @@ def match(backbone: Any, benchmark: Benchmark, config: EvaluateConfig, reader: R
             patches = tokens(backbone, x_3CSS, last)[0][:, 0].float()
             for of_protocol, second_hwD in zip(distances.values(), patches[1:]):
                 of_protocol.append(match_distances(patches[0], second_hwD, affine_23))
-    report_unreadable(
-        {index.path(row): str(error) for row, error in broken.items()}, len(distances["match"]), len(index)
-    )
+    matched = len(distances["match"])
+    report_unreadable({index.path(row): str(error) for row, error in broken.items()}, matched, len(index))
     settings = {
-        "images": len(distances["match"]), "window": side, "features": "patches of the last block, cosine",
+        "images": matched, "window": side, "features": "patches of the last block, cosine",
         "views": f"the middle square; a part of it of {MIN_SCALE:g} to 1 of its side, "
                  f"turned up to {MAX_ROTATION} degrees",
         "interval": f"95 %, bootstrap over images, {config.resamples} resamples",
     }  # fmt: skip
-    like = likeness(
-        backbone, dataset_fingerprint(index), window=side, seed=config.seed, smallest=MIN_SCALE, turn=MAX_ROTATION
-    )
+    images = dataset_fingerprint(index)
+    like = likeness(backbone, images, window=side, seed=config.seed, smallest=MIN_SCALE, turn=MAX_ROTATION)
     for protocol, distances_B in distances.items():
         light = {} if protocol == "match" else {"light": MAX_LIGHT_CHANGE}
+        protocol_settings, protocol_like = settings | light, like | light
         for threshold in config.match_within:
             correct_B = np.array([float((x_P <= threshold).mean()) for x_P in distances_B if len(x_P)])
             low, high = bootstrap_interval(correct_B, config.resamples, config.seed)
-            value = float(correct_B.mean())
-            yield Result(
-                protocol, benchmark.name, f"pck@{threshold:g}", value, low, high, settings | light, like | light
-            )
+            value, metric = float(correct_B.mean()), f"pck@{threshold:g}"
+            yield Result(protocol, benchmark.name, metric, value, low, high, protocol_settings, protocol_like)
 
 
 def random_affine(random: np.random.Generator) -> Tensor:
@@ -93,11 +90,11 @@ def warp(first_CSS: Tensor, affine_23: Tensor) -> Tensor:
 
 def change_light(view_CSS: Tensor, random: np.random.Generator) -> Tensor:
     """The view, uint8, with a random gain of each channel and a random exponent (gamma) of all."""
-    gain_C11 = torch.from_numpy(
-        np.exp(random.uniform(-MAX_LIGHT_CHANGE, MAX_LIGHT_CHANGE, (len(view_CSS), 1, 1)))
-    ).float()
+    gain_C11 = np.exp(random.uniform(-MAX_LIGHT_CHANGE, MAX_LIGHT_CHANGE, (len(view_CSS), 1, 1)))
     exponent = math.exp(random.uniform(-MAX_LIGHT_CHANGE, MAX_LIGHT_CHANGE))
-    return ((view_CSS / 255) ** exponent * gain_C11 * 255).round().clamp(0, 255).to(torch.uint8)
+    return (
+        ((view_CSS / 255) ** exponent * torch.from_numpy(gain_C11).float() * 255).round().clamp(0, 255).to(torch.uint8)
+    )
 
 
 def match_distances(first_hwD: Tensor, second_hwD: Tensor, affine_23: Tensor) -> np.ndarray:

@@ -23,9 +23,7 @@ def split(index: Index, seed: int) -> tuple[Index, Index]:
         return index.take(np.flatnonzero(splits == "train")), index.take(np.flatnonzero(splits == existing))
     val_N = stratified(np.unique(index.column("label"), return_inverse=True)[1], VAL_FRACTION, seed)
     if not val_N.any():
-        raise UsageError(
-            f"each of the {len(index)} labelled images is the only one of its class: none is left to test on"
-        )
+        raise UsageError(f"each of the {len(index)} labelled images is the only one of its class: none is left to test")
     return index.take(np.flatnonzero(~val_N)), index.take(np.flatnonzero(val_N))
 
 
@@ -37,11 +35,8 @@ def split_rows(index: Index, seed: int) -> tuple[np.ndarray, np.ndarray, str]:
     """
     if existing := _existing_split(index):
         splits = np.asarray(index.column("split"), dtype=object)
-        return (
-            np.flatnonzero(splits == "train"),
-            np.flatnonzero(splits == existing),
-            f"train and {existing}, as the data says",
-        )
+        description = f"train and {existing}, as the data says"
+        return np.flatnonzero(splits == "train"), np.flatnonzero(splits == existing), description
     if len(index) < 2:
         raise UsageError(f"{len(index)} images: two are needed, one to train on and one to test on")
     rows = np.random.default_rng(seed).permutation(len(index))

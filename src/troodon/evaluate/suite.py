@@ -75,8 +75,8 @@ def evaluate(
     report(f"suite {config.suite}: {len(by_name)} backbones, {len(benchmarks)} datasets, {count:,} images")
     for name, backbone in by_name.items():
         # Features of the first backbone stay in memory until its pictures are drawn.
-        own_reader = replace(reader, in_memory={} if scores else reader.in_memory)
-        for result in _run_protocols(backbone, datasets, others, config, own_reader):
+        backbone_reader = replace(reader, in_memory={} if scores else reader.in_memory)
+        for result in _run_protocols(backbone, datasets, others, config, backbone_reader):
             entry = score_entry(result.protocol, result.dataset, result.metric, result.value, result.low, result.high,
                                 result.settings | {"versions": packages}, name,
                                 result.like | {"releases": releases(packages)})  # fmt: skip
@@ -104,8 +104,8 @@ def _recorded(config: EvaluateConfig) -> dict:
 
 def format_score(entry: dict) -> str:
     """Format a score as a line of text."""
-    form = ".3f" if entry["metric"] in ERROR_METRICS else ".1%"
-    low, value, high = (f"{entry[key]:{form}}" for key in ("low", "value", "high"))
+    number_format = ".3f" if entry["metric"] in ERROR_METRICS else ".1%"
+    low, value, high = (f"{entry[key]:{number_format}}" for key in ("low", "value", "high"))
     identity = f"{entry['backbone']}: {entry['protocol']} on {entry['dataset']}"
     return f"{identity}, {entry['metric']} {value} ({low} to {high})"
 
@@ -127,9 +127,7 @@ def group_datasets(
         datasets[b.name] = classify.LabelledDataset(b.name, train, {b.name: val}, describe_split(b.images, config.seed))
     for b in (b for b in labels if b.train_benchmark is not None):
         if b.train_benchmark not in datasets:
-            raise UsageError(
-                f"{b.name}: has only test images; also give {b.train_benchmark}, whose training images it needs"
-            )
+            raise UsageError(f"{b.name}: has only test images; also give {b.train_benchmark}, to train on")
         datasets[b.train_benchmark].tests[b.name] = labelled(b.images)
     return list(datasets.values()), [b for b in benchmarks if b.kind != "label"]
 
@@ -139,12 +137,9 @@ def _without_labels(benchmark: Benchmark) -> bool:
 
 
 def _run_protocols(
-    backbone: Any,
-    datasets: list[classify.LabelledDataset],
-    others: list[Benchmark],
-    config: EvaluateConfig,
+    backbone: Any, datasets: list[classify.LabelledDataset], others: list[Benchmark], config: EvaluateConfig,
     reader: Reader,
-) -> Iterator[Result]:
+) -> Iterator[Result]:  # fmt: skip
     """Run the protocols that this backbone supports: a descriptor may have no patches, or only patches."""
     if hasattr(backbone, "features"):
         for dataset in datasets:

@@ -37,9 +37,8 @@ def classify_tags(
     samples = []
     for size in np.diff([*range(0, config.resamples, CHUNK), config.resamples]):
         weight_RM = random.multinomial(count, np.full(count, 1 / count), size)
-        samples.append(
-            np.nanmean(metrics.tag_average_precision(score_MC, tags_MC, weight_RM).reshape(classes, 2, -1), 0)
-        )
+        per_class_C2R = metrics.tag_average_precision(score_MC, tags_MC, weight_RM).reshape(classes, 2, -1)
+        samples.append(np.nanmean(per_class_C2R, 0))
     tails = [(1 - metrics.CONFIDENCE) / 2, (1 + metrics.CONFIDENCE) / 2]
     low_2, high_2 = np.quantile(np.concatenate(samples, 1), tails, axis=1)
     settings = {
@@ -55,14 +54,5 @@ def classify_tags(
     for method, metric in enumerate(("map", "map_11_points")):
         per_class = {name: float(v) for name, v in zip(benchmark.classes, per_class_C2[:, method]) if not np.isnan(v)}
         value, details = float(np.nanmean(per_class_C2[:, method])), {"per class": per_class}
-        yield Result(
-            "logistic",
-            benchmark.name,
-            metric,
-            value,
-            float(low_2[method]),
-            float(high_2[method]),
-            settings,
-            like,
-            details,
-        )
+        low, high = float(low_2[method]), float(high_2[method])
+        yield Result("logistic", benchmark.name, metric, value, low, high, settings, like, details)
