@@ -107,7 +107,7 @@ def environment() -> dict[str, Any]:
 
 
 def result(
-    name: str, ours: float, rival: float | None, unit: str, *, more_is_better: bool = False, **settings: Any
+    name: str, ours: float, rival: float | None, unit: str, /, *, more_is_better: bool = False, **settings: Any
 ) -> dict:
     """One result. A larger `ratio` is better for ours; it is None where there is no rival, or a side is 0."""
     ratio = None

@@ -39,7 +39,7 @@ def test_the_tables_are_those_of_the_rows():
 
 
 def test_a_record_says_where_when_and_of_what(tmp_path):
-    results = [measure.result("time", 2.0, 3.0, "s", images=8), measure.result("growth", 0, 3.0, "MB")]
+    results = [measure.result("time", 2.0, 3.0, "s", images=8, rival="walk"), measure.result("growth", 0, 3.0, "MB")]
     path = measure.record(results, tmp_path / "new" / "rows.jsonl", packages=("pytest", "no-such-package"))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [list(row) for row in rows] == 2 * [
@@ -196,18 +196,52 @@ def test_each_mark_has_a_table_and_each_table_a_mark(text):
         tables.updated(text, "page.md", [], {"speed": TABLE})
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_every_benchmark_records(script, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(script.parent)
-    monkeypatch.setattr(sys, "argv", [script.name, "--help"])
+@pytest.fixture
+def run_script(monkeypatch):
+    """A function that runs a script of benchmarks/ as Python does, with its own folder on the path."""
+    monkeypatch.syspath_prepend(HOME / "benchmarks")
     modules = set(sys.modules)
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(script), run_name="__main__")
+    yield lambda name, run_name: runpy.run_path(str(HOME / "benchmarks" / name), run_name=run_name)
     for name in set(sys.modules) - modules:  # `measure`, `step`: names under which only scripts import them
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(script.parent)):
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(HOME / "benchmarks")):
             del sys.modules[name]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_benchmark_records(script, run_script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script.name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        run_script(script.name, "__main__")
     assert ended.value.code == 0
     assert "--record" in capsys.readouterr().out
+
+
+def test_a_finished_demo_gives_rows_of_its_seed(tmp_path, run_script):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("seed: 7\nsteps: 800\n")
+    measured = [  # backbone, dataset, protocol, metric, value
+        ("run", "evaluation", "knn", "accuracy", 0.3),
+        ("student", "evaluation", "knn", "accuracy", 0.25),
+        ("random", "evaluation", "knn", "accuracy", 0.1),
+        ("random, as student", "evaluation", "knn", "accuracy", 0.125),
+        ("raw-pixels", "evaluation", "knn", "accuracy", 0.2),
+        ("first", "planted", "duplicates", "recall", 0.78),
+    ]
+    keys = ("backbone", "dataset", "protocol", "metric", "value")
+    scores = [dict(zip(keys, row)) | {"low": 0.05, "high": 0.9} for row in measured]
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    rows = run_script("demo.py", "demo")["demo_results"](tmp_path)
+    assert [(row["name"], row["settings"]["features"], row["ours"], row["rival"]) for row in rows] == [
+        ("demo_knn", "pretrained", 30.0, 10.0),
+        ("demo_knn", "student", 25.0, 12.5),
+        ("demo_knn", "random network", 10.0, None),
+        ("demo_knn", "random network, as student", 12.5, None),
+        ("demo_knn", "raw pixels", 20.0, 10.0),
+        ("demo_duplicates_recall", "first", 78.0, None),
+    ]
+    assert all(row["settings"]["seed"] == 7 and row["settings"]["steps"] == 800 for row in rows)
+    assert rows[0]["ratio"] == 3.0
+    assert (rows[0]["low"], rows[0]["high"]) == (5.0, 90.0)
 
 
 def test_no_benchmark_is_missed():
