@@ -287,7 +287,7 @@ def test_another_world_is_refused(folder):
 
 
 def test_mistakes_are_named():
-    with pytest.raises(UsageError, match="classes: 40 species; the world has from 2 to 16"):
+    with pytest.raises(UsageError, match="classes: 40 species; must be 2 to 16"):
         WorldConfig(classes=40)
     with pytest.raises(UsageError, match="clutter: 2"):
         WorldConfig(clutter=2.0)

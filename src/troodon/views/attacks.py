@@ -1,7 +1,7 @@
-"""What the web does to a picture before it turns up again: the ways to make a near-duplicate.
+"""Attacks: changes that make a near-duplicate of an image, as they happen to images on the web.
 
 An attack is a function (image (H, W, 3) uint8, generator, strength in (0, 1]) -> image (h, w, 3) uint8. Strength 0.25
-is mild, 1 is strong; each docstring gives the setting at strength 0 and at 1. Signs and places are drawn.
+is mild, 1 is strong; each docstring gives the setting at strength 0 and at 1. Signs and places are random.
 The kinds follow the Copydays set (Jegou and others, 2008) and the image similarity challenge
 (https://arxiv.org/abs/2106.09672).
 """
@@ -25,7 +25,7 @@ _WORDS = ("sale", "new", "hello", "2019", "best", "photo", "of the", "day", "fol
 
 
 def attack(image: Image.Image | ndarray, kind: str, random: Generator, strength: float) -> ndarray:
-    """A near-duplicate of `image`, (h, w, 3) uint8; its size may differ. UsageError for an unknown kind."""
+    """A near-duplicate of `image`, (h, w, 3) uint8; its size may differ. Raises UsageError for an unknown kind."""
     if kind not in ATTACKS:
         raise nearest("attack", kind, ATTACKS)
     return ATTACKS[kind](image, random, strength)
@@ -35,9 +35,9 @@ def _on_arrays(function: Attack) -> Callable[[Image.Image | ndarray, Generator, 
     @functools.wraps(function)
     def wrapped(image: Image.Image | ndarray, random: Generator, strength: float) -> ndarray:
         if not 0 < strength <= 1:
-            raise UsageError(f"strength {strength}: it lies in (0, 1]; 0.25 is mild, 1 is strong")
+            raise UsageError(f"strength {strength}: must be in (0, 1]; 0.25 is mild, 1 is strong")
         picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-        copy = picture.convert("RGB")  # a copy even of an RGB image: attacks may draw on it
+        copy = picture.convert("RGB")  # this copies RGB images too: attacks may draw on the result
         return np.array(function(copy, random, strength).convert("RGB"))
 
     return wrapped
@@ -47,8 +47,8 @@ def _sign(r: Generator) -> int:
     return 1 if r.random() < 0.5 else -1
 
 
-def _some(r: Generator, strength: float) -> float:
-    """Strength, varied a little, so that two copies of one picture differ."""
+def _vary(r: Generator, strength: float) -> float:
+    """The strength, varied slightly, so that two copies of one image differ."""
     return min(1.0, strength * r.uniform(0.85, 1.15))
 
 
@@ -58,42 +58,42 @@ def _jpeg(image: Image.Image, quality: int) -> Image.Image:
     return Image.open(file)
 
 
-def _scaled(image: Image.Image, x: float, y: float) -> Image.Image:
+def _scale(image: Image.Image, x: float, y: float) -> Image.Image:
     size = (max(8, round(image.width * x)), max(8, round(image.height * y)))
     return image.resize(size, _BICUBIC)
 
 
 def resave(image: Image.Image, r: Generator, strength: float) -> Image.Image:
     """Saved again as JPEG, hardly visible: quality 97 to 90."""
-    return _jpeg(image, round(97 - 7 * _some(r, strength)))
+    return _jpeg(image, round(97 - 7 * _vary(r, strength)))
 
 
 def jpeg(image: Image.Image, r: Generator, strength: float) -> Image.Image:
-    """Saved as a bad JPEG: quality 60 to 8."""
-    return _jpeg(image, round(60 - 52 * _some(r, strength)))
+    """Saved as a JPEG of low quality: 60 to 8."""
+    return _jpeg(image, round(60 - 52 * _vary(r, strength)))
 
 
 def shrink(image: Image.Image, r: Generator, strength: float) -> Image.Image:
     """Both sides times 1 to 0.4."""
-    f = 1 - 0.6 * _some(r, strength)
-    return _scaled(image, f, f)
+    f = 1 - 0.6 * _vary(r, strength)
+    return _scale(image, f, f)
 
 
 def enlarge(image: Image.Image, r: Generator, strength: float) -> Image.Image:
     """Both sides times 1 to 2.5."""
-    f = 1 + 1.5 * _some(r, strength)
-    return _scaled(image, f, f)
+    f = 1 + 1.5 * _vary(r, strength)
+    return _scale(image, f, f)
 
 
 def stretch(image: Image.Image, r: Generator, strength: float) -> Image.Image:
     """Width over height times 1 to 1.5, or its inverse."""
-    f = (1 + 0.5 * _some(r, strength)) ** (_sign(r) / 2)
-    return _scaled(image, f, 1 / f)
+    f = (1 + 0.5 * _vary(r, strength)) ** (_sign(r) / 2)
+    return _scale(image, f, 1 / f)
 
 
 def crop(image: Image.Image, r: Generator, strength: float) -> Image.Image:
-    """Keeps 95 to 70 % of the area, anywhere, the aspect changed by 5 % at most."""
-    side, aspect = math.sqrt(0.95 - 0.25 * _some(r, strength)), r.uniform(0.975, 1.025)
+    """Keep 95 to 70 % of the area, anywhere, with the aspect ratio changed by 5 % at most."""
+    side, aspect = math.sqrt(0.95 - 0.25 * _vary(r, strength)), r.uniform(0.975, 1.025)
     w, h = round(image.width * min(1, side * aspect)), round(image.height * min(1, side / aspect))
     x, y = int(r.integers(image.width - w + 1)), int(r.integers(image.height - h + 1))
     return image.crop((x, y, x + w, y + h))
@@ -101,85 +101,85 @@ def crop(image: Image.Image, r: Generator, strength: float) -> Image.Image:
 
 def pad(image: Image.Image, r: Generator, strength: float) -> Image.Image:
     """A border of one colour, 2 to 20 % of the side; on all sides, or above and below."""
-    edge = round(max(image.size) * (0.02 + 0.18 * _some(r, strength))) or 1
+    edge = round(max(image.size) * (0.02 + 0.18 * _vary(r, strength))) or 1
     colour = _colours(r)[0] if r.random() < 0.4 else [(0, 0, 0), (255, 255, 255)][int(r.integers(2))]
     return ImageOps.expand(image, (edge if r.random() < 0.6 else 0, edge), colour)
 
 
 def flip(image: Image.Image, r: Generator, strength: float) -> Image.Image:
-    """Left and right exchanged, whatever the strength."""
+    """Left and right exchanged, at every strength."""
     return ImageOps.mirror(image)
 
 
 def rotate(image: Image.Image, r: Generator, strength: float) -> Image.Image:
-    """Turned by 1 to 20 degrees, either way; corners black, or cut off, if that leaves anything."""
-    degrees = 1 + 19 * _some(r, strength)
-    turned = image.rotate(_sign(r) * degrees, _BICUBIC)
+    """Rotated by 1 to 20 degrees, either way; corners black, or cropped if enough remains."""
+    degrees = 1 + 19 * _vary(r, strength)
+    rotated = image.rotate(_sign(r) * degrees, _BICUBIC)
     if r.random() < 0.5:
-        return turned
+        return rotated
     a = math.radians(degrees)
     keep = 1 / (math.cos(a) + math.sin(a) * max(image.size) / min(image.size))
     dx, dy = image.width * (1 - keep) / 2, image.height * (1 - keep) / 2
     left, top, right, bottom = math.ceil(dx), math.ceil(dy), math.floor(image.width - dx), math.floor(image.height - dy)
-    return turned.crop((left, top, right, bottom)) if min(right - left, bottom - top) >= 8 else turned
+    return rotated.crop((left, top, right, bottom)) if min(right - left, bottom - top) >= 8 else rotated
 
 
 def brightness(image: Image.Image, r: Generator, strength: float) -> Image.Image:
     """Values times 1 to 1.6, or 1 to 0.4."""
-    s = _some(r, strength)
+    s = _vary(r, strength)
     return ImageEnhance.Brightness(image).enhance(1 + 0.6 * s if r.random() < 0.5 else 1 - 0.6 * s)
 
 
 def contrast(image: Image.Image, r: Generator, strength: float) -> Image.Image:
     """Distance from the mean grey times 1 to 2, or 1 to 0.35."""
-    s = _some(r, strength)
+    s = _vary(r, strength)
     return ImageEnhance.Contrast(image).enhance(1 + s if r.random() < 0.5 else 1 - 0.65 * s)
 
 
 def saturation(image: Image.Image, r: Generator, strength: float) -> Image.Image:
     """Distance from grey times 1 to 2.2, or 1 to 0.2."""
-    s = _some(r, strength)
+    s = _vary(r, strength)
     return ImageEnhance.Color(image).enhance(1 + 1.2 * s if r.random() < 0.5 else 1 - 0.8 * s)
 
 
 def hue(image: Image.Image, r: Generator, strength: float) -> Image.Image:
-    """All hues moved by 2 to 29 degrees of the colour circle, either way."""
+    """All hues shifted by 2 to 29 degrees of the colour circle, either way."""
     h, s, v = image.convert("HSV").split()
-    by = _sign(r) * round(1.5 + 19 * _some(r, strength))
-    return Image.merge("HSV", (h.point([(k + by) % 256 for k in range(256)]), s, v)).convert("RGB")
+    shift = _sign(r) * round(1.5 + 19 * _vary(r, strength))
+    return Image.merge("HSV", (h.point([(k + shift) % 256 for k in range(256)]), s, v)).convert("RGB")
 
 
 def grey(image: Image.Image, r: Generator, strength: float) -> Image.Image:
     """Colours moved 50 to 100 % of the way to grey."""
-    return Image.blend(image, image.convert("L").convert("RGB"), 0.5 + 0.5 * _some(r, strength))
+    return Image.blend(image, image.convert("L").convert("RGB"), 0.5 + 0.5 * _vary(r, strength))
 
 
 def gamma(image: Image.Image, r: Generator, strength: float) -> Image.Image:
     """Values to the power of 1 to 2.2, or its inverse."""
-    power = (1 + 1.2 * _some(r, strength)) ** _sign(r)
+    power = (1 + 1.2 * _vary(r, strength)) ** _sign(r)
     return image.point([round(255 * (k / 255) ** power) for k in range(256)] * 3)
 
 
 def blur(image: Image.Image, r: Generator, strength: float) -> Image.Image:
     """Gaussian, deviation 0.3 to 3 % of the shorter side."""
-    return image.filter(ImageFilter.GaussianBlur(min(image.size) * (0.003 + 0.027 * _some(r, strength))))
+    return image.filter(ImageFilter.GaussianBlur(min(image.size) * (0.003 + 0.027 * _vary(r, strength))))
 
 
 def sharpen(image: Image.Image, r: Generator, strength: float) -> Image.Image:
     """Unsharp mask, radius 1.5 pixels, 60 to 300 %."""
-    return image.filter(ImageFilter.UnsharpMask(1.5, round(60 + 240 * _some(r, strength)), 0))
+    return image.filter(ImageFilter.UnsharpMask(1.5, round(60 + 240 * _vary(r, strength)), 0))
 
 
 def noise(image: Image.Image, r: Generator, strength: float) -> Image.Image:
     """Gaussian noise, deviation 3 to 30 levels of 255."""
     x = np.asarray(image, np.float32)
-    x = x + r.standard_normal(x.shape, np.float32) * np.float32(3 + 27 * _some(r, strength))
+    x = x + r.standard_normal(x.shape, np.float32) * np.float32(3 + 27 * _vary(r, strength))
     return Image.fromarray(np.clip(x + 0.5, 0, 255).astype(np.uint8))
 
 
 def text(image: Image.Image, r: Generator, strength: float) -> Image.Image:
     """One to three lines of outlined text, 8 to 18 % of the height each."""
-    s = _some(r, strength)
+    s = _vary(r, strength)
     size = max(7, round(image.height * (0.08 + 0.1 * s)))
     light, dark = _colours(r)
     draw, y = ImageDraw.Draw(image), r.uniform(0.0, 0.6) * image.height
@@ -192,7 +192,7 @@ def text(image: Image.Image, r: Generator, strength: float) -> Image.Image:
 
 def sticker(image: Image.Image, r: Generator, strength: float) -> Image.Image:
     """One to three round or square logos, 12 to 30 % of the side each."""
-    s = _some(r, strength)
+    s = _vary(r, strength)
     draw, side = ImageDraw.Draw(image), min(image.size)
     for _ in range(1 + int(2.4 * s)):
         d = side * (0.12 + 0.18 * s)
@@ -206,20 +206,20 @@ def sticker(image: Image.Image, r: Generator, strength: float) -> Image.Image:
 
 def posterise(image: Image.Image, r: Generator, strength: float) -> Image.Image:
     """16 to 3 levels per channel."""
-    levels = round(16 - 13 * _some(r, strength))
+    levels = round(16 - 13 * _vary(r, strength))
     return image.point([round(255 * min(int(k * levels / 256), levels - 1) / (levels - 1)) for k in range(256)] * 3)
 
 
 def vignette(image: Image.Image, r: Generator, strength: float) -> Image.Image:
     """Corners darkened by 25 to 85 %."""
     x, y = np.linspace(-1, 1, image.width, dtype=np.float32), np.linspace(-1, 1, image.height, dtype=np.float32)
-    fall = np.float32(0.25 + 0.6 * _some(r, strength)) * (x[None] ** 2 + y[:, None] ** 2) / 2
+    fall = np.float32(0.25 + 0.6 * _vary(r, strength)) * (x[None] ** 2 + y[:, None] ** 2) / 2
     return Image.fromarray((np.asarray(image) * (1 - fall)[..., None]).astype(np.uint8))
 
 
 def screenshot(image: Image.Image, r: Generator, strength: float) -> Image.Image:
-    """In a window: a title bar, a margin and buttons, 10 to 35 % of the side in all."""
-    edge = max(2, round(min(image.size) * (0.1 + 0.25 * _some(r, strength)) / 2.6))
+    """Framed by a window: a title bar, a margin and buttons, 10 to 35 % of the side in all."""
+    edge = max(2, round(min(image.size) * (0.1 + 0.25 * _vary(r, strength)) / 2.6))
     light, dark = _colours(r)[:: _sign(r)]
     framed = ImageOps.expand(image, (edge // 2, edge, edge // 2, edge), light)
     draw, e = ImageDraw.Draw(framed), edge
@@ -238,13 +238,13 @@ def mix(image: Image.Image, r: Generator, strength: float) -> Image.Image:
 
 
 def _colours(r: Generator) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """A pale one and a dark one."""
+    """A light colour and a dark one."""
     return tuple(r.integers(190, 256, 3).tolist()), tuple(r.integers(0, 80, 3).tolist())
 
 
 @functools.cache
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The font that comes with Pillow, the same everywhere; no smaller than six pixels."""
+    """Pillow's own font, the same on all machines; six pixels at least."""
     return ImageFont.load_default(max(size, 6))
 
 
@@ -256,8 +256,8 @@ ATTACKS: dict[str, Callable[[Image.Image | ndarray, Generator, float], ndarray]]
     f.__name__: _on_arrays(f) for f in (*_DETAIL, *_GEOMETRY, *_COLOUR, mix)
 }
 
-# The kinds that are missed most where an image is compared as such, and their strengths. The first ones matter most:
-# after twelve little more is found.
+# The attacks whose copies are missed most if images are compared without attacked copies, with their strengths. The
+# first ones matter most: after twelve, hardly any more copies are found.
 BENCHMARK_ATTACKS = (
     ("rotate", 0.5), ("sticker", 0.5), ("screenshot", 0.5), ("text", 0.5), ("crop", 0.5), ("rotate", 0.35),
     ("flip", 1.0), ("sticker", 0.65), ("rotate", 0.65), ("text", 0.65), ("screenshot", 0.65), ("mix", 0.5),
@@ -266,6 +266,6 @@ BENCHMARK_ATTACKS = (
 
 
 def attacked_copies(image: ndarray, count: int) -> list[ndarray]:
-    """The image (H, W, 3) uint8 in the first `count` disguises, and always in the same."""
+    """Copies of the image (H, W, 3) uint8 under the first `count` BENCHMARK_ATTACKS; the same at every call."""
     random = np.random.default_rng(zlib.crc32(image.tobytes()))
     return [attack(image, kind, random, strength) for kind, strength in BENCHMARK_ATTACKS[:count]]

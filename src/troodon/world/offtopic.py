@@ -1,4 +1,4 @@
-"""What a crawl brings besides the world's own pictures: pages, charts, codes, mazes, windows. All seeded."""
+"""Off-topic images of the embedded world, as a crawl would find: pages, charts, codes, mazes, windows. All seeded."""
 
 from collections.abc import Callable
 
@@ -13,21 +13,21 @@ _SYLLABLES = ("ba", "bel", "da", "do", "lan", "lo", "lin", "ma", "mar", "mi", "n
 
 
 def render_offtopic(seed: int, image: int, px: int = 64) -> tuple[np.ndarray, str]:
-    """((px, px, 3) uint8, kind) of off-topic picture number `image`: a pure function of its arguments."""
+    """((px, px, 3) uint8, kind) of off-topic image number `image`: a pure function of its arguments."""
     r = np.random.default_rng([seed, 2, image])
     kind = sorted(KINDS)[int(r.integers(len(KINDS)))]
-    paper, ink = _paper(r)
-    if r.random() < 0.25:  # as on a dark screen
+    paper, ink = _paper_and_ink(r)
+    if r.random() < 0.25:  # dark mode
         paper, ink = ink, paper
     side = 2 * px
     canvas = Image.new("RGB", (side, side), paper)
-    drawn = KINDS[kind](canvas, ImageDraw.Draw(canvas), side, ink, r)
-    return np.asarray((drawn or canvas).reduce(2)).copy(), kind
+    replacement = KINDS[kind](canvas, ImageDraw.Draw(canvas), side, ink, r)
+    return np.asarray((replacement or canvas).reduce(2)).copy(), kind
 
 
-def words(r: Generator, n: int, longest: int = 3) -> str:
-    """`n` words of no language, of up to `longest` syllables."""
-    counts = r.integers(1, longest + 1, n)
+def words(r: Generator, n: int, max_syllables: int = 3) -> str:
+    """`n` random words of up to `max_syllables` syllables, in no language."""
+    counts = r.integers(1, max_syllables + 1, n)
     syllables = r.choice(_SYLLABLES, int(counts.sum())).tolist()
     ends = np.cumsum(counts).tolist()
     return " ".join("".join(syllables[a:b]) for a, b in zip([0, *ends[:-1]], ends))
@@ -38,8 +38,8 @@ def _vivid(r: Generator) -> Ink:
     return tuple(int(v) for v in (255 * (1 - r.uniform(0.5, 0.9) * (1 - hue)) * r.uniform(0.6, 1.0)))
 
 
-def _paper(r: Generator) -> tuple[Ink, Ink]:
-    """Pale and dark: white and black half of the time, else tinted."""
+def _paper_and_ink(r: Generator) -> tuple[Ink, Ink]:
+    """A light and a dark colour: white and black half of the time, else tinted."""
     tint = r.random() >= 0.5
     pale = r.integers(205, 256, 3) if tint else np.full(3, 250)
     dark = r.integers(0, 110, 3) if tint else np.full(3, 20)

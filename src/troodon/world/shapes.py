@@ -1,7 +1,7 @@
-"""What lives in the embedded world: the outlines of its species, as polygons.
+"""The species of the embedded world: their shapes, as polygons.
 
-An animal, plant or thing is a list of parts painted one over the other; a part is a tone and the points of a polygon.
-Shapes lie in [-1, 1] on both axes, y downwards. The generator given to a shape decides an individual's proportions.
+A shape is a list of parts, painted one over the other; a part is a tone and the points of a polygon. Shapes lie in
+[-1, 1] on both axes, y downwards. The generator that is passed to a shape determines the individual's proportions.
 """
 
 import math
@@ -16,7 +16,7 @@ BODY, SECOND, DARK, LIGHT, HOLE = range(5)  # tones: textured, a second colour, 
 Parts = list[tuple[int, np.ndarray]]  # (tone, (N, 2) points)
 
 _FILL = [(255, 0, 0, 0), (0, 255, 0, 0), (0, 0, 255, 0), (0, 0, 0, 255), (0, 0, 0, 0)]
-_FINE = 2  # polygons are drawn this much finer than asked for, then averaged: clean edges
+_SUPERSAMPLING = 2  # polygons are drawn at this multiple of the resolution, then averaged: smooth edges
 _T = np.linspace(0, 1, 6, endpoint=False)[:, None]
 _SPLINE = 0.5 * np.hstack(
     [-_T + 2 * _T**2 - _T**3, 2 - 5 * _T**2 + 3 * _T**3, _T + 4 * _T**2 - 3 * _T**3, _T**3 - _T**2]
@@ -26,15 +26,15 @@ _CIRCLE = np.stack([np.cos(_CIRCLE), np.sin(_CIRCLE)], 1)
 
 
 def paint(parts: Parts, matrix: np.ndarray, centre: np.ndarray, px: int) -> np.ndarray:
-    """(4, px, px) float32: how much of each pixel is body, second, dark and light; their sum is the coverage.
+    """Paint a shape: (4, px, px) float32, the share of body, second, dark and light in each pixel; the sum is coverage.
 
-    `matrix` (2, 2) and `centre` (2,) place the shape in a picture that spans [-1, 1].
+    `matrix` (2, 2) and `centre` (2,) place the shape in an image that spans [-1, 1].
     """
-    image = Image.new("CMYK", (px * _FINE, px * _FINE))  # four plain channels, one per tone
-    draw, half = ImageDraw.Draw(image), px * _FINE / 2
+    image = Image.new("CMYK", (px * _SUPERSAMPLING, px * _SUPERSAMPLING))  # four plain channels, one per tone
+    draw, half = ImageDraw.Draw(image), px * _SUPERSAMPLING / 2
     for tone, points in parts:
         draw.polygon(((points @ matrix.T + centre + 1) * half - 0.5).ravel().tolist(), fill=_FILL[tone])
-    return np.ascontiguousarray(np.asarray(image.reduce(_FINE)).transpose(2, 0, 1)) * np.float32(1 / 255)
+    return np.ascontiguousarray(np.asarray(image.reduce(_SUPERSAMPLING)).transpose(2, 0, 1)) * np.float32(1 / 255)
 
 
 def ellipse(x: float, y: float, rx: float, ry: float, turn: float = 0.0) -> np.ndarray:
@@ -47,16 +47,16 @@ def box(x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
 
 
 def smooth(*points: tuple[float, float]) -> np.ndarray:
-    """A closed curve through the points (Catmull-Rom)."""
+    """A smooth closed curve through the points (Catmull-Rom)."""
     p = np.array(points)
-    around = np.stack([np.roll(p, 1, 0), p, np.roll(p, -1, 0), np.roll(p, -2, 0)], 1)
-    return np.einsum("tk,nkd->ntd", _SPLINE, around).reshape(-1, 2)
+    neighbours = np.stack([np.roll(p, 1, 0), p, np.roll(p, -1, 0), np.roll(p, -2, 0)], 1)
+    return np.einsum("tk,nkd->ntd", _SPLINE, neighbours).reshape(-1, 2)
 
 
 def stroke(points: np.ndarray, width: float) -> list[np.ndarray]:
     """A line with round ends, as polygons."""
-    along = np.gradient(points, axis=0)
-    normal = along[:, ::-1] * (1, -1) * (width / 2 / np.linalg.norm(along, axis=1, keepdims=True))
+    tangent = np.gradient(points, axis=0)
+    normal = tangent[:, ::-1] * (1, -1) * (width / 2 / np.linalg.norm(tangent, axis=1, keepdims=True))
     ends = [ellipse(x, y, width / 2, width / 2) for x, y in (points[0], points[-1])]
     return [np.concatenate([points + normal, (points - normal)[::-1]]), *ends]
 
@@ -160,7 +160,7 @@ def moon(r: Generator) -> Parts:
     edge = math.atan2(y, x - shift)
     inner = arc(shift, 0, inner_r, inner_r, edge, -2 * math.pi - edge, 30)
     crater = [(SECOND, ellipse(-0.62, y, 0.1, 0.1)) for y in (-0.3, r.uniform(0.0, 0.4))]
-    middle = np.array([0.22, 0])  # so that what is left of the disc lies in the middle
+    middle = np.array([0.22, 0])  # centres the crescent
     return [(tone, points + middle) for tone, points in ((BODY, np.concatenate([outer, inner])), *crater)]
 
 
@@ -269,8 +269,8 @@ def rocket(r: Generator) -> Parts:
     ]
 
 
-def thing(r: Generator) -> Parts:
-    """A stone, a ball, a plank, a slab or a leaf: something that is no species, beside or before one."""
+def clutter(r: Generator) -> Parts:
+    """A stone, a ball, a plank, a slab or a leaf: an object of no species, for clutter beside or before a body."""
     kind = int(r.integers(5))
     if kind == 0:
         a = np.arange(7) * (2 * math.pi / 7)
@@ -287,12 +287,12 @@ def thing(r: Generator) -> Parts:
 
 @dataclass(frozen=True)
 class Species:
-    """What is usual of a species; any of it but the shape may differ in a picture."""
+    """The usual traits of a species; all of them but the shape may differ in an image."""
 
     shape: Callable[[Generator], Parts]
     texture: str
     habitat: str
-    turn: float  # degrees it leans to either side at most
+    max_lean: float  # degrees, to either side
 
 
 SPECIES = {

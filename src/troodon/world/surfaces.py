@@ -1,7 +1,7 @@
-"""What the embedded world is covered with: textures of its species, and the habitats behind them.
+"""The surfaces of the embedded world: textures of its species, and the habitats behind them.
 
-A surface is a function (x, y, generator) -> t: float32 coordinates in, values in [0, 1] out, one per pixel, to be
-mixed between two colours. Every surface spends about as much on either side of 1/2, so that colours tell nothing.
+A surface is a function (x, y, generator) -> t: float32 coordinates in, values in [0, 1] out, one per pixel, which mix
+two colours. About half of the values of a surface are below 1/2, so that colours say nothing about the class.
 """
 
 import functools
@@ -21,15 +21,15 @@ _F32 = np.float32
 
 @functools.cache
 def _tiles() -> tuple[ndarray, ndarray]:
-    """Smooth noise and white noise that repeat after _TILE cells, values spread evenly over [0, 1]."""
+    """Smooth noise and white noise that repeat after _TILE cells, with values uniform in [0, 1]."""
     white = np.random.default_rng(20230414).standard_normal((_TILE, _TILE))
     f = np.fft.fftfreq(_TILE)
     low = np.exp(-((f[:, None] ** 2 + f[None] ** 2) * (_BUMP * 0.9) ** 2))
-    soft = np.fft.ifft2(np.fft.fft2(white) * low).real
-    return _spread(soft), _spread(white)
+    smooth = np.fft.ifft2(np.fft.fft2(white) * low).real
+    return _to_uniform(smooth), _to_uniform(white)
 
 
-def _spread(x: ndarray) -> ndarray:
+def _to_uniform(x: ndarray) -> ndarray:
     ranks = np.empty(x.size, _F32)
     ranks[x.ravel().argsort(kind="stable")] = np.linspace(0, 1, x.size, dtype=_F32)
     return ranks.reshape(x.shape)
@@ -43,80 +43,80 @@ def _noise(x: ndarray, y: ndarray, r: Generator) -> ndarray:
     return _tiles()[0].ravel()[row * _TILE + column]
 
 
-def _cells(column: ndarray, row: ndarray, r: Generator) -> ndarray:
+def _cell_noise(column: ndarray, row: ndarray, r: Generator) -> ndarray:
     """One random value per whole (column, row)."""
     at = int(r.integers(_TILE * _TILE))
     return _tiles()[1].ravel()[(row.astype(np.int32) * 517 + column.astype(np.int32) * 11 + at) & (_TILE * _TILE - 1)]
 
 
-def _turned(x: ndarray, y: ndarray, angle: float) -> tuple[ndarray, ndarray]:
+def _rotate(x: ndarray, y: ndarray, angle: float) -> tuple[ndarray, ndarray]:
     c, s = math.cos(angle), math.sin(angle)
     return c * x + s * y, c * y - s * x
 
 
-def _hard(wave: ndarray, k: float) -> ndarray:
-    """A wave in [-1, 1] made into two levels with soft edges."""
+def _to_two_levels(wave: ndarray, k: float) -> ndarray:
+    """Turn a wave in [-1, 1] into two levels with soft edges."""
     return np.clip(wave * (k / 2) + 0.5, 0, 1)
 
 
-def _split(x: ndarray) -> tuple[ndarray, ndarray]:
+def _split_fraction(x: ndarray) -> tuple[ndarray, ndarray]:
     whole = np.floor(x)
     return whole, x - whole
 
 
-# Textures: in the body's own coordinates, where it spans about [-1, 1].
+# Textures, in the coordinates of the body, which spans about [-1, 1].
 
 
 def plain(x: ndarray, y: ndarray, r: Generator) -> ndarray:
-    u, _ = _turned(x, y, r.uniform(0, 2 * math.pi))
+    u, _ = _rotate(x, y, r.uniform(0, 2 * math.pi))
     return np.clip(u * 0.45 + 0.5, 0, 1)
 
 
 def stripes(x: ndarray, y: ndarray, r: Generator) -> ndarray:
-    u, _ = _turned(x, y, r.choice([0.0, 1.57, r.uniform(0, 3.1)]))
-    return _hard(np.sin(u * r.uniform(9, 15)), 4)
+    u, _ = _rotate(x, y, r.choice([0.0, 1.57, r.uniform(0, 3.1)]))
+    return _to_two_levels(np.sin(u * r.uniform(9, 15)), 4)
 
 
 def checks(x: ndarray, y: ndarray, r: Generator) -> ndarray:
-    u, v = _turned(x, y, r.choice([0.0, 0.785]))
+    u, v = _rotate(x, y, r.choice([0.0, 0.785]))
     f = r.uniform(8, 12)
-    return _hard(np.sin(u * f) * np.sin(v * f), 8)
+    return _to_two_levels(np.sin(u * f) * np.sin(v * f), 8)
 
 
 def dots(x: ndarray, y: ndarray, r: Generator) -> ndarray:
     f = r.uniform(2.2, 3.4)
-    row, v = _split(y * (f * 1.15))
-    _, u = _split(x * f + 0.5 * (row % 2))
-    return _hard(0.33 + r.uniform(-0.04, 0.06) - np.hypot(u - 0.5, v - 0.5), 12)
+    row, v = _split_fraction(y * (f * 1.15))
+    _, u = _split_fraction(x * f + 0.5 * (row % 2))
+    return _to_two_levels(0.33 + r.uniform(-0.04, 0.06) - np.hypot(u - 0.5, v - 0.5), 12)
 
 
 def waves(x: ndarray, y: ndarray, r: Generator) -> ndarray:
-    u, v = _turned(x, y, r.uniform(-0.5, 0.5))
-    return _hard(np.sin(v * r.uniform(10, 15) + r.uniform(1.6, 2.6) * np.sin(u * r.uniform(5, 8))), 3)
+    u, v = _rotate(x, y, r.uniform(-0.5, 0.5))
+    return _to_two_levels(np.sin(v * r.uniform(10, 15) + r.uniform(1.6, 2.6) * np.sin(u * r.uniform(5, 8))), 3)
 
 
 def zigzag(x: ndarray, y: ndarray, r: Generator) -> ndarray:
-    u, v = _turned(x, y, r.choice([0.0, 1.57]))
+    u, v = _rotate(x, y, r.choice([0.0, 1.57]))
     f = r.uniform(1.6, 2.6)
-    _, tooth = _split(u * f)
-    _, band = _split(v * (f * 0.9) + np.abs(tooth - 0.5))
-    return _hard(np.abs(band - 0.5) - 0.25, 14)
+    _, tooth = _split_fraction(u * f)
+    _, band = _split_fraction(v * (f * 0.9) + np.abs(tooth - 0.5))
+    return _to_two_levels(np.abs(band - 0.5) - 0.25, 14)
 
 
 def scales(x: ndarray, y: ndarray, r: Generator) -> ndarray:
     f = r.uniform(3.0, 4.5)
-    row, v = _split(y * f)
-    _, u = _split(x * f * 0.8 + 0.5 * (row % 2))
+    row, v = _split_fraction(y * f)
+    _, u = _split_fraction(x * f * 0.8 + 0.5 * (row % 2))
     bow = v + 2.0 * (u - 0.5) ** 2  # 1 along the lower edge of a scale
     return np.clip(1.6 * np.abs(np.where(bow > 1, bow - 1, bow) - 0.45), 0, 1)
 
 
 def mottle(x: ndarray, y: ndarray, r: Generator) -> ndarray:
     f = r.uniform(2.0, 3.2)
-    return _hard(_noise(x * f, y * f, r) - 0.5, 14)
+    return _to_two_levels(_noise(x * f, y * f, r) - 0.5, 14)
 
 
-# Habitats: in the coordinates of the tilted plane behind the body, about [-1, 1] across the picture.
+# Habitats, in the coordinates of the tilted plane behind the body, about [-1, 1] across the image.
 
 
 def sky(x: ndarray, y: ndarray, r: Generator) -> ndarray:
@@ -132,10 +132,10 @@ def grass(x: ndarray, y: ndarray, r: Generator) -> ndarray:
 
 def bricks(x: ndarray, y: ndarray, r: Generator) -> ndarray:
     f = r.uniform(2.6, 3.8)
-    row, v = _split(y * f)
-    column, u = _split(x * (f * 0.5) + 0.5 * (row % 2))
+    row, v = _split_fraction(y * f)
+    column, u = _split_fraction(x * (f * 0.5) + 0.5 * (row % 2))
     joint = np.minimum(np.minimum(u, 1 - u) * 2, np.minimum(v, 1 - v))
-    return np.where(joint < 0.07, _F32(0.97), 0.1 + 0.55 * _cells(column, row, r))
+    return np.where(joint < 0.07, _F32(0.97), 0.1 + 0.55 * _cell_noise(column, row, r))
 
 
 def water(x: ndarray, y: ndarray, r: Generator) -> ndarray:
@@ -147,16 +147,16 @@ def water(x: ndarray, y: ndarray, r: Generator) -> ndarray:
 
 def wood(x: ndarray, y: ndarray, r: Generator) -> ndarray:
     f = r.uniform(1.2, 1.8)
-    plank, v = _split(y * f)
-    tone = _cells(plank, plank, r)
+    plank, v = _split_fraction(y * f)
+    tone = _cell_noise(plank, plank, r)
     grain = np.sin(v * 16 + 10 * _noise(x * 0.7 + tone * 9, y * 1.6, r))
     return np.where(np.minimum(v, 1 - v) < 0.03, _F32(0.0), np.clip(0.3 + 0.4 * tone + 0.25 * grain, 0, 1))
 
 
 def sand(x: ndarray, y: ndarray, r: Generator) -> ndarray:
-    u, v = _turned(x, y, r.uniform(-0.4, 0.4))
+    u, v = _rotate(x, y, r.uniform(-0.4, 0.4))
     dune = np.sin(v * r.uniform(5, 8) + 3 * _noise(u, v, r))
-    return np.clip(0.5 + 0.22 * dune + 0.6 * (_cells(x * 48, y * 48, r) - 0.5), 0, 1)
+    return np.clip(0.5 + 0.22 * dune + 0.6 * (_cell_noise(x * 48, y * 48, r) - 0.5), 0, 1)
 
 
 def hills(x: ndarray, y: ndarray, r: Generator) -> ndarray:
@@ -170,20 +170,20 @@ def hills(x: ndarray, y: ndarray, r: Generator) -> ndarray:
 
 def night(x: ndarray, y: ndarray, r: Generator) -> ndarray:
     f = r.uniform(1.8, 2.6)
-    column, u = _split(x * f)
-    row, v = _split(y * f)
-    size = 0.1 + 0.3 * _cells(column, row, r)
-    room = 1 - 2 * size  # a lamp lies anywhere in its cell, but whole
-    away = np.hypot(u - size - room * _cells(column, row, r), v - size - room * _cells(row, column, r))
-    return np.clip(0.15 * (1 + y) + _hard(size - away, 16) * (0.35 + 0.65 * _cells(row, column, r)), 0, 1)
+    column, u = _split_fraction(x * f)
+    row, v = _split_fraction(y * f)
+    size = 0.1 + 0.3 * _cell_noise(column, row, r)
+    room = 1 - 2 * size  # a lamp lies completely inside its cell, at a random place
+    away = np.hypot(u - size - room * _cell_noise(column, row, r), v - size - room * _cell_noise(row, column, r))
+    return np.clip(0.15 * (1 + y) + _to_two_levels(size - away, 16) * (0.35 + 0.65 * _cell_noise(row, column, r)), 0, 1)
 
 
 def cloth(x: ndarray, y: ndarray, r: Generator) -> ndarray:
-    u, v = _turned(x, y, r.choice([0.0, 0.785]))
+    u, v = _rotate(x, y, r.choice([0.0, 0.785]))
     f, g = r.uniform(4.5, 7.5, 2).tolist()
     return (
         0.5
-        + 0.25 * (_hard(np.sin(u * f), 6) + _hard(np.sin(v * g), 6) - 1)
+        + 0.25 * (_to_two_levels(np.sin(u * f), 6) + _to_two_levels(np.sin(v * g), 6) - 1)
         + 0.2 * np.sin(u * f * 3) * np.sin(v * g * 3)
     )
 
