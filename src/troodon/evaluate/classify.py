@@ -146,8 +146,9 @@ def _knn_labels(
         rows_M = np.flatnonzero(data.test_M == test)
         allowed_N = np.ones(len(y_N), bool) if data.allowed_MC is None else data.allowed_MC[rows_M[0]][y_N]
         if allowed_N.any():
-            arrays = (torch.from_numpy(x) for x in (x_ND[allowed_N], y_N[allowed_N], data.val.final_ND[rows_M]))
-            for k, predicted_M in knn(*arrays, ks, temperature).items():
+            arrays = x_ND[allowed_N], y_N[allowed_N], data.val.final_ND[rows_M]
+            train_ND, train_N, test_MD = map(torch.from_numpy, arrays)
+            for k, predicted_M in knn(train_ND, train_N, test_MD, ks, temperature).items():
                 predicted[k][rows_M] = predicted_M.numpy()
     return predicted
 

@@ -52,6 +52,7 @@ class SegmentationTask:
         return z_BChw.softmax(1)
 
     def prediction(self, mean_CHW: Tensor) -> Tensor:
+        """The predicted classes (H, W)."""
         return mean_CHW.argmax(0)
 
     def target(self, raw_HW: np.ndarray) -> np.ndarray:
@@ -135,9 +136,8 @@ def train_head(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head_class = heads.DPTHead if head == "dpt" else heads.LinearHead
-        model = head_class(len(blocks), maps.channels, task.out_channels, task.uses_cls and head != "patches").to(
-            device
-        )
+        cls = task.uses_cls and head != "patches"
+        model = head_class(len(blocks), maps.channels, task.out_channels, cls).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.rate, weight_decay=config.weight_decay)
     batch, warmup = min(config.batch, len(windows_W)), max(1, config.steps // 10)
     order: list[int] = []

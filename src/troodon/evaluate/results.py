@@ -30,9 +30,8 @@ class Result:
 def versions() -> dict[str, str | None]:
     """Versions of the packages that influence scores: those that decode images and those that compute."""
     environment = run.environment()
-    return {"troodon": environment["troodon"]} | {
-        n: environment["packages"][n] for n in ("torch", "numpy", "pillow", "simplejpeg")
-    }
+    packages = ("torch", "numpy", "pillow", "simplejpeg")
+    return {"troodon": environment["troodon"]} | {name: environment["packages"][name] for name in packages}
 
 
 def releases(used: dict[str, str | None]) -> dict[str, str]:

@@ -67,9 +67,7 @@ class Benchmark:
     objects: tuple[np.ndarray, ...] = ()  # tags: boxes (K, 4) of each image, as above, if published
     ap_method: Literal["steps", "trapezoids"] = "steps"  # see `average_precision`
     pairs: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))  # copies: rows
-    train_benchmark: str | None = (
-        None  # labels: the benchmark with the training images, if this one only has test images
-    )
+    train_benchmark: str | None = None  # labels: name of the dataset to train on, if this one only has test images
 
     def target(self, row: int) -> np.ndarray:
         """The ground truth (H, W) of an image. Raises BadImage or OSError."""
