@@ -98,7 +98,7 @@ def test_a_dry_run_writes_nothing(photos, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["pretrian"], "did you mean 'pretrain'"),
         (["pretrain"], "say first which recipe"),
@@ -163,14 +163,14 @@ def test_a_dry_run_writes_nothing(photos, tmp_path, capsys):
         (["demo", "--out", "{out}", "--steps", "many"], "'many'"),
     ],
 )
-def test_a_mistake_is_one_clear_line(photos, tmp_path, capsys, words, said):
+def test_a_mistake_is_one_clear_line(photos, tmp_path, capsys, words, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("a")
     places = {"photos": photos, "out": tmp_path / "out", "empty": tmp_path / "empty", "texts": tmp_path / "texts"}
     out, err = run(*(w.format(**places) for w in words), code=2, capsys=capsys)
     assert out == ""
-    assert said in err
+    assert message in err
     assert err.startswith("troodon")
     assert len(err.splitlines()) == 1
     assert "Traceback" not in err
@@ -187,12 +187,12 @@ def test_an_edited_recipe_is_a_recipe(photos, tmp_path, capsys):
     assert "global_px: 16" in (tmp_path / "run" / "config.yaml").read_text()
 
 
-def test_debug_shows_where(capsys, tmp_path):
+def test_debug_prints_the_traceback(capsys, tmp_path):
     _, err = run("scan", tmp_path / "nothing", "--debug", code=2, capsys=capsys)
     assert "Traceback" in err
 
 
-def test_a_crash_leaves_where_it_was():
+def test_a_crash_prints_the_stack():
     code = "import os, signal; from troodon import cli\n"
     code += "cli.run = lambda words: os.kill(os.getpid(), signal.SIGSEGV)\ncli.main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

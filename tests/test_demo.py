@@ -44,7 +44,7 @@ def test_a_demo_of_no_steps_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
-def test_the_selection_is_judged_by_what_the_world_knows(tmp_path):
+def test_the_selection_is_scored_by_the_ground_truth(tmp_path):
     # a: kept, and one of its two copies found. b: a curated picture, its copy found. c: wrongly dropped for a.
     rows = [  # path, pool, role, original, stage, cause, kept
         ("curated/b", "curated", "curated", None, "curated", -1, True),
@@ -62,8 +62,8 @@ def test_the_selection_is_judged_by_what_the_world_knows(tmp_path):
     pq.write_table(pa.table({"path": path, "role": role, "original": original}), tmp_path / "world" / "truth.parquet")
     ledger = pa.table({"path": path, "pool": pool, "stage": stage, "cause": cause, "kept": kept})
     pq.write_table(ledger, tmp_path / "selection" / "images.parquet")
-    found = {(s["protocol"], s["metric"], s["backbone"]): s["value"] for s in demo.check(tmp_path)}
-    assert found == {
+    values = {(s["protocol"], s["metric"], s["backbone"]): s["value"] for s in demo.check(tmp_path)}
+    assert values == {
         ("duplicates", "precision", "first"): pytest.approx(2 / 3),
         ("duplicates", "recall", "first"): pytest.approx(2 / 3),
         ("retrieval", "precision", "first"): pytest.approx(2 / 3),

@@ -1,4 +1,4 @@
-"""Ranks that a run starts by itself: the same run; signals, mistakes and losses reach whoever started it, once."""
+"""Ranks that a run starts itself: they train the same run; signals, mistakes and failures are reported once."""
 
 import json
 import os
@@ -25,21 +25,21 @@ from troodon.learn.pretrain import pretrain
 from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing
 
-SHARED = replace(CONFIG, objective=ObjectiveConfig(koleo_group=4))  # what two ranks compute as one does
+SHARED = replace(CONFIG, objective=ObjectiveConfig(koleo_group=4))  # two ranks compute the same as one
 
 
 @pytest.fixture(autouse=True)
 def one_thread_each(monkeypatch, tmp_path):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("TMPDIR", str(tmp_path))  # also of those that are killed before they tidy up
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # also for processes that are killed before they clean up
     monkeypatch.setattr("tempfile.tempdir", None)
 
 
 @pytest.fixture
-def fake(tmp_path, monkeypatch) -> Callable[[str], None]:
-    """`fake(code)`: what every rank does in place of Python; `rank` is there, and `folder`, where they may write."""
+def fake_rank(tmp_path, monkeypatch) -> Callable[[str], None]:
+    """`fake_rank(code)` makes every rank run this code, which may use its `rank` and write to `folder`."""
 
-    def stand_in(code: str) -> None:
+    def replace_python(code: str) -> None:
         script = tmp_path / "rank"
         head = "import os, pathlib, signal, sys, time\n"
         place = f"rank, folder = int(os.environ['RANK']), pathlib.Path({str(tmp_path)!r})\n"
@@ -50,14 +50,14 @@ def fake(tmp_path, monkeypatch) -> Callable[[str], None]:
         script.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(script))
 
-    return stand_in
+    return replace_python
 
 
 def when(condition: Callable[[], bool], do: Callable[[], None]) -> None:
-    """Do something, beside the test, as soon as something holds."""
+    """Do something in another thread as soon as a condition holds."""
 
     def wait() -> None:
-        end = time.monotonic() + 250  # before the test itself is given up
+        end = time.monotonic() + 250  # before the test itself times out
         while time.monotonic() < end:
             if condition():
                 return do()
@@ -67,7 +67,7 @@ def when(condition: Callable[[], bool], do: Callable[[], None]) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_are_one_run(images, tmp_path, capfd):  # noqa: F811
+def test_two_ranks_train_as_one_does(images, tmp_path, capfd):  # noqa: F811
     pretrain(SHARED, open_source(images), tmp_path / "single")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(to_yaml(SHARED))
@@ -85,7 +85,7 @@ def test_two_ranks_are_one_run(images, tmp_path, capfd):  # noqa: F811
     assert json.loads((tmp_path / "two" / "manifest.json").read_text())["command"] == ["troodon", *command]
     assert (tmp_path / "two" / "config.yaml").read_text() == (tmp_path / "single" / "config.yaml").read_text()
 
-    assert cli.run([*command, "--seed", "1"]) == 2  # only rank zero sees that; the other fails for want of it
+    assert cli.run([*command, "--seed", "1"]) == 2  # only rank zero notices; the other rank fails because it waits
     out, err = capfd.readouterr()
     assert out == ""
     assert err == f"troodon pretrain: {tmp_path / 'two'}: a run with other settings (config.seed: 0 -> 1); " + (
@@ -94,29 +94,29 @@ def test_two_ranks_are_one_run(images, tmp_path, capfd):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_a_lost_rank_ends_the_job_a_signal_saves_it_and_the_same_command_goes_on(
+def test_a_failed_rank_ends_the_job_a_signal_saves_it_and_the_same_command_goes_on(
     images,  # noqa: F811
     tmp_path,
     monkeypatch,
 ):
-    run, ranks, ended_at = tmp_path / "run", [], []
+    run, ranks, killed_at = tmp_path / "run", [], []
     config = replace(SHARED, steps=120, checkpoint_every=5)
 
-    class Noted(subprocess.Popen):
+    class RecordedPopen(subprocess.Popen):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             ranks.append(self)
 
-    monkeypatch.setattr(subprocess, "Popen", Noted)
+    monkeypatch.setattr(subprocess, "Popen", RecordedPopen)
 
-    def lose_one():
-        ended_at.append(time.monotonic())
+    def kill_a_rank():
+        killed_at.append(time.monotonic())
         os.kill(ranks[1].pid, signal.SIGKILL)
 
-    when(lambda: bool(checkpoint.finished(run)), lose_one)
+    when(lambda: bool(checkpoint.finished(run)), kill_a_rank)
     with pytest.raises(launch.RankFailed, match=r"rank 1 of 2 died of SIGKILL .* the same command goes on"):
         verbs.pretrain(config, images, run, devices=2)
-    assert time.monotonic() - ended_at[0] < 15
+    assert time.monotonic() - killed_at[0] < 15
     saved = checkpoint.finished(run)[-1]
 
     when(lambda: checkpoint.finished(run)[-1] > saved, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -130,7 +130,7 @@ def test_a_lost_rank_ends_the_job_a_signal_saves_it_and_the_same_command_goes_on
 
 
 @pytest.mark.slow
-def test_ranks_do_not_outlive_the_one_that_started_them(images, tmp_path):  # noqa: F811
+def test_ranks_end_with_the_process_that_started_them(images, tmp_path):  # noqa: F811
     recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
     recipe.write_text(to_yaml(replace(SHARED, steps=100_000, checkpoint_every=100_000)))
     command = [sys.executable, "-m", "troodon", "pretrain", recipe, "--data", images, "--out", run, "--devices", "2"]
@@ -142,25 +142,25 @@ def test_ranks_do_not_outlive_the_one_that_started_them(images, tmp_path):  # no
     assert int(checkpoint.finished(run)[-1].name) == len(records(run))
 
 
-def test_a_lost_rank_takes_the_others_with_it(fake, monkeypatch):
+def test_a_failed_rank_ends_the_others(fake_rank, monkeypatch):
     monkeypatch.setattr(launch, "GRACE_S", 0.3)
-    fake("if rank == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+    fake_rank("if rank == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
          "signal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(60)")  # fmt: skip
     start = time.monotonic()
-    ended = launch.launch([], 3)
-    assert ended.code == 1
-    assert ended.message.startswith("rank 2 of 3 died of SIGKILL")
+    result = launch.launch([], 3)
+    assert result.code == 1
+    assert result.message.startswith("rank 2 of 3 died of SIGKILL")
     assert time.monotonic() - start < 10
 
 
-def test_the_last_words_of_one_that_could_not_say_more_are_shown(fake, capfd):
-    fake("if rank == 1: print('no such device', file=sys.stderr); sys.exit(7)\nprint('not heard')")
+def test_standard_error_of_a_rank_without_a_report_is_shown(fake_rank, capfd):
+    fake_rank("if rank == 1: print('no such device', file=sys.stderr); sys.exit(7)\nprint('not shown')")
     assert launch.launch([], 2) == launch.LaunchResult(1, "rank 1 of 2 ended with exit code 7")
     assert capfd.readouterr() == ("", "no such device\n")
 
 
-def test_the_first_to_fail_is_the_one_that_is_told(fake):
-    fake("""
+def test_the_first_failure_is_reported(fake_rank):
+    fake_rank("""
 time.sleep(0 if rank else 0.5)  # the other is gone first, yet this one was the cause
 meet = pathlib.Path(os.environ['TROODON_RENDEZVOUS'])
 if rank == 0: os.symlink('0', meet / 'first')
@@ -171,37 +171,37 @@ sys.exit(1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_goes_on_once_and_the_ranks_may_save(fake, tmp_path, monkeypatch, number):
+def test_a_signal_is_passed_on_once_and_the_ranks_may_save(fake_rank, tmp_path, monkeypatch, number):
     monkeypatch.setattr(launch, "GRACE_S", 0.1)
-    fake("""
-heard = []
-for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, lambda n, _: heard.append(n))
+    fake_rank("""
+received = []
+for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, lambda n, _: received.append(n))
 (folder / f'ready{rank}').touch()
-while not heard: time.sleep(0.01)
+while not received: time.sleep(0.01)
 time.sleep(0.5 * rank)  # it saves for longer than the grace of a lost rank
-(folder / f'heard{rank}').write_text(repr([int(n) for n in heard]))
+(folder / f'received{rank}').write_text(repr([int(n) for n in received]))
 sys.exit(130)
 """)
     before = signal.getsignal(number)
     when(lambda: len(list(tmp_path.glob("ready*"))) == 2, lambda: os.kill(os.getpid(), number))
     assert launch.launch([], 2) == launch.LaunchResult(130, "interrupted")
-    assert [(tmp_path / f"heard{n}").read_text() for n in range(2)] == [f"[{int(number)}]"] * 2
+    assert [(tmp_path / f"received{n}").read_text() for n in range(2)] == [f"[{int(number)}]"] * 2
     assert signal.getsignal(number) is before
 
 
-def test_a_second_ctrl_c_does_not_wait(fake, tmp_path, monkeypatch):
+def test_a_second_ctrl_c_does_not_wait(fake_rank, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "GRACE_S", 0.3)
-    fake("signal.signal(signal.SIGINT, lambda *_: (folder / f'asked{rank}').touch())\n"
+    fake_rank("signal.signal(signal.SIGINT, lambda *_: (folder / f'interrupted{rank}').touch())\n"
          "(folder / f'ready{rank}').touch()\nwhile True: time.sleep(0.01)")  # fmt: skip
     when(lambda: len(list(tmp_path.glob("ready*"))) == 2, lambda: os.kill(os.getpid(), signal.SIGINT))
-    when(lambda: len(list(tmp_path.glob("asked*"))) == 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    when(lambda: len(list(tmp_path.glob("interrupted*"))) == 2, lambda: os.kill(os.getpid(), signal.SIGINT))
     assert launch.launch([], 2) == launch.LaunchResult(130, "interrupted")
 
 
-def test_what_a_rank_is_told(fake, tmp_path, monkeypatch):
+def test_the_environment_of_a_rank(fake_rank, tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
-    fake("(folder / f'env{rank}').write_text(' '.join([*sys.argv[1:], *(os.environ[n] for n in "
+    fake_rank("(folder / f'env{rank}').write_text(' '.join([*sys.argv[1:], *(os.environ[n] for n in "
          "('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'OMP_NUM_THREADS'))]))")  # fmt: skip
     assert launch.launch(["pretrain", "x"], 2) == launch.LaunchResult()
     assert [(tmp_path / f"env{n}").read_text() for n in range(2)] == [
@@ -211,24 +211,24 @@ def test_what_a_rank_is_told(fake, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("ended", "kind", "code"),
+    ("result", "kind", "code"),
     [
         (launch.LaunchResult(130, "stopped after 3 of 6 steps; everything is saved", "where"), Interrupted, 130),
         (launch.LaunchResult(2, "out: a run with other settings", "where"), UsageError, 2),
         (launch.LaunchResult(1, "rank 1 of 2 died of SIGKILL"), RuntimeError, 1),
     ],
 )
-def test_how_it_ended_is_an_exception_and_one_line(images, tmp_path, monkeypatch, capsys, ended, kind, code):  # noqa: F811
-    monkeypatch.setattr(launch, "launch", lambda words, ranks: ended)
-    with pytest.raises(kind) as caught:
+def test_a_failure_becomes_an_exception_and_one_line(images, tmp_path, monkeypatch, capsys, result, kind, code):  # noqa: F811
+    monkeypatch.setattr(launch, "launch", lambda words, ranks: result)
+    with pytest.raises(kind) as raised:
         verbs.pretrain(CONFIG, images, tmp_path / "run", devices=2)
-    assert str(caught.value) == ended.message
-    assert caught.value.__notes__ == [ended.traceback]
+    assert str(raised.value) == result.message
+    assert raised.value.__notes__ == [result.traceback]
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(to_yaml(CONFIG))
     assert cli.run(["pretrain", str(recipe), "--data", str(images), "--out", "run", "--devices", "2"]) == code
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"troodon pretrain: {ended.message}")
+    assert line.startswith(f"troodon pretrain: {result.message}")
 
 
 @pytest.mark.parametrize(
@@ -242,23 +242,23 @@ def test_how_it_ended_is_an_exception_and_one_line(images, tmp_path, monkeypatch
         ({"crops": replace(CONFIG.crops, global_px=18)}, 2, "crops.global_px 18 does not divide"),
     ],
 )
-def test_mistakes_are_told_before_anything_starts(images, tmp_path, monkeypatch, change, devices, message):  # noqa: F811
+def test_mistakes_are_reported_before_anything_starts(images, tmp_path, monkeypatch, change, devices, message):  # noqa: F811
     monkeypatch.setattr(launch, "launch", None)
     with pytest.raises(UsageError, match=message):
         verbs.pretrain(replace(CONFIG, **change), images, tmp_path / "run", devices=devices)
     assert not (tmp_path / "run").exists()
 
 
-def test_ranks_take_paths(images, tmp_path, monkeypatch):  # noqa: F811
+def test_ranks_need_paths(images, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(launch, "launch", None)
     init = Backbone.random(CONFIG.vit, Preprocessing(18, 16), seed=0)
     with pytest.raises(UsageError, match="init: several processes need its path, not a Backbone; save it"):
         verbs.pretrain(CONFIG, images, tmp_path / "run", init=init, devices=2)
-    given = []
-    monkeypatch.setattr(launch, "launch", lambda words, ranks: given.extend(words) or launch.LaunchResult())
+    launched = []
+    monkeypatch.setattr(launch, "launch", lambda words, ranks: launched.extend(words) or launch.LaunchResult())
     init.save(tmp_path / "init")
     verbs.pretrain(CONFIG, [images, images / "00.png"], tmp_path / "run", init=tmp_path / "init", devices=2)
-    assert given[2:] == ["--data", str(images), str(images / "00.png"), "--out", str(tmp_path / "run"),
+    assert launched[2:] == ["--data", str(images), str(images / "00.png"), "--out", str(tmp_path / "run"),
                          "--init", str(tmp_path / "init")]  # fmt: skip
 
 
@@ -269,7 +269,7 @@ def test_a_dry_run_starts_nothing(images, tmp_path, monkeypatch, capsys):  # noq
     assert not (tmp_path / "run").exists()
 
 
-def test_devices_are_those_there_are(monkeypatch):
+def test_devices_are_those_of_this_machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert dist.ranks_to_start("auto") == 1
     assert dist.ranks_to_start("4") == 4

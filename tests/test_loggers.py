@@ -25,7 +25,7 @@ def run(tmp_path) -> Path:
     return tmp_path / "first"
 
 
-def test_what_is_not_installed_is_told_before_anything_is_written(run, monkeypatch):
+def test_a_missing_package_is_reported_before_anything_is_written(run, monkeypatch):
     monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
     for refuse in (check, lambda names: open_loggers(names, run, {})):
         with pytest.raises(UsageError, match=r"log_to wandb: not installed; pip install 'troodon\[wandb\]'"):
@@ -42,7 +42,7 @@ def test_only_numbers_of_steps_are_written():
     assert written == [(0, {"loss": 4.5, "lr": 1e-3}), (1, {"loss": 4.25, "lr": 2e-3}), "closed"]
 
 
-def test_what_fails_is_told_once_and_left_out(run, monkeypatch, capsys):
+def test_a_failing_logger_is_reported_once_and_skipped(run, monkeypatch, capsys):
     def failing(*_):
         raise OSError("no space\nleft")
 
@@ -81,7 +81,7 @@ def test_tensorboard(run):
     assert [e.step for e in events.Scalars("lr")] == [0]
 
 
-ELSEWHERE = """
+SCRIPT = """
 import sys
 from pathlib import Path
 from troodon.learn.loggers import open_loggers
@@ -94,13 +94,13 @@ log.close()
 """
 
 
-def twice(name: str, run: Path, monkeypatch) -> None:
+def log_two_steps(name: str, run: Path, monkeypatch) -> None:
     """Log a step to `name`, as a process of its own, and another as a run that was resumed."""
     # Their own warnings are theirs, and their processes outlive a test: so not in this one.
     pytest.importorskip(name, reason=f"needs {name}: pip install 'troodon[{name}]'", exc_type=ImportError)
     monkeypatch.setenv("HOME", str(run))
     for step in range(2):
-        command = [sys.executable, "-c", textwrap.dedent(ELSEWHERE), name, str(run), str(step)]
+        command = [sys.executable, "-c", textwrap.dedent(SCRIPT), name, str(run), str(step)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         assert "log_to" not in done.stderr
@@ -109,7 +109,7 @@ def twice(name: str, run: Path, monkeypatch) -> None:
 @pytest.mark.slow
 def test_wandb(run, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    twice("wandb", run, monkeypatch)
+    log_two_steps("wandb", run, monkeypatch)
     name = (run / "logged-as").read_text()
     stored = list((run / "wandb").glob("offline-run-*/*.wandb"))
     assert [p.name for p in stored] == [f"run-{name}.wandb"] * 2  # two parts of one run
@@ -120,7 +120,7 @@ def test_wandb(run, monkeypatch):
 @pytest.mark.slow
 def test_trackio(run, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(run / "trackio"))
-    twice("trackio", run, monkeypatch)
+    log_two_steps("trackio", run, monkeypatch)
     (stored,) = (run / "trackio").glob("troodon*.db")
     with sqlite3.connect(stored) as database:
         rows = database.execute("select run_name, step, cast(metrics as text) from metrics order by step").fetchall()

@@ -178,9 +178,9 @@ def make_selection(folder: Path, columns: dict[str, list]) -> None:
     groups = [(g, row, row != i, 1.0 if row != i else score[i]) for g, i in enumerate(copies) for row in (i - 1, i)]
     hits = [(q, rank, 12 + (7 * q + 5 * rank) % 40, 0.8 - rank / 20) for q in range(12) for rank in range(4)]
     dropped = [sum(s == name and not k for s, k in zip(stage, kept)) for name in ("decode", "duplicate", "retrieve")]
-    told = ["cannot be decoded", "looks like another image", "nothing curated is like it"]
+    explanations = ["cannot be decoded", "looks like another image", "nothing curated is like it"]
     left, stages = count, []
-    for name, lost, what in zip(("decode", "duplicate", "retrieve"), dropped, told):
+    for name, lost, what in zip(("decode", "duplicate", "retrieve"), dropped, explanations):
         stages.append({"name": name, "in": left, "out": left - lost, "dropped": lost, "what": what})
         left -= lost
     calibration = {
@@ -302,7 +302,7 @@ def whole(demo: Path) -> Page:
     return read(report([demo], demo.parent / "report.html"))
 
 
-def test_copies_are_counted_also_where_some_of_them_are_broken(tmp_path: Path) -> None:
+def test_broken_copies_are_counted(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     image = Image.fromarray(np.arange(1200, dtype=np.uint8).reshape(20, 20, 3))
     for name, level in (("a", 0), ("copy-of-a", 0), ("in-other-bytes", 9)):
@@ -320,7 +320,7 @@ def test_a_full_set_has_every_section(whole: Page) -> None:
         assert whole.text.count(title) >= 2, title  # once in the contents, once over the section
     targets = {attrs["href"][1:] for attrs in whole.of("a")}
     assert targets <= {attrs.get("id") for _, attrs in whole.elements}, "a link that leads nowhere"
-    for said in [
+    for text in [
         "60 images were found, curation kept 43 of 60, a network learned without labels for 2,000 steps, and",
         "frozen features reach 71.2 % on shapes by k-NN.",
         "k-NN 71.2 % (68.0-74.1), random network 35.0 %, colour histogram 14.1 %",
@@ -344,11 +344,11 @@ def test_a_full_set_has_every_section(whole: Page) -> None:
         "00ff00ff00ff",
         "2.13.0",
     ]:
-        assert said in whole.text, said
+        assert text in whole.text, text
     assert "99999" not in whole.text, "a line cut short was read"
 
 
-def test_the_page_can_be_read_without_seeing_it(whole: Page) -> None:
+def test_the_page_is_accessible(whole: Page) -> None:
     assert whole.of("html")[0]["lang"] == "en"
     images = whole.of("img")
     assert len(images) > 60
@@ -365,7 +365,7 @@ def test_the_page_can_be_read_without_seeing_it(whole: Page) -> None:
     assert max(b - a for a, b in itertools.pairwise(levels)) <= 1, "a level of headings is left out"
 
 
-def test_the_page_is_closed(demo: Path, whole: Page) -> None:
+def test_the_page_loads_nothing(demo: Path, whole: Page) -> None:
     page = (demo.parent / "report.html").read_text()
     assert len(page) < 3_000_000
     text = re.sub(r"base64,[\w+/=]+", "", page)
@@ -438,7 +438,7 @@ def test_metrics_that_are_missing_or_not_finite(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("records", "said"),
+    ("records", "text"),
     [
         ([], "Nothing recorded yet; 2,000 steps to go."),
         ([{"event": "started"}], "Nothing recorded yet; 2,000 steps to go."),
@@ -447,16 +447,16 @@ def test_metrics_that_are_missing_or_not_finite(tmp_path: Path) -> None:
     ],
     ids=["empty", "only an event", "one step", "half way"],
 )
-def test_a_run_still_going_has_no_manifest(tmp_path: Path, records: list, said: str) -> None:
+def test_a_run_in_progress_has_no_manifest(tmp_path: Path, records: list, text: str) -> None:
     make_run(tmp_path / "run", records, finished=False)
     (tmp_path / "run" / "manifest.json").unlink()
     page = read(report([tmp_path], tmp_path))
-    assert said in page.text
+    assert text in page.text
     assert "not finished" in page.text
     assert bool(page.of("polyline")) == bool(records and "step" in records[0])
 
 
-def test_the_health_of_a_run_is_told_first(tmp_path: Path) -> None:
+def test_alarms_of_a_run_come_first(tmp_path: Path) -> None:
     readings = {"target_entropy": 0.97, "feature_cosine": 0.4, "effective_rank": 20.0, "grad_norm_dino_head": 1.0}
     records = [{"step": -1, "knn": 0.25, "seconds": 0.0}, *(r | readings for r in metrics(600))]
     make_run(tmp_path / "well", records)
@@ -515,8 +515,8 @@ def test_a_funnel_is_counted_from_the_ledger_where_it_was_not_recorded(demo: Pat
     with publish(selection, "selection", "0", {}) as part:
         (part / "images.parquet").write_bytes((demo / "selection" / "images.parquet").read_bytes())
     page = read(report([selection], tmp_path))
-    for said in ("58 (-2)", "51 (-7)", "43 (-8)"):
-        assert said in page.text
+    for text in ("58 (-2)", "51 (-7)", "43 (-8)"):
+        assert text in page.text
 
 
 def test_artifacts_are_found_two_folders_deep(demo: Path, tmp_path: Path) -> None:
@@ -536,7 +536,7 @@ def test_artifacts_are_found_two_folders_deep(demo: Path, tmp_path: Path) -> Non
         report([], tmp_path)
 
 
-def test_two_runs_are_told_apart(tmp_path: Path) -> None:
+def test_two_runs_are_distinguished(tmp_path: Path) -> None:
     make_run(tmp_path / "one", list(metrics(300)))
     make_run(tmp_path / "two", list(metrics(100)), finished=False)
     page = read(report([tmp_path / "one", tmp_path / "two", tmp_path / "one"], tmp_path))
@@ -550,7 +550,7 @@ def test_no_torch_is_needed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "value"),
+    ("text", "value"),
     [
         (markup.number(1234567), "1,234,567"),
         (markup.number(0.712), "0.712"),
@@ -571,12 +571,12 @@ def test_no_torch_is_needed() -> None:
         (markup.sentence(["a", "b", "c"]), "A, b, and c."),
     ],
 )
-def test_numbers_for_people(said: str, value: str) -> None:
-    assert said == value
+def test_numbers_for_people(text: str, value: str) -> None:
+    assert text == value
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (-3.2, 7.9), (1e-6, 5e-4), (0, 625_000), (8.31, 8.32)])
-def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
+def test_ticks_are_few_round_numbers_inside_the_range(low: float, high: float) -> None:
     at = charts.ticks(low, high, 4)
     assert 2 <= len(at) <= 6
     assert all(low - 1e-9 <= t <= high + 1e-9 for t in at)
@@ -604,7 +604,7 @@ def test_curves_of_few_or_equal_values(y: list[float]) -> None:
     assert all(re.fullmatch(r"[\d., ]+", attrs["points"]) for attrs in parsed.of("polyline"))
 
 
-def test_the_running_mean_neither_lags_nor_leans() -> None:
+def test_the_running_mean_has_no_lag_and_no_bias() -> None:
     line = np.linspace(5, -3, 200)
     assert np.allclose(charts.smooth_mean(line, 4)[60:-60], line[60:-60], atol=1e-4)
     assert np.allclose(charts.smooth_mean(np.full(50, 2.5), 4), 2.5)
@@ -612,7 +612,7 @@ def test_the_running_mean_neither_lags_nor_leans() -> None:
     assert charts.smooth_mean(noise, 8).std() < 0.4
 
 
-def test_a_made_world_is_told(tmp_path: Path) -> None:
+def test_a_made_world_has_a_section(tmp_path: Path) -> None:
     with publish(tmp_path / "world", "world", "0", {"species": 24, "seed": 0}, "troodon demo") as part:
         (part / "pictures").mkdir()
         Image.fromarray(paint(0, np.random.default_rng(0))).save(part / "pictures" / "first_look.png")

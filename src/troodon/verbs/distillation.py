@@ -25,7 +25,7 @@ from troodon.verbs.common import (
     suggest_next,
     write_config,
 )
-from troodon.verbs.plans import announce, plan_here
+from troodon.verbs.plans import before_training, plan_here
 from troodon.verbs.training import config_of_weights, make_probe
 
 if TYPE_CHECKING:
@@ -63,9 +63,9 @@ def distill(
     ranks = dist.ranks_to_start(devices)
     index = open_source(*as_list(data))
     teachers = [open_teacher(t) for t in as_list(teacher)]
-    plan = announce(len(index), [t.vit for t in teachers])
+    before = before_training(index, [t.vit for t in teachers])
     tasks = [
-        Task(config, Path(out) / name, probe=make_probe(index, config), announce=plan)
+        Task(config, Path(out) / name, probe=make_probe(index, config), before=before)
         for name, config in configs.items()
     ]
     training.check(tasks, index, teachers, max(ranks, 1))

@@ -22,6 +22,7 @@ from troodon.verbs.common import (
     resolve_config,
     suggest_next,
 )
+from troodon.verbs.plans import loader_of
 
 if TYPE_CHECKING:
     from troodon.model.backbone import Backbone
@@ -112,18 +113,13 @@ def show_crops(recipe: str | PretrainConfig, data: Data, out: str | Path, *, ima
     The images are the first of batch number `batch` in a run of that recipe. Returns the picture's path, a PNG.
     """
     from troodon.images.sources import open_source
-    from troodon.views.loader import Loader
     from troodon.views.sheet import draw_crops
 
     if images < 1 or batch < 0:
         raise UsageError(f"images {images}, batch {batch}: at least 1 image, and batches are numbered from 0")
     config = resolve_config(recipe, PretrainConfig(), recipes.pretrain)
     fits(config, 1)
-    loader = Loader(
-        open_source(*as_list(data)), config.crops, config.photometric, config.masks, config.vit.patch, config.batch,
-        config.seed, channels=config.vit.channels, weights=config.weights,
-    )  # fmt: skip
-    draw_crops(loader, Path(out), batch, images)
+    draw_crops(loader_of(config, open_source(*as_list(data))), Path(out), batch, images)
     return Path(out)
 
 

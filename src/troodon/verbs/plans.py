@@ -1,13 +1,16 @@
-"""The plan of a training, as text for people."""
+"""What people see of a training before it starts: its plan as text, and a picture of its crops."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from troodon.run import say
 
 if TYPE_CHECKING:
+    from troodon.images.index import Index
     from troodon.learn.config import PretrainConfig
     from troodon.model.config import ViTConfig
+    from troodon.views.loader import Loader
 
 
 def plan_here(
@@ -27,8 +30,24 @@ def plan_here(
     return (planned if images_per_second else timed(planned, device, compute)).render()
 
 
-def announce(images: int, teachers: Sequence["ViTConfig"] = ()) -> "Callable[[PretrainConfig], None]":
-    """A function that prints the plan of a training that starts on this group of ranks."""
-    from troodon import dist
+def loader_of(config: "PretrainConfig", index: "Index") -> "Loader":
+    """The batches of a training, for a look at them."""
+    from troodon.views.loader import Loader
 
-    return lambda config: say(plan_here(config, images, dist.world_size(), teachers))
+    return Loader(
+        index, config.crops, config.photometric, config.masks, config.vit.patch, config.batch, config.seed,
+        channels=config.vit.channels, weights=config.weights,
+    )  # fmt: skip
+
+
+def before_training(index: "Index", teachers: Sequence["ViTConfig"] = ()) -> "Callable[[PretrainConfig, Path], None]":
+    """A function that prints the plan of a training on this group of ranks, and draws its first crops into its run."""
+    from troodon import dist
+    from troodon.views import sheet
+
+    def before(config: "PretrainConfig", run: Path) -> None:
+        say(plan_here(config, len(index), dist.world_size(), teachers))
+        if not (picture := run / "pictures" / "crops.png").exists():
+            sheet.draw_crops(loader_of(config, index), picture)
+
+    return before

@@ -29,7 +29,7 @@ from troodon.verbs.common import (
     suggest_next,
     write_config,
 )
-from troodon.verbs.plans import announce, plan_here
+from troodon.verbs.plans import before_training, plan_here
 
 if TYPE_CHECKING:
     from troodon.learn.recorder import Probe
@@ -88,7 +88,7 @@ def pretrain(
         heads = checkpoint.heads(Path(init), first)
     probe = make_probe(index, config)
     return training.pretrain(
-        config, index, Path(out), init=start, heads=heads, probe=probe, announce=announce(len(index))
+        config, index, Path(out), init=start, heads=heads, probe=probe, before=before_training(index)
     )
 
 
