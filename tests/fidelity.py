@@ -33,14 +33,14 @@ def changed(image_HWC: np.ndarray, **changes: float) -> np.ndarray:
     return apply(crops_NCHW, parameters_NP, PLAIN)[0].permute(1, 2, 0).numpy() * 255
 
 
-def turned(image_HWC: np.ndarray, turns: float) -> np.ndarray:
+def hue_shifted(image_HWC: np.ndarray, turns: float) -> np.ndarray:
     """Hue shifted by its definition, for every colour that occurs, in levels."""
-    colours_K3, which = np.unique(image_HWC.reshape(-1, 3), axis=0, return_inverse=True)
+    colours_K3, inverse = np.unique(image_HWC.reshape(-1, 3), axis=0, return_inverse=True)
     shifted = []
     for r, g, b in colours_K3 / 255:
         h, s, v = colorsys.rgb_to_hsv(r, g, b)
         shifted.append(colorsys.hsv_to_rgb((h + turns) % 1, s, v))
-    return (np.array(shifted)[which] * 255).reshape(image_HWC.shape)
+    return (np.array(shifted)[inverse] * 255).reshape(image_HWC.shape)
 
 
 def blurred(image_HWC: np.ndarray, sigma: float) -> np.ndarray:
@@ -67,8 +67,8 @@ def crops(image_HWC: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]
     ):
         for crop_CHW, (top, left, h, w) in zip(crops_VCHW, boxes):
             box = Image.fromarray(image_HWC[top : top + h, left : left + w])
-            wanted = box.resize(crop_CHW.shape[:0:-1], Image.Resampling.BICUBIC)
-            yield name, crop_CHW.permute(1, 2, 0).numpy(), np.asarray(wanted)
+            expected = box.resize(crop_CHW.shape[:0:-1], Image.Resampling.BICUBIC)
+            yield name, crop_CHW.permute(1, 2, 0).numpy(), np.asarray(expected)
     large = Image.fromarray(image_HWC).resize(
         (image_HWC.shape[1] * 6, image_HWC.shape[0] * 6), Image.Resampling.BICUBIC
     )
@@ -89,7 +89,7 @@ def colours(image_HWC: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray
     for factor in (0.8, 0.95, 1.2):
         yield "saturation", changed(image_HWC, saturation=factor), enhanced(ImageEnhance.Color, image_HWC, factor)
     for turns in (-0.1, 0.03, 0.1, 0.5):
-        yield "hue (definition)", changed(image_HWC, hue=turns), turned(image_HWC, turns)
+        yield "hue (definition)", changed(image_HWC, hue=turns), hue_shifted(image_HWC, turns)
     picture = Image.fromarray(image_HWC)
     yield "grey", changed(image_HWC, grey=1), np.asarray(picture.convert("L").convert("RGB"))
     for sigma in (0.1, 0.5, 2.0):
@@ -99,12 +99,12 @@ def colours(image_HWC: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray
 
 def differences(images: list[np.ndarray]) -> dict[str, tuple[float, float]]:
     """By operation: the mean and the largest difference, in levels."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    errors: dict[str, list[tuple[float, float]]] = {}
     for image_HWC in images:
-        for name, ours, wanted in (*crops(image_HWC), *colours(image_HWC)):
-            off = np.abs(ours.astype(np.float64) - wanted)
-            found.setdefault(name, []).append((float(off.mean()), float(off.max())))
-    return {name: (float(np.mean([m for m, _ in o])), max(x for _, x in o)) for name, o in found.items()}
+        for name, ours, expected in (*crops(image_HWC), *colours(image_HWC)):
+            off = np.abs(ours.astype(np.float64) - expected)
+            errors.setdefault(name, []).append((float(off.mean()), float(off.max())))
+    return {name: (float(np.mean([m for m, _ in o])), max(x for _, x in o)) for name, o in errors.items()}
 
 
 def made(height: int = 240, width: int = 320) -> np.ndarray:

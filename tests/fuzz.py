@@ -82,17 +82,17 @@ def damaged(files: list[bytes], draw: random.Random) -> bytes:
 
 def attempt(data: bytes) -> tuple[str, float]:
     """What came of it, and how many seconds it took."""
-    began = time.perf_counter()
+    start = time.perf_counter()
     try:
         pixels = decode(data, None)
         assert pixels.dtype == np.uint8
         assert pixels.ndim == 3
-        seen = read_header(data)
-        assert pixels.shape[:2] == (seen.height, seen.width), (pixels.shape, seen)
-        said = "ok"
+        header = read_header(data)
+        assert pixels.shape[:2] == (header.height, header.width), (pixels.shape, header)
+        status = "ok"
     except BadImage as bad:
-        said = bad.status
-    return said, time.perf_counter() - began
+        status = bad.status
+    return status, time.perf_counter() - start
 
 
 def resident() -> float:
@@ -119,14 +119,14 @@ def main() -> None:
         for start in range(0, given.files, 250):
             faulthandler.dump_traceback_later(HANGS_S, exit=True)
             batch = [damaged(files, draw) for _ in range(min(250, given.files - start))]
-            for said, seconds in pool.map(attempt, batch):
-                outcomes[said] += 1
+            for status, seconds in pool.map(attempt, batch):
+                outcomes[status] += 1
                 slowest = max(slowest, seconds)
             if start <= given.files // 3:
                 settled = resident()  # what decoders keep for themselves is there by now
     faulthandler.cancel_dump_traceback_later()
-    told = {"outcomes": outcomes, "slowest_s": round(slowest, 3), "grown_mb": round(resident() - settled, 1)}
-    print(json.dumps(told | {"kinds": len(files)}))
+    report = {"outcomes": outcomes, "slowest_s": round(slowest, 3), "grown_mb": round(resident() - settled, 1)}
+    print(json.dumps(report | {"kinds": len(files)}))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def gist(image: np.ndarray, side: int = 12) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (16, 2000), (2000, 16), (33, 64)])
-def test_every_shape_leaves_a_picture(shape):
+def test_every_shape_gives_an_image(shape):
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     for kind in ATTACKS:
         for strength in (0.01, 0.3, 1.0):
@@ -55,8 +55,8 @@ def test_an_attack_is_a_function_of_its_arguments(kind):
 
 
 @pytest.mark.parametrize("kind", sorted(ATTACKS.keys() - {"flip", "mix", "enlarge"}))
-def test_a_stronger_attack_does_more_harm(kind):
-    def harm(strength: float) -> float:
+def test_a_stronger_attack_changes_more(kind):
+    def change(strength: float) -> float:
         total = 0.0
         for n in range(12):
             image = IMAGES[n % len(IMAGES)]
@@ -64,7 +64,7 @@ def test_a_stronger_attack_does_more_harm(kind):
             total += np.abs(np.asarray(copy.resize((64, 64), Image.Resampling.BICUBIC), float) - image).mean()
         return total
 
-    assert harm(0.1) < harm(1.0)
+    assert change(0.1) < change(1.0)
 
 
 def test_a_resave_is_nearly_equal():
@@ -83,7 +83,7 @@ def test_sizes_follow_the_strength():
         assert 0.66 < height * width / 64**2 < 0.78
 
 
-def test_any_image_will_do_and_is_left_alone():
+def test_any_image_type_is_accepted_and_not_changed():
     for mode in ("L", "RGB", "RGBA"):
         flat = Image.new(mode, (33, 17), 128)
         before = flat.tobytes()
@@ -92,7 +92,7 @@ def test_any_image_will_do_and_is_left_alone():
         assert flat.tobytes() == before
 
 
-def test_mistakes_are_named():
+def test_unknown_attacks_and_strengths_are_refused():
     with pytest.raises(UsageError, match="did you mean 'sharpen'"):
         attack(IMAGES[0], "sharpn", np.random.default_rng(0), 0.5)
     with pytest.raises(UsageError, match=r"strength 1\.5"):

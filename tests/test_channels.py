@@ -14,7 +14,7 @@ from PIL import Image
 
 import troodon
 from tests.test_crops import picture
-from tests.test_decode import packed, refusal
+from tests.test_decode import encode, refusal
 from tests.test_pretrain import CONFIG
 from troodon import verbs
 from troodon.config import UsageError, from_dict
@@ -77,7 +77,7 @@ def config(channels: int):
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_grey_is_pillows_l_of_what_three_channels_show(format, mode):
-    data = packed(Image.fromarray(picture(30, 40)).convert(mode), format)
+    data = encode(Image.fromarray(picture(30, 40)).convert(mode), format)
     got = decode(data, 1)
     assert got.shape == (30, 40, 1)
     assert got.flags.writeable
@@ -88,26 +88,26 @@ def test_grey_is_pillows_l_of_what_three_channels_show(format, mode):
 
 def test_wide_greys_and_orientation_hold_for_one_channel():
     wide = np.linspace(0, 65535, 64 * 48).astype(np.uint16).reshape(48, 64)
-    assert np.array_equal(decode(packed(Image.fromarray(wide), "PNG"), 1)[:, :, 0], wide >> 8)
+    assert np.array_equal(decode(encode(Image.fromarray(wide), "PNG"), 1)[:, :, 0], wide >> 8)
     exif = Image.Exif()
     exif[0x0112] = 6
-    turned = packed(Image.fromarray(picture(30, 40)), "PNG", exif=exif)
+    turned = encode(Image.fromarray(picture(30, 40)), "PNG", exif=exif)
     assert np.array_equal(decode(turned, 1), to_grey(decode(turned)))
     assert decode(turned, 1).shape == (40, 30, 1)
 
 
 @pytest.mark.parametrize(("mode", "format"), [("RGBA", "PNG"), ("RGBA", "WEBP"), ("RGBA", "TIFF"), ("CMYK", "TIFF")])
-def test_four_channels_are_as_they_lie_in_the_file(mode, format):
+def test_four_channels_are_read_unchanged(mode, format):
     x = array(4)
     options = {"lossless": True, "exact": True} if format == "WEBP" else {}
-    data = packed(Image.frombytes(mode, (20, 24), x.tobytes()), format, **options)
+    data = encode(Image.frombytes(mode, (20, 24), x.tobytes()), format, **options)
     assert np.array_equal(decode(data, 4), x)
     assert decode(data, 4).flags.writeable
     assert decode(data).shape == (24, 20, 3)
 
 
 @pytest.mark.parametrize(
-    ("image", "channels", "said"),
+    ("image", "channels", "message"),
     [
         (Image.new("RGB", (4, 4)), 4, r"channels: 3 \(RGB\), wanted: 4"),
         (Image.new("L", (4, 4)), 4, r"channels: 1 \(L\), wanted: 4"),
@@ -115,13 +115,13 @@ def test_four_channels_are_as_they_lie_in_the_file(mode, format):
         (Image.new("RGBA", (4, 4)), 5, r"channels: 4 \(RGBA\), wanted: 5"),
     ],
 )
-def test_no_channel_is_invented_or_left_out(image, channels, said):
-    with pytest.raises(BadImage, match=f"decode error: {said}"):
-        decode(packed(image, "PNG"), channels)
+def test_no_channel_is_added_or_dropped(image, channels, message):
+    with pytest.raises(BadImage, match=f"decode error: {message}"):
+        decode(encode(image, "PNG"), channels)
 
 
 @pytest.mark.parametrize("colours", [2, 5])  # Pillow takes the first for RGB with something more, the other for nothing
-def test_a_tiff_of_more_bands_says_where_to_go(colours):
+def test_a_tiff_with_more_bands_suggests_npy(colours):
     bands = 5
     tags = [(256, 3, 1, 2), (257, 3, 1, 2), (258, 3, bands, 200), (259, 3, 1, 1), (262, 3, 1, 2 if colours == 2 else 1)]
     tags += [(273, 4, 1, 300), (277, 3, 1, bands), (278, 3, 1, 2), (279, 4, 1, 4 * bands)]
@@ -135,16 +135,16 @@ def test_a_tiff_of_more_bands_says_where_to_go(colours):
 
 @pytest.mark.parametrize("version", [(1, 0), (2, 0)])
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 13])
-def test_arrays_are_read_as_they_lie(channels, version):
+def test_arrays_are_read_unchanged(channels, version):
     x = array(channels)
     for data in (npy(x, version), npy(np.asfortranarray(x), version)):
-        for asked in (channels, None):
-            got = decode(data, asked)
+        for requested in (channels, None):
+            got = decode(data, requested)
             assert np.array_equal(got, x)
             assert got.flags.writeable
             assert got.flags.c_contiguous
-        seen = read_header(data)
-        assert (seen.format, seen.mode, seen.height, seen.width) == ("NPY", f"{channels} x uint8", 24, 20)
+        info = read_header(data)
+        assert (info.format, info.mode, info.height, info.width) == ("NPY", f"{channels} x uint8", 24, 20)
 
 
 @pytest.mark.parametrize("order", ["<u2", ">u2"])
@@ -154,14 +154,14 @@ def test_sixteen_bits_of_an_array_keep_the_high_byte(order):
     assert np.array_equal(decode(npy(np.asfortranarray(x)), 5), (x >> 8).astype(np.uint8))
 
 
-def test_an_array_of_two_sides_has_one_channel():
+def test_a_two_dimensional_array_has_one_channel():
     x = array(1)[:, :, 0]
     assert np.array_equal(decode(npy(x), 1)[:, :, 0], x)
     assert str(refusal(npy(x))) == "decode error: channels: 1, wanted: 3"
 
 
 @pytest.mark.parametrize(
-    ("data", "status", "said"),
+    ("data", "status", "message"),
     [
         (npy(array(5)), "decode error", "channels: 5, wanted: 3"),
         (npy(array(3).astype(np.float32)), "decode error", "float32 where uint8 or uint16"),
@@ -196,14 +196,14 @@ def test_an_array_of_two_sides_has_one_channel():
         (header("__import__('os').abort()"), "decode error", "decode error: ."),
     ],
 )
-def test_arrays_that_are_no_images_are_refused(data, status, said):
+def test_arrays_that_are_not_images_are_refused(data, status, message):
     bad = refusal(data)
     assert bad.status == status
-    with pytest.raises(BadImage, match=said):
+    with pytest.raises(BadImage, match=message):
         decode(data)
 
 
-def test_an_array_says_how_many_are_missing_whatever_it_claims():
+def test_a_truncated_array_reports_its_missing_bytes():
     """A header is believed only as far as there are bytes: nothing is made of the size it names."""
     claimed = header("{'descr': '|u1', 'fortran_order': False, 'shape': (9, 9, 99999999999999)}")
     with pytest.raises(BadImage, match="truncated: the last 8,099,999,999,999,919 bytes"):
@@ -217,13 +217,13 @@ def test_mutated_arrays_give_an_array_or_bad_image(seed):
     outcomes: dict[str, int] = {}
     for _ in range(300):
         broken = bytearray(whole)
-        how = draw.choice(("flip", "cut", "digits", "drop"))
-        if how == "flip":
+        change = draw.choice(("flip", "cut", "digits", "drop"))
+        if change == "flip":
             for _ in range(draw.randint(1, 4)):
                 broken[draw.randrange(130)] ^= 1 << draw.randrange(8)
-        elif how == "cut":
+        elif change == "cut":
             del broken[draw.randrange(len(broken)) :]
-        elif how == "digits":  # other sizes
+        elif change == "digits":  # other sizes
             at = draw.choice([i for i in range(10, 120) if chr(broken[i]).isdigit()])
             broken[at] = ord(draw.choice("0123456789"))
         else:
@@ -233,9 +233,9 @@ def test_mutated_arrays_give_an_array_or_bad_image(seed):
         for channels in (5, None):
             try:
                 got = decode(bytes(broken), channels)
-                seen = read_header(bytes(broken))
-                assert (got.dtype, got.shape[:2]) == (np.uint8, (seen.height, seen.width))
-                results.append(("ok", "said nothing"))
+                info = read_header(bytes(broken))
+                assert (got.dtype, got.shape[:2]) == (np.uint8, (info.height, info.width))
+                results.append(("ok", "no reason"))
             except BadImage as bad:
                 results.append((bad.status, str(bad)))
         assert not any("\n" in reason for _, reason in results)
@@ -245,7 +245,7 @@ def test_mutated_arrays_give_an_array_or_bad_image(seed):
     assert outcomes["ok"] < 200
 
 
-def test_what_is_shown_has_three_channels():
+def test_to_rgb_gives_three_channels():
     for channels in (1, 2, 3, 4, 5):
         x = array(channels)
         assert to_rgb(x).shape == (24, 20, 3)
@@ -273,7 +273,7 @@ def parameters(**changes: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 5])
-def test_what_only_colours_have_is_left_alone(channels):
+def test_colour_operations_need_three_channels(channels):
     plain = PhotometricConfig(mean=(0.0,) * channels, std=(1.0,) * channels)
     x = torch.from_numpy(array(channels)).permute(2, 0, 1)[None].contiguous()
     as_is = apply(x, parameters(), plain)
@@ -292,7 +292,7 @@ def test_what_only_colours_have_is_left_alone(channels):
     torch.testing.assert_close(apply(x, parameters(), normal), wanted)
 
 
-def test_means_and_deviations_come_in_pairs():
+def test_mean_and_std_need_one_number_per_channel():
     with pytest.raises(UsageError, match=r"photometric\.mean has 5 numbers and photometric\.std 3"):
         PhotometricConfig(mean=(0.5,) * 5)
     changes = {"photometric": {"mean": [0.1] * 5, "std": [0.2] * 5}, "vit": {"channels": 5}}
@@ -317,12 +317,14 @@ def test_batches_and_their_sheet_have_the_channels(tmp_path, channels):
         assert (crop.std(axis=2).max() == 0) == (channels == 1)
 
 
-def test_a_stream_leaves_out_what_has_other_channels(tmp_path):
+def test_read_batches_skips_images_with_other_channels(tmp_path):
     folder = fill(tmp_path / "images", 5, 6)
     np.save(folder / "class0" / "odd.npy", array(4))
     Image.fromarray(array(3)).save(folder / "class0" / "photo.png")
     broken: dict = {}
-    got = list(read_batches(open_source(folder), 4, lambda images: [x.shape for x in images], channels=5, broken=broken))
+    got = list(
+        read_batches(open_source(folder), 4, lambda images: [x.shape for x in images], channels=5, broken=broken)
+    )
     assert [shape for _, shapes in got for shape in shapes] == [(24, 20, 5)] * 6
     assert sorted(str(bad) for bad in broken.values()) == [
         "decode error: channels: 3 (RGB), wanted: 5",
@@ -354,8 +356,8 @@ def test_a_run_learns_from_its_channels_and_its_backbone_reads_them(tmp_path, ch
 def test_means_that_do_not_fit_the_channels_are_refused(tmp_path, channels, known):
     photometric = PhotometricConfig() if known == 3 else config(known).photometric
     wrong = replace(CONFIG, vit=replace(CONFIG.vit, channels=channels), photometric=photometric)
-    said = rf"photometric.mean has {known} numbers for {channels} channels: set .* to {channels} numbers each"
-    with pytest.raises(UsageError, match=said):
+    message = rf"photometric.mean has {known} numbers for {channels} channels: set .* to {channels} numbers each"
+    with pytest.raises(UsageError, match=message):
         check(wrong, open_source(fill(tmp_path / "images", 5, 2)), None, 1)
 
 

@@ -51,19 +51,19 @@ def test_streams_of_neighbouring_visits_share_no_number() -> None:
 
 
 def test_crops_are_pillows_crop_and_resize() -> None:
-    image, seen = picture(211, 333), set()
+    image, flips = picture(211, 333), set()
     for visit in range(10):
         globals_GCHW, locals_VCHW = multi_crop(image, SMALL, generator(0, 0, visit))
         drawn = boxes(SMALL, image, generator(0, 0, visit))
         for crop_CHW, ((top, left, h, w), flip) in zip([*globals_GCHW, *locals_VCHW], drawn, strict=True):
             box = Image.fromarray(image[top : top + h, left : left + w])
-            wanted = np.asarray(box.resize(crop_CHW.shape[1:], Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+            expected = np.asarray(box.resize(crop_CHW.shape[1:], Image.Resampling.BICUBIC)).transpose(2, 0, 1)
             got = crop_CHW.numpy()[:, :, ::-1] if flip else crop_CHW.numpy()
-            difference = np.abs(got.astype(int) - wanted)
+            difference = np.abs(got.astype(int) - expected)
             assert difference.mean() < 0.1
             assert difference.max() <= 2
-            seen.add(flip)
-    assert seen == {True, False}
+            flips.add(flip)
+    assert flips == {True, False}
 
 
 def test_flip_mirrors_the_same_box() -> None:
@@ -109,20 +109,20 @@ def test_every_shape_gives_crops_within_its_colours(shape: tuple[int, int]) -> N
             assert (x == torch.tensor([10, 130, 250], dtype=torch.uint8).view(3, 1, 1)).all()
 
 
-def test_arrays_that_are_read_only_or_mirrored_are_read_and_left_alone() -> None:
+def test_read_only_and_mirrored_arrays_are_accepted_and_not_changed() -> None:
     image = picture(40, 50)
     before = image.copy()
-    wanted = multi_crop(image, SMALL, generator(0, 0, 0))
+    expected = multi_crop(image, SMALL, generator(0, 0, 0))
     image.flags.writeable = False
     mirrored = np.ascontiguousarray(image[:, ::-1])[:, ::-1]
     for same in (image, mirrored):
         globals_GCHW, locals_VCHW = multi_crop(same, SMALL, generator(0, 0, 0))
-        assert torch.equal(globals_GCHW, wanted[0])
-        assert torch.equal(locals_VCHW, wanted[1])
+        assert torch.equal(globals_GCHW, expected[0])
+        assert torch.equal(locals_VCHW, expected[1])
     assert np.array_equal(image, before)
 
 
-def test_threads_give_what_one_thread_gives() -> None:
+def test_threads_give_the_same_as_one_thread() -> None:
     image = picture(120, 100)
 
     def crops(visit: int) -> bytes:
@@ -132,7 +132,7 @@ def test_threads_give_what_one_thread_gives() -> None:
         assert list(pool.map(crops, range(40))) == [crops(visit) for visit in range(40)]
 
 
-def test_an_attack_comes_before_the_crop_and_leaves_all_else_as_it_was() -> None:
+def test_an_attack_precedes_the_crop_and_changes_nothing_else() -> None:
     image, whole = picture(90, 70), dataclasses.replace(SMALL, global_scale=(1.0, 1.0), aspect=(7 / 9, 7 / 9), flip=0.0)
     config = dataclasses.replace(whole, attack=1.0, attack_kinds=("flip",))
     plain_GCHW, _ = multi_crop(image, whole, generator(0, 0, 0))
@@ -147,7 +147,7 @@ def test_an_attack_comes_before_the_crop_and_leaves_all_else_as_it_was() -> None
     assert torch.equal(multi_crop(image, fewer, generator(0, 0, 0))[0], torch.stack([one, other]))
 
 
-def test_as_many_crops_are_attacked_as_asked_for_each_kind_as_often() -> None:
+def test_the_attacked_share_is_as_configured_and_kinds_are_uniform() -> None:
     image, count = picture(48, 48), 2000
     half = dataclasses.replace(SMALL, attack=0.5, attack_kinds=("flip", "crop"))
     shapes = [random_attack(image, half, seed) for seed in range(count)]
@@ -157,7 +157,7 @@ def test_as_many_crops_are_attacked_as_asked_for_each_kind_as_often() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_pictures_of_every_shape_and_grey_ones_are_attacked_or_left_alone(shape: tuple[int, int]) -> None:
+def test_images_of_every_shape_and_grey_ones_can_be_attacked(shape: tuple[int, int]) -> None:
     config = dataclasses.replace(SMALL, attack=1.0)
     for channels in (1, 3):
         image = picture(*shape)[:, :, :channels]
@@ -166,14 +166,14 @@ def test_pictures_of_every_shape_and_grey_ones_are_attacked_or_left_alone(shape:
             assert globals_GCHW.shape == (2, channels, 56, 56)
 
 
-def test_a_large_picture_is_attacked_when_it_is_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_image_is_reduced_before_an_attack(monkeypatch: pytest.MonkeyPatch) -> None:
     image = np.asarray(Image.fromarray(picture(12, 16)).resize((800, 600), Image.Resampling.BICUBIC))
     config = dataclasses.replace(SMALL, attack=1.0, attack_kinds=("vignette",), locals=0)
     small = multi_crop(image, config, generator(0, 0, 0))[0].float()
-    seen: list[int] = []
-    monkeypatch.setattr("troodon.views.crops.attack", lambda image, *_: seen.append(image.width) or np.asarray(image))
+    widths: list[int] = []
+    monkeypatch.setattr("troodon.views.crops.attack", lambda image, *_: widths.append(image.width) or np.asarray(image))
     multi_crop(image, config, generator(0, 0, 0))
-    assert seen == [200, 200]
+    assert widths == [200, 200]
     monkeypatch.undo()
     monkeypatch.setattr("troodon.views.crops.MARGIN", 1e9)
     assert 0 < (multi_crop(image, config, generator(0, 0, 0))[0].float() - small).abs().mean() < 3  # of 255
@@ -187,7 +187,8 @@ def test_unknown_attacks_are_refused_with_the_nearest() -> None:
 def test_boxes_have_the_areas_aspects_and_places_of_the_definition() -> None:
     count, side, scale, aspect = 4000, 4000, (0.05, 0.32), (3 / 4, 4 / 3)
     drawn = [
-        random_box(side, side, scale, aspect, u) for u in np.random.default_rng(0).random((count, NUMBERS_PER_CROP)).tolist()
+        random_box(side, side, scale, aspect, u)
+        for u in np.random.default_rng(0).random((count, NUMBERS_PER_CROP)).tolist()
     ]
     top, left, h, w = np.array(drawn, dtype=float).T
     uniform = {
@@ -206,7 +207,7 @@ def test_boxes_have_the_areas_aspects_and_places_of_the_definition() -> None:
     assert np.abs(together).max() < 4 / math.sqrt(count)
 
 
-def test_positions_reach_every_place() -> None:
+def test_boxes_reach_every_position() -> None:
     numbers = np.random.default_rng(0).random((400, NUMBERS_PER_CROP)).tolist()
     places = {random_box(6, 6, (0.4, 0.5), (1.0, 1.0), u)[:2] for u in numbers}
     assert places == {(top, left) for top in range(3) for left in range(3)}

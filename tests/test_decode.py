@@ -22,7 +22,7 @@ from troodon.images.decode import BadImage, decode, read_header
 
 
 @pytest.fixture(autouse=True)
-def pillow_is_as_quiet_as_for_users() -> None:
+def pillow_warnings_as_for_users() -> None:
     """The module silences Pillow once, when it is imported; the runner then puts its own filters in front of that."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -34,7 +34,7 @@ def picture(height: int = 48, width: int = 64) -> Image.Image:
     return Image.fromarray(rgb.astype(np.uint8))
 
 
-def packed(image: Image.Image, format: str, **options) -> bytes:
+def encode(image: Image.Image, format: str, **options) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
@@ -45,13 +45,13 @@ def small_files() -> dict[str, bytes]:
     exif = Image.Exif()
     exif[0x0112] = 6
     return {
-        "jpeg": packed(image, "JPEG", exif=exif),
-        "progressive": packed(image, "JPEG", progressive=True),
-        "png": packed(image, "PNG", exif=exif),
-        "gif": packed(image.convert("P"), "GIF"),
-        "webp": packed(image, "WEBP"),
-        "tiff": packed(image, "TIFF"),
-        "bmp": packed(image, "BMP"),
+        "jpeg": encode(image, "JPEG", exif=exif),
+        "progressive": encode(image, "JPEG", progressive=True),
+        "png": encode(image, "PNG", exif=exif),
+        "gif": encode(image.convert("P"), "GIF"),
+        "webp": encode(image, "WEBP"),
+        "tiff": encode(image, "TIFF"),
+        "bmp": encode(image, "BMP"),
     }
 
 
@@ -77,15 +77,15 @@ def refusal(data: bytes) -> BadImage:
 
 @pytest.mark.parametrize(("mode", "format"), [("RGB", "PNG"), ("RGBX", "TIFF"), ("CMYK", "TIFF"), ("YCbCr", "TIFF")])
 def test_colour_modes_give_the_same_picture(mode, format):
-    got = decode(packed(picture().convert(mode), format)).astype(int)
+    got = decode(encode(picture().convert(mode), format)).astype(int)
     assert np.abs(got - np.asarray(picture())).max() <= 4
 
 
 def test_lab_and_palette_are_converted():
-    lab = packed(picture().convert("LAB"), "TIFF")
+    lab = encode(picture().convert("LAB"), "TIFF")
     assert read_header(lab).mode == "LAB"
     assert np.abs(decode(lab).astype(int) - np.asarray(picture())).mean() < 3
-    palette = packed(picture().quantize(256), "PNG")
+    palette = encode(picture().quantize(256), "PNG")
     assert read_header(palette).mode == "P"
     assert np.abs(decode(palette).astype(int) - np.asarray(picture())).mean() < 8
 
@@ -93,7 +93,7 @@ def test_lab_and_palette_are_converted():
 @pytest.mark.parametrize("mode", ["1", "L"])
 def test_grey_has_three_equal_channels(mode):
     grey = picture().convert(mode)
-    got = decode(packed(grey, "PNG"))
+    got = decode(encode(grey, "PNG"))
     assert np.array_equal(got, np.repeat(np.asarray(grey.convert("L"))[:, :, None], 3, axis=2))
     assert got.flags.writeable
     assert got.flags.c_contiguous
@@ -101,10 +101,10 @@ def test_grey_has_three_equal_channels(mode):
 
 def test_sixteen_bits_keep_the_high_byte():
     grey = np.linspace(0, 65535, 64 * 48).astype(np.uint16).reshape(48, 64)
-    got = decode(packed(Image.fromarray(grey), "PNG"))
+    got = decode(encode(Image.fromarray(grey), "PNG"))
     assert np.array_equal(got[:, :, 0], grey >> 8)
     assert (got.min(), got.max()) == (0, 255)
-    assert np.array_equal(decode(packed(Image.fromarray(grey.astype(">u2")), "TIFF")), got)
+    assert np.array_equal(decode(encode(Image.fromarray(grey.astype(">u2")), "TIFF")), got)
 
 
 @pytest.mark.parametrize(
@@ -121,14 +121,14 @@ def test_sixteen_bits_keep_the_high_byte():
     ],
 )
 def test_wide_greys_are_rescaled(grey, expected):
-    assert decode(packed(Image.fromarray(grey), "TIFF"))[0, :, 0].tolist() == expected
+    assert decode(encode(Image.fromarray(grey), "TIFF"))[0, :, 0].tolist() == expected
 
 
-def test_transparency_shows_white():
+def test_transparency_is_composited_on_white():
     red = Image.new("RGBA", (4, 4), (255, 0, 0, 255))
     red.putpixel((1, 2), (0, 0, 0, 0))
     red.putpixel((2, 1), (0, 0, 0, 128))
-    got = decode(packed(red, "PNG"))
+    got = decode(encode(red, "PNG"))
     assert got[2, 1].tolist() == [255, 255, 255]
     assert got[1, 2].tolist() == [127, 127, 127]
     assert got[0, 0].tolist() == [255, 0, 0]
@@ -136,10 +136,10 @@ def test_transparency_shows_white():
     palette.putpalette([0, 0, 0, 0, 255, 0])
     palette.putpixel((3, 3), 0)
     for format in ("PNG", "GIF"):
-        got = decode(packed(palette, format, transparency=0))
+        got = decode(encode(palette, format, transparency=0))
         assert got[3, 3].tolist() == [255, 255, 255], format
         assert got[0, 0].tolist() == [0, 255, 0], format
-    assert decode(packed(Image.new("LA", (2, 2), (0, 0)), "PNG")).min() == 255
+    assert decode(encode(Image.new("LA", (2, 2), (0, 0)), "PNG")).min() == 255
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
@@ -147,7 +147,7 @@ def test_transparency_shows_white():
 def test_exif_orientation_is_applied(format, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = packed(picture(), format, exif=exif)
+    data = encode(picture(), format, exif=exif)
     upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
     assert np.array_equal(decode(data), upright)
     assert (read_header(data).height, read_header(data).width) == upright.shape[:2]
@@ -155,15 +155,15 @@ def test_exif_orientation_is_applied(format, orientation):
         assert upright.shape[:2] == (64, 48)
 
 
-def test_broken_exif_does_not_lose_the_picture():
-    data = packed(picture(), "PNG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+def test_broken_exif_is_ignored():
+    data = encode(picture(), "PNG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
     assert np.array_equal(decode(data), np.asarray(picture()))
 
 
 def test_animations_give_their_first_frame():
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     for format in ("GIF", "WEBP", "PNG"):
-        got = decode(packed(frames[0], format, save_all=True, append_images=frames[1:]))
+        got = decode(encode(frames[0], format, save_all=True, append_images=frames[1:]))
         assert got[0, 0, 0] > 240, format
         assert got[0, 0, 2] < 15, format
 
@@ -171,7 +171,7 @@ def test_animations_give_their_first_frame():
 # ---- what is refused
 
 
-def test_a_pack_of_awkward_files_does_as_its_manifest_says(shared):
+def test_awkward_files_decode_as_their_manifest_says(shared):
     with tarfile.open(shared("formats_robustness.tar")) as tar:
         files = {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}
     failed = {}
@@ -180,10 +180,10 @@ def test_a_pack_of_awkward_files_does_as_its_manifest_says(shared):
         if row["status"] != "ok":
             failed[row["path"]] = (row["status"], refusal(data).status)
             continue
-        seen = read_header(data)
-        said = (row["format"], row["mode"], int(row["width"]), int(row["height"]))
-        assert (seen.format, seen.mode, seen.width, seen.height) == said, row["path"]
-        assert decode(data).shape == (seen.height, seen.width, 3), row["path"]
+        header = read_header(data)
+        expected = (row["format"], row["mode"], int(row["width"]), int(row["height"]))
+        assert (header.format, header.mode, header.width, header.height) == expected, row["path"]
+        assert decode(data).shape == (header.height, header.width, 3), row["path"]
     assert failed == {
         "files/corrupt_ukbench09268.jpg": ("corrupt", "not an image"),
         "files/text.jpg": ("corrupt", "not an image"),
@@ -215,7 +215,7 @@ def test_a_16_bit_photo_is_not_white(shared):
         (b"\x89PNG\r\n\x1a\n" + bytes(50) + b"IEND\xaeB`\x82", "decode error"),
     ],
 )
-def test_what_is_no_image_is_named(data, status):
+def test_non_images_have_a_status(data, status):
     bad = refusal(data)
     assert bad.status == status
     assert str(bad) == f"{status}: {bad.reason}"
@@ -225,9 +225,9 @@ def test_what_is_no_image_is_named(data, status):
 
 @pytest.mark.parametrize("kind", [*small_files(), "lzw", "avif", "jpeg2000"])
 @pytest.mark.parametrize("part", [0.02, 0.3, 0.6, 0.9])
-def test_a_file_cut_short_is_truncated(kind, part, monkeypatch):
+def test_an_incomplete_file_is_truncated(kind, part, monkeypatch):
     rare = {"lzw": ("TIFF", {"compression": "tiff_lzw"}), "avif": ("AVIF", {}), "jpeg2000": ("JPEG2000", {})}
-    data = packed(picture(), rare[kind][0], **rare[kind][1]) if kind in rare else small_files()[kind]
+    data = encode(picture(), rare[kind][0], **rare[kind][1]) if kind in rare else small_files()[kind]
     cut = data[: max(16, int(len(data) * part))]
     assert refusal(cut).status == "truncated"
     monkeypatch.setattr(module, "simplejpeg", None)
@@ -235,7 +235,7 @@ def test_a_file_cut_short_is_truncated(kind, part, monkeypatch):
 
 
 @pytest.mark.parametrize("warnings_are", ["error", "ignore"])  # as in these tests, and as for users
-def test_a_picture_too_large_is_refused_before_its_pixels_are_read(warnings_are, monkeypatch, recwarn):
+def test_an_image_too_large_is_refused_before_its_pixels_are_read(warnings_are, monkeypatch, recwarn):
     warnings.simplefilter(warnings_are)
 
     def load(self):
@@ -249,7 +249,7 @@ def test_a_picture_too_large_is_refused_before_its_pixels_are_read(warnings_are,
     assert read_header(png_header(9_990, 10_000)).width == 9_990  # Pillow alone would warn, which is an error here
 
 
-def test_running_out_of_memory_is_said(monkeypatch):
+def test_out_of_memory_is_a_bad_image(monkeypatch):
     def load(self):
         raise MemoryError
 
@@ -263,18 +263,18 @@ def test_bad_image_survives_pickling():
 
 
 @pytest.mark.parametrize("more", [["--files", "5000"], ["--files", "1500", "--seed", "1", "--slow"]])
-def test_damaged_files_neither_kill_nor_stop_nor_swell_a_process(more):
+def test_damaged_files_cause_no_crash_hang_or_leak(more):
     """In a process of its own, for a decoder that dies takes the process with it."""
     command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "tests.fuzz", *more]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout)
-    assert sum(told["outcomes"].values()) == int(more[1])
-    assert told["outcomes"].keys() >= {"ok", "truncated", "decode error", "not an image", "too large"}
-    assert told["outcomes"]["ok"] < 0.6 * int(more[1])
-    assert told["slowest_s"] < 30
-    assert told["grown_mb"] < 50
-    assert told["kinds"] >= 20
+    report = json.loads(done.stdout)
+    assert sum(report["outcomes"].values()) == int(more[1])
+    assert report["outcomes"].keys() >= {"ok", "truncated", "decode error", "not an image", "too large"}
+    assert report["outcomes"]["ok"] < 0.6 * int(more[1])
+    assert report["slowest_s"] < 30
+    assert report["grown_mb"] < 50
+    assert report["kinds"] >= 20
 
 
 # ---- the faster decoder
@@ -284,7 +284,7 @@ def test_the_fast_decoder_gives_the_same_pixels_and_refusals(shared, monkeypatch
     pytest.importorskip("simplejpeg")
     with tarfile.open(shared("photos_cc0_224.tar")) as tar:
         files = [tar.extractfile(m).read() for m in tar if m.name.endswith(".jpg")][:20]
-    files += [packed(picture(), "JPEG", keep_rgb=True), packed(picture().convert("L"), "JPEG"), *small_files().values()]
+    files += [encode(picture(), "JPEG", keep_rgb=True), encode(picture().convert("L"), "JPEG"), *small_files().values()]
     files += [data[: len(data) * part // 5] for data in files[:4] for part in range(1, 5)]
     files += [files[0][:-2], files[0] + b"trailing"]
 
@@ -299,7 +299,7 @@ def test_the_fast_decoder_gives_the_same_pixels_and_refusals(shared, monkeypatch
     assert [outcome(data) for data in files] == fast
 
 
-def test_the_fast_decoder_is_used_and_pillow_answers_when_it_fails(monkeypatch):
+def test_the_fast_decoder_is_used_and_pillow_is_the_fallback(monkeypatch):
     fast = pytest.importorskip("simplejpeg")
     calls = []
 
@@ -312,11 +312,11 @@ def test_the_fast_decoder_is_used_and_pillow_answers_when_it_fails(monkeypatch):
             return fast.decode_jpeg(data, **size)
 
     monkeypatch.setattr(module, "simplejpeg", Spy)
-    data = packed(picture(), "JPEG")
+    data = encode(picture(), "JPEG")
     assert np.array_equal(decode(data), decode(data))
     assert len(calls) == 2
-    decode(packed(picture().convert("CMYK"), "JPEG"))
-    assert len(calls) == 2  # not asked
+    decode(encode(picture().convert("CMYK"), "JPEG"))
+    assert len(calls) == 2  # not sizes
 
 
 def test_pillow_is_silenced_when_the_module_is_imported():
@@ -344,18 +344,18 @@ def test_many_threads_agree():
 @pytest.mark.parametrize("times", [1, 2, 4, 8])
 @pytest.mark.parametrize("orientation", [1, 6])
 @pytest.mark.parametrize("size", [(208, 168), (203, 161)])
-def test_a_jpeg_is_decoded_smaller_when_it_may(size, times, orientation, monkeypatch):
+def test_a_jpeg_is_decoded_at_a_reduced_size(size, times, orientation, monkeypatch):
     exif = Image.Exif()
     exif[0x0112] = orientation
     image = Image.effect_mandelbrot(size, (-2, -1.5, 1, 1.5), 50).convert("RGB")
-    data, asked = packed(image, "JPEG", quality=95, exif=exif), []
+    data, sizes = encode(image, "JPEG", quality=95, exif=exif), []
 
     def shrink(height, width):
-        asked.append((height, width))
+        sizes.append((height, width))
         return times
 
     whole, small = decode(data), decode(data, reduction=shrink)
-    assert asked == [whole.shape[:2]]
+    assert sizes == [whole.shape[:2]]
     assert small.shape == (*(-(-side // times) for side in whole.shape[:2]), 3)
     monkeypatch.setattr(module, "simplejpeg", None)
     assert np.array_equal(decode(data, reduction=lambda *_: times), small)
@@ -365,6 +365,6 @@ def test_a_jpeg_is_decoded_smaller_when_it_may(size, times, orientation, monkeyp
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP"])
-def test_other_formats_are_whole_whatever_they_may(format):
-    data = packed(picture(), format)
+def test_other_formats_are_never_reduced(format):
+    data = encode(picture(), format)
     assert np.array_equal(decode(data, reduction=lambda *_: 8), decode(data))

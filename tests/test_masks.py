@@ -49,7 +49,7 @@ def test_masks_are_a_function_of_the_generator() -> None:
     assert not torch.equal(first, other)
 
 
-def test_few_masks_fall_short_and_by_little() -> None:
+def test_few_masks_are_incomplete_and_by_few_patches() -> None:
     random, short = np.random.default_rng(0), []
     for ratio in np.linspace(0.1, 0.5, 2000):
         target = int(256 * ratio)

@@ -54,13 +54,13 @@ def test_other_readers_see_samples_with_their_classes(photos, tmp_path):
     pack(photos, tmp_path / "out")
     with tarfile.open(tmp_path / "out" / "00000.tar") as tar:
         names = [m.name for m in tar if m.isfile()]
-        said = {n: tar.extractfile(n).read() for n in names if n.endswith(".cls")}
+        classes = {n: tar.extractfile(n).read() for n in names if n.endswith(".cls")}
     assert names == [
         "photos/train/1/a.jpg", "photos/train/1/a.cls", "photos/train/1/a_1.png", "photos/train/1/a_1.cls",
         "photos/train/2/b_c.jpg", "photos/train/2/b_c.cls", "photos/val/1/broken.jpg", "photos/val/1/broken.cls",
         "photos/val/1/grey.png", "photos/val/1/grey.cls", "photos/val/2/misnamed.jpg", "photos/val/2/misnamed.cls",
     ]  # fmt: skip
-    assert said["photos/train/2/b_c.cls"] == b"2"
+    assert classes["photos/train/2/b_c.cls"] == b"2"
     plain = tmp_path / "alone.tar"  # and ours, without the index
     (tmp_path / "out" / "00000.tar").rename(plain)
     index = open_source(plain)
@@ -78,7 +78,7 @@ def test_many_shards_are_one_index(photos, tmp_path, monkeypatch):
     assert [many.read(r) for r in range(6)] == [one.read(r) for r in range(6)]
 
 
-def test_the_size_of_a_shard_is_about_what_was_asked_for(tmp_path):
+def test_the_size_of_a_shard_is_approximately_as_configured(tmp_path):
     (tmp_path / "x").mkdir()
     for number in range(60):
         (tmp_path / "x" / f"{number}.png").write_bytes(picture(number, (200, 200), format="PNG"))
@@ -88,48 +88,50 @@ def test_the_size_of_a_shard_is_about_what_was_asked_for(tmp_path):
     assert all(0.9e6 < size < 1.1e6 for size in sizes[:-1])
 
 
-def test_smaller_pictures_keep_what_they_are(photos, tmp_path):
+def test_resized_images_keep_their_format(photos, tmp_path):
     np.save(photos / "train/2/five.npy", np.random.default_rng(0).integers(0, 256, (50, 70, 5), dtype=np.uint8))
     summary = pack(photos, tmp_path / "out", settings={"side": 32})
     assert (summary["images"], summary["left_out"]) == (6, 1)
-    left = json.loads((tmp_path / "out" / "left_out.json").read_text())
-    assert [(e["path"], e["status"]) for e in left] == [("photos/val/1/broken.jpg", "not an image")]
+    skipped = json.loads((tmp_path / "out" / "left_out.json").read_text())
+    assert [(e["path"], e["status"]) for e in skipped] == [("photos/val/1/broken.jpg", "not an image")]
     index = open_source(tmp_path / "out")
-    seen = {index.path(r).removeprefix("photos/"): (index.read(r), read_header(index.read(r))) for r in range(len(index))}
-    assert seen["train/1/a.jpg"][0] == (photos / "train/1/a.jpg").read_bytes()  # its shorter side is 30
-    large, grey, five = (seen[n][1] for n in ("train/2/b.c.jpeg", "val/1/grey.png", "train/2/five.npy"))
+    packed = {
+        index.path(r).removeprefix("photos/"): (index.read(r), read_header(index.read(r))) for r in range(len(index))
+    }
+    assert packed["train/1/a.jpg"][0] == (photos / "train/1/a.jpg").read_bytes()  # its shorter side is 30
+    large, grey, five = (packed[n][1] for n in ("train/2/b.c.jpeg", "val/1/grey.png", "train/2/five.npy"))
     assert (large.format, large.width, large.height) == ("JPEG", 48, 32)
     assert (grey.format, grey.mode, grey.width, grey.height) == ("PNG", "L", 32, 40)
     assert (five.format, five.channels, five.width, five.height) == ("NPY", 5, 45, 32)
 
 
-def test_smaller_pictures_look_the_same(tmp_path):
+def test_resized_images_look_the_same(tmp_path):
     y, x = np.mgrid[0:600, 0:800] / 100
     smooth = (np.stack([np.sin(x), np.cos(y), np.sin(x + y)], 2) * 120 + 128).astype(np.uint8)
     (tmp_path / "x").mkdir()
     Image.fromarray(smooth).save(tmp_path / "x" / "1.jpg", quality=95)
     pack(tmp_path / "x", tmp_path / "out", settings={"side": 60})
     small = decode(open_source(tmp_path / "out").read(0))
-    wanted = np.asarray(Image.fromarray(smooth).resize((80, 60), Image.Resampling.BICUBIC), np.float64)
+    expected = np.asarray(Image.fromarray(smooth).resize((80, 60), Image.Resampling.BICUBIC), np.float64)
     assert small.shape == (60, 80, 3)
-    assert np.abs(small - wanted).mean() < 2
+    assert np.abs(small - expected).mean() < 2
 
 
-def test_all_may_be_saved_in_one_format(photos, tmp_path):
+def test_all_images_can_be_encoded_in_one_format(photos, tmp_path):
     pack(photos, tmp_path / "out", settings={"encode": "webp", "quality": 50})
     index = open_source(tmp_path / "out")
     assert {read_header(index.read(r)).format for r in range(len(index))} == {"WEBP"}
     assert read_header(index.read(0)).width == 40
 
 
-def test_a_killed_run_goes_on_with_the_next_shard(photos, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_with_the_next_shard(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_plan", lambda *_: 2)
     write, written = module._write_shard, []
 
-    def stopping(index, items, folder, container, told):
+    def stopping(index, items, folder, container, progress):
         if container == "00001.tar":
             raise KeyboardInterrupt
-        write(index, items, folder, container, told)
+        write(index, items, folder, container, progress)
 
     monkeypatch.setattr(module, "_write_shard", stopping)
     with pytest.raises(KeyboardInterrupt):
@@ -145,7 +147,7 @@ def test_a_killed_run_goes_on_with_the_next_shard(photos, tmp_path, monkeypatch)
         pack(photos, tmp_path / "out", settings={"side": 20})
 
 
-def test_what_was_written_wrongly_does_not_count(photos, tmp_path, monkeypatch):
+def test_a_shard_that_was_written_wrongly_does_not_count(photos, tmp_path, monkeypatch):
     add = module._add
     monkeypatch.setattr(module, "_add", lambda tar, file, name, data: add(tar, file, name, bytes(len(data))))
     with pytest.raises(OSError, match="was not written correctly"):
@@ -153,14 +155,14 @@ def test_what_was_written_wrongly_does_not_count(photos, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_disk_without_room_is_told_before_anything_is_written(photos, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_written(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
     with pytest.raises(UsageError, match="the disk has"):
         pack(photos, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
 
-def test_data_sets_of_python_are_packed(tmp_path):
+def test_python_datasets_are_packed(tmp_path):
     class Pictures:
         classes, targets = ("cat", "dog"), (1, 0, 1)
 
@@ -176,7 +178,7 @@ def test_data_sets_of_python_are_packed(tmp_path):
     assert [int(decode(index.read(r)).mean()) for r in range(3)] == [10, 100, 200]
 
 
-def test_the_command_packs_a_real_set_that_trains_as_before(shared, tmp_path, capsys):
+def test_the_command_packs_a_real_dataset_that_trains_as_before(shared, tmp_path, capsys):
     source = shared("photos_cc0_224.tar")
     assert cli.run(["pack", str(source), "--out", str(tmp_path / "out"), "--side", "64"]) == launch.DONE
     out, err = capsys.readouterr()
@@ -187,12 +189,12 @@ def test_the_command_packs_a_real_set_that_trains_as_before(shared, tmp_path, ca
     assert run.read_manifest(tmp_path / "out")["kind"] == "index"
     sizes = {min(decode(open_source(tmp_path / "out").read(r)).shape[:2]) for r in range(0, 560, 70)}
     assert sizes == {64}
-    for words, said in (
+    for words, message in (
         (["--side", "-1"], "side -1"),
         (["--encode", "jpg"], "jpeg"),
         (["--quality", "0"], "quality 0"),
         (["--shard-mb", "0"], "shard_mb 0"),
     ):
         assert cli.run(["pack", str(source), "--out", str(tmp_path / "x"), *words]) == launch.MISTAKE
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
         assert not (tmp_path / "x").exists()

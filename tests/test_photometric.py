@@ -42,26 +42,26 @@ def levels(image_HWC: np.ndarray, parameters_NP: np.ndarray) -> np.ndarray:
 def test_neutral_parameters_only_normalise_to_the_last_bit() -> None:
     config, crops_NCHW = PhotometricConfig(), torch.randint(0, 256, (5, 3, 17, 23), dtype=torch.uint8)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (config.mean, config.std))
-    wanted = (crops_NCHW.float() / 255 - mean) / std
+    expected = (crops_NCHW.float() / 255 - mean) / std
     neutral = np.repeat(parameters(), 5, 0)
-    assert torch.equal(apply(crops_NCHW, neutral, config), wanted)
+    assert torch.equal(apply(crops_NCHW, neutral, config), expected)
     # Beside others that are changed, too.
     neutral[[1, 3]] = parameters(brightness=1.3, contrast=0.7, saturation=1.1, hue=0.1, sigma=1, solarise=1)
     changed = apply(crops_NCHW, neutral, config)
-    assert torch.equal(changed[[0, 2, 4]], wanted[[0, 2, 4]])
-    assert (changed[[1, 3]] - wanted[[1, 3]]).abs().flatten(1).mean(1).min() > 0.1
+    assert torch.equal(changed[[0, 2, 4]], expected[[0, 2, 4]])
+    assert (changed[[1, 3]] - expected[[1, 3]]).abs().flatten(1).mean(1).min() > 0.1
 
 
-def test_every_operation_is_pillows_or_its_definitions() -> None:
+def test_every_operation_matches_pillow_or_its_definition() -> None:
     """Bounds in levels of 256: Pillow cuts off or rounds to whole levels where ours keeps fractions."""
     bounds = {
         "crop to 224": (0.1, 2), "crop to 98": (0.1, 2), "crop of a smaller JPEG": (4, 60), "brightness": (0.55, 1),
         "contrast": (0.7, 2), "saturation": (0.7, 2), "hue (definition)": (1e-3, 0.01), "grey": (0.3, 0.51),
         "blur (definition)": (1e-3, 0.01), "solarise": (1e-4, 1e-3),
     }  # fmt: skip
-    found = fidelity.differences([fidelity.made()])
-    assert found.keys() == bounds.keys()
-    for name, (mean, largest) in found.items():
+    differences = fidelity.differences([fidelity.made()])
+    assert differences.keys() == bounds.keys()
+    for name, (mean, largest) in differences.items():
         assert mean < bounds[name][0], name
         assert largest < bounds[name][1] + 1e-6, name
 
@@ -116,9 +116,11 @@ def test_a_batch_follows_the_order_of_each_of_its_crops(monkeypatch: pytest.Monk
     assert np.abs(levels(image, batch) - got).max() < 1e-3
 
 
-def test_apply_is_deterministic_and_leaves_its_arguments_alone() -> None:
+def test_apply_is_deterministic_and_does_not_change_its_arguments() -> None:
     crops_NCHW = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8)
-    parameters_NP = np.concatenate([draw_parameters(PhotometricConfig(), VIEWS, np.random.default_rng(i)) for i in range(10)])
+    parameters_NP = np.concatenate(
+        [draw_parameters(PhotometricConfig(), VIEWS, np.random.default_rng(i)) for i in range(10)]
+    )
     before = crops_NCHW.clone(), parameters_NP.copy()
     first = apply(crops_NCHW, parameters_NP, PhotometricConfig())
     assert torch.equal(first, apply(crops_NCHW, parameters_NP, PhotometricConfig()))
@@ -131,19 +133,19 @@ def test_apply_is_deterministic_and_leaves_its_arguments_alone() -> None:
     assert np.array_equal(parameters_NP, before[1])
 
 
-def test_no_crops_are_no_crops() -> None:
+def test_an_empty_batch_stays_empty() -> None:
     none = draw_parameters(PhotometricConfig(), (), np.random.default_rng(0))
     assert none.shape == (0, 8)
     assert apply(torch.empty((0, 3, 8, 8), dtype=torch.uint8), none, PhotometricConfig()).shape == (0, 3, 8, 8)
 
 
-def shares(happened: np.ndarray, probability: float) -> None:
+def assert_share(happened: np.ndarray, probability: float) -> None:
     """Asserts that it happened as often as it should, within four standard errors; never and always, exactly."""
     error = 4 * math.sqrt(probability * (1 - probability) / happened.size)
     assert abs(happened.mean() - probability) <= error, (happened.mean(), probability)
 
 
-def uniform(values: np.ndarray, low: float, high: float) -> None:
+def assert_uniform(values: np.ndarray, low: float, high: float) -> None:
     assert low - 1e-6 <= values.min()
     assert values.max() <= high + 1e-6
     for moment in (1, 2):
@@ -160,13 +162,13 @@ def drawn_INP() -> np.ndarray:
 def test_probabilities_and_ranges_of_the_jitter(drawn_INP: np.ndarray) -> None:
     jitter_MP = drawn_INP.reshape(-1, 8)
     happened = jitter_MP[:, 0] != 1
-    shares(happened, 0.8)
+    assert_share(happened, 0.8)
     neutral = jitter_MP[~happened]
     assert (neutral[:, :5] == NEUTRAL[:5]).all()
     jitter_MP = jitter_MP[happened]
     assert (jitter_MP[:, :4] != NEUTRAL[:4]).all()  # as a whole or not at all
     for column, (low, high) in enumerate([(0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)]):
-        uniform(jitter_MP[:, column], low, high)
+        assert_uniform(jitter_MP[:, column], low, high)
     counts = np.bincount(jitter_MP[:, 4].astype(int), minlength=24)
     assert len(counts) == 24
     expected = len(jitter_MP) / 24
@@ -177,11 +179,11 @@ def test_probabilities_and_ranges_of_the_jitter(drawn_INP: np.ndarray) -> None:
 
 def test_probabilities_of_grey_blur_and_solarisation_by_role(drawn_INP: np.ndarray) -> None:
     grey, sigma, solarise = (drawn_INP[..., column] for column in (5, 6, 7))
-    shares(grey == 1, 0.2)
+    assert_share(grey == 1, 0.2)
     for view, (blur, solarised) in enumerate([(0.0, 0.0), (0.9, 0.2), (0.5, 0.0), (0.5, 0.0)]):  # as released
-        shares(sigma[:, view] > 0, blur)
-        shares(solarise[:, view] == 1, solarised)
-    uniform(sigma[sigma > 0], 0.1, 2.0)
+        assert_share(sigma[:, view] > 0, blur)
+        assert_share(solarise[:, view] == 1, solarised)
+    assert_uniform(sigma[sigma > 0], 0.1, 2.0)
     assert set(np.unique(grey)) == set(np.unique(solarise)) == {0.0, 1.0}
 
 
@@ -189,10 +191,10 @@ def test_the_papers_blur() -> None:
     config, random = PhotometricConfig(blur=(1.0, 0.1, 0.5)), np.random.default_rng(0)
     sigma = np.stack([draw_parameters(config, VIEWS, random) for _ in range(2000)])[..., 6]
     for view, probability in enumerate((1.0, 0.1, 0.5, 0.5)):
-        shares(sigma[:, view] > 0, probability)
+        assert_share(sigma[:, view] > 0, probability)
 
 
-def test_what_is_drawn_is_drawn_independently(drawn_INP: np.ndarray) -> None:
+def test_draws_are_independent(drawn_INP: np.ndarray) -> None:
     happened = np.concatenate([drawn_INP[:, view] != NEUTRAL for view in (1, 2)], 1)[:, [0, 5, 6, 7, 8, 13, 14]]
     values = drawn_INP[(drawn_INP[:, 1, 0] != 1) & (drawn_INP[:, 1, 6] > 0)][:, 1, [0, 1, 2, 3, 4, 6]]
     for table in (happened, values):
@@ -236,8 +238,10 @@ def test_compiled_operations_give_the_same() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
-def test_the_accelerator_gives_what_the_processor_gives() -> None:
+def test_gpu_and_cpu_agree() -> None:
     crops_NCHW = torch.randint(0, 256, (80, 3, 32, 32), dtype=torch.uint8)
-    parameters_NP = np.concatenate([draw_parameters(PhotometricConfig(), VIEWS, np.random.default_rng(i)) for i in range(20)])
+    parameters_NP = np.concatenate(
+        [draw_parameters(PhotometricConfig(), VIEWS, np.random.default_rng(i)) for i in range(20)]
+    )
     there = apply(crops_NCHW.cuda(), parameters_NP, PhotometricConfig()).cpu()
     assert torch.allclose(there, apply(crops_NCHW, parameters_NP, PhotometricConfig()), atol=1e-4)

@@ -36,20 +36,20 @@ class Server(http.server.SimpleHTTPRequestHandler):
     """Files with ranges; the first request for what lies in `failing` fails, as networks do."""
 
     failing: ClassVar[set[str]] = set()
-    asked: ClassVar[list[tuple[str, str | None]]] = []
+    requests: ClassVar[list[tuple[str, str | None]]] = []
     ranges = True
 
     def do_GET(self):
-        self.asked.append((self.path, self.headers.get("Range")))
+        self.requests.append((self.path, self.headers.get("Range")))
         if self.path in self.failing:
             self.failing.remove(self.path)
             return self.send_error(503)
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        requested = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         path = Path(self.translate_path(self.path))
-        if not (wanted and self.ranges) or not path.is_file():
+        if not (requested and self.ranges) or not path.is_file():
             return super().do_GET()
         data = path.read_bytes()
-        first, last = int(wanted[1]), min(int(wanted[2] or len(data) - 1), len(data) - 1)
+        first, last = int(requested[1]), min(int(requested[2] or len(data) - 1), len(data) - 1)
         self.send_response(206)
         self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
         self.send_header("Content-Length", str(last - first + 1))
@@ -82,7 +82,7 @@ def cached(tmp_path, monkeypatch):
 def web(made, cached):
     """What `made` holds, over HTTP."""
     pytest.importorskip("aiohttp")
-    Server.failing, Server.asked, Server.ranges = set(), [], True
+    Server.failing, Server.requests, Server.ranges = set(), [], True
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Server, directory=str(made)))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -168,15 +168,15 @@ def test_every_place_gives_the_same_images_over_http(made, web, place):
     assert images(index) == [(made / "folder" / name).read_bytes() for name in NAMES]
     assert index.column("label") == LABELS
     assert index.is_remote
-    asked = len(Server.asked)
+    earlier = len(Server.requests)
     if "parquet" not in place or "list" in place:  # groups of rows are kept in memory, not on the disk
         assert images(open_source(f"{web}/{place}")) == images(index)
-        read = [path for path, _ in Server.asked[asked:] if path.endswith((".jpg", ".png", ".webp"))]
+        read = [path for path, _ in Server.requests[earlier:] if path.endswith((".jpg", ".png", ".webp"))]
         assert not read  # from the cache
 
 
 @pytest.mark.parametrize("place", ["bucket", "bucket/folder", "bucket/a.tar", "bucket/a.zip", "bucket/list.csv"])
-def test_buckets_are_read_as_folders_are(made, cached, place):
+def test_buckets_are_read_like_folders(made, cached, place):
     import fsspec
 
     memory = fsspec.filesystem("memory")
@@ -185,24 +185,24 @@ def test_buckets_are_read_as_folders_are(made, cached, place):
         if path.is_file():
             memory.pipe_file(f"/bucket/{path.relative_to(made).as_posix()}", path.read_bytes())
     index = open_source(f"memory://{place}")
-    wanted = [(made / "folder" / name).read_bytes() for name in NAMES]
+    expected = [(made / "folder" / name).read_bytes() for name in NAMES]
     if place == "bucket":
         assert len(index) == 6 * len(NAMES)  # the folder, tar, zip, WebDataset and two Parquet files
-        assert set(images(index)) == set(wanted)
+        assert set(images(index)) == set(expected)
     else:
-        assert images(index) == wanted
+        assert images(index) == expected
         assert index.column("label") == LABELS
     memory.store.clear()
 
 
-def test_what_fails_at_first_is_asked_for_again(made, web):
+def test_failed_requests_are_retried(made, web):
     index = open_source(f"{web}/list.txt")
     Server.failing = {f"/folder/{name}" for name in NAMES}
     assert images(index) == [(made / "folder" / name).read_bytes() for name in NAMES]
     assert not Server.failing
 
 
-def test_what_is_not_there_is_one_bad_image(made, web, monkeypatch):
+def test_a_missing_url_is_one_bad_image(made, web, monkeypatch):
     (made / "urls.txt").write_text(f"{web}/folder/{NAMES[0]}\n{web}/folder/none.jpg\n")
     index = open_source(made / "urls.txt")
     assert index.column("length") == [-1, -1]
@@ -211,14 +211,14 @@ def test_what_is_not_there_is_one_bad_image(made, web, monkeypatch):
         index.read(1)
 
 
-def test_a_server_without_ranges_will_do(made, web):
+def test_a_server_without_ranges_works(made, web):
     Server.ranges = False
     index = open_source(made / "a.tar")
     afar = replace(index, table=index.table.set_column(1, "container", pa.array([f"{web}/a.tar"] * len(index))))
     assert images(afar) == images(index)
 
 
-def test_the_cache_keeps_what_fits_and_harms_nobody(made, web, cached, monkeypatch):
+def test_the_cache_keeps_what_fits(made, web, cached, monkeypatch):
     sizes = [(made / "folder" / name).stat().st_size for name in NAMES]
     monkeypatch.setenv("TROODON_CACHE_GB", str((sizes[0] + sizes[1]) / 1e9))
     assert images(open_source(f"{web}/a.tar")) == images(open_source(made / "a.tar"))
@@ -231,7 +231,7 @@ def test_the_cache_keeps_what_fits_and_harms_nobody(made, web, cached, monkeypat
         files._cache_budget()
 
 
-def test_a_scheme_that_nobody_speaks_is_a_mistake():
+def test_an_unknown_scheme_is_a_usage_error():
     with pytest.raises(UsageError, match="nosuch"):
         open_source("nosuch://bucket/folder")
 
@@ -241,7 +241,7 @@ def test_splits_come_from_the_names_of_shards(made):
     assert set(open_source(made / "list.csv").column("split")) == {"val"}
 
 
-def test_lists_of_what_is_not_there(made, capsys):
+def test_lists_of_missing_files(made, capsys):
     (made / "some.txt").write_text(f"folder/{NAMES[0]}\nfolder/none.jpg\n\n")
     assert len(open_source(made / "some.txt")) == 2
     assert "1 of the files that it names do not exist; the first: folder/none.jpg" in capsys.readouterr().err
@@ -253,7 +253,7 @@ def test_lists_of_what_is_not_there(made, capsys):
         open_source(made / "notes.csv")
 
 
-def test_a_column_that_is_not_there_and_a_file_that_is_no_table(made):
+def test_a_missing_column_and_an_invalid_table_are_refused(made):
     with pytest.raises(UsageError, match="no such column of images; it has photo"):
         open_source(made / "plain.parquet" / "images")
     (made / "broken.parquet").write_bytes(b"PAR1" + bytes(100))
@@ -266,10 +266,10 @@ def test_one_bad_shard_does_not_stop_the_others(made, capsys):
     (made / "broken.zip").write_bytes(b"PK\x03\x04" + bytes(100))
     (made / "broken.tar").write_bytes(b"hello" * 300)
     assert len(open_source(made)) == 6 * len(NAMES)
-    said = capsys.readouterr().err
-    assert "skips 3 files that cannot be opened" in said
+    message = capsys.readouterr().err
+    assert "skips 3 files that cannot be opened" in message
     for name in ("broken.parquet", "broken.zip", "broken.tar"):
-        assert name in said
+        assert name in message
 
 
 def test_damage_inside_a_zip_is_one_bad_image(made):
@@ -284,7 +284,7 @@ def test_damage_inside_a_zip_is_one_bad_image(made):
     assert index.read(0) == (made / "folder" / NAMES[0]).read_bytes()
 
 
-def test_a_zip_that_unpacks_without_end_is_stopped(tmp_path, monkeypatch):
+def test_a_zip_bomb_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(containers, "MAX_IMAGE_BYTES", 1 << 20)
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb.png", bytes(2 << 20))
@@ -292,7 +292,7 @@ def test_a_zip_that_unpacks_without_end_is_stopped(tmp_path, monkeypatch):
         open_source(tmp_path / "bomb.zip").read(0)
 
 
-def test_locked_zips_are_told(made, capsys):
+def test_encrypted_zips_are_reported(made, capsys):
     data = bytearray((made / "a.zip").read_bytes())
     for magic, at in ((b"PK\x01\x02", 8), (b"PK\x03\x04", 6)):  # the flag of encryption, in either header of the first
         data[data.index(magic) + at] |= 1
@@ -344,13 +344,13 @@ class Forms:
         ][row]
 
 
-def test_a_data_set_is_a_source(made):
+def test_a_dataset_is_a_source(made):
     index = open_source(Folder(made / "folder"))
     assert index.column("label") == LABELS
     assert same(batch(index), batch(open_source(made / "folder")))
 
 
-def test_items_of_every_form_are_the_same_picture(made):
+def test_items_of_every_form_give_the_same_image(made):
     from troodon.images.decode import decode
 
     index = open_source(Forms(made / "folder"))
@@ -370,12 +370,12 @@ class Bad(Forms):
 
 def test_a_bad_item_is_one_bad_image(made):
     index = open_source(Bad(made / "folder"))
-    for row, said in enumerate(("no image in NoneType", "float32", "no image in dict", "ValueError: not today")):
-        with pytest.raises(OSError, match=said):
+    for row, message in enumerate(("no image in NoneType", "float32", "no image in dict", "ValueError: not today")):
+        with pytest.raises(OSError, match=message):
             index.read(row)
 
 
-def test_data_sets_mix_with_places_and_are_told_apart(made):
+def test_datasets_mix_with_other_sources_and_need_distinct_names(made):
     one, other = Folder(made / "folder"), Folder(made / "folder")
     both = open_source(one, made / "a.tar")
     assert both.source_lengths == (5, 5)
@@ -387,7 +387,7 @@ def test_data_sets_mix_with_places_and_are_told_apart(made):
             open_source(wrong)
 
 
-def test_processes_read_data_sets_too(made):
+def test_processes_read_datasets_too(made):
     index = open_source(Forms(made / "folder"))
     crops = CropsConfig(global_px=16, local_px=8, locals=2)
     taken = []
@@ -401,7 +401,7 @@ def test_processes_read_data_sets_too(made):
 # ---- artifacts
 
 
-def test_an_artifact_that_has_been_moved_or_lies_afar(made, web):
+def test_a_moved_or_remote_artifact_can_be_read(made, web):
     index = open_source(made / "a.tar")
     table = index.table.set_column(1, "container", pa.array(["shards/a.tar"] * len(index)))
     with run.publish(made / "packed", "index", "abc", {}) as folder:

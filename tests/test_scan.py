@@ -78,7 +78,7 @@ def test_every_image_is_described(photos):
     assert all((row["reason"] is None) == (row["status"] == "ok") for row in rows.values())
 
 
-def test_a_file_that_goes_away_is_unreadable_and_the_rest_is_read(photos):
+def test_a_deleted_file_is_unreadable_and_the_others_are_read(photos):
     index = open_source(photos)
     (photos / "train/cat/1.jpg").unlink()
     rows = by_name(scan(index, threads=2))
@@ -87,7 +87,7 @@ def test_a_file_that_goes_away_is_unreadable_and_the_rest_is_read(photos):
     assert Counter(row["status"] for row in rows.values())["ok"] == 5
 
 
-def test_a_tar_cut_short_after_it_was_listed_is_unreadable_where_it_is_cut(tmp_path):
+def test_a_tar_truncated_after_listing_is_unreadable_at_its_end(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for name in ("1.jpg", "2.jpg"):
             member = tarfile.TarInfo(name)
@@ -103,9 +103,9 @@ def test_a_tar_cut_short_after_it_was_listed_is_unreadable_where_it_is_cut(tmp_p
 
 def test_threads_change_nothing_and_progress_arrives(photos, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", 2)
-    index, told = open_source(photos), []
-    assert scan(index, threads=1) == scan(index, threads=4, progress=lambda *done: told.append(done))
-    assert told == [(2, 9), (4, 9), (6, 9), (8, 9), (9, 9)]
+    index, calls = open_source(photos), []
+    assert scan(index, threads=1) == scan(index, threads=4, progress=lambda *done: calls.append(done))
+    assert calls == [(2, 9), (4, 9), (6, 9), (8, 9), (9, 9)]
 
 
 def test_the_summary_counts(photos):
@@ -145,7 +145,7 @@ def test_broken_files_are_not_duplicates_of_one_another(tmp_path):
     assert "broken      2 (empty 2)" in format_summary(summary)
 
 
-def test_the_summary_in_words(photos):
+def test_the_summary_as_text(photos):
     text = format_summary(summarise(scan(open_source(photos), threads=2)))
     for line in (
         "broken      3 (empty 1, not an image 1, truncated 1)",
@@ -162,7 +162,7 @@ def test_the_summary_in_words(photos):
         assert line in text.splitlines()
 
 
-def test_long_lists_are_cut_and_say_so(tmp_path):
+def test_long_lists_are_truncated(tmp_path):
     for n in range(13):
         (tmp_path / f"{n:02}.jpg").write_bytes(b"hello")
     lines = format_summary(summarise(scan(open_source(tmp_path), threads=1))).splitlines()
@@ -209,7 +209,7 @@ def test_only_what_has_changed_is_read_again(photos, tmp_path, monkeypatch):
     assert one == other
 
 
-def test_a_scan_that_was_stopped_goes_on(photos, tmp_path, monkeypatch):
+def test_an_interrupted_scan_resumes(photos, tmp_path, monkeypatch):
     out, examine, read = tmp_path / "index", module._examine, []
 
     def stopping(index, row):
@@ -232,7 +232,7 @@ def test_a_scan_that_was_stopped_goes_on(photos, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir() if p.name != "photos"] == ["index"]
 
 
-def test_what_could_not_be_read_is_tried_again(photos, tmp_path):
+def test_unreadable_images_are_read_again(photos, tmp_path):
     index = open_source(photos)
     data = (photos / "train/cat/1.jpg").read_bytes()
     (photos / "train/cat/1.jpg").unlink()
@@ -258,7 +258,7 @@ def test_the_same_pixels_in_other_bytes(tmp_path):
     ]
 
 
-def test_contents_tell_indexes_apart(photos):
+def test_content_hashes_of_different_indexes_differ(photos):
     index = open_source(photos)
     assert index.content_hash() == open_source(photos).content_hash()
     assert len({i.content_hash() for i in (index, index.take(range(8)), index.take(range(8, -1, -1)))}) == 3
@@ -267,7 +267,7 @@ def test_contents_tell_indexes_apart(photos):
 # ---- real images
 
 
-def test_identical_images_across_the_splits_of_a_real_set(shared):
+def test_identical_images_across_the_splits_of_a_real_dataset(shared):
     """Two images of the training split lie, byte for byte, in the validation split, under another label."""
     path = shared("cls_tinyin50_64.tar")
     table = scan(open_source(path), threads=2)
@@ -290,7 +290,7 @@ def test_identical_images_across_the_splits_of_a_real_set(shared):
     }
 
 
-def test_what_does_not_decode_in_a_pack_of_awkward_files(shared):
+def test_broken_files_among_awkward_files(shared):
     summary = summarise(scan(open_source(shared("formats_robustness.tar")), threads=2))
     assert {b["path"].rpartition("/")[2]: b["status"] for b in summary["broken"]} == {
         "corrupt_ukbench09268.jpg": "not an image",

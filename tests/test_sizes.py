@@ -34,7 +34,7 @@ class Whole:
     photometric: PhotometricConfig = PhotometricConfig()
 
 
-def loader(index, crops: CropsConfig, **changes) -> Loader:  # noqa: F811
+def make_loader(index, crops: CropsConfig, **changes) -> Loader:  # noqa: F811
     settings = {"patch": 4, "batch_size": 4, "seed": 7, "threads": 2}
     return Loader(index, crops, PhotometricConfig(), MasksConfig(), **(settings | changes))
 
@@ -51,16 +51,16 @@ def loader(index, crops: CropsConfig, **changes) -> Loader:  # noqa: F811
     ],
 )
 def test_sizes_are_written_in_yaml_and_on_the_command_line(tmp_path, written, read):
-    wanted = Whole(replace(CropsConfig(), **read))
-    assert from_dict(Whole(), {"crops": written}, source="settings") == wanted
-    (tmp_path / "a.yaml").write_text(to_yaml(wanted))
-    assert from_yaml(Whole(), tmp_path / "a.yaml") == wanted
-    assert from_yaml(wanted, tmp_path / "a.yaml") == wanted
+    expected = Whole(replace(CropsConfig(), **read))
+    assert from_dict(Whole(), {"crops": written}, source="settings") == expected
+    (tmp_path / "a.yaml").write_text(to_yaml(expected))
+    assert from_yaml(Whole(), tmp_path / "a.yaml") == expected
+    assert from_yaml(expected, tmp_path / "a.yaml") == expected
     words = []
     for name, value in written.items():
         words += [f"--crops.{name.replace('_', '-')}", *map(str, np.ravel(value))]
     words = [word.removesuffix(".0") for word in words]  # whole numbers, as people write them
-    assert parse(Whole, words, prog="x") == wanted
+    assert parse(Whole, words, prog="x") == expected
 
 
 def test_one_size_replaces_two():
@@ -69,7 +69,7 @@ def test_one_size_replaces_two():
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"global_px": (0, 3)}, "crops.global_px 0: must be 1 or more"),
         ({"mixed": ((16, 0, 1.0),)}, "crops.mixed 16 0 1: sides must be 1 or more"),
@@ -78,13 +78,13 @@ def test_one_size_replaces_two():
         ({"mixed": ((16, 8, math.inf),)}, "the weight above 0"),
     ],
 )
-def test_sizes_that_cannot_be_are_refused(change, said):
-    with pytest.raises(UsageError, match=said):
+def test_invalid_sizes_are_refused(change, message):
+    with pytest.raises(UsageError, match=message):
         CropsConfig(**change)
 
 
 @pytest.mark.parametrize(
-    ("crops", "said"),
+    ("crops", "message"),
     [
         (CropsConfig(18, local_px=8), "crops.global_px 18 does not divide into patches of 4; the nearest is 16"),
         (CropsConfig((16, 21), local_px=8), "crops.global_px 16 21 does not .* the nearest is 16 20"),
@@ -94,8 +94,8 @@ def test_sizes_that_cannot_be_are_refused(change, said):
         (replace(MIXED, global_px=22), "crops.global_px 22 does not .* the nearest is 24"),  # evaluation needs it
     ],
 )
-def test_every_size_must_divide_into_patches(images, crops, said):  # noqa: F811
-    with pytest.raises(UsageError, match=said):
+def test_every_size_must_divide_into_patches(images, crops, message):  # noqa: F811
+    with pytest.raises(UsageError, match=message):
         check(replace(CONFIG, crops=crops), open_source(images), None, 1)
 
 
@@ -110,7 +110,7 @@ def test_sizes_lists_every_one_with_its_probability():
     assert (pair(3), pair((3, 4))) == ((3, 3), (3, 4))
 
 
-def test_at_draws_by_weight():
+def test_pick_size_draws_by_weight():
     assert WIDE.pick_size(0.9) is WIDE
     sides = [(MIXED.pick_size(u).global_px, MIXED.pick_size(u).local_px) for u in (0.0, 0.7499, 0.75, 1 - 2**-53)]
     assert sides == [(16, 8), (16, 8), (32, 12), (32, 12)]
@@ -121,7 +121,7 @@ def test_at_draws_by_weight():
 # ---- crops
 
 
-def test_crops_have_the_height_and_width_asked_for():
+def test_crops_have_the_configured_height_and_width():
     image = picture(57, 80)
     wide, narrow = multi_crop(image, WIDE, generator(0, 0, 0))
     assert (wide.shape, narrow.shape) == ((2, 3, 16, 32), (3, 3, 12, 8))
@@ -157,15 +157,15 @@ def test_a_crop_is_stretched_as_the_settings_say_whatever_its_shape(size):
 
 
 def test_batches_of_oblong_crops(index, tmp_path):  # noqa: F811
-    one = loader(index, WIDE)
-    (batch,) = take(one, 0, 1)
+    loader = make_loader(index, WIDE)
+    (batch,) = take(loader, 0, 1)
     assert batch.globals_GBCHW.shape == (2, 4, 3, 16, 32)
     assert batch.locals_VBCHW.shape == (3, 4, 3, 12, 8)
     assert batch.masks_NP.shape == (8, 4 * 8)
     assert batch.masks_NP.any()
     times = round(sheet.SHEET_WIDTH / (2 * 32 + 3 * 8 + 16))
     for rows in (1, 2):
-        sheet.draw_crops(one, tmp_path / f"{rows}.png", rows=rows)
+        sheet.draw_crops(loader, tmp_path / f"{rows}.png", rows=rows)
         with Image.open(tmp_path / f"{rows}.png") as drawn:
             assert drawn.height == 12 + 2 * sheet.GAP + rows * (16 * times + sheet.GAP)
             assert drawn.width > times * (2 * 32 + 3 * 8) + 6 * sheet.GAP
@@ -173,7 +173,7 @@ def test_batches_of_oblong_crops(index, tmp_path):  # noqa: F811
 
 def test_the_sheet_darkens_the_patches_that_are_masked(index):  # noqa: F811
     """Its mask lies on the crop as the network cuts it, also where the crop is not square."""
-    (batch,) = take(loader(index, WIDE), 0, 1)
+    (batch,) = take(make_loader(index, WIDE), 0, 1)
     white = torch.ones(3, 16, 32) * 100  # whatever the colours
     for mask_P in batch.masks_NP:
         drawn = np.asarray(sheet._draw_crop(white, PhotometricConfig(), 3, mask_P))
@@ -182,48 +182,50 @@ def test_the_sheet_darkens_the_patches_that_are_masked(index):  # noqa: F811
 
 
 def test_a_batch_has_one_size_drawn_by_weight_from_seed_and_number(index):  # noqa: F811
-    one = loader(index, MIXED)
-    sides = [one.crops_of(batch).global_px for batch in range(400)]
+    loader = make_loader(index, MIXED)
+    sides = [loader.crops_of(batch).global_px for batch in range(400)]
     assert abs(sides.count(32) - 100) < 4 * math.sqrt(400 * 0.25 * 0.75)
-    assert sides != [loader(index, MIXED, seed=8).crops_of(batch).global_px for batch in range(400)]
+    assert sides != [make_loader(index, MIXED, seed=8).crops_of(batch).global_px for batch in range(400)]
     for rank in range(4):
-        assert sides == [loader(index, MIXED, rank=rank, world_size=4).crops_of(batch).global_px for batch in range(400)]
-    six = take(one, 0, 6)
+        assert sides == [
+            make_loader(index, MIXED, rank=rank, world_size=4).crops_of(batch).global_px for batch in range(400)
+        ]
+    six = take(loader, 0, 6)
     assert [b.globals_GBCHW.shape[-1] for b in six] == sides[:6]
     assert {b.locals_VBCHW.shape[-1] for b in six} == {8, 12}
     assert all(b.masks_NP.shape == (8, (b.globals_GBCHW.shape[-1] // 4) ** 2) for b in six)
-    assert all(same(a, b) for a, b in zip(six[3:], take(loader(index, MIXED, threads=1), 3, 3), strict=True))
+    assert all(same(a, b) for a, b in zip(six[3:], take(make_loader(index, MIXED, threads=1), 3, 3), strict=True))
 
 
 def test_ranks_take_slices_of_a_batch_of_mixed_sizes(index):  # noqa: F811
-    one = loader(index, MIXED)
-    for number in (next(b for b in range(99) if one.crops_of(b).global_px == side) for side in (16, 32)):
-        (whole,) = take(one, number, 1)
-        parts = [take(loader(index, MIXED, rank=r, world_size=2), number, 1)[0] for r in range(2)]
+    loader = make_loader(index, MIXED)
+    for number in (next(b for b in range(99) if loader.crops_of(b).global_px == side) for side in (16, 32)):
+        (whole,) = take(loader, number, 1)
+        parts = [take(make_loader(index, MIXED, rank=r, world_size=2), number, 1)[0] for r in range(2)]
         assert torch.equal(torch.cat([p.globals_GBCHW for p in parts], 1), whole.globals_GBCHW)
         assert torch.equal(torch.cat([p.locals_VBCHW for p in parts], 1), whole.locals_VBCHW)
 
 
 def test_one_size_in_the_mix_is_that_size_alone(index):  # noqa: F811
     """Drawing the size takes no random number from anything else."""
-    alone = take(loader(index, CropsConfig(16, local_px=8, locals=3)), 0, 3)
-    mixed = take(loader(index, replace(MIXED, mixed=((16, 8, 5.0),))), 0, 3)
+    alone = take(make_loader(index, CropsConfig(16, local_px=8, locals=3)), 0, 3)
+    mixed = take(make_loader(index, replace(MIXED, mixed=((16, 8, 5.0),))), 0, 3)
     assert all(same(a, b) for a, b in zip(alone, mixed, strict=True))
 
 
 def test_rows_name_the_images_of_a_rank(index):  # noqa: F811
-    whole = [row for batch in range(13) for row in loader(index, WIDE).rows(batch)]
+    whole = [row for batch in range(13) for row in make_loader(index, WIDE).rows(batch)]
     assert sorted(whole) == sorted([*range(13)] * 4)
     assert sorted(whole[:13]) == [*range(13)]
-    parts = [loader(index, WIDE, rank=rank, world_size=2).rows(3) for rank in range(2)]
+    parts = [make_loader(index, WIDE, rank=rank, world_size=2).rows(3) for rank in range(2)]
     assert parts[0] + parts[1] == whole[12:16]
-    one = loader(index, replace(WIDE, locals=0))
-    for place, row in enumerate(one.rows(0)):
+    loader = make_loader(index, replace(WIDE, locals=0))
+    for place, row in enumerate(loader.rows(0)):
         if row not in (4, 5):  # which are broken, and replaced
-            only = loader(index.take([row]), one.crops)
+            only = make_loader(index.take([row]), loader.crops)
             assert only.rows(0) == [0] * 4
             image = troodon.images.decode.decode(index.read(row))
-            assert torch.equal(one.load_views(place)[0], multi_crop(image, one.crops, generator(7, row, 0))[0])
+            assert torch.equal(loader.load_views(place)[0], multi_crop(image, loader.crops, generator(7, row, 0))[0])
 
 
 # ---- the backbone's side

@@ -24,7 +24,7 @@ from troodon.images.sources import IMAGE_EXTENSIONS, open_source
 MEMBERS = ["a/1.jpg", "a/2.PNG", "b/3.jpg", "b/c/4.webp", "notes.txt"]
 
 
-def fill(folder: Path, names: list[str]) -> Path:
+def write_files(folder: Path, names: list[str]) -> Path:
     """Files whose bytes are their own names: sources never look inside."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -32,7 +32,7 @@ def fill(folder: Path, names: list[str]) -> Path:
     return folder
 
 
-def pack(tar: Path, names: list[str], size: int = 700) -> Path:
+def write_tar(tar: Path, names: list[str], size: int = 700) -> Path:
     tar.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(tar, "w") as archive:
         for name in names:
@@ -46,7 +46,7 @@ def contents(index: Index) -> dict[str, bytes]:
     return {index.path(row): index.read(row).rstrip(b".") for row in range(len(index))}
 
 
-def mistake(*paths) -> str:
+def error_message(*paths) -> str:
     with pytest.raises(UsageError) as caught:
         open_source(*paths)
     assert "\n" not in str(caught.value)
@@ -57,8 +57,8 @@ def mistake(*paths) -> str:
 
 
 def test_a_folder_is_listed_whole_and_in_order(tmp_path):
-    fill(tmp_path / "photos", ["b/2.JPG", "b/1.jpeg", "a.png", "b/readme.txt", ".hidden.jpg", ".cache/x.jpg"])
-    fill(tmp_path / "photos", ["__MACOSX/b/1.jpeg", "b/._1.jpeg", "deep/er/still/ü ber.webp"])
+    write_files(tmp_path / "photos", ["b/2.JPG", "b/1.jpeg", "a.png", "b/readme.txt", ".hidden.jpg", ".cache/x.jpg"])
+    write_files(tmp_path / "photos", ["__MACOSX/b/1.jpeg", "b/._1.jpeg", "deep/er/still/ü ber.webp"])
     index = open_source(tmp_path / "photos")
     names = ["a.png", "b/1.jpeg", "b/2.JPG", "deep/er/still/ü ber.webp"]
     assert contents(index) == {f"photos/{name}": name.encode() for name in names}
@@ -69,8 +69,8 @@ def test_a_folder_is_listed_whole_and_in_order(tmp_path):
 
 
 def test_links_are_followed_and_loops_end(tmp_path, capsys):
-    fill(tmp_path / "elsewhere", ["far.jpg"])
-    photos = fill(tmp_path / "photos", ["b/near.jpg"])
+    write_files(tmp_path / "elsewhere", ["far.jpg"])
+    photos = write_files(tmp_path / "photos", ["b/near.jpg"])
     (photos / "loop").symlink_to(photos)
     (photos / "b" / "up").symlink_to("..")
     (photos / "a_link").symlink_to("b")
@@ -86,8 +86,8 @@ def test_links_are_followed_and_loops_end(tmp_path, capsys):
     assert "skips 2 links that lead nowhere" in capsys.readouterr().err
 
 
-def test_a_tar_is_read_where_it_lies(tmp_path):
-    tar = pack(tmp_path / "x.tar", [f"./{name}" for name in [*MEMBERS, ".hidden/5.jpg", "a/._1.jpg"]])
+def test_a_tar_is_read_in_place(tmp_path):
+    tar = write_tar(tmp_path / "x.tar", [f"./{name}" for name in [*MEMBERS, ".hidden/5.jpg", "a/._1.jpg"]])
     index = open_source(tar)
     assert contents(index) == {f"x.tar/{name}": f"./{name}".encode() for name in MEMBERS[:4]}
     assert set(index.column("container")) == {str(tar)}
@@ -109,7 +109,7 @@ def test_links_and_folders_in_a_tar_are_no_images(tmp_path):
     assert open_source(tmp_path / "x.tar").column("path") == ["x.tar/real.jpg"]
 
 
-def test_names_that_tars_find_hard(tmp_path, capsys):
+def test_difficult_names_in_tars(tmp_path, capsys):
     long = "d" * 90 + "/" + "e" * 120 + ".jpg"
     for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         with tarfile.open(tmp_path / "x.tar", "w", format=format, encoding="utf-8") as tar:
@@ -125,9 +125,9 @@ def test_names_that_tars_find_hard(tmp_path, capsys):
 
 
 def test_tars_in_a_folder_are_folders(tmp_path):
-    shards = fill(tmp_path / "shards", ["loose.jpg", "sub/x.jpg"])
-    pack(shards / "0.tar", ["1.jpg", "2.jpg"])
-    pack(shards / "sub" / "1.tar", ["1.jpg"])
+    shards = write_files(tmp_path / "shards", ["loose.jpg", "sub/x.jpg"])
+    write_tar(shards / "0.tar", ["1.jpg", "2.jpg"])
+    write_tar(shards / "sub" / "1.tar", ["1.jpg"])
     index = open_source(shards)
     paths = ["0.tar/1.jpg", "0.tar/2.jpg", "loose.jpg", "sub/1.tar/1.jpg", "sub/x.jpg"]
     assert index.column("path") == [f"shards/{path}" for path in paths]
@@ -148,13 +148,13 @@ def test_tars_in_a_folder_are_folders(tmp_path):
         ("*.jpg", ["top.jpg"]),  # a star does not reach into folders
     ],
 )
-def test_a_place_inside_a_tar_is_a_folder(tmp_path, inside, found):
-    tar = pack(tmp_path / "x.tar", [*MEMBERS, "abc/5.txt", "top.jpg"])
+def test_a_path_inside_a_tar_is_a_folder(tmp_path, inside, found):
+    tar = write_tar(tmp_path / "x.tar", [*MEMBERS, "abc/5.txt", "top.jpg"])
     assert open_source(f"{tar}/{inside}").column("path") == [f"x.tar/{name}" for name in found]
 
 
-def test_a_tar_cut_short_gives_its_whole_files_and_says_so(tmp_path, capsys):
-    whole = pack(tmp_path / "whole.tar", [f"{n}.jpg" for n in range(6)])
+def test_a_truncated_tar_gives_its_intact_files_and_a_message(tmp_path, capsys):
+    whole = write_tar(tmp_path / "whole.tar", [f"{n}.jpg" for n in range(6)])
     data = whole.read_bytes()
     block = 512 + 1024  # header and padded content
     for length, left in [(block * 3 + 600, 3), (block * 3 + 100, 3), (block * 2, 2), (block * 2 + 512 + 700, 3)]:
@@ -179,8 +179,8 @@ def test_a_tar_cut_short_gives_its_whole_files_and_says_so(tmp_path, capsys):
 
 
 def test_an_image_is_listed_once_however_often_it_is_given(tmp_path):
-    photos = fill(tmp_path / "photos", ["cats/1.jpg", "dogs/2.jpg"])
-    tar = pack(tmp_path / "x.tar", MEMBERS)
+    photos = write_files(tmp_path / "photos", ["cats/1.jpg", "dogs/2.jpg"])
+    tar = write_tar(tmp_path / "x.tar", MEMBERS)
     (tmp_path / "other").symlink_to(photos)
     index = open_source(
         photos / "dogs", photos, str(photos) + "/", f"{tar}/a", tar, tmp_path / "other", photos / "dogs"
@@ -189,9 +189,9 @@ def test_an_image_is_listed_once_however_often_it_is_given(tmp_path):
     assert index.column("path") == paths
 
 
-def test_sources_of_one_name_are_told_apart(tmp_path):
+def test_sources_of_one_name_get_distinct_paths(tmp_path):
     for place in ("one", "two"):
-        fill(tmp_path / place / "photos", ["1.jpg"])
+        write_files(tmp_path / place / "photos", ["1.jpg"])
     assert open_source(tmp_path / "two/photos", tmp_path / "one/photos").column("path") == [
         "two/photos/1.jpg",
         "one/photos/1.jpg",
@@ -202,12 +202,12 @@ def test_sources_of_one_name_are_told_apart(tmp_path):
 
 
 def test_a_relative_path_is_the_same_source(tmp_path, monkeypatch):
-    photos = fill(tmp_path / "photos", ["1.jpg"])
+    photos = write_files(tmp_path / "photos", ["1.jpg"])
     monkeypatch.chdir(photos)
     assert open_source(".").table == open_source(photos).table == open_source("../photos").table
 
 
-def test_every_ending_is_of_a_format_that_is_decoded():
+def test_every_extension_is_of_a_format_that_is_decoded():
     Image.init()
     known = {ending.lstrip("."): name for ending, name in Image.registered_extensions().items()}
     formats = {ending: known[ending] for ending in IMAGE_EXTENSIONS - {"npy"}}  # an array, which Pillow has no part in
@@ -226,7 +226,7 @@ def artifact(folder: Path, kind: str, table: pa.Table | None = None) -> Path:
 
 
 def test_an_index_gives_the_rows_that_could_be_read(tmp_path):
-    index = open_source(fill(tmp_path / "photos", ["1.jpg", "2.jpg", "3.jpg"]))
+    index = open_source(write_files(tmp_path / "photos", ["1.jpg", "2.jpg", "3.jpg"]))
     status = pa.array(["ok", "truncated", None])
     for kind in ("index", "embeddings"):
         folder = artifact(tmp_path / kind, kind, index.table.append_column("status", status))
@@ -234,27 +234,27 @@ def test_an_index_gives_the_rows_that_could_be_read(tmp_path):
 
 
 def test_a_selection_gives_the_rows_it_kept(tmp_path):
-    index = open_source(fill(tmp_path / "photos", ["1.jpg", "2.jpg", "3.jpg"]))
+    index = open_source(write_files(tmp_path / "photos", ["1.jpg", "2.jpg", "3.jpg"]))
     kept = index.table.append_column("kept", pa.array([False, True, True]))
     assert open_source(artifact(tmp_path / "s", "selection", kept)).table == index.take([1, 2]).table
     none = index.table.append_column("kept", pa.array([False] * 3))
-    assert "this selection has no usable image" in mistake(artifact(tmp_path / "none", "selection", none))
+    assert "this selection has no usable image" in error_message(artifact(tmp_path / "none", "selection", none))
 
 
-def test_other_artifacts_hold_no_images(tmp_path):
-    assert "is a run, which lists no images" in mistake(artifact(tmp_path / "r", "run"))
-    assert "is an index, which" in mistake(artifact(tmp_path / "i", "index"))
+def test_other_artifacts_list_no_images(tmp_path):
+    assert "is a run, which lists no images" in error_message(artifact(tmp_path / "r", "run"))
+    assert "is an index, which" in error_message(artifact(tmp_path / "i", "index"))
 
 
-def test_an_index_whose_tar_has_gone_says_so(tmp_path):
-    tar = pack(tmp_path / "x.tar", MEMBERS)
+def test_an_index_with_a_missing_tar_is_refused(tmp_path):
+    tar = write_tar(tmp_path / "x.tar", MEMBERS)
     folder = artifact(tmp_path / "i", "index", open_source(tar).table)
     tar.unlink()
-    assert f"lists images in {tar}, which no longer exists" in mistake(folder)
+    assert f"lists images in {tar}, which no longer exists" in error_message(folder)
 
 
-def test_a_strangers_manifest_does_not_matter(tmp_path):
-    photos = fill(tmp_path / "photos", ["1.jpg"])
+def test_a_foreign_manifest_is_ignored(tmp_path):
+    photos = write_files(tmp_path / "photos", ["1.jpg"])
     for text in ("not json", "[1, 2]", json.dumps({"name": "my app"})):
         (photos / "manifest.json").write_text(text)
         assert open_source(photos).column("path") == ["photos/1.jpg"]
@@ -263,13 +263,13 @@ def test_a_strangers_manifest_does_not_matter(tmp_path):
 # ---- labels and splits
 
 
-def said(index: Index) -> list[tuple]:
+def labels_and_splits(index: Index) -> list[tuple]:
     return list(zip(index.column("path"), index.column("label"), index.column("split")))
 
 
 def test_folders_give_classes_and_splits(tmp_path):
     names = ["train/cat/1.jpg", "train/dog/images/2.jpg", "validation/cat/3.jpg", "Test/4.jpg", "5.jpg"]
-    assert said(open_source(fill(tmp_path / "d", names))) == [
+    assert labels_and_splits(open_source(write_files(tmp_path / "d", names))) == [
         ("d/5.jpg", None, None),
         ("d/Test/4.jpg", None, "test"),
         ("d/train/cat/1.jpg", "cat", "train"),
@@ -278,47 +278,49 @@ def test_folders_give_classes_and_splits(tmp_path):
     ]
 
 
-def test_one_folder_is_no_class_and_a_source_is_not_its_own(tmp_path):
-    assert open_source(fill(tmp_path / "a", ["cats/1.jpg", "images/2.jpg", "3.jpg"])).column("label") == [None] * 3
-    assert open_source(fill(tmp_path / "b", ["x/1.jpg", "2.jpg", "y/3.jpg"])).column("label") == [None, "x", "y"]
-    assert said(open_source(fill(tmp_path / "valid", ["1.jpg"]))) == [("valid/1.jpg", None, "val")]
+def test_a_single_folder_and_the_source_itself_are_no_classes(tmp_path):
+    assert (
+        open_source(write_files(tmp_path / "a", ["cats/1.jpg", "images/2.jpg", "3.jpg"])).column("label") == [None] * 3
+    )
+    assert open_source(write_files(tmp_path / "b", ["x/1.jpg", "2.jpg", "y/3.jpg"])).column("label") == [None, "x", "y"]
+    assert labels_and_splits(open_source(write_files(tmp_path / "valid", ["1.jpg"]))) == [("valid/1.jpg", None, "val")]
     shards = tmp_path / "shards"
-    pack(shards / "train" / "0.tar", ["1.jpg"])
-    pack(shards / "train" / "1.tar", ["1.jpg"])
-    assert said(open_source(shards)) == [(f"shards/train/{n}.tar/1.jpg", None, "train") for n in (0, 1)]
+    write_tar(shards / "train" / "0.tar", ["1.jpg"])
+    write_tar(shards / "train" / "1.tar", ["1.jpg"])
+    assert labels_and_splits(open_source(shards)) == [(f"shards/train/{n}.tar/1.jpg", None, "train") for n in (0, 1)]
 
 
-def test_a_table_wins_over_folders(tmp_path, capsys):
-    photos = fill(tmp_path / "p", ["cat/1.jpg", "dog/2.jpg", "dog/3.jpg"])
+def test_a_table_overrides_folders(tmp_path, capsys):
+    photos = write_files(tmp_path / "p", ["cat/1.jpg", "dog/2.jpg", "dog/3.jpg"])
     (photos / "labels.csv").write_text("path,label,split,more\ncat/1.jpg,7,valid,x\n./dog/2.jpg,,train,x\n")
     (photos / "index.csv").write_text("path,label\ncat/1.jpg,wrong\n")
     expected = [("p/cat/1.jpg", "7", "val"), ("p/dog/2.jpg", None, "train"), ("p/dog/3.jpg", None, None)]
-    assert said(open_source(photos)) == expected
+    assert labels_and_splits(open_source(photos)) == expected
     (photos / "labels.csv").unlink()
     (photos / "index.csv").write_text("\ufeffimage,split\ncat/1.jpg,test\n")  # no class here: the folders say it
     expected = [("p/cat/1.jpg", "cat", "test"), ("p/dog/2.jpg", "dog", None), ("p/dog/3.jpg", "dog", None)]
-    assert said(open_source(photos)) == expected
+    assert labels_and_splits(open_source(photos)) == expected
     assert capsys.readouterr().err == ""
 
 
-def test_a_table_rules_its_own_folder_only(tmp_path):
-    photos = fill(tmp_path / "p", ["sets/x/images/1.jpg", "plain/cat/1.jpg", "plain/dog/1.jpg"])
+def test_a_table_applies_to_its_own_folder_only(tmp_path):
+    photos = write_files(tmp_path / "p", ["sets/x/images/1.jpg", "plain/cat/1.jpg", "plain/dog/1.jpg"])
     (photos / "sets" / "x" / "index.csv").write_text("path,class\nimages/1.jpg,bird\n")
     assert open_source(photos).column("label") == ["cat", "dog", "bird"]
 
 
-def test_a_table_in_a_tar_counts_for_every_place_inside(tmp_path):
+def test_a_table_in_a_tar_applies_to_every_path_inside(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         table = b"path,label\na/1.jpg,one\nb/2.jpg,two\n"
         for name, data in (("a/1.jpg", b"1"), ("labels.csv", table), ("b/2.jpg", b"2")):
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    assert said(open_source(tmp_path / "x.tar/b")) == [("x.tar/b/2.jpg", "two", None)]
+    assert labels_and_splits(open_source(tmp_path / "x.tar/b")) == [("x.tar/b/2.jpg", "two", None)]
 
 
-def test_tables_that_say_nothing_are_told(tmp_path, capsys):
-    photos = fill(tmp_path / "p", ["cat/1.jpg", "dog/2.jpg"])
+def test_unusable_tables_are_reported(tmp_path, capsys):
+    photos = write_files(tmp_path / "p", ["cat/1.jpg", "dog/2.jpg"])
     (photos / "labels.csv").write_text("file_name_here,label\ncat/1.jpg,7\n")
     assert open_source(photos).column("label") == ["cat", "dog"]
     assert "p/labels.csv: has no columns `path` and `label`" in capsys.readouterr().err
@@ -366,58 +368,60 @@ def test_every_row_of_a_real_pack_is_the_member_of_its_name(shared):
 # ---- mistakes
 
 
-def test_what_does_not_exist_names_its_neighbour(tmp_path):
-    fill(tmp_path / "photos", ["cats/1.jpg"])
-    tar = pack(tmp_path / "shots.tar", MEMBERS)
-    assert "did you mean 'photos'?" in mistake(tmp_path / "photo")
-    assert "did you mean 'cats'?" in mistake(tmp_path / "photos" / "cat" / "1.jpg")
-    assert "did you mean 'shots.tar'?" in mistake(tmp_path / "shot.tar")
-    assert "there is no 'notes.tx' in" in mistake(f"{tar}/notes.tx")
-    assert "did you mean '3.jpg'?" in mistake(f"{tar}/b/4.jpg")
-    assert "only 3.jpg, c" in mistake(f"{tar}/b/zzz")
-    assert "is a file, not a folder, tar, zip or Parquet" in mistake(tmp_path / "photos/cats/1.jpg/x")
-    assert "name a folder" in mistake()
+def test_errors_about_missing_paths_suggest_similar_ones(tmp_path):
+    write_files(tmp_path / "photos", ["cats/1.jpg"])
+    tar = write_tar(tmp_path / "shots.tar", MEMBERS)
+    assert "did you mean 'photos'?" in error_message(tmp_path / "photo")
+    assert "did you mean 'cats'?" in error_message(tmp_path / "photos" / "cat" / "1.jpg")
+    assert "did you mean 'shots.tar'?" in error_message(tmp_path / "shot.tar")
+    assert "there is no 'notes.tx' in" in error_message(f"{tar}/notes.tx")
+    assert "did you mean '3.jpg'?" in error_message(f"{tar}/b/4.jpg")
+    assert "only 3.jpg, c" in error_message(f"{tar}/b/zzz")
+    assert "is a file, not a folder, tar, zip or Parquet" in error_message(tmp_path / "photos/cats/1.jpg/x")
+    assert "name a folder" in error_message()
 
 
-def test_what_holds_no_images_says_what_it_holds(tmp_path):
-    notes = fill(tmp_path / "notes", [*(f"{n}.txt" for n in range(11)), "LICENSE"])
-    assert "notes: no images among 12 files (.txt 11, no extension 1); image files end in .jpg .png" in mistake(notes)
+def test_errors_about_sources_without_images_list_their_content(tmp_path):
+    notes = write_files(tmp_path / "notes", [*(f"{n}.txt" for n in range(11)), "LICENSE"])
+    assert "notes: no images among 12 files (.txt 11, no extension 1); image files end in .jpg .png" in error_message(
+        notes
+    )
     (tmp_path / "empty").mkdir()
-    assert "empty: is empty" in mistake(tmp_path / "empty")
+    assert "empty: is empty" in error_message(tmp_path / "empty")
     (notes / "12.txt").write_text("hello\nworld\n")
-    assert "12.txt: no images among 2 files (no extension 2)" in mistake(notes / "12.txt")
-    assert "LICENSE: does not have the name of an image" in mistake(notes / "LICENSE")
-    assert "no images among 1 files (.txt 1)" in mistake(pack(tmp_path / "x.tar", MEMBERS) / "notes.txt")
-    fill(tmp_path / "phone", ["1.HEIC", "2.heic"])
-    assert "no images among 2 files (.heic 2)" in mistake(tmp_path / "phone")
+    assert "12.txt: no images among 2 files (no extension 2)" in error_message(notes / "12.txt")
+    assert "LICENSE: does not have the name of an image" in error_message(notes / "LICENSE")
+    assert "no images among 1 files (.txt 1)" in error_message(write_tar(tmp_path / "x.tar", MEMBERS) / "notes.txt")
+    write_files(tmp_path / "phone", ["1.HEIC", "2.heic"])
+    assert "no images among 2 files (.heic 2)" in error_message(tmp_path / "phone")
 
 
-def test_pictures_that_pillow_cannot_read_are_mentioned(tmp_path, capsys):
-    open_source(fill(tmp_path / "phone", ["1.HEIC", "2.heic", "3.jpg", "readme.md"]))
+def test_unsupported_formats_are_reported(tmp_path, capsys):
+    open_source(write_files(tmp_path / "phone", ["1.HEIC", "2.heic", "3.jpg", "readme.md"]))
     assert "phone: skips 2 .heic images, which Pillow does not read\n" in capsys.readouterr().err
 
 
 def test_tars_that_cannot_be_read_in_place_are_refused(tmp_path):
-    tar = pack(tmp_path / "x.tar", MEMBERS)
+    tar = write_tar(tmp_path / "x.tar", MEMBERS)
     for name in ("x.tar.gz", "misnamed.tar"):
         (tmp_path / name).write_bytes(gzip.compress(tar.read_bytes()))
-        assert f"is compressed, but images are read in place: run gunzip {tmp_path / name}" in mistake(
+        assert f"is compressed, but images are read in place: run gunzip {tmp_path / name}" in error_message(
             tmp_path / name
         )
     (tmp_path / "x.zip").write_bytes(b"PK\x03\x04....")
-    assert "x.zip: is not a complete zip" in mistake(tmp_path / "x.zip")
+    assert "x.zip: is not a complete zip" in error_message(tmp_path / "x.zip")
     (tmp_path / "shard-0").write_bytes(tar.read_bytes())
-    assert "is a tar, but its name does not end in .tar: rename it" in mistake(tmp_path / "shard-0")
+    assert "is a tar, but its name does not end in .tar: rename it" in error_message(tmp_path / "shard-0")
     (tmp_path / "text.tar").write_text("hello" * 500)
-    assert "text.tar: is not a tar" in mistake(tmp_path / "text.tar")
+    assert "text.tar: is not a tar" in error_message(tmp_path / "text.tar")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
 def test_a_folder_that_may_not_be_read(tmp_path):
-    fill(tmp_path / "locked", ["1.jpg"]).chmod(0)
-    assert "cannot be read (Permission denied)" in mistake(tmp_path / "locked")
+    write_files(tmp_path / "locked", ["1.jpg"]).chmod(0)
+    assert "cannot be read (Permission denied)" in error_message(tmp_path / "locked")
 
 
-def test_a_mistake_in_a_path_is_told_without_torch():
+def test_a_wrong_path_is_reported_without_torch():
     code = "import sys, troodon.images.scan; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -47,8 +47,8 @@ def test_a_picture_is_a_function_of_its_arguments():
         "print(hashlib.sha256(render(4, 5, px=32).image.tobytes() + off(4, 2, 32)[0].tobytes()).hexdigest())\n"
         "assert 'torch' not in sys.modules"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    assert said == hashlib.sha256(first[5].image.tobytes() + render_offtopic(4, 2, 32)[0].tobytes()).hexdigest()
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert output == hashlib.sha256(first[5].image.tobytes() + render_offtopic(4, 2, 32)[0].tobytes()).hexdigest()
 
 
 def test_shapes_types_and_labels():
@@ -63,7 +63,7 @@ def test_shapes_types_and_labels():
     assert {render(0, k, px=16).label for k in range(150)} == set(range(12))
 
 
-def test_every_species_texture_and_habitat_can_be_had():
+def test_every_species_texture_and_habitat_is_rendered():
     everyone = WorldConfig(classes=len(SPECIES))
     for label in range(len(SPECIES)):
         assert (render(0, label, label=label, px=32, config=everyone).mask == 1).sum() > 15
@@ -71,7 +71,7 @@ def test_every_species_texture_and_habitat_can_be_had():
     assert {s.habitat for s in SPECIES.values()} == HABITATS.keys()
 
 
-def test_surfaces_leave_no_trace_in_the_share_of_their_two_colours():
+def test_surfaces_use_their_two_colours_equally():
     x, y = (np.linspace(-1, 1, 96, dtype=np.float32).reshape(s) for s in ((1, 96), (96, 1)))
     for name, surface in (TEXTURES | HABITATS).items():
         t = [np.broadcast_to(surface(x, y, np.random.default_rng(k)), (96, 96)) for k in range(12)]
@@ -109,18 +109,18 @@ def test_depth_is_nearer_on_the_body_than_behind_it():
             assert np.ptp(p.depth[p.mask == 1]) > 0  # it bulges
 
 
-def test_a_thing_is_nearer_than_the_body_it_hides():
+def test_clutter_is_nearer_than_the_body_it_hides():
     cluttered, alone = WorldConfig(clutter=1.0), WorldConfig(clutter=0.0)
-    seen = set()
+    is_nearer = set()
     for k in range(40):
         p, bare = render(2, k, px=48, config=cluttered), render(2, k, px=48, config=alone)
         thing, body = p.mask == 2, bare.mask == 1
         if thing.sum() > 12:
             nearer = bool(p.depth[thing].max() < bare.depth[body].min())
-            seen.add(nearer)
+            is_nearer.add(nearer)
             assert nearer or not (thing & body).any()
             assert (p.depth[thing] < bare.depth[thing]).all()  # never behind what it hides
-    assert seen == {True, False}
+    assert is_nearer == {True, False}
 
 
 def test_near_bodies_are_large():
@@ -130,20 +130,20 @@ def test_near_bodies_are_large():
     assert np.corrcoef(area, depth)[0, 1] < -0.7
 
 
-def test_things_leave_most_of_a_body_to_be_seen():
+def test_clutter_leaves_most_of_a_body_visible():
     cluttered, alone = WorldConfig(clutter=1.0), WorldConfig(clutter=0.0)
-    left, things = [], 0
+    visible, clutter_count = [], 0
     for k in range(60):
         p = render(3, k, px=48, config=cluttered)
-        left.append((p.mask == 1).sum() / (render(3, k, px=48, config=alone).mask == 1).sum())
-        things += (p.mask == 2).any()
-    assert min(left) > 0.4
-    assert np.mean(left) > 0.9
-    assert min(left) < 0.95  # some stand before it
-    assert things > 50
+        visible.append((p.mask == 1).sum() / (render(3, k, px=48, config=alone).mask == 1).sum())
+        clutter_count += (p.mask == 2).any()
+    assert min(visible) > 0.4
+    assert np.mean(visible) > 0.9
+    assert min(visible) < 0.95  # some stand before it
+    assert clutter_count > 50
 
 
-def test_an_individual_keeps_its_looks_wherever_it_is():
+def test_an_individual_looks_the_same_everywhere():
     def hues(identity: int, image: int) -> np.ndarray:
         p = render(1, image, label=8, identity=identity, px=48, config=WorldConfig(clutter=0.0))
         hue = np.asarray(Image.fromarray(p.image).convert("HSV"))[..., 0][p.mask == 1]
@@ -155,7 +155,7 @@ def test_an_individual_keeps_its_looks_wherever_it_is():
     assert ((first @ later.T).argmax(1) == np.arange(12)).mean() > 0.7
 
 
-def test_colour_says_next_to_nothing_about_the_class_but_form_says_much():
+def test_shape_predicts_the_class_and_colour_does_not():
     config, rows = WorldConfig(classes=6), range(480)
     pictures = [render(6, k, label=k % 6, px=32, config=config) for k in rows]
     label = np.array([p.label for p in pictures])
@@ -184,14 +184,14 @@ def test_colour_says_next_to_nothing_about_the_class_but_form_says_much():
 
 
 def test_off_topic_pictures():
-    seen = [render_offtopic(1, k, 48) for k in range(80)]
-    assert len({kind for _, kind in seen}) >= 8
-    assert all(image.shape == (48, 48, 3) and image.dtype == np.uint8 for image, _ in seen)
-    assert len({image.tobytes() for image, _ in seen}) == 80
-    assert np.array_equal(render_offtopic(1, 7, 48)[0], seen[7][0])
+    images = [render_offtopic(1, k, 48) for k in range(80)]
+    assert len({kind for _, kind in images}) >= 8
+    assert all(image.shape == (48, 48, 3) and image.dtype == np.uint8 for image, _ in images)
+    assert len({image.tobytes() for image, _ in images}) == 80
+    assert np.array_equal(render_offtopic(1, 7, 48)[0], images[7][0])
 
 
-def test_a_written_world_has_the_asked_sizes(folder, truth):
+def test_a_written_world_has_the_configured_sizes(folder, truth):
     count = Counter(row["role"] for row in truth)
     assert count == {
         **{"curated": 12, "clean": 24, "copy": 30, "off-topic": 12, "broken": 5, "train": 12, "val": 9, "dense": 4}
@@ -204,7 +204,7 @@ def test_a_written_world_has_the_asked_sizes(folder, truth):
     }
 
 
-def test_the_truth_names_every_file_once_and_rightly(folder, truth):
+def test_the_ground_truth_is_complete_and_correct(folder, truth):
     files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix in (".jpg", ".png")}
     files -= {f for f in files if f.startswith(("dense/masks", "dense/depth"))}
     assert sorted(row["path"] for row in truth) == sorted(files)
@@ -256,13 +256,13 @@ def test_dense_pictures_have_their_mask_and_depth(folder, truth):
         assert 500 < depth.min() < depth[mask == 1].max() < depth[mask == 0].min()
 
 
-def test_a_world_can_be_written_again_to_the_last_byte(folder, truth, tmp_path):
+def test_a_world_is_reproducible_to_the_byte(folder, truth, tmp_path):
     write_world(tmp_path / "again", 3, TINY)
     for row in truth:
         assert (tmp_path / "again" / row["path"]).read_bytes() == (folder / row["path"]).read_bytes()
 
 
-def test_a_world_cut_short_is_not_there(tmp_path, monkeypatch):
+def test_an_interrupted_world_is_not_published(tmp_path, monkeypatch):
     whole, done = world._copies, []
 
     def cut(*arguments):
@@ -286,7 +286,7 @@ def test_another_world_is_refused(folder):
         write_world(folder, 3, replace(TINY, clean=25))
 
 
-def test_mistakes_are_named():
+def test_invalid_settings_are_refused():
     with pytest.raises(UsageError, match="classes: 40 species; must be 2 to 16"):
         WorldConfig(classes=40)
     with pytest.raises(UsageError, match="clutter: 2"):
