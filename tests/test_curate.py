@@ -1,4 +1,4 @@
-"""Curation: copies go, look-alikes of curated images stay, and the ledger says what became of every image."""
+"""Curation drops copies, keeps look-alikes of curated images, and records every image in the ledger."""
 
 import csv
 import io
@@ -31,13 +31,13 @@ from troodon.images.sources import open_source
 from troodon.search.exact import l2_normalise, pairs_above
 from troodon.views.attacks import attack
 
-# Pictures of noise have no look-alikes, so the threshold may aim at next to no false merges.
+# Random pictures have no look-alikes, so the threshold can aim at almost no false merges.
 QUICK = CurateConfig(calibration_images=40, false_merges=1e-6, threads=2, batch=16)
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """A backbone that sees eight by eight pixels, and counts what it sees."""
+    """A backbone whose features are eight by eight pixels, and which counts its images."""
 
     name: str = "pixels"
     channels: int = 3
@@ -54,7 +54,7 @@ class Pixels:
 
 
 @dataclass(frozen=True)
-class InHalf(Pixels):
+class HalfPrecision(Pixels):
     compute: torch.dtype = torch.bfloat16
 
 
@@ -80,7 +80,7 @@ def write(folder: Path, files: dict[str, bytes]) -> Index:
 @pytest.fixture(scope="module")
 def pools(tmp_path_factory) -> tuple[Index, Index]:
     """10 curated images, 2 of them the same and 1 broken; 92 uncurated ones, with every kind of trouble."""
-    random, home = np.random.default_rng(5), tmp_path_factory.mktemp("pools")
+    random, root = np.random.default_rng(5), tmp_path_factory.mktemp("pools")
     curated = {f"c{i}.png": png(picture(i)) for i in range(8)} | {"c8.png": png(picture(7)), "c9.png": b"no image"}
     uncurated = {f"u{i:02d}.png": png(picture(100 + i)) for i in range(60)}
     uncurated |= {f"v{i:02d}.png": png(attack(picture(100 + i), "shrink", random, 0.5)) for i in range(20)}
@@ -93,7 +93,7 @@ def pools(tmp_path_factory) -> tuple[Index, Index]:
     small = attack(picture(300), "shrink", random, 0.2)
     uncurated |= {"z0.png": png(small), "z1.jpg": png(picture(300), "JPEG")}  # fewer pixels in more bytes
     assert len(uncurated["z0.png"]) > len(uncurated["z1.jpg"])
-    return write(home / "curated", curated), write(home / "uncurated", uncurated)
+    return write(root / "curated", curated), write(root / "uncurated", uncurated)
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +107,8 @@ def rows(folder: Path) -> dict[str, dict]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-    return {name: data for name, data in found.items() if not name.endswith("timings.json")}
+    contents = {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {name: data for name, data in contents.items() if not name.endswith("timings.json")}
 
 
 # The whole
@@ -118,41 +118,43 @@ def test_the_ledger_has_a_row_for_every_image_and_balances(selection, pools):
     table, summary = pq.read_table(selection / "images.parquet"), run.read_json(selection / "summary.json")
     assert table["path"].to_pylist() == pools[0].column("path") + pools[1].column("path")
     assert table["pool"].to_pylist() == ["curated"] * len(pools[0]) + ["uncurated"] * len(pools[1])
-    left = len(table)
+    remaining = len(table)
     for stage in summary["stages"]:
-        assert stage["in"] == left
-        left = stage["out"]
+        assert stage["in"] == remaining
+        remaining = stage["out"]
         dropped = [r for r in table.to_pylist() if r["stage"] == stage["name"] and not r["kept"]]
         assert len(dropped) == stage["dropped"] == stage["in"] - stage["out"]
         assert all(r["reason"] for r in dropped)
-    assert left == summary["kept"] == sum(table["kept"].to_pylist())
+    assert remaining == summary["kept"] == sum(table["kept"].to_pylist())
     assert [s["name"] for s in summary["stages"]] == ["decode", "exact", "duplicate", "retrieve"]
     assert summary["curated"] == {"in": 10, "kept": 9}
     assert {k for r in table.to_pylist() if not r["kept"] for k in [r["weight"]]} == {0.0}
 
 
-def test_every_image_goes_for_the_right_reason(selection):
+def test_every_image_has_the_right_reason(selection):
     ledger = rows(selection)
     name_of = {row["at"]: name for name, row in ledger.items()}
 
-    def told(name: str) -> tuple:
+    def decision(name: str) -> tuple:
         row = ledger[name]
         return row["stage"], row["kept"], name_of.get(row["cause"])
 
-    assert told("c0.png") == told("c8.png") == ("curated", True, None)
-    assert told("c9.png") == told("x0.png") == told("x1.png") == told("x2.jpg") == ("decode", False, None)
+    assert decision("c0.png") == decision("c8.png") == ("curated", True, None)
+    assert (
+        decision("c9.png") == decision("x0.png") == decision("x1.png") == decision("x2.jpg") == ("decode", False, None)
+    )
     assert ledger["x0.png"]["reason"] == "empty: 0 bytes"
     assert ledger["x1.png"]["reason"].startswith("truncated")
-    assert told("w0-same-as-u00.png") == ("exact", False, "u00.png")
-    assert told("w1-same-as-v00.png") == ("exact", False, "v00.png")
-    assert told("w2-same-as-c1.png") == ("exact", False, "c1.png")
-    assert told("w3-like-c2.png") == ("duplicate", False, "c2.png")
+    assert decision("w0-same-as-u00.png") == ("exact", False, "u00.png")
+    assert decision("w1-same-as-v00.png") == ("exact", False, "v00.png")
+    assert decision("w2-same-as-c1.png") == ("exact", False, "c1.png")
+    assert decision("w3-like-c2.png") == ("duplicate", False, "c2.png")
     for i in range(20):  # the larger one stays
-        assert told(f"v{i:02d}.png") == ("duplicate", False, f"u{i:02d}.png")
+        assert decision(f"v{i:02d}.png") == ("duplicate", False, f"u{i:02d}.png")
         assert ledger[f"v{i:02d}.png"]["reason"] == f"near-duplicate, cosine {ledger[f'v{i:02d}.png']['score']:.2f}"
-    assert told("z0.png") == ("duplicate", False, "z1.jpg")
+    assert decision("z0.png") == ("duplicate", False, "z1.jpg")
     for i in range(3):  # a curated image shines through
-        assert told(f"y{i}.png") == ("retrieve", True, f"c{i}.png")
+        assert decision(f"y{i}.png") == ("retrieve", True, f"c{i}.png")
     kept = [r for r in ledger.values() if r["kept"] and r["pool"] == "uncurated"]
     assert all(r["reason"].startswith("nearest ") and name_of[r["cause"]].startswith("c") for r in kept)
     lost = [r for r in ledger.values() if r["stage"] == "retrieve" and not r["kept"]]
@@ -160,7 +162,7 @@ def test_every_image_goes_for_the_right_reason(selection):
     assert len(kept) + len(lost) == 60 + 3 + 1
 
 
-def test_tables_beside_the_ledger_agree_with_it(selection):
+def test_other_tables_agree_with_the_ledger(selection):
     ledger, hits = pq.read_table(selection / "images.parquet").to_pylist(), pq.read_table(selection / "hits.parquet")
     assert sorted(set(hits["row"].to_pylist())) == [
         i for i, r in enumerate(ledger) if r["kept"] and r["pool"] == "uncurated"
@@ -180,7 +182,7 @@ def test_tables_beside_the_ledger_agree_with_it(selection):
     np.testing.assert_array_equal(x[3], expected[0].astype(np.float16))
 
 
-def test_the_selection_opens_as_what_was_kept(selection):
+def test_the_selection_opens_as_the_kept_images(selection):
     ledger = rows(selection).values()
     assert open_source(selection).column("path") == [r["path"] for r in ledger if r["kept"]]
 
@@ -198,7 +200,7 @@ def test_a_finished_run_does_nothing_and_another_is_refused(selection, pools):
     assert files(selection) == before
 
 
-@pytest.mark.parametrize("at", ["second part", "duplicates", "calibration", "hits", "end"])
+@pytest.mark.parametrize("at", ["second unit", "duplicates", "calibration", "hits", "end"])
 def test_a_killed_run_continues_to_the_same_bytes(selection, pools, tmp_path, monkeypatch, at):
     out, backbone = tmp_path / "selection", Pixels()
     config = replace(QUICK, partition_size=48)  # a multiple of the batch: the backbone sees the same batches
@@ -207,7 +209,7 @@ def test_a_killed_run_continues_to_the_same_bytes(selection, pools, tmp_path, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        if at == "second part":
+        if at == "second unit":
             features, calls = Pixels.features, []
             patch.setattr(Pixels, "features", lambda *a: kill() if len(calls) > 3 else calls.append(0) or features(*a))
         else:
@@ -226,7 +228,7 @@ def test_a_killed_run_continues_to_the_same_bytes(selection, pools, tmp_path, mo
     before = sum(backbone.seen)
     pipeline.curate(replace(config, threads=1), *pools, backbone, out)
     readable = 9 + 89
-    again = {"second part": readable - 47 + 160, "duplicates": 160, "calibration": 160}.get(at, 0)
+    again = {"second unit": readable - 47 + 160, "duplicates": 160, "calibration": 160}.get(at, 0)
     assert sum(backbone.seen) - before == again  # nothing is embedded twice
     assert files(out) == files(selection)
     assert [p.name for p in tmp_path.iterdir()] == ["selection"]
@@ -276,7 +278,7 @@ def test_pools_without_duplicates_or_survivors(tmp_path):
     assert len(open_source(out)) == 1
 
 
-def test_curated_images_must_be_there_and_readable(tmp_path):
+def test_curated_images_must_exist_and_be_readable(tmp_path):
     good = write(tmp_path / "good", {"a.png": png(picture(0))})
     broken = write(tmp_path / "broken", {"a.png": b"", "b.png": b"text"})
     with pytest.raises(UsageError, match="no curated images"):
@@ -289,11 +291,11 @@ def test_curated_images_must_be_there_and_readable(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [({"k": 0}, "k 0: must be 1 or more"), ({"threshold": 1.5}, "threshold 1.5"), ({"false_merges": 0}, "above 0")],
 )
-def test_settings_out_of_range_are_told(changes, said):
-    with pytest.raises(UsageError, match=said):
+def test_settings_out_of_range_are_refused(changes, message):
+    with pytest.raises(UsageError, match=message):
         CurateConfig(**changes)
 
 
@@ -363,7 +365,7 @@ def test_rechecking_in_blocks_is_rechecking_in_order(monkeypatch):
     assert np.flatnonzero(whole.cause_N < 0).tolist() == stays
 
 
-def test_curated_images_stay_and_take_the_blame():
+def test_curated_images_are_kept_and_are_causes():
     x = chain(0, 4, 10, 90)
     assert verdict(x, curated=[1, 3], rank=[2, 0, 3, 1]).cause_N.tolist() == [1, -1, 1, -1]
     both = verdict(x, curated=[0, 2], rank=[0, 2, 1, 3])
@@ -384,13 +386,13 @@ def test_the_keep_rule():
 
 def test_identical_files():
     rank = np.array([3, 1, 2, 0, 4])
-    nobody = np.zeros(5, bool)
-    assert find_identical(list("abaab"), rank, nobody).tolist() == [3, -1, 3, -1, 1]
+    none = np.zeros(5, bool)
+    assert find_identical(list("abaab"), rank, none).tolist() == [3, -1, 3, -1, 1]
     assert find_identical(list("abaab"), rank, np.array([1, 0, 0, 1, 0], bool)).tolist() == [-1, -1, 3, -1, 1]
-    assert find_identical([], rank[:0], nobody[:0]).tolist() == []
+    assert find_identical([], rank[:0], none[:0]).tolist() == []
 
 
-def test_components_are_those_of_the_whole_graph_in_whatever_parts_it_comes():
+def test_components_do_not_depend_on_the_parts_of_the_graph():
     random, n = np.random.default_rng(0), 600
     i, j = random.integers(0, n, (2, 450))
     least = np.arange(n)
@@ -411,7 +413,7 @@ def test_components_are_those_of_the_whole_graph_in_whatever_parts_it_comes():
 # Spaces, calibration, retrieval
 
 
-def test_whitening_makes_variances_equal_and_brings_copies_out():
+def test_whitening_equalises_variances_and_separates_copies():
     random = np.random.default_rng(0)
     x = random.standard_normal((2000, 48)) * np.geomspace(1, 0.05, 48) + 12  # one direction for all
     copies = x[:200] + random.standard_normal((200, 48)) * 0.05 * np.geomspace(1, 0.05, 48)
@@ -438,25 +440,25 @@ def test_calibration_separates_copies_from_look_alikes():
     x = CopyEncoder(Pixels(), pixels=False)(pool)
     mapped = space.fit("whitened", x)
 
-    def look(batch):
+    def encode(batch):
         return mapped(CopyEncoder(Pixels(), pixels=False)(batch))
 
     vectors_ = mapped(x)
-    found = calibrate(look, images, np.random.default_rng(0), others_MD=vectors_, false_merges=0.02)
-    assert len(pairs_above(vectors_, found.threshold)[0]) * 2 / 400 <= 0.05  # measured on all, not extrapolated
-    assert found.recall["resave"] == found.recall["shrink"] == found.recall["noise"] == 1
-    assert found.recall["flip"] < 0.2
-    assert [t["threshold"] for t in found.table] == sorted(t["threshold"] for t in found.table)
-    assert found.copies == 240
-    # Half of the pool copied once hardly moves it.
+    result = calibrate(encode, images, np.random.default_rng(0), others_MD=vectors_, false_merges=0.02)
+    assert len(pairs_above(vectors_, result.threshold)[0]) * 2 / 400 <= 0.05  # measured on all, not extrapolated
+    assert result.recall["resave"] == result.recall["shrink"] == result.recall["noise"] == 1
+    assert result.recall["flip"] < 0.2
+    assert [t["threshold"] for t in result.table] == sorted(t["threshold"] for t in result.table)
+    assert result.copies == 240
+    # If half of the pool is copied once, the threshold hardly changes.
     copies = [attack(image, "jpeg", np.random.default_rng(1), 0.5) for image in pool[:200]]
-    mixed = np.concatenate([vectors_, look(copies)])
-    again = calibrate(look, images, np.random.default_rng(0), others_MD=mixed, false_merges=0.02)
-    assert abs(again.threshold - found.threshold) < 0.1
+    mixed = np.concatenate([vectors_, encode(copies)])
+    again = calibrate(encode, images, np.random.default_rng(0), others_MD=mixed, false_merges=0.02)
+    assert abs(again.threshold - result.threshold) < 0.1
     assert again.recall["shrink"] == 1
 
 
-def test_real_near_duplicates_are_found_with_nothing_set_by_hand(shared, tmp_path):
+def test_real_near_duplicates_are_found_with_default_settings(shared, tmp_path):
     """156 pairs in CIFAR-10 that people call the same shot; among 4,313 images, seen as eight by eight pixels."""
     tar = shared("neardup_cifar10_dev.tar")
     index = open_source(tar / "images")
@@ -474,17 +476,17 @@ def test_real_near_duplicates_are_found_with_nothing_set_by_hand(shared, tmp_pat
     assert np.mean([a in group and group[a] == group.get(b) for a, b in same]) > 0.8  # 0.82; plain cosines: 0.37
     known = {image for a, b, _ in pairs for image in (a, b)}
     stages = pq.read_table(out / "images.parquet")["stage"].to_pylist()
-    gone = [image for image, stage in enumerate(stages) if stage == "duplicate" and image not in known]
-    assert len(gone) < 0.01 * len(index)  # 20, some of them true duplicates that nobody has judged
+    dropped = [image for image, stage in enumerate(stages) if stage == "duplicate" and image not in known]
+    assert len(dropped) < 0.01 * len(index)  # 20, some of them true duplicates that nobody has judged
 
 
-def test_calibration_of_a_network_that_tells_nothing_apart_merges_nothing():
-    found = calibrate(lambda images: np.ones((len(images), 4)), pictures(30), np.random.default_rng(0))
-    assert found.threshold == 1.0
+def test_calibration_of_a_collapsed_network_merges_nothing():
+    result = calibrate(lambda images: np.ones((len(images), 4)), pictures(30), np.random.default_rng(0))
+    assert result.threshold == 1.0
     assert calibrate(lambda images: np.eye(2)[: len(images)], pictures(2), np.random.default_rng(0)).threshold == 1.0
 
 
-def test_retrieval_is_the_nearest_with_a_floor():
+def test_retrieval_is_nearest_first_with_a_minimum():
     x = chain(0, 1, 30, 90, 2, 31)
     hits = retrieve(x, queries=np.array([0, 2]), candidates=np.array([1, 3, 4, 5]), k=2)
     assert list(zip(hits.query_H.tolist(), hits.rank_H.tolist(), hits.row_H.tolist())) == [
@@ -502,21 +504,23 @@ def test_retrieval_is_the_nearest_with_a_floor():
     assert best_hits(ties, 1)[1].tolist() == [1]
 
 
-def test_embedding_says_how_fast_it_goes(capsys):
+def test_embedding_prints_its_progress(capsys):
     progress = ProgressLine("embed", "images", 1000, interval=0)
     progress.add(10)
     assert "embed: 10 of 1,000 images" in capsys.readouterr().err
 
 
-def test_a_part_in_which_nothing_can_be_read(tmp_path):
+def test_a_unit_without_readable_images(tmp_path):
     index = write(tmp_path / "i", {"a.png": b"", "b.png": b"", "c.png": png(picture(0)), "d.png": png(picture(1))})
-    x, images = embedding.load_embeddings(embedding.embed(Pixels(), index, tmp_path / "e", batch=2, threads=1, partition_size=2))
+    x, images = embedding.load_embeddings(
+        embedding.embed(Pixels(), index, tmp_path / "e", batch=2, threads=1, partition_size=2)
+    )
     assert x.shape == (4, 192)
     assert np.any(x != 0, 1).tolist() == [False, False, True, True]
     assert images["status"].to_pylist() == ["empty", "empty", "ok", "ok"]
 
 
-def test_embeddings_are_made_once(pools, tmp_path):
+def test_embeddings_are_computed_once(pools, tmp_path):
     backbone = Pixels()
     out = embedding.embed(backbone, pools[0], tmp_path / "e", batch=4, threads=1)
     table = pq.read_table(out / "images.parquet")
@@ -528,5 +532,5 @@ def test_embeddings_are_made_once(pools, tmp_path):
     with pytest.raises(UsageError, match="tokens"):
         embedding.embed(backbone, pools[0], out, batch=4, threads=1, tokens="cls+mean")
     with pytest.raises(UsageError, match="compute"):
-        embedding.embed(InHalf(), pools[0], out, batch=4, threads=1)
+        embedding.embed(HalfPrecision(), pools[0], out, batch=4, threads=1)
     shutil.rmtree(out)

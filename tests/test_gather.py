@@ -1,4 +1,4 @@
-"""Leaks, hashes, marks, and what is gathered: on vectors and pictures whose answer is known."""
+"""Leaks, hashes, marks and gathering, on vectors and pictures with known results."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def test_leaks_are_the_nearest_benchmark_images_and_components_chain():
     assert best_matches(5, iter_pairs_above(x, 0.9, benchmark[:0]))[0].tolist() == [-1] * 5
 
 
-def test_the_best_hit_does_not_depend_on_the_order_of_tiles():
+def test_the_best_match_does_not_depend_on_the_order_of_tiles():
     random = np.random.default_rng(0)
     i, j = random.integers(0, 50, 400), random.integers(0, 80, 400)
     score = random.integers(0, 5, 400).astype(np.float32) / 10  # many are equal
@@ -74,17 +74,17 @@ def test_hashes_within_a_radius_are_all_found_once(radius, monkeypatch):
     assert len(expected) > 190 + (radius > 1) * 20
 
 
-def test_marks_are_what_they_say():
+def test_marks_compare_scores_with_limits():
     sharp, soft = picture(1), attack(picture(1), "blur", np.random.default_rng(0), 1.0)
     noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
     assert scores.sharpness(noise) > scores.sharpness(sharp) > scores.sharpness(soft)
     assert scores.sharpness(np.full((9, 9, 1), 3, np.uint8)) == 0
     assert (scores.side(sharp), scores.aspect(sharp)) == (48, 1.25)
     names = ("side<50", "aspect>1.5", "tests.test_gather:redness>0.5")
-    found = scores.load_scores(names)
-    assert list(found) == ["side", "aspect", "tests.test_gather:redness"]
+    loaded = scores.load_scores(names)
+    assert list(loaded) == ["side", "aspect", "tests.test_gather:redness"]
     values = {name: np.array([score(sharp), score(np.full((60, 200, 3), (255, 0, 0), np.uint8))])
-              for name, score in found.items()}  # fmt: skip
+              for name, score in loaded.items()}  # fmt: skip
     assert scores.image_marks(names, values) == ["side<50", "aspect>1.5 tests.test_gather:redness>0.5"]
     with pytest.raises(UsageError, match="did you mean 'sharpness'"):
         scores.load_scores(["sharpnes<1"])
@@ -98,8 +98,8 @@ def redness(image: np.ndarray) -> float:
     return float(image[..., 0].mean() / 255 - image[..., 1].mean() / 255)
 
 
-def test_filling_gives_everyone_their_own():
-    # Both queries like 7 best, the second more; the first has to take its next, and so on.
+def test_fill_gives_every_query_its_own_images():
+    # Both queries like 7 best, the second more; the first takes its next, and so on.
     hits = Hits(np.array([0, 0, 0, 1, 1, 1]), np.array([1, 2, 3, 1, 2, 3]), np.array([7, 8, 9, 7, 9, 8]),
                 np.array([0.8, 0.7, 0.6, 0.9, 0.5, 0.4], np.float32))  # fmt: skip
     one = fill_hits(hits, np.full(6, 1))
@@ -115,7 +115,7 @@ def test_filling_gives_everyone_their_own():
     assert (np.bincount(filled.query_H) == 4).all()
 
 
-def test_clusters_with_more_than_three_curated_images_are_drawn_from():
+def test_clusters_with_more_than_three_curated_images_are_sampled():
     rows, cluster = np.arange(100, 200), np.repeat([0, 1, 2, 3], 25)
     cluster_Q, dataset_Q = np.array([0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 2]), np.array([0] * 7 + [1] * 5)
     drawn = sample_clusters(cluster_Q, dataset_Q, rows, cluster, more_than=3, per_cluster=10, cap=1000, seed=0)
@@ -123,13 +123,15 @@ def test_clusters_with_more_than_three_curated_images_are_drawn_from():
     assert drawn.dataset.tolist() == [0, 1]
     assert (drawn.hits.tolist(), drawn.size.tolist(), drawn.taken.tolist()) == ([4, 5], [25, 25], [10, 10])
     assert np.bincount(cluster[drawn.rows - 100], minlength=4).tolist() == [10, 0, 10, 0]
-    assert len(sample_clusters(cluster_Q, dataset_Q, rows, cluster, more_than=0, per_cluster=99, cap=7, seed=0).rows) <= 14
+    assert (
+        len(sample_clusters(cluster_Q, dataset_Q, rows, cluster, more_than=0, per_cluster=99, cap=7, seed=0).rows) <= 14
+    )
     capped = sample_clusters(cluster_Q, dataset_Q * 0, rows, cluster, more_than=2, per_cluster=99, cap=7, seed=0)
     assert len(capped.rows) == capped.taken.sum() == 7
     assert not len(sample_clusters(cluster_Q, dataset_Q, rows, cluster, more_than=9, per_cluster=9, cap=9, seed=0).rows)
 
 
-def test_what_is_drawn_depends_on_the_number_of_an_image_and_the_seed():
+def test_draws_depend_only_on_row_and_seed():
     rows = np.arange(1000)
     first = set(rows[draw_order(rows, 0)][:100].tolist())
     assert set(rows[::-1][draw_order(rows[::-1], 0)][:100].tolist()) == first
@@ -137,14 +139,14 @@ def test_what_is_drawn_depends_on_the_number_of_an_image_and_the_seed():
     assert abs(np.mean(list(first)) - 500) < 100
 
 
-def test_shares_are_as_even_as_sizes_allow():
+def test_quotas_are_as_even_as_sizes_allow():
     assert balanced_quotas(np.array([10, 2, 5]), 9).tolist() == [4, 2, 3]
     assert balanced_quotas(np.array([10, 2, 5]), 99).tolist() == [10, 2, 5]
     assert balanced_quotas(np.array([3, 3, 3]), 8).sum() == 8
     assert balanced_quotas(np.array([0, 4]), 3).tolist() == [0, 3]
 
 
-def test_an_even_draw_levels_what_is_common_and_what_is_rare():
+def test_hierarchical_sampling_balances_common_and_rare_content():
     random = np.random.default_rng(0)
     middle = l2_normalise(random.standard_normal((8, 24)))
     kind = np.repeat(np.arange(8), [1000, 500, 200, 100, 60, 40, 30, 20])

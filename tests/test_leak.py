@@ -1,4 +1,4 @@
-"""What of a benchmark is in what was trained on: named, left out, and scored with and without."""
+"""Leaks of a benchmark into the training images: named, excluded, and scored with and without."""
 
 from pathlib import Path
 
@@ -35,33 +35,33 @@ def places(tmp_path) -> dict[str, Path]:
     return {name: tmp_path / name for name in ("training", "benchmark", "backbone")}
 
 
-def test_leaks_are_named_left_out_and_scored_with_and_without(places, tmp_path):
-    found = leak(
+def test_leaks_are_named_excluded_and_scored_with_and_without(places, tmp_path):
+    result = leak(
         places["backbone"], places["training"], places["benchmark"], tmp_path / "out", suite="quick",
         settings={"benchmark_threshold": 0.9999, "duplicate_space": "plain"},
     )  # fmt: skip
-    assert (found["images"], found["leaked"], found["benchmark"], found["benchmark_leaked"]) == (30, 3, 24, 3)
-    pairs = {(pair["image"], pair["benchmark"]) for pair in found["pairs"]}
+    assert (result["images"], result["leaked"], result["benchmark"], result["benchmark_leaked"]) == (30, 3, 24, 3)
+    pairs = {(pair["image"], pair["benchmark"]) for pair in result["pairs"]}
     assert pairs == {
         ("training/02.png", "benchmark/val/a/02.png"),
         ("training/05.png", "benchmark/val/b/05.png"),
         ("training/08.png", "benchmark/val/a/08.png"),
     }
     assert len(open_source(tmp_path / "out" / "selection")) == 27
-    left = open_source(tmp_path / "out" / "benchmark")
-    assert len(left) == 21
-    assert set(left.column("split")) == {"train", "val"}
-    images = {which: scores[0]["settings"]["protocol"] for which, scores in found["scores"].items()}
+    remaining = open_source(tmp_path / "out" / "benchmark")
+    assert len(remaining) == 21
+    assert set(remaining.column("split")) == {"train", "val"}
+    images = {which: scores[0]["settings"]["protocol"] for which, scores in result["scores"].items()}
     assert images.keys() == {"all", "without"}
-    assert read_json(tmp_path / "out" / "leaks.json") == found
+    assert read_json(tmp_path / "out" / "leaks.json") == result
     again = leak(
         places["backbone"], places["training"], places["benchmark"], tmp_path / "out", suite="quick",
         settings={"benchmark_threshold": 0.9999, "duplicate_space": "plain"},
     )  # fmt: skip
-    assert again == found
+    assert again == result
 
 
-def test_the_command_and_its_mistakes(places, tmp_path, capsys):
+def test_the_command_and_its_errors(places, tmp_path, capsys):
     words = ["leak", "--backbone", places["backbone"], "--data", places["training"], "--benchmark", places["benchmark"]]
     words = [str(w) for w in [*words, "--out", tmp_path / "out", "--suite", "none"]]
     assert cli.run([*words, "--benchmark-threshold", "0.9999", "--duplicate-space", "plain"]) == launch.DONE

@@ -43,7 +43,7 @@ def test_equal_rows_tie_wherever_they_lie_in_a_block():
 
 
 @pytest.mark.parametrize("device", [None, "cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_neither_blocks_nor_device_are_part_of_the_result(device):
+def test_results_do_not_depend_on_blocks_or_device(device):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     x = vectors(260, 96)
@@ -58,7 +58,7 @@ def test_neither_blocks_nor_device_are_part_of_the_result(device):
             assert a.tobytes() == b.tobytes()
 
 
-def test_k_is_clipped_and_nothing_may_be_there():
+def test_k_is_clipped_and_matrices_may_be_empty():
     x = vectors(5)
     score, row = top_k(x, x[:3], 10)
     assert score.shape == row.shape == (5, 3)
@@ -70,7 +70,7 @@ def test_k_is_clipped_and_nothing_may_be_there():
 
 @pytest.mark.parametrize("block", [13, 100, 4096])
 @pytest.mark.parametrize("threshold", [-0.5, 0.3, 0.999])
-def test_pairs_are_all_those_above_and_no_other(block, threshold):
+def test_pairs_are_exactly_those_above_the_threshold(block, threshold):
     x, y = vectors(230), vectors(61, seed=2)
     matrix = cosine_matrix(x, x)
     assert np.abs(matrix - threshold).min() > 1e-5  # none too close to call
@@ -83,7 +83,7 @@ def test_pairs_are_all_those_above_and_no_other(block, threshold):
     assert len(list(iter_pairs_above(x, threshold, y, block=block))) == count_tiles(230, 61, block=block)
 
 
-def test_above_means_above():
+def test_the_threshold_is_exclusive():
     x = np.eye(3, dtype=np.float32)
     assert len(pairs_above(x, 0.0)[0]) == 0
     assert len(pairs_above(x, -1e-3)[0]) == 3
@@ -91,7 +91,7 @@ def test_above_means_above():
     assert len(pairs_above(x[:0], 0.5)[0]) == 0
 
 
-def test_float16_files_give_the_scores_of_their_rows_made_unit_length_again(tmp_path):
+def test_float16_files_give_the_scores_of_their_normalised_rows(tmp_path):
     x = l2_normalise(vectors(300, 64)).astype(np.float16)
     np.save(tmp_path / "x.npy", x)
     stored = np.load(tmp_path / "x.npy", mmap_mode="r")
@@ -112,6 +112,6 @@ def test_a_row_of_zeros_resembles_nothing():
     assert top_k(x[4:5], x, 2)[0].tolist() == [[0, 0]]
 
 
-def test_numbers_that_are_not_finite_are_refused():
+def test_non_finite_numbers_are_refused():
     with pytest.raises(AssertionError, match="finite"):
         top_k(np.full((1, 2), np.nan), np.ones((1, 2)), 1)

@@ -1,4 +1,4 @@
-"""Stages: every unit is computed once, by any worker; killed processes, full disks and errors leave no partial results."""
+"""Stages: any worker computes a unit once; killed processes, full disks and errors leave no partial results."""
 
 import contextlib
 import hashlib

@@ -83,8 +83,9 @@ class AssignProbes:
 
 
 def require_readable_curated(context: CurationContext) -> None:
-    """Raise UsageError unless at least one curated image can be read."""
-    if not context.readable_N[: context.curated].any():
+    """Raise UsageError if gathering starts from curated images and none of them can be read."""
+    starts_from_curated = context.config.gather in ("sample", "cluster", "auto")
+    if starts_from_curated and not context.readable_N[: context.curated].any():
         first = context.images.slice(0, 1).to_pylist()[0]
         reason = f"the first, {first['path']}, is {first['status']} ({first['reason']})"
         raise UsageError(f"none of the {context.curated:,} curated images can be read; {reason}")

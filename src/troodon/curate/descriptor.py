@@ -51,9 +51,7 @@ class CopyDescriptor:
         except (RuntimeError, ValueError) as error:
             raise UsageError(f"{path}: not a TorchScript copy descriptor ({str(error).splitlines()[0]})") from None
         if vector.ndim != 2:
-            raise UsageError(
-                f"{path}: returns {tuple(vector.shape)}; a copy descriptor returns one vector per image"
-            )
+            raise UsageError(f"{path}: returns {tuple(vector.shape)}; a copy descriptor returns one vector per image")
         has_unit_length = abs(vector.norm().item() - 1.0) < 1e-3
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
         return CopyDescriptor(path, network, digest, for_copies=has_unit_length)

@@ -47,8 +47,12 @@ class _Remaining:
     queries: ndarray  # positions in `rows`
     candidates: ndarray  # positions in `rows`
     dataset_Q: ndarray  # number of the curated set of each query
-    by_sample_Q: ndarray  # bool: retrieve for this query; otherwise draw from clusters
+    by_sample: ndarray  # bool, for each curated set: retrieve its neighbours; otherwise draw from clusters
     k_Q: ndarray  # number of images to retrieve
+
+    @property
+    def by_sample_Q(self) -> ndarray:
+        return self.by_sample[self.dataset_Q]
 
     @staticmethod
     def load(context: CurationContext, verdicts: Path) -> "_Remaining":
@@ -61,8 +65,8 @@ class _Remaining:
         is_auto = config.gather == "auto"
         by_sample = [config.gather == "sample" or (is_auto and size > config.large) for _, size in datasets]
         k = [config.k_for(name) for name, _ in datasets]
-        by_sample_Q, k_Q = np.array(by_sample, bool)[dataset_Q], np.array(k, np.int64)[dataset_Q]
-        return _Remaining(rows, queries, candidates, dataset_Q, by_sample_Q, k_Q)
+        k_Q = np.array(k, np.int64)[dataset_Q]
+        return _Remaining(rows, queries, candidates, dataset_Q, np.array(by_sample, bool), k_Q)
 
 
 def gather(context: CurationContext, embeddings: Path, verdicts: Path) -> Path:
@@ -79,7 +83,7 @@ def gather(context: CurationContext, embeddings: Path, verdicts: Path) -> Path:
         depth = int(remaining.k_Q.max()) * (FILL_DEPTH if config.collisions == "fill" else 1)
         work = _RetrieveHits(vectors, queries, remaining.candidates, depth, context.device)
         parts = context.run_units("retrieve", work, row_ranges(len(queries), QUERIES_PER_UNIT), *inputs)
-    if len(remaining.candidates) and _needs_clusters(context):
+    if len(remaining.candidates) and config.gather in ("cluster", "auto") and not remaining.by_sample.all():
         cluster_M = _assign_clusters(context, vectors, remaining.candidates, inputs)
 
     def choose(folder: Path) -> Counts:
@@ -109,13 +113,6 @@ def _write_vectors(context: CurationContext, embeddings: Path, remaining: _Remai
         return unit_counts(len(remaining.rows))
 
     return context.run_single("look-alikes", work, kind, verdicts.parent.name) / "vectors.npy"
-
-
-def _needs_clusters(context: CurationContext) -> bool:
-    config = context.config
-    return config.gather == "cluster" or (
-        config.gather == "auto" and not all(size > config.large for _, size in context.datasets)
-    )
 
 
 def _assign_clusters(context: CurationContext, vectors: Path, candidates: ndarray, inputs: tuple) -> ndarray:

@@ -70,7 +70,6 @@ def curate(
         shutil.rmtree(root, ignore_errors=True)  # left if an earlier run was killed just before its end
         return out
 
-    backend = backend or SingleProcess()
     index = Index.concat([curated, uncurated, *([benchmark] if len(benchmark) else [])])
     embeddings = embed(
         backbone, index, root / "embeddings", batch=config.batch, threads=config.threads, tokens=config.tokens,
@@ -79,10 +78,9 @@ def curate(
     device = None if str(getattr(backbone, "device", "cpu")) == "cpu" else str(backbone.device)
     context = CurationContext(
         config, index, load_embeddings(embeddings)[1], len(curated), len(uncurated), _datasets(curated), root,
-        run.read_json(embeddings / run.MANIFEST)["fingerprint"], backend, device,
+        run.read_json(embeddings / run.MANIFEST)["fingerprint"], backend or SingleProcess(), device,
     )  # fmt: skip
-    if config.gather in ("sample", "cluster", "auto"):
-        require_readable_curated(context)
+    require_readable_curated(context)
 
     comparison = prepare_comparison(context, embeddings, encoder)
     duplicates = remove_duplicates(context, comparison)
