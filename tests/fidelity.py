@@ -1,9 +1,9 @@
-"""How far every operation on pixels is from Pillow, or where Pillow rounds on the way, from the definition.
+"""The difference of each pixel operation from Pillow or, where Pillow rounds in between, from the definition.
 
-    python -m tests.fidelity [PLACE ...]
+    python -m tests.fidelity [SOURCE ...]
 
-Prints the mean and the largest difference in levels of 256, over the images of the places (or one made image), for
-crops at 224 and 98 pixels, JPEGs decoded at a smaller scale, and each colour operation over its range.
+Prints the mean and the largest difference in levels of 256, over the images of the sources (or one synthetic image),
+for crops at 224 and 98 pixels, JPEGs decoded at a smaller scale, and each colour operation over its range.
 """
 
 import colorsys
@@ -27,14 +27,14 @@ COLUMNS = ("brightness", "contrast", "saturation", "hue", "order", "grey", "sigm
 
 
 def changed(image_HWC: np.ndarray, **changes: float) -> np.ndarray:
-    """What `apply` makes of an image: (H, W, 3) floats in levels."""
+    """The result of `apply` on an image: (H, W, 3) floats in levels."""
     parameters_NP = np.array([[changes.get(name, neutral) for name, neutral in zip(COLUMNS, NEUTRAL)]], np.float32)
     crops_NCHW = torch.from_numpy(image_HWC).permute(2, 0, 1)[None]
     return apply(crops_NCHW, parameters_NP, PLAIN)[0].permute(1, 2, 0).numpy() * 255
 
 
 def hue_shifted(image_HWC: np.ndarray, turns: float) -> np.ndarray:
-    """Hue shifted by its definition, for every colour that occurs, in levels."""
+    """The hue shifted by its definition, for every colour that occurs, in levels."""
     colours_K3, inverse = np.unique(image_HWC.reshape(-1, 3), axis=0, return_inverse=True)
     shifted = []
     for r, g, b in colours_K3 / 255:
@@ -98,7 +98,7 @@ def colours(image_HWC: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray
 
 
 def differences(images: list[np.ndarray]) -> dict[str, tuple[float, float]]:
-    """By operation: the mean and the largest difference, in levels."""
+    """The mean and the largest difference of each operation, in levels."""
     errors: dict[str, list[tuple[float, float]]] = {}
     for image_HWC in images:
         for name, ours, expected in (*crops(image_HWC), *colours(image_HWC)):
@@ -107,7 +107,7 @@ def differences(images: list[np.ndarray]) -> dict[str, tuple[float, float]]:
     return {name: (float(np.mean([m for m, _ in o])), max(x for _, x in o)) for name, o in errors.items()}
 
 
-def made(height: int = 240, width: int = 320) -> np.ndarray:
+def synthetic_image(height: int = 240, width: int = 320) -> np.ndarray:
     """Many hues, greys, black and white, edges and noise: uint8 (H, W, 3)."""
     y, x = np.mgrid[:height, :width] / height
     image = np.stack([np.sin(9 * x + y), np.cos(7 * y - x), np.sin(5 * x * y + 1)], -1) * 127 + 128
@@ -117,9 +117,9 @@ def made(height: int = 240, width: int = 320) -> np.ndarray:
 
 
 def main() -> None:
-    images = [made()]
-    if places := sys.argv[1:]:
-        index = open_source(*places)
+    images = [synthetic_image()]
+    if sources := sys.argv[1:]:
+        index = open_source(*sources)
         images = [decode(index.read(row)) for row in np.linspace(0, len(index) - 1, 20).astype(int)]
     for name, (mean, largest) in differences(images).items():
         print(f"{name:<24} mean {mean:7.4f}   largest {largest:7.3f}")

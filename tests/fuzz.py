@@ -1,9 +1,9 @@
-"""Thousands of damaged files for the decoder, in a process of their own: it must neither die, nor hang, nor grow.
+"""Decode thousands of damaged files in a separate process: the decoder must not crash, hang or leak memory.
 
     python -m tests.fuzz [--files 5000] [--seed 0] [--slow] [FILE ...]
 
-Small pictures of every format (and FILEs) are damaged in five ways and decoded by several threads, as workers do.
-Prints a line of JSON: how many came out how, the slowest of them, and by how much the process grew.
+Small images of every format (and FILEs) are damaged in five ways and decoded by several threads, like in training.
+Prints a line of JSON: the number of each outcome, the slowest decoding, and the growth of the process.
 """
 
 import argparse
@@ -23,13 +23,13 @@ from PIL import Image
 from troodon.images import decode as decoder
 from troodon.images.decode import BadImage, decode, read_header
 
-WAYS = ("flip", "cut", "grow", "blank", "splice")
-HANGS_S = 60  # for one picture; then every thread's place is printed, and the process ends
+DAMAGES = ("flip", "cut", "grow", "blank", "splice")
+TIMEOUT_S = 60  # per batch; then the stack of every thread is printed, and the process exits
 THREADS = 4
 
 
 def small_files() -> dict[str, bytes]:
-    """A picture of 48 by 33 pixels in every format that can be written here."""
+    """An image of 48 by 33 pixels in every format that this Pillow can write."""
     noise = np.random.default_rng(0).integers(0, 40, (33, 48, 3))
     y, x = np.mgrid[0:33, 0:48]
     image = Image.fromarray((np.stack([x * 4, y * 6, x + y], 2) + noise).clip(0, 255).astype(np.uint8))
@@ -60,28 +60,30 @@ def small_files() -> dict[str, bytes]:
     return files | {"npy": out.getvalue()}
 
 
-def damaged(files: list[bytes], draw: random.Random) -> bytes:
+def damage(files: list[bytes], draw: random.Random) -> bytes:
     data = bytearray(draw.choice(files))
-    way = draw.choice(WAYS)
-    at = draw.randrange(len(data))
-    if way == "flip":
+    kind = draw.choice(DAMAGES)
+    start = draw.randrange(len(data))
+    if kind == "flip":
         for _ in range(draw.choice((1, 2, 4, 8, 64))):
             data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-    elif way == "cut":
-        del data[at:]
-    elif way == "grow":  # sizes stand in the first bytes
-        at = draw.randrange(min(len(data), 100))
-        data[at : at + 4] = draw.choice((b"\xff" * 4, b"\x7f\xff\xff\xff", b"\x00\x01\x00\x00", b"\x00\x00\xff\xff"))
-    elif way == "blank":
-        data[at : at + 100] = bytes(len(data[at : at + 100]))
+    elif kind == "cut":
+        del data[start:]
+    elif kind == "grow":  # the first bytes hold the sizes
+        start = draw.randrange(min(len(data), 100))
+        data[start : start + 4] = draw.choice(
+            (b"\xff" * 4, b"\x7f\xff\xff\xff", b"\x00\x01\x00\x00", b"\x00\x00\xff\xff")
+        )
+    elif kind == "blank":
+        data[start : start + 100] = bytes(len(data[start : start + 100]))
     else:  # the end of another file
         other = draw.choice(files)
-        data[at:] = other[min(at, len(other)) :]
+        data[start:] = other[min(start, len(other)) :]
     return bytes(data)
 
 
-def attempt(data: bytes) -> tuple[str, float]:
-    """What came of it, and how many seconds it took."""
+def try_decode(data: bytes) -> tuple[str, float]:
+    """The outcome of decoding, and its duration in seconds."""
     start = time.perf_counter()
     try:
         pixels = decode(data, None)
@@ -96,7 +98,7 @@ def attempt(data: bytes) -> tuple[str, float]:
 
 
 def resident() -> float:
-    """MB of this process."""
+    """Resident memory of this process, in MB."""
     gc.collect()
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
@@ -108,24 +110,24 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--slow", action="store_true", help="without simplejpeg")
     parser.add_argument("more", nargs="*", type=Path, help="files to damage besides the small ones")
-    given = parser.parse_args()
-    if given.slow:
+    args = parser.parse_args()
+    if args.slow:
         decoder.simplejpeg = None
     faulthandler.enable()
-    files = [*small_files().values(), *(path.read_bytes() for path in given.more)]
+    files = [*small_files().values(), *(path.read_bytes() for path in args.more)]
     files = [data for data in files if data]
-    draw, outcomes, slowest, settled = random.Random(given.seed), Counter[str](), 0.0, 0.0
+    draw, outcomes, slowest, baseline = random.Random(args.seed), Counter[str](), 0.0, 0.0
     with ThreadPoolExecutor(THREADS) as pool:
-        for start in range(0, given.files, 250):
-            faulthandler.dump_traceback_later(HANGS_S, exit=True)
-            batch = [damaged(files, draw) for _ in range(min(250, given.files - start))]
-            for status, seconds in pool.map(attempt, batch):
+        for start in range(0, args.files, 250):
+            faulthandler.dump_traceback_later(TIMEOUT_S, exit=True)
+            batch = [damage(files, draw) for _ in range(min(250, args.files - start))]
+            for status, seconds in pool.map(try_decode, batch):
                 outcomes[status] += 1
                 slowest = max(slowest, seconds)
-            if start <= given.files // 3:
-                settled = resident()  # what decoders keep for themselves is there by now
+            if start <= args.files // 3:
+                baseline = resident()  # includes what decoders cache
     faulthandler.cancel_dump_traceback_later()
-    report = {"outcomes": outcomes, "slowest_s": round(slowest, 3), "grown_mb": round(resident() - settled, 1)}
+    report = {"outcomes": outcomes, "slowest_s": round(slowest, 3), "grown_mb": round(resident() - baseline, 1)}
     print(json.dumps(report | {"kinds": len(files)}))
 
 

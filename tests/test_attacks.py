@@ -11,7 +11,7 @@ RESIZED = {"shrink", "enlarge", "stretch", "crop", "pad", "screenshot"}
 
 
 def gist(image: np.ndarray, side: int = 12) -> np.ndarray:
-    """A small grey thumbnail without its mean: what stays when a picture is only tampered with."""
+    """A small grey thumbnail without its mean: attacks change it little."""
     x = np.asarray(Image.fromarray(image).convert("L").resize((side, side), Image.Resampling.BOX), float)
     return (x - x.mean()).ravel() / (np.linalg.norm(x - x.mean()) + 1e-9)
 

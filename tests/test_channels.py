@@ -1,4 +1,4 @@
-"""Images of other than three channels, from their bytes to features, scores and pictures."""
+"""Images without exactly three channels, from their bytes to features, scores and thumbnails."""
 
 import io
 import random
@@ -29,6 +29,7 @@ from troodon.learn.pretrain import check, pretrain
 from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
 from troodon.report.thumbnails import thumbnail
+from troodon.verbs.plans import before_training
 from troodon.views import sheet
 from troodon.views.config import CropsConfig, MasksConfig, PhotometricConfig
 from troodon.views.crops import generator, multi_crop
@@ -47,13 +48,13 @@ def npy(x: np.ndarray, version: tuple[int, int] = (1, 0)) -> bytes:
 
 
 def header(text: str, version: int = 1, length: int | None = None) -> bytes:
-    """A .npy header of these words, well formed or not, and no numbers."""
+    """A .npy file with this header, valid or not, and no data."""
     length = len(text) if length is None else length
     return b"\x93NUMPY" + bytes([version, 0]) + struct.pack("<H" if version == 1 else "<I", length) + text.encode()
 
 
 def fill(folder: Path, channels: int, count: int = 20, classes: int = 1) -> Path:
-    """Arrays, or pictures where grey or RGBA will do; each class is brighter than the last."""
+    """Write arrays, or images for 1 and 4 channels; each class is brighter than the one before."""
     for i in range(count):
         home = folder / f"class{i % classes}"
         home.mkdir(parents=True, exist_ok=True)
@@ -204,7 +205,7 @@ def test_arrays_that_are_not_images_are_refused(data, status, message):
 
 
 def test_a_truncated_array_reports_its_missing_bytes():
-    """A header is believed only as far as there are bytes: nothing is made of the size it names."""
+    """Nothing of the size in the header is allocated before the bytes are known to exist."""
     claimed = header("{'descr': '|u1', 'fortran_order': False, 'shape': (9, 9, 99999999999999)}")
     with pytest.raises(BadImage, match="truncated: the last 8,099,999,999,999,919 bytes"):
         decode(claimed, None)
@@ -338,7 +339,8 @@ def test_read_batches_skips_images_with_other_channels(tmp_path):
 @pytest.mark.parametrize("channels", [1, 4, 5])
 def test_a_run_learns_from_its_channels_and_its_backbone_reads_them(tmp_path, channels):
     folder = fill(tmp_path / "images", channels)
-    pretrain(config(channels), open_source(folder), tmp_path / "run")
+    index = open_source(folder)
+    pretrain(config(channels), index, tmp_path / "run", before=before_training(index))
     assert (tmp_path / "run" / "pictures" / "crops.png").exists()
     assert not (tmp_path / "run" / "quarantine.jsonl").exists()
     backbone = troodon.load(tmp_path / "run")

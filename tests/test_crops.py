@@ -18,7 +18,7 @@ SHAPES = [(1, 1), (1, 50), (50, 1), (2, 3), (7, 7), (8, 2000), (2000, 8), (57, 4
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Smooth colours with hard black and white edges and some noise: bicubic overshoots on it."""
+    """Smooth colours with hard black and white edges and some noise, on which bicubic resizing overshoots."""
     random = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width] / 9.0
     smooth = np.stack([np.sin(x + y), np.cos(x - 2 * y), np.sin(3 * x)], -1) * 100 + 128

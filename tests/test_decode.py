@@ -1,4 +1,4 @@
-"""Bytes to pixels: every mode upright and in 8 bits, every broken file a BadImage, nothing else."""
+"""Decoding: every mode gives upright 8-bit pixels, every broken file gives BadImage and nothing else."""
 
 import csv
 import io
@@ -23,12 +23,12 @@ from troodon.images.decode import BadImage, decode, read_header
 
 @pytest.fixture(autouse=True)
 def pillow_warnings_as_for_users() -> None:
-    """The module silences Pillow once, when it is imported; the runner then puts its own filters in front of that."""
+    """The module filters warnings of Pillow once, at import; pytest then puts its own filters before these."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def picture(height: int = 48, width: int = 64) -> Image.Image:
-    """Smooth, coloured, and different in every corner."""
+    """A smooth colour image that differs in every corner."""
     y, x = np.mgrid[:height, :width]
     rgb = np.stack([x * 255 // width, y * 255 // height, (x + y) * 255 // (height + width)], -1)
     return Image.fromarray(rgb.astype(np.uint8))
@@ -56,7 +56,7 @@ def small_files() -> dict[str, bytes]:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A black 1-bit PNG that says it is this large, and holds no pixels."""
+    """A black 1-bit PNG with this size in its header, and no pixels."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
@@ -264,7 +264,7 @@ def test_bad_image_survives_pickling():
 
 @pytest.mark.parametrize("more", [["--files", "5000"], ["--files", "1500", "--seed", "1", "--slow"]])
 def test_damaged_files_cause_no_crash_hang_or_leak(more):
-    """In a process of its own, for a decoder that dies takes the process with it."""
+    """In a separate process, since a decoder that crashes ends its process."""
     command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "tests.fuzz", *more]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr[-3000:]

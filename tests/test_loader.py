@@ -1,4 +1,4 @@
-"""The stream of batches: a function of seed and step, whatever the threads, ranks and broken files."""
+"""The stream of batches: a function of seed and step, independent of threads, ranks and broken files."""
 
 import io
 import os
@@ -138,7 +138,7 @@ def test_read_batches_gives_every_readable_image_once_in_order(index):
 
 @pytest.mark.parametrize("length", [1, 13, 1009])
 def test_every_image_is_seen_once_a_pass_whatever_the_batch(index, length):
-    """Of a prime number of images no batch divides a pass; ranks share what there is."""
+    """No batch size divides a prime number of images; ranks share the images."""
     table = index.table.take([0] * length)
     loader = replace(make_loader(index, batch_size=6), index=replace(index, table=table))
     ranks = [replace(loader, rank=rank, world_size=3) for rank in range(3)]

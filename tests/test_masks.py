@@ -1,4 +1,4 @@
-"""Block masks: how many, how large, what shape, and that drawing them always ends."""
+"""Block masks: their number, sizes and shapes, and that drawing always ends."""
 
 import math
 
@@ -89,7 +89,7 @@ def test_the_first_block_is_a_rectangle_of_the_drawn_size_and_shape() -> None:
 
 
 def test_masked_patches_lie_together() -> None:
-    """Of the neighbours of a masked patch far more are masked than the ratio would have by chance."""
+    """Far more neighbours of a masked patch are masked than by chance."""
     random = np.random.default_rng(0)
     together = []
     for _ in range(100):

@@ -1,4 +1,4 @@
-"""Shards: the same bytes at other places, read again before they count; smaller pictures that stay what they were."""
+"""Shards: the same bytes at other locations, verified after writing; resized images that keep their format."""
 
 import io
 import json

@@ -34,7 +34,7 @@ def parameters(**changes: float) -> np.ndarray:
 
 
 def levels(image_HWC: np.ndarray, parameters_NP: np.ndarray) -> np.ndarray:
-    """The crops that `apply` makes of one image, before normalisation, in 8-bit levels: (N, H, W, 3) floats."""
+    """The results of `apply` on one image, before normalisation, in 8-bit levels: (N, H, W, 3) floats."""
     crops_NCHW = torch.from_numpy(image_HWC).permute(2, 0, 1).expand(len(parameters_NP), -1, -1, -1)
     return apply(crops_NCHW, parameters_NP, PLAIN).permute(0, 2, 3, 1).numpy() * 255
 
@@ -53,13 +53,13 @@ def test_neutral_parameters_only_normalise_to_the_last_bit() -> None:
 
 
 def test_every_operation_matches_pillow_or_its_definition() -> None:
-    """Bounds in levels of 256: Pillow cuts off or rounds to whole levels where ours keeps fractions."""
+    """Bounds in levels of 256: Pillow truncates or rounds to integer levels where ours keeps fractions."""
     bounds = {
         "crop to 224": (0.1, 2), "crop to 98": (0.1, 2), "crop of a smaller JPEG": (4, 60), "brightness": (0.55, 1),
         "contrast": (0.7, 2), "saturation": (0.7, 2), "hue (definition)": (1e-3, 0.01), "grey": (0.3, 0.51),
         "blur (definition)": (1e-3, 0.01), "solarise": (1e-4, 1e-3),
     }  # fmt: skip
-    differences = fidelity.differences([fidelity.made()])
+    differences = fidelity.differences([fidelity.synthetic_image()])
     assert differences.keys() == bounds.keys()
     for name, (mean, largest) in differences.items():
         assert mean < bounds[name][0], name
@@ -75,7 +75,7 @@ def test_every_operation_does_something(change: dict[str, float]) -> None:
 
 
 def reference(image_HWC: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """The whole chain for one crop, operation by operation, from the definitions: levels, float."""
+    """All operations on one crop, from their definitions, in float levels."""
     x = image_HWC / 255
 
     def grey(x: np.ndarray) -> np.ndarray:
@@ -140,7 +140,7 @@ def test_an_empty_batch_stays_empty() -> None:
 
 
 def assert_share(happened: np.ndarray, probability: float) -> None:
-    """Asserts that it happened as often as it should, within four standard errors; never and always, exactly."""
+    """Assert that the share is as expected, within four standard errors; exactly, if that is 0 or 1."""
     error = 4 * math.sqrt(probability * (1 - probability) / happened.size)
     assert abs(happened.mean() - probability) <= error, (happened.mean(), probability)
 

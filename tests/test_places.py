@@ -1,4 +1,4 @@
-"""Every kind of place gives the same images: zips, Parquet, lists, data sets of Python's, and all of them from afar."""
+"""Every kind of source gives the same images: zips, Parquet, lists, Python datasets, local and remote."""
 
 import contextlib
 import functools
@@ -33,7 +33,7 @@ LABELS = ["cats", "cats", "dogs", "dogs", "dogs"]
 
 
 class Server(http.server.SimpleHTTPRequestHandler):
-    """Files with ranges; the first request for what lies in `failing` fails, as networks do."""
+    """Serves files with ranges; the first request for a path in `failing` fails."""
 
     failing: ClassVar[set[str]] = set()
     requests: ClassVar[list[tuple[str, str | None]]] = []
@@ -68,7 +68,7 @@ class Server(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def cached(tmp_path, monkeypatch):
-    """A cache of this test's own."""
+    """A separate cache for one test."""
     monkeypatch.setenv("TROODON_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(files, "RETRY_WAIT_S", 0.001)
     for function in (files.cache_folder, files._cache_budget):
@@ -80,7 +80,7 @@ def cached(tmp_path, monkeypatch):
 
 @pytest.fixture
 def web(made, cached):
-    """What `made` holds, over HTTP."""
+    """The files of `made` over HTTP."""
     pytest.importorskip("aiohttp")
     Server.failing, Server.requests, Server.ranges = set(), [], True
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Server, directory=str(made)))
@@ -305,7 +305,7 @@ def test_encrypted_zips_are_reported(made, capsys):
 
 
 class Folder:
-    """As torchvision's: tuples of a picture and a class, and what the classes are called."""
+    """A dataset like those of torchvision: tuples of an image and a class, with class names."""
 
     def __init__(self, home: Path):
         self.files, self.classes, self.targets = [home / n for n in NAMES], ["cats", "dogs"], [0, 0, 1, 1, 1]

@@ -1,4 +1,4 @@
-"""The inventory: each image read once, and every count right on a set small enough to count by hand."""
+"""The scan: each image is read once, and all counts are right on a dataset small enough to count by hand."""
 
 import csv
 import hashlib
@@ -37,7 +37,7 @@ def picture(seed: int, width: int = 20, height: int = 10, mode: str = "RGB", for
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    """Nine files: one picture three times over two splits and two classes, one twice in one class, three broken."""
+    """Nine files: one image three times in two splits and two classes, one twice in one class, three broken."""
     a, b = picture(0), picture(1, 40, 30, "L", "PNG")
     files = {
         "train/cat/1.jpg": a,
@@ -268,7 +268,7 @@ def test_content_hashes_of_different_indexes_differ(photos):
 
 
 def test_identical_images_across_the_splits_of_a_real_dataset(shared):
-    """Two images of the training split lie, byte for byte, in the validation split, under another label."""
+    """Byte-identical copies of two training images are in the validation split, with other labels."""
     path = shared("cls_tinyin50_64.tar")
     table = scan(open_source(path), threads=2)
     summary = summarise(table)

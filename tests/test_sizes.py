@@ -1,4 +1,4 @@
-"""Crops that are not square, and steps of several resolutions: from the settings to what a network is shown."""
+"""Crops that are not square, and steps of several resolutions: from the settings to the batches."""
 
 import math
 from dataclasses import dataclass, replace
@@ -135,7 +135,7 @@ def test_crops_have_the_configured_height_and_width():
 
 @pytest.mark.parametrize("size", [(48, 48), (32, 96), (96, 32)])
 def test_a_crop_is_stretched_as_the_settings_say_whatever_its_shape(size):
-    """On ramps, the step from pixel to pixel says how much each direction was stretched."""
+    """On ramps, the difference between neighbouring pixels gives the scale of each direction."""
     ramp = np.arange(252, dtype=np.uint8)
     image = np.stack([*np.meshgrid(ramp, ramp), np.zeros((252, 252), np.uint8)], axis=2)
     config = CropsConfig(size, locals=0, aspect=(0.5, 2.0))
@@ -172,7 +172,7 @@ def test_batches_of_oblong_crops(index, tmp_path):  # noqa: F811
 
 
 def test_the_sheet_darkens_the_patches_that_are_masked(index):  # noqa: F811
-    """Its mask lies on the crop as the network cuts it, also where the crop is not square."""
+    """The mask matches the patches of the network, also if the crop is not square."""
     (batch,) = take(make_loader(index, WIDE), 0, 1)
     white = torch.ones(3, 16, 32) * 100  # whatever the colours
     for mask_P in batch.masks_NP:
@@ -207,7 +207,7 @@ def test_ranks_take_slices_of_a_batch_of_mixed_sizes(index):  # noqa: F811
 
 
 def test_one_size_in_the_mix_is_that_size_alone(index):  # noqa: F811
-    """Drawing the size takes no random number from anything else."""
+    """The draw of the size changes no other random numbers."""
     alone = take(make_loader(index, CropsConfig(16, local_px=8, locals=3)), 0, 3)
     mixed = take(make_loader(index, replace(MIXED, mixed=((16, 8, 5.0),))), 0, 3)
     assert all(same(a, b) for a, b in zip(alone, mixed, strict=True))
@@ -280,7 +280,7 @@ def test_a_backbone_of_oblong_images_is_saved_and_loaded(tmp_path):
 
 @pytest.mark.parametrize("crops", [WIDE, replace(MIXED, global_px=24, local_px=97, locals=2)])
 def test_a_run_of_such_crops_trains(images, tmp_path, crops, monkeypatch):  # noqa: F811
-    """Its plan counts the tokens of the mean step; its backbone sees what global_px says."""
+    """The plan counts the tokens of a mean step; the backbone takes images of global_px."""
     monkeypatch.setattr(planning, "product_rate", lambda device, dtype: 1e9)
     config = replace(CONFIG, crops=crops, steps=4)
     pretrain(config, open_source(images), tmp_path / "run")

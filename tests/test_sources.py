@@ -1,4 +1,4 @@
-"""Places to indexes: what counts as an image, what it is called, which label it has, and what mistakes say."""
+"""Sources: which files are images, their paths, labels and splits, and the messages of errors."""
 
 import gzip
 import io
@@ -25,7 +25,7 @@ MEMBERS = ["a/1.jpg", "a/2.PNG", "b/3.jpg", "b/c/4.webp", "notes.txt"]
 
 
 def write_files(folder: Path, names: list[str]) -> Path:
-    """Files whose bytes are their own names: sources never look inside."""
+    """Write files whose bytes are their own names: sources never read images."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)

@@ -83,7 +83,7 @@ def test_surfaces_use_their_two_colours_equally():
 
 
 def test_the_mask_is_where_the_body_is(monkeypatch):
-    """The same scenes with every body's colours exchanged differ inside the mask and nowhere else."""
+    """The same scenes with other body colours differ inside the mask and nowhere else."""
     config = WorldConfig(clutter=0.0)
     before = [render(0, k, config=config) for k in range(24)]
     palette = world_scene._palette

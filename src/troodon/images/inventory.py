@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from troodon.text import plural
+
 MAX_EXAMPLES = 10  # broken files, or groups, in the text
 
 Groups = list[list[int]]  # rows of identical images
@@ -136,7 +138,7 @@ def format_summary(summary: dict) -> str:
     if labels:
         fewest, most = min(labels.values()), max(labels.values())
         per_class = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
-        classes = _plural(len(labels), "class", "classes")
+        classes = plural(len(labels), "class", "classes")
         rows.append(("labels", f"{classes} of {per_class} images{_missing_text(summary, 'labels')}"))
     duplicates = _duplicates_text(summary["identical"], "byte-identical images")
     rows.append(("identical", duplicates or "no two files are the same"))
@@ -144,10 +146,10 @@ def format_summary(summary: dict) -> str:
         rows.append(("pixels", text))
     conflicts = summary["conflicts"]
     if conflicts["groups"]:
-        groups = _plural(conflicts["groups"], "group")
+        groups = plural(conflicts["groups"], "group")
         rows.append(("conflicts", f"{groups} of identical images with different labels"))
     if "seconds" in summary:
-        rows.append(("time", f"{summary['seconds']:,.1f} s, {_plural(summary['read'], 'image')} read"))
+        rows.append(("time", f"{summary['seconds']:,.1f} s, {plural(summary['read'], 'image')} read"))
     lines = [f"{name:<11} {text}" for name, text in rows]
     broken = [f"{image['path']}: {image['status']}, {image['reason']}" for image in summary["broken"]]
     lines += _example_lines("broken files", broken, len(broken))
@@ -160,16 +162,12 @@ def format_summary(summary: dict) -> str:
 def _duplicates_text(duplicates: dict, description: str) -> str:
     if not duplicates["groups"]:
         return ""
-    groups = f"{duplicates['images']:,} images in {_plural(duplicates['groups'], 'group')}"
-    text = f"{_plural(duplicates['pairs'], 'pair')} of {description} ({groups})"
+    groups = f"{duplicates['images']:,} images in {plural(duplicates['groups'], 'group')}"
+    text = f"{plural(duplicates['pairs'], 'pair')} of {description} ({groups})"
     if duplicates["pairs_across_splits"]:
-        pairs = _plural(duplicates["pairs_across_splits"], "pair")
+        pairs = plural(duplicates["pairs_across_splits"], "pair")
         text += f"; across splits {pairs} ({_counts_text(duplicates['by_splits'])})"
     return text
-
-
-def _plural(count: int, singular: str, plural: str | None = None) -> str:
-    return f"{count:,} {singular if count == 1 else plural or singular + 's'}"
 
 
 def _counts_text(counts: dict[str, int]) -> str:

@@ -199,9 +199,7 @@ class Loader:
         try:
             parts = [future.result() for future in futures]
         except BrokenProcessPool:
-            raise OSError(
-                f"a process that reads images died at batch {batch}, probably because of one of its images"
-            ) from None
+            raise OSError(f"a process that reads images died at batch {batch}; one of its images may be why") from None
         per_rank = self.batch_size // self.world_size
         wide, narrow = (
             torch.empty((len(crops), per_rank, *crops.shape[2:]), dtype=torch.uint8, pin_memory=is_pinned)
