@@ -12,7 +12,6 @@ test images. A demo takes some seven minutes on two cores; one in `--out` contin
 """
 
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -34,7 +33,7 @@ def run_demo(out: Path, seed: int, quick: bool) -> Path:
 
     demo = importlib.import_module("troodon.demo")  # the name itself is the verb's
     if quick:
-        demo.EMBEDDED_WORLD = replace(demo.EMBEDDED_WORLD, **QUICK)
+        demo.EMBEDDED_WORLD |= QUICK
     return demo.demo(out, steps=4 if quick else None, seed=seed)
 
 

@@ -31,9 +31,12 @@ from troodon.demo import EMBEDDED_WORLD
 from troodon.learn.config import ObjectiveConfig, PretrainConfig
 from troodon.model.config import ViTConfig
 from troodon.views.config import CropsConfig
+from troodon.world.scene import WorldConfig
 from troodon.world.write import write_world
 
 BY_FEATURES = ObjectiveConfig(terms=(("cls_features", 1.0), ("patch_features", 1.0)))
+
+QUICK_WORLD = {"clean": 200, "copies": 20, "off_topic": 20, "broken": 2, "curated": 20, "train": 120, "val": 60}
 
 
 def accuracies(run: Path, data: Path, out: Path) -> dict[str, float]:
@@ -48,8 +51,7 @@ def worth(home: Path, seeds: list[int], steps: int, quick: bool) -> list[dict]:
     by_network: dict[str, list[dict[str, float]]] = {}
     for seed in seeds:
         folder = home / f"seed-{seed}"
-        sizes = replace(EMBEDDED_WORLD, clean=200, copies=20, off_topic=20, broken=2, curated=20, train=120, val=60)
-        write_world(folder / "world", seed, sizes if quick else EMBEDDED_WORLD)
+        write_world(folder / "world", seed, WorldConfig(**EMBEDDED_WORLD | (QUICK_WORLD if quick else {})))
         images, data = folder / "world" / "uncurated", folder / "world" / "evaluation"
         common = {"seed": seed, "threads": 1, "probe_every": 0, "steps": steps}
         common |= {"schedules": {"lr": {"warmup": steps // 10}}}
