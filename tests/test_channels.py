@@ -333,7 +333,7 @@ def test_read_batches_skips_images_with_other_channels(tmp_path):
     ]
 
 
-# ---- the whole way
+# ---- training and evaluation
 
 
 @pytest.mark.parametrize("channels", [1, 4, 5])
@@ -431,7 +431,7 @@ def test_files_too_large_to_be_an_image_are_not_read(tmp_path):
         open_source(tmp_path).read(0)
 
 
-# ---- descriptors without learning
+# ---- baselines
 
 
 @pytest.mark.parametrize("channels", [1, 4, 5])

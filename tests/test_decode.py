@@ -168,7 +168,7 @@ def test_animations_give_their_first_frame():
         assert got[0, 0, 2] < 15, format
 
 
-# ---- what is refused
+# ---- broken files
 
 
 def test_awkward_files_decode_as_their_manifest_says(shared):
@@ -277,7 +277,7 @@ def test_damaged_files_cause_no_crash_hang_or_leak(more):
     assert report["kinds"] >= 20
 
 
-# ---- the faster decoder
+# ---- simplejpeg
 
 
 def test_the_fast_decoder_gives_the_same_pixels_and_refusals(shared, monkeypatch):
@@ -338,7 +338,7 @@ def test_many_threads_agree():
         assert list(pool.map(outcome, files)) == [outcome(data) for data in files]
 
 
-# ---- smaller copies of JPEGs
+# ---- reduced JPEGs
 
 
 @pytest.mark.parametrize("times", [1, 2, 4, 8])

@@ -301,7 +301,7 @@ def test_encrypted_zips_are_reported(made, capsys):
     assert "1 files that are encrypted" in capsys.readouterr().err
 
 
-# ---- data sets that live in Python
+# ---- Python datasets
 
 
 class Folder:

@@ -228,7 +228,7 @@ def test_rows_name_the_images_of_a_rank(index):  # noqa: F811
             assert torch.equal(loader.load_views(place)[0], multi_crop(image, loader.crops, generator(7, row, 0))[0])
 
 
-# ---- the backbone's side
+# ---- backbones
 
 
 def test_preprocessing_covers_the_crop_without_distortion():

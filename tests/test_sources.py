@@ -365,7 +365,7 @@ def test_every_row_of_a_real_pack_is_the_member_of_its_name(shared):
             assert index.read(row) == archive.extractfile(member).read()
 
 
-# ---- mistakes
+# ---- errors
 
 
 def test_errors_about_missing_paths_suggest_similar_ones(tmp_path):

@@ -1,4 +1,4 @@
-"""Local and remote files: listed, opened, and read in ranges.
+"""Local and remote files: opened, and read in ranges.
 
 A URL `scheme://...` (https, s3, gs, az, hf ...) is read by fsspec and the package for its scheme (s3fs, gcsfs,
 aiohttp ...: extra `remote`), in ranges, with MAX_ATTEMPTS attempts each. The cache keeps what was read in the folder
@@ -15,7 +15,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,7 +48,7 @@ def open_file(path: str) -> Any:
     if not REMOTE.match(path):
         return open(path, "rb")
     fs, name = filesystem(path)
-    return _retry(path, lambda: fs.open(name, "rb", block_size=READ_AHEAD, cache_type="readahead"))
+    return retry(path, lambda: fs.open(name, "rb", block_size=READ_AHEAD, cache_type="readahead"))
 
 
 def size(path: str) -> int:
@@ -56,18 +56,7 @@ def size(path: str) -> int:
     if not REMOTE.match(path):
         return os.path.getsize(path)
     fs, name = filesystem(path)
-    return _retry(path, lambda: fs.size(name)) or 0
-
-
-def list_remote(url: str) -> Iterator[tuple[str, str, int]]:
-    """All files below a remote folder, sorted by path: relative path, URL, and length in bytes, -1 if unknown."""
-    fs, name = filesystem(url)
-    entries = _retry(url, lambda: fs.find(name, detail=True))
-    top = name.rstrip("/") + "/"
-    for path, info in sorted(entries.items()):
-        if info.get("type", "file") == "file" and path.startswith(top):
-            size = info.get("size")
-            yield path[len(top) :], fs.unstrip_protocol(path), -1 if size is None else size
+    return retry(path, lambda: fs.size(name)) or 0
 
 
 def exists(path: str) -> bool:
@@ -75,7 +64,7 @@ def exists(path: str) -> bool:
     if not REMOTE.match(path):
         return os.path.exists(path)
     fs, name = filesystem(path)
-    return _retry(path, lambda: fs.exists(name))
+    return retry(path, lambda: fs.exists(name))
 
 
 @functools.cache
@@ -114,7 +103,7 @@ def _read_remote(url: str, offset: int, length: int) -> bytes:
         return cached.read_bytes()
     fs, name = filesystem(url)
     with _remote_reads:
-        data = _retry(url, lambda: _read_range(fs, name, url, offset, length))
+        data = retry(url, lambda: _read_range(fs, name, url, offset, length))
     _store(cached, data)
     return data
 
@@ -139,7 +128,7 @@ def _checked(path: str, data: bytes, offset: int, length: int) -> bytes:
     return data
 
 
-def _retry(url: str, attempt: Callable[[], T]) -> T:
+def retry(url: str, attempt: Callable[[], T]) -> T:
     """Call `attempt`, with retries after errors that may pass; a missing or forbidden file is not tried again."""
     for number in range(1, MAX_ATTEMPTS + 1):
         try:

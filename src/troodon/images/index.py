@@ -135,9 +135,7 @@ class Index:
         """Map the usable rows of a saved index from its Arrow file."""
         with open(path, "rb") as file:
             mapping = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-        mapping.madvise(
-            mmap.MADV_RANDOM
-        )  # rows are read_counter for all over it: what lies beside one is not wanted next
+        mapping.madvise(mmap.MADV_RANDOM)  # rows are read in random order: reading ahead would be wasted
         table = pa.ipc.open_file(pa.py_buffer(mapping)).read_all()
         return Index(table, base=base, mapped_path=path, fingerprint=fingerprint, mapping=mapping)
 

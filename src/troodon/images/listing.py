@@ -56,7 +56,7 @@ class Listing:
 
 def list_folder(root: str, prefix: str, listing: Listing) -> None:
     """List all images below a folder, also in the containers that it holds."""
-    entries = files.list_remote(root) if files.REMOTE.match(root) else _walk(root, listing)
+    entries = _walk_remote(root) if files.REMOTE.match(root) else _walk(root, listing)
     inner = []
     for path, location, size in entries:
         if any(map(is_hidden, path.split("/"))):
@@ -131,6 +131,17 @@ def _walk(root: str, listing: Listing) -> Iterator[tuple[str, str, int]]:
                 (links if linked else folders).append((target, f"{path}{entry.name}/"))
             elif stat.S_ISREG(mode):
                 yield path + entry.name, entry.path, size
+
+
+def _walk_remote(url: str) -> Iterator[tuple[str, str, int]]:
+    """Yield the relative path, URL and length, -1 if unknown, of every file below a remote folder, sorted by path."""
+    fs, name = files.filesystem(url)
+    entries = files.retry(url, lambda: fs.find(name, detail=True))
+    top = name.rstrip("/") + "/"
+    for path, info in sorted(entries.items()):
+        if info.get("type", "file") == "file" and path.startswith(top):
+            size = info.get("size")
+            yield path[len(top) :], fs.unstrip_protocol(path), -1 if size is None else size
 
 
 def list_container(container: str, prefix: str, inside: str, listing: Listing, named: bool = True) -> None:

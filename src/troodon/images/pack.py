@@ -94,7 +94,7 @@ def _plan(index: Index, out: Path, config: PackConfig, sample: Iterable[Encoded]
     done = sum(file.stat().st_size for file in out.with_name(f"{out.name}.parts").rglob("*.tar"))
     needed, free = mean * len(index) - done, shutil.disk_usage(existing).free
     if needed > free:
-        raise UsageError(f"{out}: needs about {needed / 1e9:,.1f} GB, and the disk has {free / 1e9:,.1f} GB left")
+        raise UsageError(f"{out}: needs about {needed / 1e9:,.1f} GB, and the disk has {free / 1e9:,.1f} GB free")
     return max(1, round(config.shard_mb * 1e6 / mean))
 
 

@@ -37,8 +37,8 @@ def paint(parts: Parts, matrix: np.ndarray, centre: np.ndarray, px: int) -> np.n
     return np.ascontiguousarray(np.asarray(image.reduce(_SUPERSAMPLING)).transpose(2, 0, 1)) * np.float32(1 / 255)
 
 
-def ellipse(x: float, y: float, rx: float, ry: float, turn: float = 0.0) -> np.ndarray:
-    c, s = math.cos(turn), math.sin(turn)
+def ellipse(x: float, y: float, rx: float, ry: float, angle: float = 0.0) -> np.ndarray:
+    c, s = math.cos(angle), math.sin(angle)
     return _CIRCLE @ np.array([[rx * c, rx * s], [-ry * s, ry * c]]) + (x, y)
 
 
