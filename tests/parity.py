@@ -17,11 +17,12 @@ from torch import Tensor
 
 from troodon.learn import optim
 from troodon.learn.config import ObjectiveConfig, OptimConfig
-from troodon.learn.method import Branch, Method
-from troodon.learn.schedules import Knobs
-from troodon.model.backbone import config_of
+from troodon.learn.method import Method
+from troodon.learn.network import Network
+from troodon.learn.schedules import ScheduledValues
 from troodon.model.config import HeadConfig, ViTConfig
 from troodon.model.vit import ViT
+from troodon.model.weights import config_from_weights
 from troodon.views.batch import Batch
 
 
@@ -73,7 +74,7 @@ def _forward(network: str, golden: dict[str, np.ndarray]) -> Iterator[Line]:
 
 
 def _network(state: dict[str, Tensor], heads: int) -> ViT:
-    vit = ViT(config_of(state, heads=heads)).eval()
+    vit = ViT(config_from_weights(state, heads=heads)).eval()
     vit.load_state_dict(state)
     return vit
 
@@ -82,7 +83,7 @@ def _step(golden: dict[str, np.ndarray]) -> Iterator[Line]:
     c = json.loads(str(golden["config"]))
     method = _method(c)
     method.student.load_state_dict(_tensors(_under(golden, "student/")))
-    method.average.load_state_dict(_tensors(_under(golden, "teacher/")))
+    method.ema.load_state_dict(_tensors(_under(golden, "teacher/")))
     config = OptimConfig(
         betas=tuple(c["betas"]),
         clip=c["clip_per_subnetwork"],
@@ -100,11 +101,11 @@ def _step(golden: dict[str, np.ndarray]) -> Iterator[Line]:
         yield Line(f"factors of parameters: {kind}", error, 1e-9)
 
     batch = _batch(golden, c)
-    knobs = Knobs(c["lr"], c["lr"], c["weight_decay"], c["momentum"], c["teacher_temperature"])
+    scheduled = ScheduledValues(c["lr"], c["lr"], c["weight_decay"], c["momentum"], c["teacher_temperature"])
     for step in range(c["steps"]):
-        optim.apply(optimizer, knobs)
-        (targets,) = method.targets([batch], knobs)
-        terms = method.losses(batch, targets, knobs)
+        optim.apply(optimizer, scheduled)
+        (targets,) = method.targets([batch], scheduled)
+        terms = method.losses(batch, targets)
         for name, value in _under(golden, f"loss/{step}/").items():
             got = terms[name].item() if name in terms else 0.0
             yield Line(f"step {step} loss {name}", abs(got - float(value)) / max(abs(float(value)), 1e-12), 1e-5)
@@ -115,9 +116,9 @@ def _step(golden: dict[str, np.ndarray]) -> Iterator[Line]:
         optim.clip(method.student, config)
         optimizer.step()
         optimizer.zero_grad()
-        method.after_step(knobs)
+        method.after_step(scheduled)
     yield from _tensorwise("student after", _under(golden, "student_after/"), method.student.state_dict(), 1e-3)
-    yield from _tensorwise("average after", _under(golden, "teacher_after/"), method.average.state_dict(), 1e-4)
+    yield from _tensorwise("average after", _under(golden, "teacher_after/"), method.ema.state_dict(), 1e-4)
 
 
 def _method(c: dict) -> Method:
@@ -128,13 +129,11 @@ def _method(c: dict) -> Method:
         targets="sinkhorn" if c["targets"].startswith("sinkhorn") else "centring",
         heads="separate" if c["separate_heads"] else "shared",
         student_temperature=c["student_temperature"],
-        dino_weight=c["dino_weight"],
-        ibot_weight=c["ibot_weight"],
-        koleo_weight=c["koleo_weight"],
+        terms=tuple((name, c[f"{name}_weight"]) for name in ("dino", "ibot", "koleo") if c[f"{name}_weight"]),
         centre_momentum=c["center_momentum"],
     )
     patches = head if c["separate_heads"] and c["ibot_weight"] else None
-    student, average = (Branch(vit, head, patches) for _ in range(2))
+    student, average = (Network(vit, head, patches) for _ in range(2))
     return Method(objective, student, average)
 
 

@@ -33,4 +33,4 @@ def _work(rank: int, world: int, folder: str, function: Callable, arguments: tup
 
 
 def _crashes(*_: Any, **__: Any) -> None:
-    raise AssertionError("this crashes gloo now and then: see `dist.unsharded`")
+    raise AssertionError("this crashes gloo now and then: see `dist.full_tensor`")

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 import troodon
 from troodon.config import UsageError
 from troodon.model import inference
-from troodon.model.backbone import Backbone, open_weights
+from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
+from troodon.model.weights import load_weights
 
 CONFIG = ViTConfig(dim=128, depth=3, heads=2, patch=14, grid=4, registers=2, layer_scale=0.5)
 SIGHT = Preprocessing(resize=64, crop=56)
@@ -93,7 +94,7 @@ def test_original_weights_load(backbone, images, tmp_path):
     }
     torch.save({"teacher": teacher}, tmp_path / "training.pth")
     for name in ("plain.pth", "training.pth"):
-        got = open_weights(tmp_path / name)
+        got = load_weights(tmp_path / name)
         assert got.config == vit.config
         assert torch.equal(got.features(images).cls, vit.features(images).cls)
 
@@ -112,7 +113,7 @@ def test_hugging_face_folder_loads(backbone, images, tmp_path):
     (folder / "config.json").write_text(json.dumps({"model_type": "dinov2_with_registers", "num_attention_heads": 2}))
     sight = {"size": {"shortest_edge": 64}, "crop_size": {"height": 56, "width": 56}}
     (folder / "preprocessor_config.json").write_text(json.dumps(sight))
-    got = open_weights(folder)
+    got = load_weights(folder)
     assert got.config.registers == 2
     torch.testing.assert_close(got.features(images).cls, backbone.features(images).cls)
 
@@ -156,7 +157,7 @@ def test_what_is_no_backbone_is_refused_by_name(tmp_path, make, said):
 def test_other_hugging_face_models_are_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(UsageError, match="'vit', not dinov2"):
-        open_weights(tmp_path)
+        load_weights(tmp_path)
 
 
 WIDE = ViTConfig(dim=192, depth=6, heads=3, patch=14, grid=4, registers=2, layer_scale=0.1)
@@ -168,7 +169,7 @@ def test_a_faster_backbone_says_the_same(config, images, tmp_path, monkeypatch):
     exact = plain.features(images, blocks=2)
     monkeypatch.setattr(inference, "TOKENS_AT_ONCE", 40)  # two images at a time
     for compute, tolerance in (("fp32", 1e-5), ("bf16", 1e-2)):
-        quick = plain.faster(compute)
+        quick = plain.optimized(compute)
         got = quick.features(images, blocks=2)
         assert got.patches.shape == exact.patches.shape
         pairs = [(got.cls, exact.cls), (got.patches, exact.patches), (got.registers, exact.registers)]
@@ -180,9 +181,9 @@ def test_a_faster_backbone_says_the_same(config, images, tmp_path, monkeypatch):
         assert torch.equal(sent.features(images).cls, quick.features(images).cls)
         quick.save(tmp_path / compute)
         assert Backbone.load(tmp_path / compute).fingerprint == plain.fingerprint  # it is the same backbone
-    assert plain.faster("auto").compute in (torch.float32, torch.bfloat16)
+    assert plain.optimized("auto").compute in (torch.float32, torch.bfloat16)
     with pytest.raises(UsageError, match="unknown compute 'bf61': did you mean 'bf16'"):
-        plain.faster("bf61")
+        plain.optimized("bf61")
 
 
 @pytest.mark.parametrize(("slow", "expected"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
@@ -192,4 +193,4 @@ def test_the_precision_that_wins_is_chosen(slow, expected, monkeypatch):
         return torch.autocast(device.type, compute, enabled=compute != torch.float32)
 
     monkeypatch.setattr(inference, "autocast", autocast)
-    assert inference.chosen(Backbone.random(CONFIG, SIGHT).vit, (28, 28)) == expected
+    assert inference.fastest_dtype(Backbone.random(CONFIG, SIGHT).vit, (28, 28)) == expected

@@ -11,19 +11,21 @@ from PIL import Image
 
 from tests.ranks import on_ranks
 from tests.test_pretrain import CONFIG, records, weights
-from troodon import cli, distill, load, pretrain
+from troodon import cli, distill, launch, load, pretrain
 from troodon.config import UsageError, to_yaml
 from troodon.images.sources import open_source
 from troodon.learn import checkpoint, losses
 from troodon.learn import distill as training
-from troodon.learn.config import ObjectiveConfig
 from troodon.learn.engine import Task
+from troodon.learn.features import moments, standardised
+from troodon.learn.frozen import FrozenNetwork, TeacherCache, build_teacher
 from troodon.learn.losses import ALONE
-from troodon.learn.method import Branch, Method
-from troodon.learn.teacher import Frozen, Kept, moments, standardised
+from troodon.learn.method import Method
+from troodon.learn.network import Network
+from troodon.learn.objective import ObjectiveConfig
 from troodon.model.vit import ViT
 from troodon.run import read_json
-from troodon.verbs.distillation import taught
+from troodon.verbs.distillation import open_teacher
 from troodon.views.batch import Batch
 from troodon.views.config import MasksConfig
 
@@ -33,7 +35,7 @@ STUDENT = replace(
 WIDE = replace(STUDENT, vit=replace(STUDENT.vit, dim=24, patch=4, grid=4), seed=STUDENT.seed)
 FEATURES = replace(
     STUDENT,
-    objective=ObjectiveConfig(dino_weight=0, ibot_weight=0, koleo_weight=0, cls_weight=1.0, patch_weight=0.5),
+    objective=ObjectiveConfig(terms=(("cls_features", 1.0), ("patch_features", 0.5))),
 )
 CPU = torch.device("cpu")
 
@@ -60,35 +62,35 @@ def batch(count: int = 3, seed: int = 0) -> Batch:
     return Batch(wide, narrow, torch.zeros(2 * count, 4, dtype=torch.bool))
 
 
-def method(config, frozen: list[Frozen]) -> Method:
+def method(config, frozen: list[FrozenNetwork]) -> Method:
     torch.manual_seed(0)
     o, widths = config.objective, [f.vit.dim for f in frozen]
-    heads = (config.dino_head if o.dino_weight else None, config.ibot_head if o.ibot_weight else None)
-    student, average = (Branch(config.vit, *heads, {kind: widths for kind in o.compared}) for _ in range(2))
+    heads = (config.dino_head if o.weight("dino") else None, config.ibot_head if o.weight("ibot") else None)
+    student, average = (Network(config.vit, *heads, {kind: widths for kind in o.features}) for _ in range(2))
     student.initialize()
     average.load_state_dict(student.state_dict())
     return Method(config.objective, student, average, teachers=frozen)
 
 
-def frozen_of(teacher: Path) -> Frozen:
-    return taught(teacher).build(CONFIG, CPU, torch.float32)
+def frozen_of(teacher: Path) -> FrozenNetwork:
+    return build_teacher(open_teacher(teacher), CONFIG, CPU, torch.float32)
 
 
 def test_the_student_answers_as_the_teachers_own_heads_do(teacher):
     """The loss by the definitions: whole matrices, every patch of both global crops, no mask, another patch size."""
     frozen, seen = frozen_of(teacher), batch()
-    made, knobs = method(STUDENT, [frozen]), STUDENT.schedules.at(1, 6)
-    (targets,) = made.targets([seen], knobs)
-    terms = made.losses(seen, targets, knobs)
+    made, scheduled = method(STUDENT, [frozen]), STUDENT.schedules.at(1, 6)
+    (targets,) = made.targets([seen], scheduled)
+    terms = made.losses(seen, targets)
 
     network, student = frozen.network, made.student
     with torch.no_grad():
         (tokens,) = network.backbone([seen.globals_GBCHW.flatten(0, 1)])
         grid = tokens.patches_BPD.mT.unflatten(2, (4, 4))
         patches = F.interpolate(grid, (2, 2), mode="bilinear", antialias=True).flatten(2).mT
-        cls = losses.sinkhorn(network.dino_head(tokens.cls_BD).logits(), knobs.teacher_temperature, ALONE)
+        cls = losses.sinkhorn(network.dino_head(tokens.cls_BD).logits(), scheduled.teacher_temperature, ALONE)
         of_patches = losses.sinkhorn(
-            network.ibot_head(patches.flatten(0, 1)).logits(), knobs.teacher_temperature, ALONE
+            network.ibot_head(patches.flatten(0, 1)).logits(), scheduled.teacher_temperature, ALONE
         )
     wide, narrow = student.backbone([seen.globals_GBCHW.flatten(0, 1), seen.locals_VBCHW.flatten(0, 1)], [None, None])
     logits = student.dino_head(torch.cat([wide.cls_BD, narrow.cls_BD])).logits().unflatten(0, (4, 3))
@@ -102,9 +104,9 @@ def test_the_student_answers_as_the_teachers_own_heads_do(teacher):
 
 def test_features_are_compared_after_a_map_on_one_scale(teacher):
     frozen, seen = frozen_of(teacher), batch()
-    made, knobs = method(replace(FEATURES, vit=WIDE.vit), [frozen, frozen]), FEATURES.schedules.at(0, 6)
-    (targets,) = made.targets([seen], knobs)
-    terms = made.losses(seen, targets, knobs)
+    made, scheduled = method(replace(FEATURES, vit=WIDE.vit), [frozen, frozen]), FEATURES.schedules.at(0, 6)
+    (targets,) = made.targets([seen], scheduled)
+    terms = made.losses(seen, targets)
     (wide,) = made.student.backbone([seen.globals_GBCHW.flatten(0, 1)], [None])
     (tokens,) = frozen.network.backbone([seen.globals_GBCHW.flatten(0, 1)])
 
@@ -141,7 +143,7 @@ def test_a_teacher_trained_on_other_colours_sees_its_own(teacher):
     for config in (CONFIG, other):
         mean, std = (torch.tensor(v)[:, None, None] for v in (config.photometric.mean, config.photometric.std))
         crops = Batch((pixels - mean) / std, torch.zeros(0, 2, 3, 8, 8), torch.zeros(4, 16, dtype=torch.bool))
-        seen.append(taught(teacher).build(config, CPU, torch.float32).cls(crops))
+        seen.append(build_teacher(open_teacher(teacher), config, CPU, torch.float32).cls(crops))
     torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-5)
 
 
@@ -192,12 +194,14 @@ def test_resumed_it_is_the_same_run(images, teacher, tmp_path, monkeypatch, conf
 def test_crops_that_come_again_are_looked_at_once(images, teacher, tmp_path, monkeypatch):
     """Twenty images in batches of four with two sets of crops: from the third pass on the teacher is not asked."""
     config = replace(STUDENT, crops=replace(STUDENT.crops, visits=2), batch=4, steps=25, health_every=0)
-    looks, look = [], Frozen._look
-    monkeypatch.setattr(Frozen, "_look", lambda frozen, crops: looks.append(len(crops)) or look(frozen, crops))
+    looks, look = [], FrozenNetwork._forward
+    monkeypatch.setattr(
+        FrozenNetwork, "_forward", lambda frozen, crops: looks.append(len(crops)) or look(frozen, crops)
+    )
     distill(config, teacher, images, tmp_path / "kept")
     assert len(looks) == 10
     assert "seen-by-teachers" not in {p.name for p in (tmp_path / "kept").iterdir()}
-    monkeypatch.setattr(Kept, "fits", lambda *_: False)
+    monkeypatch.setattr(TeacherCache, "fits", lambda *_: False)
     distill(config, teacher, images, tmp_path / "anew")
     assert len(looks) == 10 + 25
     for a, b in zip(records(tmp_path / "kept"), records(tmp_path / "anew"), strict=True):
@@ -218,7 +222,7 @@ def test_sharded_equals_single(images, teacher, tmp_path):
 
 
 def _distil(tasks, index, teacher):
-    training.distill(tasks, index, [taught(teacher)])
+    training.distill(tasks, index, [open_teacher(teacher)])
 
 
 def test_heads_are_learnt_for_a_backbone_without_and_then_it_teaches(images, teacher, tmp_path):
@@ -266,7 +270,7 @@ def test_other_refusals(images, teacher, tmp_path, capsys):
         distill({"a": STUDENT, "b": replace(STUDENT, seed=1)}, teacher, images, tmp_path / "student")
     with pytest.raises(UsageError, match="see troodon distill"):
         pretrain(FEATURES, images, tmp_path / "student")
-    assert cli.run(["distill", "distill_dmo", "--teacher", str(teacher)]) == cli.MISTAKE
+    assert cli.run(["distill", "distill_dmo", "--teacher", str(teacher)]) == launch.MISTAKE
     assert "did you mean 'distill_demo'" in capsys.readouterr().err
     assert not (tmp_path / "student").exists()
 
@@ -278,12 +282,12 @@ def test_the_command_trains_several_students(images, teacher, tmp_path, capsys):
         files[-1].write_text(to_yaml(config))
     places = ["--teacher", teacher, "--data", images, "--out", tmp_path / "students"]
     words = [str(w) for w in ["distill", *files, *places, "--steps", 2]]
-    assert cli.run([*words, "--dry-run"]) == cli.DONE
+    assert cli.run([*words, "--dry-run"]) == launch.DONE
     assert not (tmp_path / "students").exists()
-    assert cli.run(words) == cli.DONE
+    assert cli.run(words) == launch.DONE
     out, err = capsys.readouterr()
     assert out.split() == [str(tmp_path / "students" / name / "backbone") for name in ("narrow", "wide")]
     assert "narrow: step 2/2" in err
-    assert cli.run([str(w) for w in ["distill", files[0], files[0], *places]]) == cli.MISTAKE
+    assert cli.run([str(w) for w in ["distill", files[0], files[0], *places]]) == launch.MISTAKE
     assert "two students are called narrow" in capsys.readouterr().err
-    assert cli.run(["report", str(tmp_path / "students"), "--out", str(tmp_path / "page.html")]) == cli.DONE
+    assert cli.run(["report", str(tmp_path / "students"), "--out", str(tmp_path / "page.html")]) == launch.DONE

@@ -15,9 +15,9 @@ from troodon.learn.losses import ALONE, Ranks
 from troodon.learn.pretrain import pretrain
 from troodon.learn.schedules import Schedule
 from troodon.recipes import own
-from troodon.run import Metrics
+from troodon.run import MetricsFile
 from troodon.world.scene import WorldConfig
-from troodon.world.write import write as write_world
+from troodon.world.write import write_world
 
 
 @pytest.fixture(scope="session")
@@ -37,14 +37,14 @@ def run(pool, out, **changes):
     config = replace(config, threads=1, **changes)
     pretrain(config, pool, out)
     alarms: dict[str, str] = {}
-    for record in Metrics(out / "metrics.jsonl").read():
+    for record in MetricsFile(out / "metrics.jsonl").read():
         if record.get("event") == "health":
             alarms.setdefault(record["alarm"], record["message"])  # the first: a later one may say that it is over
     return alarms
 
 
 SCHEDULES = own.demo(100).schedules
-CENTRING = ObjectiveConfig(targets="centring", koleo_weight=0.03, ibot_weight=0.3)
+CENTRING = ObjectiveConfig(targets="centring", terms=(("dino", 1.0), ("ibot", 0.3), ("koleo", 0.03)))
 
 
 @pytest.mark.slow
@@ -62,7 +62,8 @@ def test_a_healthy_run_raises_no_alarm(pool, tmp_path):
         ({"objective": replace(CENTRING, centre_momentum=1.0),
           "schedules": replace(SCHEDULES, teacher_temperature=constant(0.04))}, "few prototypes", "sinkhorn"),
         ({"objective": CENTRING, "schedules": replace(SCHEDULES, teacher_temperature=constant(0.04),
-                                                      momentum=constant(0.0))}, "few prototypes", "schedules.momentum"),
+                                                      ema_momentum=constant(0.0))}, "few prototypes",
+         "schedules.ema_momentum"),
     ],
     ids=["temperature too high", "rate x 100", "no centring", "momentum 0"],
 )  # fmt: skip
@@ -113,7 +114,7 @@ def test_readings_over_ranks_are_those_of_the_whole_batch():
 
 def _read(targets, features, whole=False):
     class Method:
-        ranks = ALONE if whole else Ranks(dist.total, dist.largest, dist.gather)
+        ranks = ALONE if whole else Ranks(dist.sum_over_ranks, dist.max_over_ranks, dist.all_gather)
 
     if not whole:
         targets, features = (x.chunk(2)[dist.rank()] for x in (targets, features))

@@ -35,7 +35,8 @@ LIGHT = re.compile(
 )
 HEAVY = {"torch", "torchvision", "timm", "transformers"}
 
-LONGEST = 400  # lines
+LONGEST = 400  # lines of a file
+LONGEST_FUNCTION = 60  # lines
 
 
 @dataclass(frozen=True)
@@ -112,26 +113,38 @@ def upward(package: Path) -> list[str]:
     return wrong
 
 
+def reachable(start: str, targets: dict[str, set[str]]) -> set[str]:
+    """All modules that imports lead to from `start`, in any number of steps."""
+    reached, pending = set(), [*targets[start]]
+    while pending:
+        name = pending.pop()
+        if name not in reached:
+            reached.add(name)
+            pending += targets[name]
+    return reached
+
+
+def import_targets(modules: dict[str, Module]) -> dict[str, set[str]]:
+    """What each module imports; imports in functions and for type checkers count too."""
+    return {name: {i.name for i in imports(m, modules) if i.name in modules} - {name} for name, m in modules.items()}
+
+
 def circular(package: Path) -> list[str]:
-    """Modules that import each other in a circle; imports in functions and for type checkers count too."""
+    """Modules that import each other in a circle."""
+    targets = import_targets(read(package))
+    reached = {name: reachable(name, targets) for name in targets}
+    circles = {tuple(sorted(n for n in reached[name] if name in reached[n])) for name in targets}
+    return [f"a circle of imports: {', '.join(circle)}" for circle in sorted(circles) if circle]
+
+
+def lines_reached(package: Path, start: str) -> int:
+    """Lines of a module and of all that imports lead to from it, packages above them included."""
     modules = read(package)
     targets = {
-        name: [i.name for i in imports(m, modules) if i.name in modules and i.name != name]
-        for name, m in modules.items()
+        name: found | {name.rpartition(".")[0]} & modules.keys() for name, found in import_targets(modules).items()
     }
-
-    def reachable(start: str) -> set[str]:
-        reached, pending = set(), list(targets[start])
-        while pending:
-            name = pending.pop()
-            if name not in reached:
-                reached.add(name)
-                pending += targets[name]
-        return reached
-
-    reached = {name: reachable(name) for name in modules}
-    circles = {tuple(sorted(n for n in reached[name] if name in reached[n])) for name in modules}
-    return [f"a circle of imports: {', '.join(circle)}" for circle in sorted(circles) if circle]
+    files = [modules[name].path for name in reachable(start, targets) | {start}]
+    return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files)
 
 
 def heavy(package: Path) -> list[str]:
@@ -160,6 +173,12 @@ def unfit(package: Path) -> list[str]:
         lines = len(module.path.read_text(encoding="utf-8").splitlines())
         if lines > LONGEST:
             wrong.append(f"{module.name} has {lines} lines: more than {LONGEST}")
+        wrong += [
+            f"{module.name}.{node.name} has {length} lines: more than {LONGEST_FUNCTION}"
+            for node in ast.walk(module.tree)
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            and (length := (node.end_lineno or 0) - node.lineno + 1) > LONGEST_FUNCTION
+        ]
         may_be_empty = module.path.name == "__init__.py"
         if not ast.get_docstring(module.tree) and (module.tree.body or not may_be_empty):
             wrong.append(f"{module.name} has no docstring")
@@ -267,6 +286,7 @@ def test_a_tidy_tree_passes(rule: Callable[[Path], list[str]], tmp_path: Path) -
         (heavy, {"recipes__small": "from troodon.model.vit import x\n"}, "small -> troodon.model.vit -> torch"),
         (heavy, {"cli": "import safetensors.torch\n"}, "troodon.cli -> safetensors.torch"),
         (unfit, {"model__vit": "#\n" * LONGEST}, "troodon.model.vit has 401 lines"),
+        (unfit, {"model__vit": "def f():\n" + "    x = 1\n" * LONGEST_FUNCTION}, "troodon.model.vit.f has 61 lines"),
         (unread, {"model__vit": ""}, "ViTConfig.depth"),
     ],
 )
@@ -298,6 +318,11 @@ def test_private_paths_are_found_in_text_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_troodon_keeps(rule: Callable[[Path], list[str]]) -> None:
     assert rule(PACKAGE) == []
+
+
+def test_training_reaches_little() -> None:
+    """It drags in no tables, layouts, embedded world or reports: whoever reads how it learns need not read these."""
+    assert lines_reached(PACKAGE, "troodon.learn.pretrain") < 5_500
 
 
 def test_no_file_names_the_machine_it_was_written_on() -> None:

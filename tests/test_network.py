@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from troodon.model.config import BASE, GIANT, LARGE, SMALL, ViTConfig, flops
 from troodon.model.head import Prototypes
-from troodon.model.packing import Layout, attend, by_group, by_kernel, draw, layout_of, pack, residual, unpack
+from troodon.model.packing import Layout, attend, by_group, by_kernel, draw_kept, layout_of, pack, residual, unpack
 from troodon.model.vit import Mlp, SwiGLU, ViT, gated, resize_positions
 
 TINY = ViTConfig(dim=32, depth=3, heads=2, patch=4, grid=4, registers=2, layer_scale=0.5)
@@ -59,7 +59,7 @@ def test_pack_and_unpack_are_inverse():
 
 def test_stochastic_depth_works_on_few_sequences():
     x, layout = pack([torch.randn(8, 3, 4), torch.randn(5, 2, 4)])
-    for kept in draw(layout, 0.4, 3, x.device):
+    for kept in draw_kept(layout, 0.4, 3, x.device):
         assert kept.layout.groups == ((4, 3), (3, 2))  # max(int(b * 0.6), 1) of each group, whole sequences
         assert kept.scales == (2.0, 5 / 3)
         seen = []
@@ -86,7 +86,7 @@ def test_stochastic_depth_has_the_expectation_and_the_gradients_of_its_masked_fo
         return torch.autograd.grad(out.square().sum(), (x, weight))
 
     mean, count = torch.zeros_like(x), 3000
-    for number, kept in enumerate(draw(layout, 0.4, count, x.device)):
+    for number, kept in enumerate(draw_kept(layout, 0.4, count, x.device)):
         ours = residual(x, branch, layout, kept)
         mean += ours.detach() / count
         if number < 3:

@@ -16,8 +16,9 @@ from troodon.learn.config import ObjectiveConfig, ParallelConfig, PretrainConfig
 from troodon.learn.loop import Learner, train
 from troodon.learn.method import Method
 from troodon.learn.parallel import build, build_anchor, empty, first_weights
-from troodon.learn.plan import people, plan, timed, total
+from troodon.learn.plan import plan, timed, total
 from troodon.model.config import HeadConfig, ViTConfig
+from troodon.text import with_prefix
 from troodon.views.batch import Batch
 from troodon.views.config import CropsConfig, MasksConfig
 
@@ -43,10 +44,10 @@ CONFIGS = {
         BASE, parallel=ParallelConfig(accumulate=2), objective=ObjectiveConfig(koleo_group=4), batch=16
     ),
     "swiglu, registers": replace(BASE, vit=replace(BASE.vit, mlp="swiglu", registers=4)),
-    "gram": replace(BASE, objective=ObjectiveConfig(gram_weight=1.0)),
+    "gram": replace(BASE, objective=ObjectiveConfig(terms=(*ObjectiveConfig().terms, ("gram", 1.0)))),
     "contrast": replace(
         BASE,
-        objective=ObjectiveConfig(dino_weight=0, ibot_weight=0, contrast_weight=1.0),
+        objective=ObjectiveConfig(terms=(("koleo", 0.1), ("contrast", 1.0))),
         masks=MasksConfig(share=0.0),
         crops=replace(BASE.crops, locals=0),
         batch=64,
@@ -76,7 +77,7 @@ def batch(config: PretrainConfig) -> Batch:
 def method_of(config: PretrainConfig, compute: torch.dtype) -> Method:
     weights = first_weights(config, None, None)
     student, average = (build(config, weights, CPU, compute) for _ in range(2))
-    anchor = build_anchor(config, weights, CPU, compute) if config.objective.gram_weight else None
+    anchor = build_anchor(config, weights, CPU, compute) if config.objective.weight("gram") else None
     return Method(config.objective, student, average, anchor=anchor, compute=compute)
 
 
@@ -86,7 +87,7 @@ def take_steps(config: PretrainConfig, compute: torch.dtype, steps: int) -> None
     learner = Learner(method, optimizer, config.schedules, config.optim, after_step=lambda *_: None)
     train(
         [learner], iter([seen] * steps), first_step=config.steps - steps, steps=config.steps,
-        accumulate=config.parallel.accumulate, seed=0, rank=0, asked_to_stop=lambda: False,
+        accumulate=config.parallel.accumulate, seed=0, rank=0, stop_requested=lambda: False,
     )  # fmt: skip
 
 
@@ -108,7 +109,7 @@ def test_products_are_those_of_a_step(name):
 @pytest.mark.parametrize("targets", ["sinkhorn", "centring"])
 def test_logits_that_are_made_again_are_counted(targets, monkeypatch):
     for module in (cost, prototypes):
-        monkeypatch.setattr(module, "KEPT", 0)
+        monkeypatch.setattr(module, "CACHED", 0)
     config = replace(CONFIGS["large heads"], objective=ObjectiveConfig(targets=targets))
     peak = peak_memory(lambda: take_steps(config, torch.float32, 2))
     assert total(plan(config, None, "cpu", 4, 1).memory) == pytest.approx(peak, rel=0.12)
@@ -176,4 +177,4 @@ def test_mistakes_in_a_dry_run(changes, message):
     ("number", "text"), [(0, "0 "), (999.4, "999 "), (999.6, "1k"), (12_345, "12.3k"), (3e15, "3P")]
 )
 def test_numbers_for_people(number, text):
-    assert people(number) == text
+    assert with_prefix(number) == text

@@ -34,7 +34,7 @@ from troodon.learn.schedules import Anchor, Schedule, Schedules
 from troodon.model.backbone import Backbone
 from troodon.model.config import HeadConfig, ViTConfig
 from troodon.model.vit import ViT
-from troodon.run import Metrics
+from troodon.run import MetricsFile
 from troodon.views.config import CropsConfig, PhotometricConfig
 
 CONFIG = PretrainConfig(
@@ -194,9 +194,9 @@ def test_what_is_sharded_is_whole_on_rank_zero():
 
 
 def _unsharded(sizes):
-    mesh = init_device_mesh("cpu", (dist.world(),))
+    mesh = init_device_mesh("cpu", (dist.world_size(),))
     tensors = [torch.arange(2.0 * rows).reshape(-1, 2) for rows in sizes]
-    return [dist.unsharded(distribute_tensor(x, mesh, [Shard(0)])) for x in tensors]
+    return [dist.full_tensor(distribute_tensor(x, mesh, [Shard(0)])) for x in tensors]
 
 
 def test_the_quick_knn_is_read_on_one_rank_of_two(images, tmp_path):
@@ -237,7 +237,7 @@ def poison(monkeypatch, *clips):
 
 
 def events(run: Path) -> list[dict]:
-    return [r for r in Metrics(run / "metrics.jsonl").read() if "event" in r]
+    return [r for r in MetricsFile(run / "metrics.jsonl").read() if "event" in r]
 
 
 def guarded(policy, **changes):
@@ -335,7 +335,7 @@ def test_a_full_disk_stops_nothing_but_the_checkpoint(images, tmp_path, monkeypa
     assert "images and terms could not be written ([Errno 28]" in poisoned["message"]
     assert "No space left on device" in unsaved["message"]
     assert "there is none yet" in unsaved["message"]
-    assert [r["path"] for r in Metrics(run / "quarantine.jsonl").read()] == ["images/broken.jpg"]
+    assert [r["path"] for r in MetricsFile(run / "quarantine.jsonl").read()] == ["images/broken.jpg"]
     assert not list(run.rglob("*.partial"))
 
 
@@ -439,11 +439,14 @@ def test_what_is_computed_again_is_the_same(images, tmp_path, recompute):
 @pytest.mark.parametrize(
     ("objective", "terms"),
     [
-        (ObjectiveConfig(ibot_weight=0), {"dino_global", "dino_local", "koleo"}),
-        (ObjectiveConfig(dino_weight=0), {"ibot", "koleo"}),
-        (ObjectiveConfig(dino_weight=0, heads="shared", targets="centring", koleo_weight=0), {"ibot"}),
-        (ObjectiveConfig(dino_weight=0, ibot_weight=0, contrast_weight=2.0), {"koleo", "contrast"}),
-        (ObjectiveConfig(gram_weight=2.0), {"dino_global", "dino_local", "ibot", "koleo", "gram"}),
+        (ObjectiveConfig(terms=(("dino", 1.0), ("koleo", 0.1))), {"dino_global", "dino_local", "koleo"}),
+        (ObjectiveConfig(terms=(("ibot", 1.0), ("koleo", 0.1))), {"ibot", "koleo"}),
+        (ObjectiveConfig(terms=(("ibot", 1.0),), heads="shared", targets="centring"), {"ibot"}),
+        (ObjectiveConfig(terms=(("koleo", 0.1), ("contrast", 2.0))), {"koleo", "contrast"}),
+        (
+            ObjectiveConfig(terms=(*ObjectiveConfig().terms, ("gram", 2.0))),
+            {"dino_global", "dino_local", "ibot", "koleo", "gram"},
+        ),
     ],
 )
 def test_an_objective_has_the_terms_that_it_weighs(images, tmp_path, objective, terms):
@@ -456,7 +459,7 @@ def test_an_objective_has_the_terms_that_it_weighs(images, tmp_path, objective, 
     last = records(tmp_path / "single")[-1]
     assert {name for name in last if name in TERMS} == terms
     gram = [r.get("gram", 0.0) for r in records(tmp_path / "single")]
-    assert [value > 0 for value in gram] == [objective.gram_weight > 0 and step >= 2 for step in range(6)]
+    assert [value > 0 for value in gram] == [objective.weight("gram") > 0 and step >= 2 for step in range(6)]
 
 
 @pytest.mark.parametrize(
@@ -465,8 +468,9 @@ def test_an_objective_has_the_terms_that_it_weighs(images, tmp_path, objective, 
         ({"parallel": ParallelConfig(accumulate=3)}, "batch 8 does not divide over 1 devices of parallel.accumulate 3 "
          "parts: set batch 9"),
         ({"parallel": ParallelConfig(accumulate=2)}, "koleo_group 0 looks .* that can be exact is 4"),
-        ({"parallel": ParallelConfig(accumulate=2), "objective": ObjectiveConfig(contrast_weight=1, koleo_group=4)},
-         "accumulate 2: objective.contrast_weight compares all images of a step: set it to 1"),
+        ({"parallel": ParallelConfig(accumulate=2),
+          "objective": ObjectiveConfig(terms=(*ObjectiveConfig().terms, ("contrast", 1.0)), koleo_group=4)},
+         "accumulate 2: contrast in objective.terms compares all images of a step: set it to 1"),
         ({"objective": ObjectiveConfig(koleo_group=3)}, "koleo_group 3 does not divide the batch of 8"),
     ],
 )  # fmt: skip

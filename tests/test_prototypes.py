@@ -10,19 +10,19 @@ from tests.ranks import on_ranks
 from troodon import dist
 from troodon.learn import losses, prototypes
 from troodon.learn.losses import ALONE, Ranks
-from troodon.model.head import Answer
+from troodon.model.head import HeadOutput
 
 
 @pytest.fixture(params=["kept", "made again", "one chunk"])
 def form(request, monkeypatch):
     """Whether logits are kept, and how many prototypes come at a time; the last chunk is shorter than the others."""
-    monkeypatch.setattr(prototypes, "KEPT", 0 if request.param == "made again" else 1 << 26)
-    monkeypatch.setattr(prototypes, "chunk_of", lambda device: 64 if request.param == "one chunk" else 7)
+    monkeypatch.setattr(prototypes, "CACHED", 0 if request.param == "made again" else 1 << 26)
+    monkeypatch.setattr(prototypes, "chunk_size", lambda device: 64 if request.param == "one chunk" else 7)
 
 
-def answer(rows: int, seed: int, count: int = 40, length: float = 1.0) -> Answer:
+def answer(rows: int, seed: int, count: int = 40, length: float = 1.0) -> HeadOutput:
     torch.manual_seed(seed)
-    return Answer(F.normalize(torch.randn(rows, 16), dim=-1), length * F.normalize(torch.randn(count, 16), dim=-1))
+    return HeadOutput(F.normalize(torch.randn(rows, 16), dim=-1), length * F.normalize(torch.randn(count, 16), dim=-1))
 
 
 def near(ours, theirs):
@@ -55,7 +55,7 @@ def test_values_and_gradients_are_those_of_the_plain_form(form, views, taught):
             pairs = prototypes.cross_entropies(rows_MD.unflatten(0, (views, images)), prototypes_KD, targets, 0.1)
         else:
             targets_GBK = losses.sinkhorn(teacher.logits(), 0.05, ALONE).unflatten(0, (taught, images))
-            logits_VBK = Answer(rows_MD, prototypes_KD).logits().unflatten(0, (views, images))
+            logits_VBK = HeadOutput(rows_MD, prototypes_KD).logits().unflatten(0, (views, images))
             pairs = losses.cross_entropies(logits_VBK, targets_GBK, 0.1)
         (pairs * weight).sum().backward()
         results.append((pairs.detach(), rows_MD.grad, prototypes_KD.grad))
@@ -75,7 +75,7 @@ def test_low_precision_is_near():
     teacher, student = answer(30, 1), answer(30, 2)
     exact, low = (
         prototypes.cross_entropies(
-            student.to(dtype).rows_MD[None], student.to(dtype).prototypes_KD,
+            student.to(dtype).bottleneck_MD[None], student.to(dtype).prototypes_KD,
             prototypes.sinkhorn(teacher.to(dtype), 0.07, ALONE), 0.1,
         )
         for dtype in (torch.float32, torch.bfloat16)
@@ -92,9 +92,9 @@ def test_ranks_with_different_numbers_of_rows_are_one():
 def _share(divisions):
     prototypes.chunk_of, prototypes.KEPT, found = lambda device: 7, 0, []
     rows_MD, prototypes_KD = answer(10, 3)
-    ranks = Ranks(dist.total, dist.largest, dist.gather)
+    ranks = Ranks(dist.sum_over_ranks, dist.max_over_ranks, dist.all_gather)
     for counts in divisions:
-        mine = Answer(rows_MD.split(counts)[dist.rank()], prototypes_KD)
+        mine = HeadOutput(rows_MD.split(counts)[dist.rank()], prototypes_KD)
         near(prototypes.mean(mine, ranks), (rows_MD @ prototypes_KD.T).mean(0))
         found.append(prototypes.sinkhorn(mine, 0.05, ranks).whole())
     return found
@@ -106,8 +106,8 @@ def test_golden_numbers_hold_however_they_are_streamed(shared, form):
 
 
 def test_memory_does_not_grow_with_rows_times_prototypes(monkeypatch):
-    monkeypatch.setattr(prototypes, "KEPT", 0)
-    monkeypatch.setattr(prototypes, "chunk_of", lambda device: 256)
+    monkeypatch.setattr(prototypes, "CACHED", 0)
+    monkeypatch.setattr(prototypes, "chunk_size", lambda device: 256)
     peaks = []
     for rows, count in ((64, 4096), (512, 4096), (512, 8192)):
         teacher, student = answer(rows, 1, count), answer(rows, 2, count)
@@ -115,7 +115,7 @@ def test_memory_does_not_grow_with_rows_times_prototypes(monkeypatch):
 
         def learn(teacher=teacher, student=student):
             targets = prototypes.sinkhorn(teacher, 0.05, ALONE)
-            prototypes.cross_entropies(student.rows_MD[None], student.prototypes_KD, targets, 0.1).sum().backward()
+            prototypes.cross_entropies(student.bottleneck_MD[None], student.prototypes_KD, targets, 0.1).sum().backward()
 
         peaks.append(peak_memory(learn))
     whole, chunk = 4 * 512 * 8192, 4 * 512 * 256

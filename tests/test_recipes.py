@@ -13,7 +13,7 @@ from troodon.images.sources import open_source
 from troodon.learn.config import PretrainConfig, fits
 from troodon.learn.parallel import empty
 from troodon.learn.pretrain import pretrain
-from troodon.run import Metrics
+from troodon.run import MetricsFile
 
 TABLE = {
     "vitl16_short": {
@@ -54,7 +54,7 @@ def test_a_released_recipe_has_the_released_numbers(name):
     assert ours == t["heads"]
     assert {(h.hidden, h.layers) for h in (c.dino_head, c.ibot_head)} == {(2048, 3)}
     o = c.objective
-    assert (o.targets, o.dino_weight, o.ibot_weight, o.koleo_weight) == (t["targets"], 1.0, 1.0, 0.1)
+    assert (o.targets, o.terms) == (t["targets"], (("dino", 1.0), ("ibot", 1.0), ("koleo", 0.1)))
     assert o.student_temperature == 0.1
     assert (c.crops.global_px, c.crops.local_px, c.crops.locals) == (224, t["local_px"], 8)
     assert (c.crops.global_scale, c.crops.local_scale) == ((0.32, 1.0), (0.05, 0.32))
@@ -64,7 +64,7 @@ def test_a_released_recipe_has_the_released_numbers(name):
     s = c.schedules
     assert (s.lr.start, s.lr.peak, s.lr.end, s.lr.warmup) == (0.0, t["lr"], 1e-6, t["warmup"])
     assert (s.weight_decay.peak, s.weight_decay.end) == t["decay"]
-    assert (s.momentum.peak, s.momentum.end) == (t["momentum"], 1.0)
+    assert (s.ema_momentum.peak, s.ema_momentum.end) == (t["momentum"], 1.0)
     temperature = s.teacher_temperature
     assert (temperature.start, temperature.peak, temperature.end, temperature.warmup) == (0.04, 0.07, 0.07, 37_500)
     assert s.last_layer_frozen == 1_250
@@ -140,7 +140,7 @@ def test_every_recipe_builds_and_takes_two_steps(name, tmp_path):
     config = recipes.pretrain(name, lambda: START)
     fits(config, 1)
     branch = empty(config)  # at its true size, on the meta device
-    if config.objective.dino_weight:
+    if config.objective.weight("dino"):
         assert branch.dino_head.last_layer.weight_v.shape == (config.dino_head.prototypes, config.dino_head.bottleneck)
     else:
         assert [name for name, _ in branch.named_children()] == ["backbone"]
@@ -148,6 +148,6 @@ def test_every_recipe_builds_and_takes_two_steps(name, tmp_path):
     for i in range(8):
         Image.fromarray(random.integers(0, 255, (24, 20, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
     pretrain(toy(config), open_source(tmp_path), tmp_path / "run")
-    loss = [r["loss"] for r in Metrics(tmp_path / "run" / "metrics.jsonl").read() if "loss" in r]
+    loss = [r["loss"] for r in MetricsFile(tmp_path / "run" / "metrics.jsonl").read() if "loss" in r]
     assert loss
     assert all(math.isfinite(value) for value in loss)

@@ -13,7 +13,8 @@ from troodon.learn import optim
 from troodon.learn.config import ObjectiveConfig, PretrainConfig
 from troodon.learn.loop import Learner, NotFinite, train
 from troodon.learn.losses import Ranks
-from troodon.learn.method import Branch, Method
+from troodon.learn.method import Method
+from troodon.learn.network import Network
 from troodon.learn.parallel import empty
 from troodon.model.config import HeadConfig, ViTConfig
 from troodon.views.batch import Batch
@@ -29,7 +30,7 @@ CONFIG = PretrainConfig(
 )
 
 
-def branches(config: PretrainConfig) -> list[Branch]:
+def branches(config: PretrainConfig) -> list[Network]:
     made = [empty(config).to_empty(device="cpu") for _ in range(2)]
     torch.manual_seed(0)
     made[0].initialize()
@@ -43,7 +44,7 @@ def steps(method: Method, config: PretrainConfig, seen: Batch, count: int) -> li
     learner = Learner(method, optimizer, config.schedules, config.optim, lambda step, batch, seen: terms.append(seen))
     train(
         [learner], iter([seen] * count), first_step=50, steps=50 + count, accumulate=1, seed=0, rank=0,
-        asked_to_stop=lambda: False,
+        stop_requested=lambda: False,
     )  # fmt: skip
     return terms
 
@@ -67,10 +68,10 @@ def test_a_broken_step_changes_nothing(monkeypatch):
     learner = Learner(method, optimizer, CONFIG.schedules, CONFIG.optim, lambda *_: None)
 
     def take(first: int) -> list[torch.Tensor]:
-        how = {"accumulate": 1, "seed": 0, "rank": 0, "asked_to_stop": lambda: False}
+        how = {"accumulate": 1, "seed": 0, "rank": 0, "stop_requested": lambda: False}
         train([learner], iter([seen]), first_step=first, steps=first + 1, **how)
         moments = [value for state in optimizer.state.values() for value in state.values()]
-        return [x.detach().clone() for x in (*method.student.parameters(), *method.average.parameters(), *moments)]
+        return [x.detach().clone() for x in (*method.student.parameters(), *method.ema.parameters(), *moments)]
 
     before = take(50)
     losses = method.losses
@@ -79,20 +80,28 @@ def test_a_broken_step_changes_nothing(monkeypatch):
         take(51)
     monkeypatch.undo()
     moments = [value for state in optimizer.state.values() for value in state.values()]
-    after = [*method.student.parameters(), *method.average.parameters(), *moments]
+    after = [*method.student.parameters(), *method.ema.parameters(), *moments]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(before, take(51), strict=True))
 
 
 @pytest.mark.parametrize(
     "objective",
-    [ObjectiveConfig(), ObjectiveConfig(targets="centring", heads="shared", gram_weight=1.0, koleo_group=3)],
+    [
+        ObjectiveConfig(),
+        ObjectiveConfig(
+            targets="centring",
+            heads="shared",
+            terms=(*ObjectiveConfig().terms, ("gram", 1.0)),
+            koleo_group=3,
+        ),
+    ],
 )
 def test_a_step_asks_the_device_for_one_thing_only(objective, monkeypatch):
     """On tensors without numbers, whose reading raises: of three steps, only the guard's verdicts are read."""
     config = replace(CONFIG, objective=objective, vit=replace(CONFIG.vit, drop_path=0.4))
     seen, read = batch(config), []
-    masked_M, weight_M = seen.masked()  # made on the host
+    masked_M, weight_M = seen.masked_patches()  # made on the host
 
     def total(x):
         if x.shape == (2,):  # whether the step is broken, and whether some rank is asked to stop
@@ -102,12 +111,12 @@ def test_a_step_asks_the_device_for_one_thing_only(objective, monkeypatch):
         return x
 
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        monkeypatch.setattr(Batch, "masked", lambda self: (mode.from_tensor(masked_M), mode.from_tensor(weight_M)))
+        monkeypatch.setattr(Batch, "masked_patches", lambda self: (mode.from_tensor(masked_M), mode.from_tensor(weight_M)))
         heads = config.dino_head, config.ibot_head if objective.heads == "separate" else None
-        student, average, anchor = (Branch(config.vit, *heads) for _ in range(3))
+        student, average, anchor = (Network(config.vit, *heads) for _ in range(3))
         method = Method(
             config.objective, student, average, ranks=Ranks(total, lambda x: x, lambda x: x),
-            anchor=anchor.backbone if objective.gram_weight else None, compute=torch.bfloat16,
+            anchor=anchor.backbone if objective.weight("gram") else None, compute=torch.bfloat16,
         )  # fmt: skip
         fake = Batch(mode.from_tensor(seen.globals_GBCHW), mode.from_tensor(seen.locals_VBCHW), seen.masks_NP)
         terms = steps(method, config, fake, 3)

@@ -8,11 +8,13 @@ unknown key or a wrong type is the same error, with the same nearest right name,
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,14 +56,78 @@ def parse(target: Any, arguments: list[str], *, prog: str, default: Any = None, 
     import tyro
 
     options = {} if default is None else {"default": default}
-    said = io.StringIO()
+    arguments, printed = renewed(arguments, default, prog), io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(printed):
             return tyro.cli(target, args=arguments, prog=prog, description=description, **options)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise UsageError(_one_line(said.getvalue())) from None
+        raise UsageError(_one_line(printed.getvalue())) from None
+
+
+def renewed(arguments: list[str], default: Any, prog: str) -> list[str]:
+    """The same command line with options of earlier versions under the names they have now.
+
+    A config names its earlier fields in `RENAMED` ({"old": "new"}); one whose fields became something else has a method
+    `renewed`, which takes and returns {field: words}. A note on standard error says what was read as what.
+    """
+    for prefix, section in _sections(default):
+        changes = getattr(section, "RENAMED", {})
+        if not changes:
+            continue
+        words, options = [], {}
+        for flag, values in _options(arguments):
+            leaf, dot, rest = flag.removeprefix(prefix).partition(".")
+            if flag.startswith(prefix) and leaf in changes:
+                options[f"{leaf}{dot}{rest}"] = values
+            else:
+                words += ([_flag(flag)] if flag else []) + values
+        if options:
+            now = section.renewed(options) if hasattr(section, "renewed") else {
+                changes[leaf] + dot + rest: values
+                for name, values in options.items()
+                for leaf, dot, rest in [name.partition(".")]
+            }  # fmt: skip
+            added = [word for name, values in now.items() for word in (_flag(prefix + name), *values)]
+            if twice := [name for name in now if prefix + name in dict(_options(words))]:
+                earlier = ", ".join(_flag(prefix + name) for name in options)
+                raise UsageError(f"{earlier} and {_flag(prefix + twice[0])} say the same: give the second one only")
+            _note(f"{prog}: {' '.join(_flag(prefix + name) for name in options)}: read as {' '.join(added)}")
+            arguments = words + added
+    return arguments
+
+
+def _sections(config: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
+    """Every config inside of `config`, and what its options start with. The field `config` of a command has no name."""
+    if not dataclasses.is_dataclass(config):
+        return
+    yield prefix, config
+    for field in dataclasses.fields(config):
+        inner = prefix if field.name == "config" else f"{prefix}{field.name}."
+        yield from _sections(getattr(config, field.name), inner)
+
+
+def _options(arguments: list[str]) -> list[tuple[str, list[str]]]:
+    """The words of a command line as options with their values; words before the first option have the option ""."""
+    options: list[tuple[str, list[str]]] = [("", [])]
+    for word in arguments:
+        flag, equals, value = word.partition("=")
+        if word.startswith("--"):
+            options.append((f"--{flag[2:].replace('-', '_')}", [value] if equals else []))
+        else:
+            options[-1][1].append(word)
+    return options
+
+
+def _flag(option: str) -> str:
+    return f"--{option.removeprefix('--').replace('_', '-')}"
+
+
+@functools.cache
+def _note(message: str) -> None:
+    """Print a note on standard error, once."""
+    print(f"note: {message}", file=sys.stderr)
 
 
 def to_dict(config: Any) -> dict:

@@ -4,58 +4,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from troodon.config import UsageError, pair, within
+from troodon.learn.objective import ObjectiveConfig
 from troodon.learn.schedules import Schedules
 from troodon.model.config import HeadConfig, ViTConfig
 from troodon.views.config import CropsConfig, MasksConfig, PhotometricConfig
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """DINO + iBOT + KoLeo (https://arxiv.org/abs/2304.07193, section 4)."""
-
-    targets: Literal["sinkhorn", "centring"] = "sinkhorn"
-    """How the teacher's logits become targets."""
-    heads: Literal["separate", "shared"] = "separate"
-    """Whether the patch objective has a head of its own."""
-    student_temperature: float = 0.1
-    dino_weight: float = 1.0
-    ibot_weight: float = 1.0
-    koleo_weight: float = 0.1
-    koleo_group: int = 0
-    """Images, one after another in the step, among which the nearest neighbour is looked for; 0 is all of them."""
-    contrast_weight: float = 0.0
-    """Of telling images apart: each global view finds the other of its image among those of the step, by their class
-    tokens (https://arxiv.org/abs/2202.10261); 0 is none."""
-    contrast_temperature: float = 0.05
-    gram_weight: float = 0.0
-    """Of Gram anchoring: patches keep the similarities they had in an earlier average; 0 is none."""
-    cls_weight: float = 0.0
-    """Of a frozen teacher's class token as it is, which needs no heads: one minus its cosine with a linear map of the
-    student's; 0 is none."""
-    patch_weight: float = 0.0
-    """The same of patches."""
-    patch_loss: Literal["smooth_l1", "cosine"] = "smooth_l1"
-    """How a patch's features are compared; teachers' are standardised for each channel first."""
-    centre_momentum: float = 0.9
-    """Share of the centre that stays at each step, with centring."""
-
-    def __post_init__(self) -> None:
-        within(self, "objective.", 1e-4, None, "student_temperature", "contrast_temperature")
-        within(self, "objective.", 0, None, "dino_weight", "ibot_weight", "koleo_weight", "koleo_group")
-        within(self, "objective.", 0, None, "contrast_weight", "gram_weight", "cls_weight", "patch_weight")
-        within(self, "objective.", 0, 1, "centre_momentum")
-        if not (self.by_prototypes or self.compared or self.contrast_weight):
-            raise UsageError("objective.dino_weight 0 and objective.ibot_weight 0: nothing to learn from; set one to 1")
-
-    @property
-    def by_prototypes(self) -> bool:
-        """Whether a term compares what heads say."""
-        return bool(self.dino_weight or self.ibot_weight)
-
-    @property
-    def compared(self) -> tuple[str, ...]:
-        """Which features are compared with a frozen teacher's: "cls", "patches"."""
-        return ("cls",) * bool(self.cls_weight) + ("patches",) * bool(self.patch_weight)
 
 
 @dataclass(frozen=True)
@@ -176,8 +128,8 @@ def fits(config: PretrainConfig, ranks: int) -> None:
         raise UsageError(f"photometric.mean has {known} numbers for {channels} channels: {fix}")
 
     if config.crops.attack and channels not in (1, 3):
-        said = f"pictures in grey or colour are attacked, not images of {channels} channels; set it to 0"
-        raise UsageError(f"crops.attack {config.crops.attack:g}: {said}")
+        reason = f"attacks are for pictures in grey or colour, not for images of {channels} channels; set it to 0"
+        raise UsageError(f"crops.attack {config.crops.attack:g}: {reason}")
 
     batch, parts, group = config.batch, config.parallel.accumulate, config.objective.koleo_group
     if batch % (ranks * parts):
@@ -186,10 +138,12 @@ def fits(config: PretrainConfig, ranks: int) -> None:
         where = f"{ranks} devices" + (f" of parallel.accumulate {parts} parts" if parts > 1 else "")
         other = f", or devices {fewer[-1]}" if fewer else ""
         raise UsageError(f"batch {batch} does not divide over {where}: set batch {near}{other}")
-    if config.objective.contrast_weight and parts > 1:
+    if config.objective.weight("contrast") and parts > 1:
         fix = "set it to 1, and a smaller batch or more devices"
-        raise UsageError(f"parallel.accumulate {parts}: objective.contrast_weight compares all images of a step: {fix}")
-    if not config.objective.koleo_weight:
+        raise UsageError(
+            f"parallel.accumulate {parts}: contrast in objective.terms compares all images of a step: {fix}"
+        )
+    if not config.objective.weight("koleo"):
         return
     if batch % max(group, 1):
         raise UsageError(f"objective.koleo_group {group} does not divide the batch of {batch} images")

@@ -9,19 +9,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
+from troodon.learn.chunks import CACHED, chunk_size
 from troodon.learn.config import PretrainConfig
+from troodon.learn.objective import ANCHOR, CLS_TARGETS, VISIBLE_TARGETS
 from troodon.model.config import HeadConfig, ViTConfig, flops
 
 FP32 = 4
-SHORT = 512  # tokens up to which a processor keeps attention's whole matrix in bf16: that of model/packing.py
-KEPT = 1 << 26  # logits of one answer up to which learn/prototypes.py keeps them, and does not make them again
+SHORT = 512  # tokens up to which a CPU keeps attention's whole matrix in bf16: that of model/packing.py
 
 Grid = tuple[int, int]  # rows and columns of patches
-
-
-def chunk_of(device: str) -> int:
-    """Prototypes at a time: few enough for a processor's caches, enough to keep an accelerator busy."""
-    return 1024 if device == "cpu" else 8192
 
 
 def backbone_parameters(vit: ViTConfig) -> int:
@@ -109,37 +105,39 @@ class Cost:
 
     @cached_property
     def masked(self) -> float:
-        """Patches of one part that the patch objective asks of: those that are masked, the mean; or all of them."""
-        masks = self.config.masks
-        if self.teachers:
+        """Patches of one part that are compared by prototypes: the masked ones, on average; or all of them."""
+        masks, needs = self.config.masks, self.config.objective.needs
+        if self.teachers or VISIBLE_TARGETS in needs:
             return 2 * self.images * self.wide[0] * self.wide[1]
         return int(2 * self.images * masks.share) * sum(masks.ratio) / 2 * self.wide[0] * self.wide[1]
 
     @cached_property
     def uses(self) -> dict[str, Use]:
-        """Of heads, by the term of the loss that asks."""
-        c = self.config
+        """Of heads, by what they take."""
+        c, needs = self.config, self.config.objective.needs
         shared = c.objective.heads == "shared"
         dino = Use(c.dino_head, (2 + c.crops.locals) * self.images, 2 * self.images)
         ibot = Use(c.dino_head if shared else c.ibot_head, self.masked, self.masked)
-        return ({"dino": dino} if c.objective.dino_weight else {}) | ({"ibot": ibot} if c.objective.ibot_weight else {})
+        return ({"cls": dino} if CLS_TARGETS in needs else {}) | (
+            {"patches": ibot} if c.objective.patch_targets else {}
+        )
 
     @cached_property
     def heads(self) -> list[HeadConfig]:
-        """Those that are asked: one for both terms, or one for each."""
+        """The heads that are used: one for both, or one for each."""
         heads = [use.head for use in self.uses.values()]
         return heads[:1] if self.config.objective.heads == "shared" else heads
 
     @cached_property
     def parameters(self) -> dict[str, int]:
-        """Of the student, by part. A head that no term asks is not made."""
+        """Of the student, by part. A head that no term needs is not made."""
         c = self.config
-        shared = c.objective.heads == "shared" and c.objective.by_prototypes
+        shared = c.objective.heads == "shared" and c.objective.prototypes
         heads = {"head": c.dino_head} if shared else {n: u.head for n, u in self.uses.items()}
-        names = {"head": "head", "dino": "head of classes", "ibot": "head of patches"}
+        names = {"head": "head", "cls": "head of classes", "patches": "head of patches"}
         made = {names[name]: head_parameters(head, c.vit.dim) for name, head in heads.items()}
-        if c.objective.compared:
-            made["maps"] = len(c.objective.compared) * sum((c.vit.dim + 1) * t.dim for t in self.teachers)
+        if c.objective.features:
+            made["maps"] = len(c.objective.features) * sum((c.vit.dim + 1) * t.dim for t in self.teachers)
         return {"backbone": backbone_parameters(c.vit)} | made
 
     # Products
@@ -160,8 +158,8 @@ class Cost:
             again += 0.0 if self.kept_logits(use.rows, head) else last * use.rows
             again += 0.0 if self.kept_logits(self.parts * use.taught, head) else teaching * last * use.taught
         asked = [(t, self.grid_of(t)) for t in self.teachers]
-        asked += [(vit, self.wide)] if self.config.objective.by_prototypes and not self.teachers else []
-        asked += [(vit, self.wide)] if self.config.objective.gram_weight else []
+        asked += [(vit, self.wide)] if self.config.objective.prototypes and not self.teachers else []
+        asked += [(vit, self.wide)] if ANCHOR in self.config.objective.needs else []
         teacher = self.groups[0][0] * sum(flops(network, grid) for network, grid in asked)
         found = {"student": 3 * student, "recomputed": again, "teacher": teacher, "heads": heads}
         return {name: n * count for name, count in found.items() if count}
@@ -169,18 +167,18 @@ class Cost:
     # Memory of a rank
 
     def kept_logits(self, rows: float, head: HeadConfig) -> float:
-        return self.width * rows * head.prototypes if rows * head.prototypes <= KEPT else 0.0
+        return self.width * rows * head.prototypes if rows * head.prototypes <= CACHED else 0.0
 
     def chunk(self, rows: float, head: HeadConfig) -> float:
         """One of the matrices that are made for a chunk of prototypes."""
-        return FP32 * rows * min(head.prototypes, chunk_of(self.device))
+        return FP32 * rows * min(head.prototypes, chunk_size(self.device))
 
     def state(self) -> dict[str, int]:
         """After a step: parameters in fp32, and what has their shape."""
         own = FP32 * sum(self.parameters.values()) // self.ranks
         found = {"weights": own, "gradients": own, "moments": 2 * own, "average": own}
         anchor = FP32 * self.parameters["backbone"] // self.ranks
-        found |= {"anchor": anchor} if self.config.objective.gram_weight else {}
+        found |= {"anchor": anchor} if ANCHOR in self.config.objective.needs else {}
         width = FP32 if self.ranks > 1 else self.width
         taught = sum(width * backbone_parameters(t) for t in self.teachers) // self.ranks
         return found | ({"teacher": taught} if taught else {})
@@ -237,7 +235,9 @@ class Cost:
             one = max(one, 3 * self.chunk(use.rows, use.head) + k * b * w)  # and the gradient of prototypes
             normalising = max(normalising, 2 * k * b * FP32)  # the gradient on its way through weight normalisation
         last = self.tokens * 2 * FP32 * vit.dim
-        cosines = 3 * FP32 * (2 * c.batch) ** 2 if c.objective.contrast_weight else 0  # of all pairs, and what follows
+        cosines = (
+            3 * FP32 * (2 * c.batch) ** 2 if c.objective.weight("contrast") else 0
+        )  # of all pairs, and what follows
         learning = {"last norm": last, "heads": heads, "logits": max(logits + one, normalising), "contrast": cosines}
         entered = {
             "gradients of heads": FP32 * self.of_heads() / self.ranks if self.parts == 1 else 0.0,  # else there already
@@ -251,7 +251,7 @@ class Cost:
     def targets(self) -> float:
         """Of what the teacher said of all parts: its prototypes, and logits where they are kept; and the anchor."""
         found = self.of_teacher()
-        if self.config.objective.gram_weight:
+        if ANCHOR in self.config.objective.needs:
             found += self.parts * FP32 * self.groups[0][0] * self.length(self.wide) * self.config.vit.dim
         return found
 

@@ -1,4 +1,4 @@
-"""Is it learning? Readings of a run, and what they mean in words."""
+"""Does the network learn? Health readings of a run, and their verdict in words."""
 
 import math
 from dataclasses import replace
@@ -10,32 +10,33 @@ from torch import Tensor
 
 from troodon.learn.config import PretrainConfig
 from troodon.learn.method import Method
-from troodon.learn.schedules import Knobs
+from troodon.learn.objective import CLS_TARGETS
+from troodon.learn.schedules import ScheduledValues
 from troodon.views.batch import Batch
 
 # Shape suffixes: B images of all ranks, K prototypes, D channels, M class tokens or masked patches of all ranks.
 
-LOOKED_AT = 3  # readings
+READINGS = 3  # that a verdict looks at
 
 
 @torch.no_grad()
-def read(method: Method, batch: Batch, knobs: Knobs) -> dict[str, Tensor]:
-    """Numbers, () each, that tell a network that learns from one that collapses; the same on every rank.
+def read(method: Method, batch: Batch, scheduled: ScheduledValues) -> dict[str, Tensor]:
+    """Readings, () each, that tell a network that learns from one that collapses; the same on every rank.
 
-    Of the teacher's targets, if heads give any, and of the average's features on this batch, which costs a forward pass
-    of each.
+    They describe the teacher's prototype targets, if there are any, and the EMA's features of this batch. They cost a
+    forward pass of each.
     """
-    (targets,) = method.targets([batch], replace(knobs, anchored=False, anchor=False))  # only looks: no anchor moves
-    asked = targets.patches if targets.cls is None else targets.cls
-    read = {} if asked is None else of_targets(asked.whole(), method)
+    (targets,) = method.targets([batch], replace(scheduled, anchored=False, new_anchor=False))  # no anchor changes
+    prototype_targets = targets.patches if targets.cls is None else targets.cls
+    readings = {} if prototype_targets is None else target_readings(prototype_targets.whole(), method)
     with method.autocast():
-        (seen,) = method.average.backbone([batch.globals_GBCHW[0]])
-    return read | of_features(method.ranks.gather(seen.cls_BD.float()))
+        (tokens,) = method.ema.backbone([batch.globals_GBCHW[0]])
+    return readings | feature_readings(method.ranks.gather(tokens.cls_BD.float()))
 
 
-def of_targets(targets_MK: Tensor, method: Method) -> dict[str, Tensor]:
-    """From 0 to 1: the entropy of targets and that of the batch's mean target, over ln K; and how many different
-    prototypes are the first choice of some row, of as many as could be."""
+def target_readings(targets_MK: Tensor, method: Method) -> dict[str, Tensor]:
+    """From 0 to 1: the mean entropy of the targets and the entropy of their mean, over ln K; and the number of
+    prototypes that are the first choice of some row, over the largest number possible."""
     total = method.ranks.total
     rows = total(torch.tensor(float(len(targets_MK)), device=targets_MK.device)).clamp(min=1.0)
     largest = math.log(targets_MK.shape[1])
@@ -47,8 +48,8 @@ def of_targets(targets_MK: Tensor, method: Method) -> dict[str, Tensor]:
     }
 
 
-def of_features(x_BD: Tensor) -> dict[str, Tensor]:
-    """How far apart images are: of unit vectors, the mean cosine of two images, the effective rank of the centred
+def feature_readings(x_BD: Tensor) -> dict[str, Tensor]:
+    """How far apart images are, as unit vectors: the mean cosine of two images, the effective rank of the centred
     matrix (https://arxiv.org/abs/2210.02885), and the mean distance to the nearest other image."""
     x_BD = F.normalize(x_BD, dim=-1)
     cosine_BB, count = x_BD @ x_BD.T, len(x_BD)
@@ -66,72 +67,77 @@ def _entropy(p: Tensor) -> Tensor:
 
 
 def verdict(records: list[dict], config: PretrainConfig) -> dict[str, str]:
-    """What is wrong with the run that wrote these records, by name: what, the likely cause, and what to change.
+    """Alarms of the run that wrote these records, by name: what is wrong, the likely cause, and what to change.
 
-    Looks at the medians of the last three readings after the warm-up: a single one says little. Thresholds lie between
-    healthy and collapsed runs of the small recipes (docs/log.md).
+    They follow from the medians of the last three readings after the warm-up, as a single one says little. Thresholds
+    lie between healthy and collapsed runs of the small recipes (docs/log.md).
     """
-    said = {}
+    alarms = {}
     if worse := _worse(records):
-        said["worse"] = worse
-    read = [r for r in records if "feature_cosine" in r and r["step"] >= config.schedules.lr.warmup][-LOOKED_AT:]
-    if len(read) < LOOKED_AT:
-        return said
-    now = {name: median(r[name] for r in read) for name in read[0] if all(name in r for r in read)}
+        alarms["worse"] = worse
+    last = [r for r in records if "feature_cosine" in r and r["step"] >= config.schedules.lr.warmup][-READINGS:]
+    if len(last) < READINGS:
+        return alarms
+    now = {name: median(r[name] for r in last) for name in last[0] if all(name in r for r in last)}
     if "target_entropy" in now:
-        said |= _of_targets(now, config)
+        alarms |= _target_alarms(now, config)
     if now["feature_cosine"] > 0.95 or now["effective_rank"] < 2:
-        said["one direction"] = (
+        alarms["one direction"] = (
             f"features of different images are almost the same (mean cosine {now['feature_cosine']:.3f}, effective "
-            f"rank {now['effective_rank']:.1f}): raise objective.koleo_weight, or lower schedules.lr.peak"
+            f"rank {now['effective_rank']:.1f}): raise the weight of koleo in objective.terms, or lower "
+            "schedules.lr.peak"
         )
     if now["grad_norm"] > 30 * config.optim.clip > 0:
-        said["steep"] = (
-            f"gradients are {now['grad_norm'] / config.optim.clip:.0f} times as long as optim.clip lets through: lower "
+        alarms["steep"] = (
+            f"the gradient norm is {now['grad_norm'] / config.optim.clip:.0f} times optim.clip: lower "
             "schedules.lr.peak, or make schedules.lr.warmup longer"
         )
-    return said
+    return alarms
 
 
-def _of_targets(now: dict[str, float], config: PretrainConfig) -> dict[str, str]:
-    said = {}
-    of, least, loss = _loss(now, config)
+def _target_alarms(now: dict[str, float], config: PretrainConfig) -> dict[str, str]:
+    term, ln_k, loss = _loss(now, config)
     if now["mean_target_entropy"] < 0.2 or now["prototypes_used"] < 0.05:
-        said["few prototypes"] = (
+        text = (
             f"almost all images get the same few prototypes (the entropy of the mean target is "
-            f"{now['mean_target_entropy']:.0%} of ln K, {now['prototypes_used']:.1%} of prototypes are used): {of} "
-            "says nothing, however low its loss. The targets are not spread: use objective.targets sinkhorn, or with "
-            "centring a lower objective.centre_momentum; a higher schedules.momentum.peak helps both"
+            f"{now['mean_target_entropy']:.0%} of ln K, {now['prototypes_used']:.1%} of prototypes are used): {term} "
+            "teaches nothing, however low its loss. The targets are not balanced: use objective.targets sinkhorn, or "
+            "with centring a lower objective.centre_momentum; a higher schedules.ema_momentum.peak helps both"
         )
-    elif loss > 0.97 * least and now["target_entropy"] > 0.8:
-        said["flat"] = (
-            f"the loss of {of} is ln K ({loss:.2f} of {least:.2f}) and targets are nearly uniform (entropy "
-            f"{now['target_entropy']:.0%} of ln K): they tell no image from another. Likely the teacher is too soft or "
-            "was shaken: lower schedules.teacher_temperature, then schedules.lr.peak; a higher schedules.momentum.peak"
+        return {"few prototypes": text}
+    if loss > 0.97 * ln_k and now["target_entropy"] > 0.8:
+        text = (
+            f"the loss of {term} is ln K ({loss:.2f} of {ln_k:.2f}) and targets are nearly uniform (entropy "
+            f"{now['target_entropy']:.0%} of ln K): they do not tell images apart. Likely the teacher is too soft or "
+            "changes too fast: lower schedules.teacher_temperature, then schedules.lr.peak; a higher "
+            "schedules.ema_momentum.peak"
         )
-    return said
+        return {"flat": text}
+    return {}
 
 
 def _loss(now: dict[str, float], config: PretrainConfig) -> tuple[str, float, float]:
-    """The objective whose targets were read, ln K of its head, and the mean cross-entropy."""
-    o = config.objective
-    if o.dino_weight:
+    """The term whose targets were read, ln K of its head, and the mean cross-entropy."""
+    objective = config.objective
+    if CLS_TARGETS in objective.needs:
         total = now["dino_global"] + now.get("dino_local", 0.0)
-        return "DINO", math.log(config.dino_head.prototypes), total / o.dino_weight
-    head = config.dino_head if o.heads == "shared" else config.ibot_head
-    return "iBOT", math.log(head.prototypes), now["ibot"] / o.ibot_weight / max(config.masks.share, 1e-9)
+        return "DINO", math.log(config.dino_head.prototypes), total / objective.weight("dino")
+    head = config.dino_head if objective.heads == "shared" else config.ibot_head
+    name = "ibot" if objective.weight("ibot") else "ibot_visible"
+    crops = config.masks.share if name == "ibot" and config.masks.share else 1.0  # that the loss is a mean over
+    return "iBOT", math.log(head.prototypes), now[name] / objective.weight(name) / crops
 
 
 def _worse(records: list[dict]) -> str | None:
-    """Whether the last k-NN is clearly below the first, of the weights that the run began with, or below its best."""
-    read = [(r["step"], r["knn"]) for r in records if "knn" in r]
-    if len(read) < 2:
+    """The alarm if the last k-NN is clearly below the best one; the first is of the weights that the run began with."""
+    readings = [(r["step"], r["knn"]) for r in records if "knn" in r]
+    if len(readings) < 2:
         return None
-    (_, last), (step, best) = read[-1], max(read, key=lambda pair: pair[1])
+    (_, last), (step, best) = readings[-1], max(readings, key=lambda reading: reading[1])
     if last > 0.9 * best:
         return None
     since = "before the first step" if step < 0 else f"at step {step + 1:,}"
     return (
         f"features got worse: k-NN {last:.1%}, and {best:.1%} {since}. Lower schedules.lr.peak, or optim.layer_decay "
-        "towards 0.65 (earlier blocks move less), or stop where they were best"
+        "towards 0.65 (earlier blocks learn more slowly), or stop where they were best"
     )

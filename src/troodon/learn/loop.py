@@ -1,4 +1,4 @@
-"""The training loop. Everything a step does is on this page, in the order it is done."""
+"""The training loop. This page has everything a step does, in order."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,25 +9,25 @@ from torch import Tensor
 from troodon.learn import optim
 from troodon.learn.config import OptimConfig
 from troodon.learn.method import Method
-from troodon.learn.schedules import Knobs, Schedules
+from troodon.learn.schedules import ScheduledValues, Schedules
 from troodon.views.batch import Batch
 
 
 class NotFinite(FloatingPointError):
-    """A loss or a gradient of some rank is not finite; on every rank, and before anything was changed.
+    """A loss or a gradient of some rank is not finite. Every rank raises it, before anything has changed.
 
-    `here` are the terms of this rank.
+    `terms` are those of this rank.
     """
 
-    def __init__(self, step: int, here: dict[str, float]):
-        said = ", ".join(f"{name} {value:.4g}" for name, value in here.items())
-        super().__init__(f"step {step}: a loss or a gradient is not finite ({said})")
-        self.step, self.here = step, here
+    def __init__(self, step: int, terms: dict[str, float]):
+        values = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
+        super().__init__(f"step {step}: a loss or a gradient is not finite ({values})")
+        self.step, self.terms = step, terms
 
 
 @dataclass(frozen=True)
 class Learner:
-    """One network on its way: what it learns, by which rules, and who sees each step's terms and gradient norms."""
+    """One network in training. `after_step` gets the step, the batch, and the terms and gradient norms."""
 
     method: Method
     optimizer: torch.optim.Optimizer
@@ -45,63 +45,63 @@ def train(
     accumulate: int,
     seed: int,
     rank: int,
-    asked_to_stop: Callable[[], bool],
+    stop_requested: Callable[[], bool],
 ) -> int:
-    """Take steps `first_step` to `steps`, or until some rank is asked to stop; returns how many have been done.
+    """Take steps `first_step` to `steps`, or until a rank gets a request to stop; returns how many steps are done.
 
     All learners see the same batches, and each learns as if it were alone. Raises NotFinite.
     """
     for step in range(first_step, steps):
         batch = next(batches)
-        parts, knobs = batch.parts(accumulate), [learner.schedules.at(step, steps) for learner in learners]
+        parts, scheduled = batch.chunk(accumulate), [learner.schedules.at(step, steps) for learner in learners]
         terms = []
-        for learner, knobs_now in zip(learners, knobs, strict=True):
+        for learner, values in zip(learners, scheduled, strict=True):
             torch.manual_seed(hash((seed, step, rank)))  # stochastic depth: the only randomness inside a step
-            terms.append(_gradients(learner, parts, knobs_now))
+            terms.append(_backward(learner, parts, values))
 
-        broken = ~torch.stack([value for found in terms for value in found.values()]).isfinite().all()
-        stop = broken.new_tensor(asked_to_stop())
+        broken = ~torch.stack([term for of_learner in terms for term in of_learner.values()]).isfinite().all()
+        stop = broken.new_tensor(stop_requested())
         verdict = learners[0].method.ranks.total(torch.stack([broken, stop]).float())
-        read = reading(verdict)
-        for learner in learners:  # which change nothing where the step is broken
+        read_verdict = async_read(verdict)
+        for learner in learners:  # with `found_inf` the optimiser changes nothing in a broken step
             setattr(learner.optimizer, "found_inf", verdict[0].clamp(max=1))  # noqa: B010
             learner.optimizer.step()
-        broken, stop = read()
+        broken, stop = read_verdict()
         if broken:
             for learner in learners:
                 learner.optimizer.zero_grad()
-            raise NotFinite(step, {name: value.item() for found in terms for name, value in found.items()})
-        for learner, knobs_now, found in zip(learners, knobs, terms, strict=True):
+            raise NotFinite(step, {name: term.item() for of_learner in terms for name, term in of_learner.items()})
+        for learner, values, of_learner in zip(learners, scheduled, terms, strict=True):
             learner.optimizer.zero_grad()
-            learner.method.after_step(knobs_now)
-            learner.after_step(step, batch, found)
+            learner.method.after_step(values)
+            learner.after_step(step, batch, of_learner)
         if stop:
             return step + 1
     return steps
 
 
-def reading(x: Tensor) -> Callable[[], list]:
-    """What gives the numbers of a tensor as it is now. On an accelerator that waits for no work launched since."""
-    here = x.to("cpu", non_blocking=True)
+def async_read(x: Tensor) -> Callable[[], list]:
+    """A function that returns the numbers of a tensor as it is now. On a GPU it waits for no work launched later."""
+    copy = x.to("cpu", non_blocking=True)
     if not x.is_cuda:
-        return here.tolist
+        return copy.tolist
     copied = torch.cuda.Event()
     copied.record()
 
     def wait() -> list:
         copied.synchronize()
-        return here.tolist()
+        return copy.tolist()
 
     return wait
 
 
-def _gradients(learner: Learner, parts: list[Batch], knobs: Knobs) -> dict[str, Tensor]:
-    """Leave the gradients of a step, clipped, with the student; its terms and the norms of gradients."""
-    method, seen = learner.method, []
-    optim.apply(learner.optimizer, knobs)
-    for part, targets in zip(parts, method.targets(parts, knobs), strict=True):
-        terms = method.losses(part, targets, knobs)
+def _backward(learner: Learner, parts: list[Batch], scheduled: ScheduledValues) -> dict[str, Tensor]:
+    """Leave the clipped gradients of a step in the student; returns the terms and the gradient norms."""
+    method, terms_of_parts = learner.method, []
+    optim.apply(learner.optimizer, scheduled)
+    for part, targets in zip(parts, method.targets(parts, scheduled), strict=True):
+        terms = method.losses(part, targets)
         (torch.stack([*terms.values()]).sum() / len(parts)).backward()
-        seen.append({name: term.detach() for name, term in terms.items()})
-    terms = {name: torch.stack([terms[name] for terms in seen]).mean() for name in seen[0]}
+        terms_of_parts.append({name: term.detach() for name, term in terms.items()})
+    terms = {name: torch.stack([part[name] for part in terms_of_parts]).mean() for name in terms_of_parts[0]}
     return terms | optim.clip(method.student, learner.config)

@@ -1,8 +1,8 @@
-"""The losses of DINOv2, as functions of tensors: no state, no config, no device, no logging.
+"""The losses of DINOv2 as functions of tensors: no state, no config, no device, no logging.
 
-`Ranks` reduces a tensor over every rank that shares the batch. `ALONE` is the identity of one rank, which
-is what makes each of these testable in a plain process. Where the matrices of M x K are large, prototypes.py has the
-same targets and cross-entropies without them.
+`Ranks` reduces a tensor over all ranks that share the batch; `ALONE` is the identity, for one rank, with which each
+loss can be tested in a plain process. prototypes.py computes the same targets and cross-entropies without matrices of
+M x K.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class Ranks(NamedTuple):
-    """Over all ranks: the sum and the maximum of a tensor, and the rows of all, one rank after another."""
+    """Collectives over all ranks: the sum and the maximum of a tensor, and the rows of all ranks, in their order."""
 
     total: Callable[[Tensor], Tensor]
     largest: Callable[[Tensor], Tensor]
@@ -32,8 +32,8 @@ ALONE = Ranks(lambda x: x, lambda x: x, lambda x: x)
 def sinkhorn(logits_MK: Tensor, temperature: float, ranks: Ranks, rounds: int = 3) -> Tensor:
     """Teacher targets with every prototype used equally (https://arxiv.org/abs/2006.09882, section 3.1).
 
-    Columns and rows of exp(logits / temperature) are normalised in turn. In the log domain, so that no
-    logit is too large. Ranks may hold different numbers of rows. Rows of the result sum to one.
+    Columns and rows of exp(logits / temperature) are normalised in turn, in the log domain, so that no logit is too
+    large. Ranks may hold different numbers of rows. Rows of the result sum to one.
     """
     log_q_MK = logits_MK.float() / temperature
     for _ in range(rounds):
@@ -44,7 +44,7 @@ def sinkhorn(logits_MK: Tensor, temperature: float, ranks: Ranks, rounds: int = 
 
 
 def exp_of_negative(x: Tensor) -> Tensor:
-    """exp of what is at most zero; e^-80 at least: less adds nothing in fp32, and takes processors 50 times longer."""
+    """exp of numbers <= 0, but at least e^-80: smaller ones add nothing in fp32, and take a CPU 50 times longer."""
     return x.clamp(min=-80.0).exp_()
 
 
@@ -55,15 +55,15 @@ def centred(logits_MK: Tensor, temperature: float, centre_K: Tensor) -> Tensor:
 
 
 def cross_entropies(student_VBK: Tensor, teacher_GBK: Tensor, temperature: float) -> Tensor:
-    """-sum_k target_k log softmax(logits / temperature)_k of every student view with every teacher view: (V, G, B)."""
+    """(V, G, B): cross-entropy -sum_k target_k log softmax(logits / temperature)_k of each student and teacher view."""
     log_p_VBK = F.log_softmax(student_VBK.float() / temperature, dim=-1)
     return torch.stack([-(log_p_VBK * teacher_BK).sum(-1) for teacher_BK in teacher_GBK], dim=1)
 
 
 def dino(pairs_VGB: Tensor, *, same_views: bool) -> Tensor:
-    """Image-level loss: the mean over (student view, teacher view) pairs of the same image's cross-entropy.
+    """Image-level loss: the mean cross-entropy over (student view, teacher view) pairs of one image.
 
-    When the students are the teacher's own views, a view is not asked to predict itself.
+    If the student views are the teacher's own views, a view does not predict itself.
     """
     loss_VG = pairs_VGB.mean(-1)
     if same_views:
@@ -73,17 +73,18 @@ def dino(pairs_VGB: Tensor, *, same_views: bool) -> Tensor:
 
 
 def ibot(pairs_M: Tensor, weight_M: Tensor, crops: int) -> Tensor:
-    """Patch-level loss: cross-entropies of masked patches (https://arxiv.org/abs/2111.07832, section 3.1).
+    """Patch-level loss: weighted cross-entropies of patches (https://arxiv.org/abs/2111.07832, section 3.1).
 
-    `weight_M` is one over the masked patches of each patch's crop; crops without a mask count as zero in `crops`.
+    `weight_M` is one over the masked patches of each patch's crop. A crop without masked patches adds zero, and counts
+    in `crops`.
     """
     return (pairs_M * weight_M).sum() / crops
 
 
 def koleo(features_BD: Tensor, eps: float = 1e-8) -> Tensor:
-    """Spread features: minus the log distance to the nearest neighbour (https://arxiv.org/abs/1806.03198).
+    """KoLeo: minus the mean log distance to the nearest neighbour (https://arxiv.org/abs/1806.03198).
 
-    Always in fp32: in fp16 both eps vanish and one duplicate image makes it infinite.
+    Always in fp32: in fp16 both eps vanish, and one duplicate image makes it infinite.
     """
     x_BD = F.normalize(features_BD.float(), dim=-1, eps=eps)
     with torch.no_grad():
@@ -92,26 +93,26 @@ def koleo(features_BD: Tensor, eps: float = 1e-8) -> Tensor:
 
 
 def contrast(features_2BD: Tensor, temperature: float) -> Tensor:
-    """Each of two views of B images is to find the other among all the views but itself: the mean cross-entropy of
-    cosines / temperature, "NT-Xent" (https://arxiv.org/abs/2002.05709, section 2.1; for copies
-    https://arxiv.org/abs/2202.10261, section 3.3). ln(2B - 1) where all views look the same."""
+    """NT-Xent: each of two views of B images finds the other among all views but itself. The mean cross-entropy of
+    cosines / temperature (https://arxiv.org/abs/2002.05709, section 2.1; for copies https://arxiv.org/abs/2202.10261,
+    section 3.3). It is ln(2B - 1) if all views are equal."""
     x_ND = F.normalize(features_2BD.float(), dim=-1).flatten(0, 1)
     logits_NN = (x_ND @ x_ND.T / temperature).fill_diagonal_(-inf)
     return F.cross_entropy(logits_NN, torch.arange(len(x_ND), device=x_ND.device).roll(len(x_ND) // 2))
 
 
 def cosine_distance(x_MD: Tensor, y_MD: Tensor) -> Tensor:
-    """One minus the cosine, the mean over rows: 0 where all point the same way."""
+    """One minus the cosine, the mean over rows."""
     return (1.0 - F.cosine_similarity(x_MD.float(), y_MD.float(), dim=-1)).mean()
 
 
 def smooth_l1(x_MD: Tensor, y_MD: Tensor) -> Tensor:
-    """Half the square of a difference below one, and beyond it the difference less a half; the mean of all."""
+    """Smooth L1 with beta 1, the mean over all numbers."""
     return F.smooth_l1_loss(x_MD.float(), y_MD.float())
 
 
 def gram(patches_NPD: Tensor, anchor_NPD: Tensor) -> Tensor:
-    """Patches keep the cosines with one another that the anchor gives them, within each of N crops: the mean squared
-    difference over pairs (https://arxiv.org/abs/2508.10104, section 4.2)."""
+    """Gram anchoring: the mean squared difference of the cosines between patches of a crop and those of the anchor's
+    (https://arxiv.org/abs/2508.10104, section 4.2)."""
     x_NPD, y_NPD = (F.normalize(p.float(), dim=-1) for p in (patches_NPD, anchor_NPD))
     return (x_NPD @ x_NPD.mT - y_NPD @ y_NPD.mT).square().mean()

@@ -1,4 +1,4 @@
-"""Parameter groups: which rule governs each parameter, said once and covering all of them."""
+"""Parameter groups: one rule for each parameter, which covers all of them; AdamW and gradient clipping."""
 
 import re
 from collections import defaultdict
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from troodon.learn.config import OptimConfig
-from troodon.learn.schedules import Knobs
+from troodon.learn.schedules import ScheduledValues
 
 UNDECAYED = re.compile(r"\.bias$|norm|gamma")  # biases, LayerNorms, LayerScale
 
 
 class Factors(NamedTuple):
-    """The rule that governs a parameter."""
+    """The rule of a parameter: factors of the learning rate and of weight decay, and which schedules it follows."""
 
     lr: float
     weight_decay: float
@@ -46,13 +46,13 @@ def adamw(student: nn.Module, depth: int, config: OptimConfig) -> torch.optim.Ad
     return torch.optim.AdamW(listed, lr=0.0, betas=config.betas, fused=True)
 
 
-def apply(optimizer: torch.optim.Optimizer, knobs: Knobs) -> None:
+def apply(optimizer: torch.optim.Optimizer, scheduled: ScheduledValues) -> None:
     """Set learning rate and weight decay of every group for this step."""
     for group in optimizer.param_groups:
         factors = Factors(*group["factors"])
-        frozen = factors.backbone and knobs.backbone_frozen
-        group["lr"] = 0.0 if frozen else factors.lr * (knobs.last_layer_lr if factors.last_layer else knobs.lr)
-        group["weight_decay"] = factors.weight_decay * knobs.weight_decay
+        frozen = factors.backbone and scheduled.backbone_frozen
+        group["lr"] = 0.0 if frozen else factors.lr * (scheduled.last_layer_lr if factors.last_layer else scheduled.lr)
+        group["weight_decay"] = factors.weight_decay * scheduled.weight_decay
 
 
 def clip(student: nn.Module, config: OptimConfig) -> dict[str, Tensor]:

@@ -15,15 +15,16 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from troodon import dist
 from troodon.config import UsageError
 from troodon.learn.config import ParallelConfig, PretrainConfig
-from troodon.learn.method import Branch
+from troodon.learn.network import Network
+from troodon.learn.objective import CLS_TARGETS
 from troodon.model.backbone import Backbone
 from troodon.model.vit import ViT, regrid
 
-# It warns of in-place operations on what a network returns; there are none.
+# FSDP warns of in-place operations on outputs of a network; there are none.
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
 
 _ops = torch.ops.aten
-PRODUCTS = {  # what selective recomputation keeps: the results of products and of attention
+PRODUCTS = {  # selective recomputation keeps the results of products and of attention
     _ops.mm.default,
     _ops.addmm.default,
     _ops.bmm.default,
@@ -34,16 +35,16 @@ PRODUCTS = {  # what selective recomputation keeps: the results of products and 
 }
 
 
-def empty(config: PretrainConfig, teachers: Sequence[int] = ()) -> Branch:
-    """A branch on the meta device: its shapes, without memory. `teachers`: the channels of those it has maps to."""
+def empty(config: PretrainConfig, teachers: Sequence[int] = ()) -> Network:
+    """A network on the meta device: its shapes, without memory. `teachers`: the channels of those it has maps to."""
     objective = config.objective
     shared = objective.heads == "shared"
     with torch.device("meta"):
-        return Branch(
+        return Network(
             config.vit,
-            config.dino_head if objective.dino_weight or (shared and objective.by_prototypes) else None,
-            config.ibot_head if objective.ibot_weight and not shared else None,
-            {kind: teachers for kind in objective.compared},
+            config.dino_head if CLS_TARGETS in objective.needs or (shared and objective.prototypes) else None,
+            config.ibot_head if objective.patch_targets and not shared else None,
+            {kind: teachers for kind in objective.features},
         )
 
 
@@ -53,17 +54,17 @@ def first_weights(
     heads: dict[str, Tensor] | None = None,
     teachers: Sequence[int] = (),
 ) -> dict[str, Tensor]:
-    """The whole weights that `config.seed` names, on the CPU; those of `init` and `heads` in place of their own.
+    """Unsharded first weights on the CPU: random by `config.seed`, or those of `init` and `heads` where given.
 
-    Positions that were learned on another grid are resized to this one's. UsageError if heads do not fit.
+    Positions that were learned on another grid are resized. UsageError if heads do not fit.
     """
-    branch = empty(config, teachers).to_empty(device="cpu")
+    network = empty(config, teachers).to_empty(device="cpu")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        branch.initialize()
+        network.initialize()
     if init is not None:
-        branch.backbone.load_state_dict(regrid(init.vit.state_dict(), init.config, config.vit.grid))
-    state = branch.state_dict()
+        network.backbone.load_state_dict(regrid(init.vit.state_dict(), init.config, config.vit.grid))
+    state = network.state_dict()
     for name, tensor in (heads or {}).items():
         if name not in state or state[name].shape != tensor.shape:
             expected = f"of shape {tuple(state[name].shape)} here" if name in state else "not part of this run"
@@ -78,32 +79,32 @@ def build(
     device: torch.device,
     compute: torch.dtype,
     teachers: Sequence[int] = (),
-) -> Branch:
-    """A branch with these weights. The device never holds more than a shard of it, and what one block needs."""
+) -> Network:
+    """A network with these weights. The device never holds more than a shard of it and one whole block."""
     return _placed(empty(config, teachers), config.parallel, weights, device, compute)
 
 
 def build_anchor(config: PretrainConfig, weights: dict[str, Any], device: torch.device, compute: torch.dtype) -> ViT:
-    """A backbone for Gram anchoring, with the weights that a branch of it has."""
-    inside = {name.removeprefix("backbone."): w for name, w in weights.items() if name.startswith("backbone.")}
-    return _placed(empty(config).backbone, config.parallel, inside, device, compute)
+    """A backbone for Gram anchoring, with the backbone's weights among these."""
+    backbone = {name.removeprefix("backbone."): w for name, w in weights.items() if name.startswith("backbone.")}
+    return _placed(empty(config).backbone, config.parallel, backbone, device, compute)
 
 
 def _placed(module: Any, config: ParallelConfig, weights: dict[str, Any], device: torch.device, compute: torch.dtype):
-    """On the meta device: recompute, compile, shard; then materialise and load."""
+    """Set up recomputation, compile and shard on the meta device; then materialise and load."""
     backbone = getattr(module, "backbone", module)
     heads = [] if backbone is module else [part for part in module.children() if part is not backbone]
     for block in backbone.blocks:
         prepare(block, config)
-    if dist.world() > 1:
-        mesh = init_device_mesh(device.type, (dist.world(),))
+    if dist.world_size() > 1:
+        mesh = init_device_mesh(device.type, (dist.world_size(),))
         low = None if compute == torch.float32 else compute
         reduce = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.reduce]
-        # What is outside of the blocks is small, and stays in fp32: so does the sum that runs through them.
+        # Parameters outside of the blocks are few and stay in fp32, and so does the residual stream.
         parts = [*((block, low, reduce) for block in backbone.blocks), (backbone, None, reduce)]
         for part, gathered, reduced in [*parts, *((head, low, torch.float32) for head in heads)]:
             precise = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=reduced, cast_forward_inputs=False)
-            # Also the roots reshard: no backward pass frees those of networks that do not learn.
+            # Roots reshard too: networks that do not learn have no backward pass that frees their gathered weights.
             fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=precise)
     module.to_empty(device=device)
     set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True))
@@ -111,7 +112,7 @@ def _placed(module: Any, config: ParallelConfig, weights: dict[str, Any], device
 
 
 def prepare(block: nn.Module, config: ParallelConfig) -> None:
-    """Make the backward pass of a block compute again what is not kept, and compile it. Names stay as they are."""
+    """Set up recomputation in the backward pass of a block, and compile it. Parameter names do not change."""
     if config.recompute == "none" and not config.compile:
         return
     forward = block.forward
@@ -121,7 +122,7 @@ def prepare(block: nn.Module, config: ParallelConfig) -> None:
     elif config.recompute == "full":
         forward = _recomputed(forward)
     if config.compile:
-        forward = torch.compile(forward, dynamic=False)  # few shapes, each worth its own code
+        forward = torch.compile(forward, dynamic=False)  # few shapes: each gets code of its own
     block.forward = forward
 
 
@@ -129,7 +130,7 @@ def _recomputed(forward: Callable, **how: Any) -> Callable:
     def recomputed(*arguments: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*arguments)
-        # Which sequences a block keeps is drawn before it: there is no randomness inside.
+        # Stochastic depth is drawn before the block: there is no randomness inside.
         return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **how)
 
     return recomputed

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from troodon.learn.config import PretrainConfig
 from troodon.learn.cost import Cost, Grid
 from troodon.model.config import ViTConfig
+from troodon.text import duration, with_prefix
 
 if TYPE_CHECKING:
     import torch
@@ -55,17 +56,17 @@ class Plan:
         each = " on each" if self.ranks > 1 else ""
         lines = [
             ("on", f"{self.ranks} x {self.device}, {'bf16' if self.width == 2 else 'fp32'}"),
-            ("steps", f"{c.steps:,} of {c.batch:,} images: {people(seen)} in all{visits}"),
-            ("tokens", f"{people(self.tokens)} a step through the student"),
+            ("steps", f"{c.steps:,} of {c.batch:,} images: {with_prefix(seen)} in all{visits}"),
+            ("tokens", f"{with_prefix(self.tokens)} a step through the student"),
             ("parameters", summed(self.parameters)),
             ("products", f"{summed(self.flops, 'FLOP')} a step"),
             ("state", f"{summed(self.state, 'B')}{each}"),
-            ("memory", f"about {people(total(self.memory))}B of tensors{each} {self.busiest}:"),
-            *((f"  {name}", f"{people(size)}B") for name, size in self.memory.items()),
+            ("memory", f"about {with_prefix(total(self.memory))}B of tensors{each} {self.busiest}:"),
+            *((f"  {name}", f"{with_prefix(size)}B") for name, size in self.memory.items()),
         ]
         peak = total(self.memory) - total(self.phases[self.busiest])
         others = [(name, parts) for name, parts in self.phases.items() if name != self.busiest]
-        lines += [("", f"{people(peak + total(parts))}B {name}") for name, parts in others]
+        lines += [("", f"{with_prefix(peak + total(parts))}B {name}") for name, parts in others]
         lines += [
             ("time", "give --images-per-second for the time" if rate is None or self.seconds is None
              else f"about {duration(self.seconds)} at {rate:,.4g} images/s")
@@ -143,26 +144,5 @@ def total(parts: Mapping[str, float]) -> float:
 
 def summed(parts: Mapping[str, float], unit: str = "") -> str:
     """{"a": 1000, "b": 200} -> '1.2k: a 1k, b 200'."""
-    each = ", ".join(f"{name} {people(n)}{unit}" for name, n in parts.items())
-    return f"{people(total(parts))}{unit}: {each}"
-
-
-def people(number: float) -> str:
-    """1,234 -> '1.23k': a number with a prefix, for people."""
-    for prefix in ("", "k", "M", "G", "T", "P"):
-        if abs(number) < 999.5 or prefix == "P":
-            break
-        number /= 1000
-    return f"{number:.3g}{' ' if not prefix else ''}{prefix}"
-
-
-def duration(seconds: float) -> str:
-    """90 -> '1 min 30 s'."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours} h"
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+    each = ", ".join(f"{name} {with_prefix(n)}{unit}" for name, n in parts.items())
+    return f"{with_prefix(total(parts))}{unit}: {each}"

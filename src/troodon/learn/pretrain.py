@@ -1,6 +1,7 @@
-"""Pretraining: a network learns from the moving average of itself."""
+"""Pretraining: a network learns from the EMA of itself."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -24,33 +25,35 @@ def pretrain(
     init: Backbone | None = None,
     heads: dict[str, Tensor] | None = None,
     probe: Probe | None = None,
+    before: Callable[[PretrainConfig, Path], None] | None = None,
 ) -> Path:
     """Train until `config.steps`, or go on where the run in `out` stopped; returns the backbone's folder.
 
-    `init` and `heads` give first weights; `probe` reads how good the average is, as a k-NN accuracy.
-    Raises UsageError for what cannot work, before anything is written; Interrupted after SIGINT or SIGTERM,
-    when all is saved; NotFinite when `config.guard` has no way on; OSError when the end cannot be saved.
+    `init` and `heads` give first weights. `probe` measures the EMA, as a k-NN accuracy. `before` is called with the
+    config and `out` before the training starts, on rank zero. Raises UsageError for what cannot work, before anything
+    is written; Interrupted after SIGINT or SIGTERM, once all is saved; NotFinite if `config.guard` knows no way on;
+    OSError if the end cannot be saved.
     """
-    with dist.group():
-        check(config, index, init, dist.world())
-        engine.run([Task(config, out, init, heads, probe)], index)
+    with dist.process_group():
+        check(config, index, init, dist.world_size())
+        engine.run([Task(config, out, init, heads, probe, before)], index)
     return out / "backbone"
 
 
 def check(config: PretrainConfig, index: Index, init: Backbone | None, ranks: int) -> None:
     """UsageError for a config that cannot train on these images, on so many ranks."""
-    if config.objective.compared:
-        raise UsageError("objective.cls_weight and patch_weight compare with a teacher's features: see troodon distill")
-    sound(config, index, init, ranks)
+    if config.objective.features:
+        raise UsageError("objective.terms cls_features and patch_features need a teacher: see troodon distill")
+    check_common(config, index, init, ranks)
 
 
-def sound(config: PretrainConfig, index: Index, init: Backbone | None, ranks: int) -> None:
-    """UsageError for numbers, images and first weights that do not go together, whatever teaches."""
+def check_common(config: PretrainConfig, index: Index, init: Backbone | None, ranks: int) -> None:
+    """UsageError for settings, images and first weights that do not fit, in pretraining and in distillation."""
     fits(config, ranks)
     loggers.check(config.log_to)
     if not len(index):
         raise UsageError("no images to train on")
-    check_weights(config.weights, index.parts or (len(index),))
+    check_weights(config.weights, index.source_lengths or (len(index),))
     if init is not None:
         same_network(config, init)
 

@@ -1,6 +1,6 @@
-"""What happens between steps: records, readings, checkpoints, and the line that people watch.
+"""What happens between steps: records, health readings, checkpoints, and the progress line.
 
-Numbers leave the device on a thread of their own, which also writes them: the step that made them has gone on by then.
+A thread of its own reads numbers from the device and writes them, while the training goes on.
 """
 
 import contextlib
@@ -17,25 +17,25 @@ from torch import Tensor
 from troodon import dist
 from troodon.config import pair, to_dict
 from troodon.learn import checkpoint, health
-from troodon.learn.checkpoint import Progress, Saver
+from troodon.learn.checkpoint import Saver, TrainingProgress
 from troodon.learn.config import PretrainConfig
 from troodon.learn.loggers import Loggers, open_loggers
 from troodon.learn.method import Method
-from troodon.learn.plan import duration
-from troodon.model.backbone import Backbone, of_state
+from troodon.model.backbone import Backbone, from_state_dict
 from troodon.model.config import Preprocessing
-from troodon.run import Metrics, say, write_bytes
+from troodon.run import MetricsFile, say, write_bytes
+from troodon.text import duration
 from troodon.views.batch import Batch
 from troodon.views.loader import Loader
 
 Probe = Callable[[Backbone], float]
-WAITING = 0.2  # share of the time that a device waits for images, from which it is said what to do, after
-WAITED = 3  # records in a row
-TERMS = ("dino_global", "dino_local", "ibot", "koleo", "contrast", "gram", "cls", "patches")
+WAITING = 0.2  # share of the time spent waiting for images, above which advice is given,
+WAITED = 3  # after so many records in a row
+TERMS = ("dino_global", "dino_local", "ibot", "ibot_visible", "koleo", "contrast", "gram", "cls", "patches")
 
 
 class Recorder:
-    """Sees every step of a run, and writes what it says of itself; `resume` comes before the first step."""
+    """Records a run: `resume` is called before the first step, `after_step` after each one."""
 
     def __init__(
         self,
@@ -50,14 +50,14 @@ class Recorder:
     ):
         self.config, self.method, self.optimizer, self.loader, self.run = config, method, optimizer, loader, run
         self.saver, self.probe, self.label = saver, probe, label
-        self.metrics, self.thread = Metrics(run / "metrics.jsonl"), ThreadPoolExecutor(1, "metrics")
+        self.metrics, self.thread = MetricsFile(run / "metrics.jsonl"), ThreadPoolExecutor(1, "metrics")
         self.writing: Future | None = None
         self.alarms: dict[str, str] = {}
         self.advised = False
         self.loggers = Loggers({})
 
-    def resume(self, progress: Progress) -> None:
-        """Go on from there: later records are forgotten, for they will be written again."""
+    def resume(self, progress: TrainingProgress) -> None:
+        """Go on from this step. Later records are deleted, as they will be written again."""
         self.flush()
         self.progress = progress
         if dist.rank() == 0:
@@ -70,8 +70,8 @@ class Recorder:
         self.start = self.last = time.perf_counter()
         self.first_step, self.waited, self.since = progress.step, 0.0, []
 
-    def before(self) -> None:
-        """The k-NN of the weights that a run begins with, as of step -1: by its end they should be better."""
+    def before_training(self) -> None:
+        """Record the k-NN of the weights that a run begins with, as that of step -1; by its end it should be higher."""
         if self.probe is not None and self.config.probe_every and not self.records:
             record = {"step": -1, "knn": self.knn(), "seconds": 0.0}
             self.records.append(record)
@@ -80,7 +80,7 @@ class Recorder:
                 say(f"  {self.label}k-NN {record['knn']:.1%} before the first step")
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches, while noting how long each was waited for."""
+        """The same batches, while the time spent waiting for each is measured."""
         while True:
             start = time.perf_counter()
             batch = next(batches)
@@ -88,9 +88,9 @@ class Recorder:
             yield batch
 
     def after_step(self, step: int, batch: Batch, terms: dict[str, Tensor]) -> None:
-        """Record, read the run's health, probe and save, each when it is time."""
+        """Record, read the run's health, probe and save, each at its interval."""
         config, done = self.config, step + 1
-        self.progress = Progress(done, self.progress.batch + 1, self.progress.rescues)
+        self.progress = TrainingProgress(done, self.progress.batch + 1, self.progress.rescues)
         self.names = list(terms)
         self.since.append(torch.stack([*terms.values()]))
 
@@ -107,16 +107,16 @@ class Recorder:
             self.save()
 
     def record(self, readings: dict[str, Tensor], known: dict[str, float]) -> None:
-        """Write the means over the steps since the last record and over ranks, with what else is known."""
-        mean = dist.total(torch.stack(self.since).mean(0)) / dist.world()
+        """Write the means over ranks and over the steps since the last record, with readings and other numbers."""
+        mean = dist.sum_over_ranks(torch.stack(self.since).mean(0)) / dist.world_size()
         now = time.perf_counter()
         step, steps, seconds = self.progress.step - 1, len(self.since), now - self.last
-        knobs = self.config.schedules.at(step, self.config.steps)
+        scheduled = self.config.schedules.at(step, self.config.steps)
         known = {
-            "lr": knobs.lr,
-            "weight_decay": knobs.weight_decay,
-            "momentum": knobs.momentum,
-            "teacher_temperature": knobs.teacher_temperature,
+            "lr": scheduled.lr,
+            "weight_decay": scheduled.weight_decay,
+            "momentum": scheduled.ema_momentum,
+            "teacher_temperature": scheduled.teacher_temperature,
             "images_per_second": steps * self.config.batch / seconds,
             "data_wait": min(1.0, self.waited / seconds),
             "seconds": self.seconds_before + now - self.start,
@@ -136,11 +136,11 @@ class Recorder:
         self.metrics.append(record)
         self.loggers.write(record)
         self._show(record)
-        late = [r for r in self.records[-WAITED:] if r.get("data_wait", 0) > WAITING]
-        if len(late) == WAITED and not self.advised:
+        slow = [r for r in self.records[-WAITED:] if r.get("data_wait", 0) > WAITING]
+        if len(slow) == WAITED and not self.advised:
             self.advised = True
-            helps = "; ".join(self.loader.advice())
-            say(f"  {known['data_wait']:.0%} of the time goes into waiting for images. What helps: {helps}")
+            advice = "; ".join(self.loader.advice())
+            say(f"  {known['data_wait']:.0%} of the time is spent waiting for images. What helps: {advice}")
         if read or "knn" in known:
             alarms = health.verdict(self.records, self.config)
             for name in alarms.keys() - self.alarms.keys():
@@ -150,35 +150,34 @@ class Recorder:
             self.alarms = alarms
 
     def event(self, name: str, step: int, message: str, **more: object) -> None:
-        """Something that is not a number, after so many steps: to people, and to metrics.jsonl, which keeps it
-        whatever is rewound."""
+        """Print a message about step number `step`, and write it to metrics.jsonl, where `rewind` keeps it."""
         say(f"  {self.label}step {step:,}: {message}")
         self.metrics.append({"event": name, "at": step, "message": message, **more})
 
     def flush(self) -> None:
-        """Wait until what was recorded is written; raises what the writing raised."""
+        """Wait until all records are written; raises what the writing raised."""
         writing, self.writing = self.writing, None
         if writing is not None:
             writing.result()
 
     def save(self) -> None:
-        """Begin to write a checkpoint. One that could not be written costs nothing but itself: the run goes on."""
+        """Begin to write a checkpoint. If one cannot be written, the run goes on."""
         if self.loader.broken and dist.rank() == 0:
             rows = sorted(self.loader.broken.items())
             lines = [json.dumps({"path": self.loader.index.path(row), "reason": reason}) for row, reason in rows]
-            with contextlib.suppress(OSError):  # of a full disk; all of it is written again with the next checkpoint
+            with contextlib.suppress(OSError):  # a full disk; the file is written again with the next checkpoint
                 write_bytes(self.run / "quarantine.jsonl", "".join(f"{line}\n" for line in lines).encode())
-        self._tell(self.saver.save(self.progress, self.method, self.optimizer))
+        self._report(self.saver.save(self.progress, self.method, self.optimizer))
 
     def settle(self) -> str | None:
-        """Wait until all that was begun is written; why the last checkpoint is not, on every rank."""
+        """Wait until everything is written; returns why the last checkpoint is not, on every rank, or None."""
         self.flush()
         failed = self.saver.wait()
-        self._tell(failed)
+        self._report(failed)
         return failed
 
     def finish(self) -> None:
-        """Record and save what is not yet, and wait for it. OSError, on every rank, when it cannot be saved."""
+        """Record and save what is not yet, and wait for it. OSError, on every rank, if it cannot be saved."""
         if self.since:
             self.record({}, {})
         failed = self.settle()
@@ -189,18 +188,18 @@ class Recorder:
         if failed:
             raise OSError(f"the last checkpoint could not be written: {failed}")
 
-    def _tell(self, failed: str | None) -> None:
+    def _report(self, failed: str | None) -> None:
         if failed and dist.rank() == 0:
-            kept = checkpoint.finished(self.run)
-            last = f"the last is of step {int(kept[-1].name):,}" if kept else "there is none yet"
+            complete = checkpoint.finished(self.run)
+            last = f"the last is of step {int(complete[-1].name):,}" if complete else "there is none yet"
             self.event("not saved", self.progress.step, f"a checkpoint could not be written ({failed}); {last}")
 
     def knn(self) -> float:
-        """How good the average is; on rank zero, which holds its weights for that and writes the records."""
-        weights = checkpoint.whole(self.method.average.backbone)
+        """The k-NN accuracy of the EMA; computed on rank zero, which has its whole weights and writes the records."""
+        weights = checkpoint.full_state_dict(self.method.ema.backbone)
         if dist.rank():
             return float("nan")
-        return self.probe(of_state(weights, self.config.vit, preprocessing(self.config), name="average"))
+        return self.probe(from_state_dict(weights, self.config.vit, preprocessing(self.config), name="ema"))
 
     def _show(self, record: dict) -> None:
         done, steps = record["step"] + 1, self.config.steps
@@ -216,13 +215,13 @@ class Recorder:
             f"{duration((steps - done) * rate)} left",
         ]
         line = f"  {self.label}" + " | ".join(parts)
-        told = done == steps or "knn" in record or done % (10 * self.config.log_every) == 0
-        if told or sys.stderr.isatty():
+        line_is_due = done == steps or "knn" in record or done % (10 * self.config.log_every) == 0
+        if line_is_due or sys.stderr.isatty():
             say(line, passing=done < steps)
 
 
 def preprocessing(config: PretrainConfig) -> Preprocessing:
-    """How images are shown to the trained network: the shorter side to 8/7 of the crop, as 256 is to 224.
+    """Preprocessing of the trained network: resize the shorter side to 8/7 of the crop, as 256 is to 224.
 
     The crop is that of `crops.global_px`, also of a run with mixed sizes.
     """

@@ -1,8 +1,9 @@
 """Schedules: pure functions of the step, so that a resumed run needs nothing but its step. No torch here."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from troodon.config import within
 
@@ -30,7 +31,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Anchor:
-    """When Gram anchoring takes the average as its anchor: before step `start`, then again every `refresh` steps."""
+    """When Gram anchoring takes the EMA as its anchor: before step `start`, then again every `refresh` steps."""
 
     start: int = 0
     refresh: int = 10_000
@@ -39,7 +40,7 @@ class Anchor:
     """How often it is taken again, at most."""
 
     def taken(self, step: int) -> bool:
-        """Whether the average becomes the anchor before this step."""
+        """Whether the EMA becomes the anchor before this step."""
         since = step - self.start
         if not self.refresh:
             return since == 0
@@ -47,53 +48,57 @@ class Anchor:
 
 
 @dataclass(frozen=True)
-class Knobs:
+class ScheduledValues:
     """The scheduled numbers of one step."""
 
     lr: float
     last_layer_lr: float
     weight_decay: float
-    momentum: float
+    ema_momentum: float
     teacher_temperature: float
     backbone_frozen: bool = False
     anchored: bool = False
     """Whether Gram anchoring has begun."""
-    anchor: bool = False
-    """Whether the average becomes the anchor before this step."""
+    new_anchor: bool = False
+    """Whether the EMA becomes the anchor before this step."""
 
 
 @dataclass(frozen=True)
 class Schedules:
+    """The schedules of a run."""
+
+    RENAMED: ClassVar[Mapping[str, str]] = {"momentum": "ema_momentum"}
+
     lr: Schedule = Schedule(peak=4e-3, end=1e-6, warmup=12_500)
     """Learning rate of AdamW, before the factors of the parameter rules."""
     weight_decay: Schedule = Schedule(peak=0.04, end=0.4)
-    momentum: Schedule = Schedule(peak=0.992, end=1.0)
-    """Share of the average that stays at each step."""
+    ema_momentum: Schedule = Schedule(peak=0.992, end=1.0)
+    """Share of the EMA of the student's weights that stays at each step."""
     teacher_temperature: Schedule = Schedule(start=0.04, peak=0.07, end=0.07, warmup=37_500)
     last_layer_frozen: int = 1_250
-    """Steps at the start in which the prototypes do not move."""
+    """Steps at the start in which the prototypes are frozen."""
     backbone_frozen: int = 0
-    """Steps at the start in which only the heads move: new heads on a trained backbone."""
+    """Steps at the start in which only the heads learn: new heads on a trained backbone."""
     anchor: Anchor = Anchor()
 
     def __post_init__(self) -> None:
-        for name in ("lr", "weight_decay", "momentum", "teacher_temperature"):
-            section, most = f"schedules.{name}.", 1 if name == "momentum" else None
+        for name in ("lr", "weight_decay", "ema_momentum", "teacher_temperature"):
+            section, most = f"schedules.{name}.", 1 if name == "ema_momentum" else None
             within(getattr(self, name), section, 0, most, "start", "peak", "end")
             within(getattr(self, name), section, 0, None, "warmup")
         within(self.teacher_temperature, "schedules.teacher_temperature.", 1e-4, None, "peak", "end")
         within(self, "schedules.", 0, None, "last_layer_frozen", "backbone_frozen")
         within(self.anchor, "schedules.anchor.", 0, None, "start", "refresh", "refreshes")
 
-    def at(self, step: int, steps: int) -> Knobs:
+    def at(self, step: int, steps: int) -> ScheduledValues:
         lr = self.lr.at(step, steps)
-        return Knobs(
+        return ScheduledValues(
             lr=lr,
             last_layer_lr=0.0 if step < self.last_layer_frozen else lr,
             weight_decay=self.weight_decay.at(step, steps),
-            momentum=self.momentum.at(step, steps),
+            ema_momentum=self.ema_momentum.at(step, steps),
             teacher_temperature=self.teacher_temperature.at(step, steps),
             backbone_frozen=step < self.backbone_frozen,
             anchored=step >= self.anchor.start,
-            anchor=self.anchor.taken(step),
+            new_anchor=self.anchor.taken(step),
         )

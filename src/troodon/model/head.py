@@ -11,21 +11,21 @@ from troodon.model.config import HeadConfig
 
 # Shape suffixes: K prototypes, D channels of the bottleneck, M rows: whatever dimensions come before the channels.
 
-ROWS = 4096  # prototypes at a time, where a product of two matrices is only summed
+ROWS = 4096  # prototypes at a time in the backward pass, so that no second whole matrix is made
 
 
-class Answer(NamedTuple):
-    """What a head says, before the last product: the logits are large, and need not be made at once."""
+class HeadOutput(NamedTuple):
+    """The two factors of a head's logits: the logits are large, and need not be made at once."""
 
-    rows_MD: Tensor  # of length one
+    bottleneck_MD: Tensor  # of length one
     prototypes_KD: Tensor
 
     def logits(self) -> Tensor:
         """(M, K): cosines with the prototypes, times their lengths."""
-        return F.linear(self.rows_MD, self.prototypes_KD)
+        return F.linear(self.bottleneck_MD, self.prototypes_KD)
 
-    def to(self, dtype: torch.dtype) -> "Answer":
-        return Answer(self.rows_MD.to(dtype), self.prototypes_KD.to(dtype))
+    def to(self, dtype: torch.dtype) -> "HeadOutput":
+        return HeadOutput(self.bottleneck_MD.to(dtype), self.prototypes_KD.to(dtype))
 
 
 class Prototypes(nn.Module):
@@ -37,11 +37,11 @@ class Prototypes(nn.Module):
         self.weight_g = nn.Parameter(torch.empty(prototypes, 1))
 
     def forward(self) -> Tensor:
-        return _Directed.apply(self.weight_v, self.weight_g)
+        return _WeightNorm.apply(self.weight_v, self.weight_g)
 
 
-class _Directed(torch.autograd.Function):
-    """length * v / |v|, whose backward pass keeps no more than its input, and makes no matrix besides the gradient."""
+class _WeightNorm(torch.autograd.Function):
+    """length * v / |v|. The backward pass keeps only the input, and makes no matrix besides the gradient."""
 
     @staticmethod
     def forward(ctx, v_KD: Tensor, length_K1: Tensor) -> Tensor:
@@ -77,6 +77,6 @@ class Head(nn.Module):
         nn.init.kaiming_uniform_(self.last_layer.weight_v, a=5**0.5)
         nn.init.ones_(self.last_layer.weight_g)
 
-    def forward(self, x: Tensor) -> Answer:
-        """(..., dim) -> rows (..., D) and the prototypes (K, D)."""
-        return Answer(F.normalize(self.mlp(x), dim=-1), self.last_layer())
+    def forward(self, x: Tensor) -> HeadOutput:
+        """(..., dim) -> bottleneck vectors (..., D) and the prototypes (K, D)."""
+        return HeadOutput(F.normalize(self.mlp(x), dim=-1), self.last_layer())

@@ -1,4 +1,4 @@
-"""A network that is used and not trained, made faster: in the precision that wins here, in batches that caches hold."""
+"""Faster inference: the precision that is faster on this device, packed weights, batches that fit the caches."""
 
 import copy
 import time
@@ -12,16 +12,16 @@ from troodon.model.vit import Mlp, ViT
 
 # Shape suffixes: B images, C colours, H W pixels.
 
-TOKENS_AT_ONCE = 4096  # on a processor: larger batches only fill memory
-PACKS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-WINS = 1.1  # times as fast that low precision must be, to be worth its rounding
+TOKENS_AT_ONCE = 4096  # on a CPU: larger batches only use more memory
+CAN_PACK = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+SPEEDUP = 1.1  # bf16 is chosen if it is at least this many times as fast as fp32: else its rounding is not worth it
 
 
-def faster(vit: ViT, compute: torch.dtype, *, compile: bool = False) -> ViT:
-    """A copy for `features`: weights of products in `compute`, layer scale folded into the product before it.
+def optimized(vit: ViT, compute: torch.dtype, *, compile: bool = False) -> ViT:
+    """A copy for inference: linear weights in `compute`, layer scale folded into the linear layer before it.
 
-    Norms, and the sum that runs through the blocks, stay in fp32. On a processor weights are packed; `compile` in its
-    place compiles every block, for each new size of images once.
+    Norms and the residual stream stay in fp32. On a CPU weights are packed; with `compile` every block is compiled
+    instead, once for each new image size.
     """
     vit = copy.deepcopy(vit).eval().requires_grad_(False)
     blocks: Any = vit.blocks
@@ -36,7 +36,7 @@ def faster(vit: ViT, compute: torch.dtype, *, compile: bool = False) -> ViT:
                 layer.to(compute)
         if compile:
             block.forward = torch.compile(block.forward, dynamic=False)
-        elif vit.cls_token.device.type == "cpu" and PACKS:
+        elif vit.cls_token.device.type == "cpu" and CAN_PACK:
             attn, mlp = block.attn, block.mlp
             attn.qkv, attn.proj = Packed(attn.qkv), Packed(attn.proj)
             if isinstance(mlp, Mlp):
@@ -47,9 +47,9 @@ def faster(vit: ViT, compute: torch.dtype, *, compile: bool = False) -> ViT:
 
 
 class Packed(nn.Module):
-    """A linear layer, and what follows it in the same pass, with the weight laid out once as oneDNN's products read it.
+    """A linear layer, fused with its activation, whose weight is stored once in the layout of oneDNN's products.
 
-    With it ViT-B embeds a sixth more images a second in fp32, and a tenth more in bf16 (docs/performance.md).
+    ViT-B embeds a sixth more images a second in fp32 with it, and a tenth more in bf16 (docs/performance.md).
     """
 
     def __init__(self, linear: nn.Linear, activation: Literal["none", "gelu"] = "none"):
@@ -60,7 +60,7 @@ class Packed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.packed, self.bias, self.activation, [], "none")
 
-    def __reduce__(self):  # packed weights can be neither copied nor sent to another process
+    def __reduce__(self):  # packed weights cannot be copied or sent to another process
         weight = self.packed.to_dense()
         linear = nn.Linear(weight.shape[1], weight.shape[0], dtype=self.dtype, device="meta")
         linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), self.bias
@@ -71,8 +71,8 @@ def autocast(device: torch.device, compute: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, compute, enabled=compute != torch.float32)
 
 
-def pieces(images_BCHW: Tensor, vit: ViT) -> Iterator[Tensor]:
-    """The batch as it goes through the network: whole on an accelerator, a few images at a time on a processor."""
+def minibatches(images_BCHW: Tensor, vit: ViT) -> Iterator[Tensor]:
+    """The batch as it goes through the network: whole on an accelerator, a few images at a time on a CPU."""
     if vit.cls_token.device.type != "cpu":
         yield images_BCHW
         return
@@ -82,21 +82,21 @@ def pieces(images_BCHW: Tensor, vit: ViT) -> Iterator[Tensor]:
 
 
 @torch.inference_mode()
-def chosen(vit: ViT, size: tuple[int, int], rounds: int = 3) -> torch.dtype:
-    """bf16 where this device runs the network clearly faster with it, fp32 elsewhere: measured on two images of noise.
+def fastest_dtype(vit: ViT, size: tuple[int, int], rounds: int = 3) -> torch.dtype:
+    """bf16 if this device runs the network clearly faster with it, else fp32; measured on two images of noise.
 
-    In turns, and the best of each, so that other work on the machine harms neither.
+    Both run in turns, and the best time of each counts, so that other work on the machine affects neither.
     """
     device = vit.cls_token.device
-    networks = {compute: faster(vit, compute) for compute in (torch.float32, torch.bfloat16)}
+    networks = {compute: optimized(vit, compute) for compute in (torch.float32, torch.bfloat16)}
     images_BCHW = torch.randn(2, vit.config.channels, *size, device=device)
     best = dict.fromkeys(networks, float("inf"))
-    for turn in range(1 + rounds):
+    for round_ in range(1 + rounds):
         for compute, network in networks.items():
             start = time.perf_counter()
             with autocast(device, compute):
                 (tokens,) = network([images_BCHW])
-            tokens.cls_BD.sum().item()  # waits for the device
-            if turn:
+            tokens.cls_BD.sum().item()  # wait for the device
+            if round_:
                 best[compute] = min(best[compute], time.perf_counter() - start)
-    return torch.bfloat16 if best[torch.float32] > WINS * best[torch.bfloat16] else torch.float32
+    return torch.bfloat16 if best[torch.float32] > SPEEDUP * best[torch.bfloat16] else torch.float32

@@ -1,7 +1,7 @@
-"""Sequences of different lengths, laid end to end along one token axis.
+"""Sequences of different lengths, concatenated along one token axis.
 
-A pack is how crops of every size go through the transformer in one call, without padding: linear layers
-see one long axis, attention and stochastic depth respect where each sequence begins and ends.
+Crops of every size go through the transformer as one pack, without padding: linear layers see one long axis,
+attention and stochastic depth respect where each sequence begins and ends.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 #                 B images in a group, L tokens per image of a group; K images kept of it by each of N branches.
 
 
-SHORT = 512  # tokens up to which attention may keep its whole matrix
+SHORT = 512  # tokens of a sequence up to which attention on a CPU makes its whole matrix
 
 
 @dataclass(frozen=True)
@@ -25,20 +25,20 @@ class Layout:
     """How the token axis is divided: `groups` of `count` sequences of `length` tokens each."""
 
     groups: tuple[tuple[int, int], ...]  # (count, length), known on the host: no device sync
-    offsets: Tensor | None = field(default=None, compare=False)  # where each sequence starts, for kernels that ask
+    offsets: Tensor | None = field(default=None, compare=False)  # where each sequence starts, for the GPU kernel
 
     @property
     def lengths(self) -> list[int]:
         return [length for count, length in self.groups for _ in range(count)]
 
 
-@lru_cache(maxsize=256)  # what is sent to the device is waited for: once for each layout, not in every block
+@lru_cache(maxsize=256)  # the host waits for a transfer to the device: once for each layout, not in every block
 def layout_of(groups: tuple[tuple[int, int], ...], device: torch.device) -> Layout:
-    """The layout of these groups; on an accelerator with cumulative starts (S + 1,) int32, as its kernel wants."""
+    """The layout of these groups; on a GPU with the cumulative starts (S + 1,) int32 that its kernel takes."""
     layout = Layout(groups)
     if device.type != "cuda":
         return layout
-    with torch.inference_mode(False):  # training may use it after features did
+    with torch.inference_mode(False):  # training may use a layout that inference has made
         starts = torch.tensor([0, *layout.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return Layout(groups, starts.to(device))
 
@@ -47,13 +47,13 @@ Branch = Callable[[Tensor, Layout], Tensor]
 
 
 def pack(groups: list[Tensor]) -> tuple[Tensor, Layout]:
-    """[(B, L, D), ...] -> (T, D) and the layout that undoes it."""
+    """[(B, L, D), ...] -> (T, D), and the layout that `unpack` takes."""
     x_TD = torch.cat([x_BLD.flatten(0, 1) for x_BLD in groups])
     return x_TD, layout_of(tuple((x.shape[0], x.shape[1]) for x in groups), x_TD.device)
 
 
 def unpack(x_TD: Tensor, layout: Layout) -> list[Tensor]:
-    """(T, D) -> [(B, L, D), ...]: views, in the order they were packed."""
+    """(T, D) -> [(B, L, D), ...]: views, in the order of packing."""
     parts = x_TD.split([count * length for count, length in layout.groups])
     return [x.unflatten(0, group) for x, group in zip(parts, layout.groups, strict=True)]
 
@@ -61,7 +61,7 @@ def unpack(x_TD: Tensor, layout: Layout) -> list[Tensor]:
 def attend(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, layout: Layout) -> Tensor:
     """Softmax attention within each sequence of the pack, never across: (T, N, H).
 
-    By the variable-length kernel where there is one (an accelerator, half precision); elsewhere group by group.
+    On a GPU in half precision by the variable-length kernel; elsewhere group by group.
     """
     kernel = q_TNH.is_cuda and q_TNH.dtype in (torch.bfloat16, torch.float16)
     return (by_kernel if kernel else by_group)(q_TNH, k_TNH, v_TNH, layout)
@@ -71,7 +71,7 @@ def by_kernel(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, layout: Layout) -> Te
     """All sequences in one call, without padding or copies."""
     from torch.nn.attention.varlen import varlen_attn
 
-    assert layout.offsets is not None, "layout_of gives these on an accelerator"
+    assert layout.offsets is not None, "layout_of makes offsets on a GPU"
     longest = max(length for _, length in layout.groups)
     out_TNH = varlen_attn(q_TNH, k_TNH, v_TNH, layout.offsets, layout.offsets, longest, longest)
     assert isinstance(out_TNH, Tensor)
@@ -79,7 +79,7 @@ def by_kernel(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, layout: Layout) -> Te
 
 
 def by_group(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, layout: Layout) -> Tensor:
-    """The specification: one dense attention per group. Runs anywhere; the kernel is tested against it."""
+    """The specification: one dense attention per group. Runs on any device; the kernel is tested against it."""
     outputs = []
     for q, k, v in zip(*(unpack(x, layout) for x in (q_TNH, k_TNH, v_TNH)), strict=True):
         out_BNLH = _dense(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
@@ -95,19 +95,20 @@ def _dense(q_BNLH: Tensor, k_BNLH: Tensor, v_BNLH: Tensor) -> Tensor:
     return scaled_dot_product_attention(q_BNLH, k_BNLH, v_BNLH)
 
 
-class Kept(NamedTuple):
-    """The sequences of a pack that go through a branch: where their tokens are, how they lie, what scales the gain."""
+class KeptSequences(NamedTuple):
+    """The sequences of a pack that go through a residual branch under stochastic depth."""
 
-    tokens_T: Tensor
-    layout: Layout
-    scales: tuple[float, ...]  # of each group
+    tokens_T: Tensor  # positions of their tokens in the pack
+    layout: Layout  # of these tokens
+    scales: tuple[float, ...]  # of each group: factor of the branch's output
 
 
-def draw(layout: Layout, drop: float, branches: int, device: torch.device) -> list[Kept]:
-    """Stochastic depth for so many branches (https://arxiv.org/abs/2304.07193, section 5).
+def draw_kept(layout: Layout, drop: float, branches: int, device: torch.device) -> list[KeptSequences]:
+    """Stochastic depth: the sequences that go through each of `branches` branches (https://arxiv.org/abs/2304.07193,
+    section 5).
 
-    Of the b sequences of each group, k = max(int(b (1 - drop)), 1) chosen at random go through a branch; what they gain
-    is scaled by b / k, so that the expectation is that of dropping with rate `drop`. Always as many: shapes stay.
+    Of the b sequences of each group, k = max(int(b (1 - drop)), 1) chosen at random go through a branch. Its output is
+    scaled by b / k, so that the expectation is that of dropping with rate `drop`. The number is constant: shapes stay.
     """
     tokens, groups, scales, start = [], [], [], 0
     for count, length in layout.groups:
@@ -119,34 +120,35 @@ def draw(layout: Layout, drop: float, branches: int, device: torch.device) -> li
         scales.append(count / max(keep, 1))
         start += count * length
     inner = layout_of(tuple(groups), device)
-    return [Kept(tokens_T, inner, tuple(scales)) for tokens_T in torch.cat(tokens, 1).unbind()]
+    return [KeptSequences(tokens_T, inner, tuple(scales)) for tokens_T in torch.cat(tokens, 1).unbind()]
 
 
-def residual(x_TD: Tensor, branch: Branch, layout: Layout, kept: Kept | None) -> Tensor:
-    """x + branch(x); where only some sequences are kept, the branch works on these alone."""
+def residual(x_TD: Tensor, branch: Branch, layout: Layout, kept: KeptSequences | None) -> Tensor:
+    """x + branch(x). The branch computes only the kept sequences."""
     if kept is None:
         return x_TD + branch(x_TD, layout)
-    gain_TD = branch(x_TD.index_select(0, kept.tokens_T), kept.layout).to(x_TD.dtype)
-    return _Gained.apply(x_TD, gain_TD, kept)
+    output_TD = branch(x_TD.index_select(0, kept.tokens_T), kept.layout).to(x_TD.dtype)
+    return _ScaledAdd.apply(x_TD, output_TD, kept)
 
 
-class _Gained(torch.autograd.Function):
-    """The pack with the scaled gain of the kept sequences added. Its gradient needs neither: index_add keeps one."""
+class _ScaledAdd(torch.autograd.Function):
+    """Adds the branch's scaled output to the kept sequences. Saves neither tensor for backward; index_add saves one."""
 
     @staticmethod
-    def forward(ctx, x_TD: Tensor, gain_TD: Tensor, kept: Kept) -> Tensor:
+    def forward(ctx, x_TD: Tensor, output_TD: Tensor, kept: KeptSequences) -> Tensor:
         ctx.save_for_backward(kept.tokens_T)
         ctx.scales = kept.scales
         ctx.sizes = sizes = [count * length for count, length in kept.layout.groups]
         x_TD = x_TD.clone()
-        for tokens_T, part_TD, scale in zip(kept.tokens_T.split(sizes), gain_TD.split(sizes), kept.scales, strict=True):
+        parts = zip(kept.tokens_T.split(sizes), output_TD.split(sizes), kept.scales, strict=True)
+        for tokens_T, part_TD, scale in parts:
             x_TD.index_add_(0, tokens_T, part_TD, alpha=scale)
         return x_TD
 
     @staticmethod
     def backward(ctx, gradient_TD: Tensor):  # pyrefly: ignore[bad-override]
         (tokens_T,) = ctx.saved_tensors
-        of_gain_TD = gradient_TD.index_select(0, tokens_T)
-        for part_TD, scale in zip(of_gain_TD.split(ctx.sizes), ctx.scales, strict=True):
+        of_output_TD = gradient_TD.index_select(0, tokens_T)
+        for part_TD, scale in zip(of_output_TD.split(ctx.sizes), ctx.scales, strict=True):
             part_TD.mul_(scale)
-        return gradient_TD, of_gain_TD, None
+        return gradient_TD, of_output_TD, None

@@ -1,8 +1,8 @@
 """The vision transformer of DINOv2 (https://arxiv.org/abs/2304.07193, appendix B).
 
 Pre-norm blocks with layer scale, learned positions resized to the crop, optional register
-tokens (https://arxiv.org/abs/2309.16588). All crops of a batch run as one pack. Parameters carry the
-names of the released weights, so that those load as they are.
+tokens (https://arxiv.org/abs/2309.16588). All crops of a batch run as one pack. Parameters have the
+names of the released weights, so that these load unchanged.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from troodon.model.config import ViTConfig
-from troodon.model.packing import Kept, Layout, attend, draw, pack, residual, unpack
+from troodon.model.packing import KeptSequences, Layout, attend, draw_kept, pack, residual, unpack
 
 # Shape suffixes, besides those of packing.py: B images, C colours, P patches, R registers,
 #                                              h w rows and columns of patches.
@@ -22,7 +22,7 @@ from troodon.model.packing import Kept, Layout, attend, draw, pack, residual, un
 
 @dataclass(frozen=True)
 class Tokens:
-    """What the transformer says of one group of same-sized images, after the last norm."""
+    """Output tokens of one group of images of one size, after the last norm."""
 
     cls_BD: Tensor
     registers_BRD: Tensor
@@ -30,11 +30,11 @@ class Tokens:
 
 
 class LayerNorm(nn.LayerNorm):
-    """In fp32 whatever precision its weights come in: sharding brings them as the products want them."""
+    """LayerNorm in fp32, whatever the dtype of its weights: FSDP gathers them in that of the products."""
 
     def forward(self, input: Tensor) -> Tensor:
-        wide = (self.weight.float(), self.bias.float())
-        return F.layer_norm(input.float(), self.normalized_shape, *wide, self.eps).to(input.dtype)
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
 
 
 class Attention(nn.Module):
@@ -49,17 +49,17 @@ class Attention(nn.Module):
         return self.proj(attend(q_TNH, k_TNH, v_TNH, layout).flatten(1))
 
 
-def linear_of(activation: Callable[[Tensor], Tensor], x: Tensor, linear: nn.Linear) -> Tensor:
-    """linear(activation(x)), of which the backward pass finds x alone, and computes the activation again."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # compilers decide that by themselves
+def activated_linear(activation: Callable[[Tensor], Tensor], x: Tensor, linear: nn.Linear) -> Tensor:
+    """linear(activation(x)). Only x is saved for the backward pass, which computes the activation again."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler decides by itself what to save
         return linear(activation(x))
-    return _LinearOf.apply(x, linear.weight, linear.bias, activation)
+    return _ActivatedLinear.apply(x, linear.weight, linear.bias, activation)
 
 
-class _LinearOf(torch.autograd.Function):
+class _ActivatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
-        low = weight.to(x.dtype)  # x comes as autocast wants products
+        low = weight.to(x.dtype)  # autocast has given x the dtype of products
         ctx.save_for_backward(x, low)
         ctx.activation, ctx.dtype = activation, weight.dtype
         return F.linear(activation(x), low, bias.to(x.dtype))
@@ -82,7 +82,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(config.mlp_hidden, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear_of(F.gelu, self.fc1(x), self.fc2)
+        return activated_linear(F.gelu, self.fc1(x), self.fc2)
 
 
 class SwiGLU(nn.Module):
@@ -94,7 +94,7 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(config.mlp_hidden, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear_of(gated, self.w12(x), self.w3)
+        return activated_linear(gated, self.w12(x), self.w3)
 
 
 def gated(x: Tensor) -> Tensor:
@@ -124,10 +124,10 @@ class Block(nn.Module):
         self.mlp = {"gelu": Mlp, "swiglu": SwiGLU}[config.mlp](config)
         self.ls2 = LayerScale(config)
 
-    def forward(self, x_TD: Tensor, layout: Layout, kept: Sequence[Kept | None] = (None, None)) -> Tensor:
-        of_attention, of_mlp = kept
-        x_TD = residual(x_TD, lambda x, layout: self.ls1(self.attn(self.norm1(x), layout)), layout, of_attention)
-        return residual(x_TD, lambda x, layout: self.ls2(self.mlp(self.norm2(x))), layout, of_mlp)
+    def forward(self, x_TD: Tensor, layout: Layout, kept: Sequence[KeptSequences | None] = (None, None)) -> Tensor:
+        kept_attention, kept_mlp = kept
+        x_TD = residual(x_TD, lambda x, layout: self.ls1(self.attn(self.norm1(x), layout)), layout, kept_attention)
+        return residual(x_TD, lambda x, layout: self.ls2(self.mlp(self.norm2(x))), layout, kept_mlp)
 
 
 class PatchEmbed(nn.Module):
@@ -137,7 +137,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(config.channels, config.dim, config.patch, config.patch)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """(B, h * w, D), rows first. A matrix product: patches do not overlap."""
+        """(B, C, H, W) -> (B, h * w, D), row by row. A matrix product, as patches do not overlap."""
         p = self.patch
         x_BhwCpp = images_BCHW.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5)
         return F.linear(x_BhwCpp.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
@@ -158,7 +158,7 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Set every parameter, in one place, so that a model built on the meta device is whole."""
+        """Set every parameter, so that a model built on the meta device is complete."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -174,18 +174,18 @@ class ViT(nn.Module):
         nn.init.zeros_(self.mask_token)
 
     def forward(self, groups: list[Tensor], masks: list[Tensor | None] | None = None) -> list[Tokens]:
-        """One (B, C, height, width) tensor per crop size; a mask (B, P) hides patches, None hides none."""
+        """Tokens of one (B, C, H, W) tensor for each crop size. A mask (B, P) replaces patches by the mask token."""
         return self.last_blocks(groups, 1, masks)[0]
 
     def last_blocks(
         self, groups: list[Tensor], count: int, masks: list[Tensor | None] | None = None
     ) -> list[list[Tokens]]:
-        """The tokens after each of the last `count` blocks, oldest first, each through the last norm."""
+        """The tokens after each of the last `count` blocks, earliest first, each through the last norm."""
         if not 1 <= count <= len(self.blocks):
-            raise ValueError(f"asked for the last {count} blocks of a network of {len(self.blocks)}")
+            raise ValueError(f"blocks {count}: the network has {len(self.blocks)} blocks; take 1 to {len(self.blocks)}")
         x_TD, layout = pack([self.embed(x, m) for x, m in zip(groups, masks or [None] * len(groups), strict=True)])
         drop, branches, outputs = self.config.drop_path if self.training else 0.0, 2 * len(self.blocks), []
-        kept = draw(layout, drop, branches, x_TD.device) if drop else [None] * branches
+        kept = draw_kept(layout, drop, branches, x_TD.device) if drop else [None] * branches
         for done, block in enumerate(self.blocks, start=1):
             x_TD = block(x_TD, layout, kept[2 * done - 2 : 2 * done])
             if done > len(self.blocks) - count:
@@ -231,6 +231,6 @@ def resize_positions(positions: Tensor, grid: tuple[int, int], config: ViTConfig
 
 
 def regrid(state: dict[str, Tensor], config: ViTConfig, grid: int) -> dict[str, Tensor]:
-    """The weights with positions learned on `grid` x `grid` patches in place of those of the network of `config`."""
+    """The weights with positions resized from the grid of `config` to `grid` x `grid` patches."""
     cls, patches = resize_positions(state["pos_embed"], (grid, grid), config)
     return state | {"pos_embed": torch.cat([cls, patches], dim=1)}

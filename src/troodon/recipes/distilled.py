@@ -39,10 +39,10 @@ def distill_features() -> PretrainConfig:
     Class tokens by their cosine, patches by smooth L1, both after a linear map. Not yet run at full size.
     """
     start = distill_vits14()
-    by_features = ObjectiveConfig(dino_weight=0.0, ibot_weight=0.0, koleo_weight=0.0, cls_weight=1.0, patch_weight=1.0)
+    features = ObjectiveConfig(terms=(("cls_features", 1.0), ("patch_features", 1.0)))
     return replace(
         start,
-        objective=by_features,
+        objective=features,
         crops=replace(start.crops, locals=0),
         schedules=replace(start.schedules, last_layer_frozen=0),
         steps=100_000,

@@ -45,7 +45,7 @@ def high_resolution(start: PretrainConfig, steps: int = 10_000) -> PretrainConfi
         schedules=Schedules(
             lr=compressed(s.lr, 0.1),
             weight_decay=compressed(s.weight_decay),
-            momentum=compressed(s.momentum),
+            ema_momentum=compressed(s.ema_momentum),
             teacher_temperature=compressed(s.teacher_temperature),
             last_layer_frozen=round(s.last_layer_frozen * share),
             backbone_frozen=0 if start.reuse == "whole" else steps // 10,
@@ -67,7 +67,7 @@ def heads(start: PretrainConfig, steps: int = 5000) -> PretrainConfig:
         learning,
         vit=replace(start.vit, drop_path=0.0),
         schedules=replace(learning.schedules, lr=rate, backbone_frozen=steps),
-        objective=replace(learning.objective, koleo_weight=0.0),
+        objective=replace(learning.objective, terms=learning.objective.without("koleo")),
     )
 
 
@@ -88,7 +88,7 @@ def adapt(start: PretrainConfig, steps: int = 5000) -> PretrainConfig:
         schedules=Schedules(
             lr=Schedule(peak=5e-5, end=1e-6, warmup=steps // 5),
             weight_decay=Schedule(peak=0.04, end=0.04),
-            momentum=Schedule(peak=0.996, end=1.0),
+            ema_momentum=Schedule(peak=0.996, end=1.0),
             teacher_temperature=Schedule(start=0.02, peak=0.04, end=0.04, warmup=steps // 5),
             last_layer_frozen=0,
             backbone_frozen=steps // 20,

@@ -5,7 +5,7 @@ Where they differ most from the paper; docs/log.md has the runs, of one seed eac
     teacher temperature   0.005, where the paper has 0.04 to 0.07. Few prototypes and little data make soft targets
                           nearly uniform, and the head collapses to a constant: a flat loss, and features of chance.
                           Sinkhorn-Knopp in the log domain bears targets that sharp.
-    koleo_weight          0.03, where the paper has 0.1. None is worse still.
+    koleo                 weight 0.03, where the paper has 0.1. None is worse still.
     layer_scale           1, where the paper has 1e-5: a shallow network needs no gentle start. Not varied by itself.
 """
 
@@ -53,12 +53,12 @@ def copies_small(steps: int = 1000) -> PretrainConfig:
         crops=CropsConfig(global_px=32, global_scale=(0.5, 1.0), locals=0, attack=0.8),
         photometric=PhotometricConfig(jitter=0.5, grey=0.2, blur=(0.2, 0.2, 0.0), blur_sigma=(0.1, 1.5), solarise=0.0),
         masks=MasksConfig(share=0.0),
-        objective=ObjectiveConfig(dino_weight=0.0, ibot_weight=0.0, contrast_weight=1.0, koleo_weight=1.0),
+        objective=ObjectiveConfig(terms=(("koleo", 1.0), ("contrast", 1.0))),
         optim=OptimConfig(patch_embed=1.0),
         schedules=Schedules(
             lr=Schedule(peak=2e-3, end=1e-6, warmup=max(0, steps // 10)),
             weight_decay=Schedule(peak=0.04, end=0.04),
-            momentum=Schedule(peak=0.9, end=0.99),
+            ema_momentum=Schedule(peak=0.9, end=0.99),
         ),
         steps=steps,
         batch=128,
@@ -72,11 +72,11 @@ def _on_small_data(steps: int) -> dict:
     return {
         "dino_head": head,
         "ibot_head": head,
-        "objective": ObjectiveConfig(koleo_weight=0.03, ibot_weight=0.3),
+        "objective": ObjectiveConfig(terms=(("dino", 1.0), ("ibot", 0.3), ("koleo", 0.03))),
         "schedules": Schedules(
             lr=Schedule(peak=1e-3, end=1e-6, warmup=max(0, steps // 10)),
             weight_decay=Schedule(peak=0.04, end=0.1),
-            momentum=Schedule(peak=0.9, end=1.0),
+            ema_momentum=Schedule(peak=0.9, end=1.0),
             teacher_temperature=Schedule(peak=0.005, end=0.005, shape="constant"),
             last_layer_frozen=0,
         ),

@@ -111,7 +111,7 @@ def _schedules(*, lr: float, warmup: int, decay: float, momentum: float) -> Sche
     return Schedules(
         lr=Schedule(peak=lr, end=1e-6, warmup=warmup),
         weight_decay=Schedule(peak=0.04, end=decay),
-        momentum=Schedule(peak=momentum, end=1.0),
+        ema_momentum=Schedule(peak=momentum, end=1.0),
         teacher_temperature=Schedule(start=0.04, peak=0.07, end=0.07, warmup=37_500),
         last_layer_frozen=1_250,
     )
