@@ -118,7 +118,12 @@ def result(
 
 
 def finish(results: list[dict], arguments: argparse.Namespace) -> None:
-    """Print a table on standard error and the line of JSON that ends every benchmark; append the rows if told to."""
+    """Print a table on standard error and the line of JSON that ends every benchmark; append the rows if told to.
+
+    Results of `--quick` say so in their settings: no table shows them unless it asks for them.
+    """
+    if getattr(arguments, "quick", False):
+        results = [each | {"settings": each["settings"] | {"quick": True}} for each in results]
     print(f"{'':<44}{'ours':>12}{'rival':>12}{'ratio':>8}  unit", file=sys.stderr)
     for each in results:
         numbers = (f"{each[key]:>{width}.{digits}}" if each[key] is not None else f"{'-':>{width}}"

@@ -141,7 +141,7 @@ TABLES = {
             Cell(form, scale=1000, suffix="")
             for form in ("ours", "rival", *(f"settings.seconds.{f}" for f in ("fused kernel", "products", "jagged")))
         ),
-        settings={"images": 2, "heads": 6}, repeats="range", digits=0,
+        settings={"images": 2, "heads": 6, "quick": True}, repeats="range", digits=0,
     ),
     "embed": Table(
         "docs/performance.md", "zen4-2-cores",
@@ -174,11 +174,15 @@ def load_rows(folder: Path = RESULTS) -> list[dict]:
 
 
 def select(rows: Iterable[dict], machine: str, name: str | None, settings: dict[str, Any]) -> list[dict]:
-    """The newest row with this name and these settings, and its repetitions: rows that differ only in REPEATS."""
+    """The newest row with this name and these settings, and its repetitions: rows that differ only in REPEATS.
+
+    Rows of `--quick` count only where the settings ask for them.
+    """
+    settings = {"quick": False} | settings
     matches = [
         row for row in rows
         if (row["machine"], row["name"]) == (machine, name)
-        and all(key in row["settings"] and row["settings"][key] == value for key, value in settings.items())
+        and all(({"quick": False} | row["settings"]).get(key) == value for key, value in settings.items())
     ]  # fmt: skip
     if not matches:
         raise TableError(f"no row {name} on {machine} with {settings}")

@@ -164,6 +164,18 @@ def test_the_newest_row_counts_and_only_its_repetitions_stand_beside_it():
     assert tables.select([*old, *new, again], "abacus", "time", {}) == [again, new[1]]
 
 
+def test_quick_rows_count_only_where_a_table_asks_for_them(capsys):
+    whole, quick = made_row(), made_row(ours=9.0, date="2026-02-01", quick=True)
+    assert tables.select([whole, quick], "abacus", "time", {}) == [whole]
+    assert tables.select([whole, quick], "abacus", "time", {"quick": True}) == [quick]
+    parser = measure.argument_parser("A benchmark.")
+    parser.add_argument("--quick", action="store_true")
+    for words, expected in ((["--quick"], True), ([], None)):
+        measure.finish([measure.result("time", 2.0, None, "s")], parser.parse_args(words))
+        (row,) = json.loads(capsys.readouterr().out)
+        assert row["settings"].get("quick") is expected
+
+
 def test_a_table_without_its_rows_is_refused():
     with pytest.raises(TableError, match=r"no row memory on abacus"):
         tables.render(TABLE, [made_row()])
