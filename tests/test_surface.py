@@ -1,5 +1,6 @@
 """What a user meets after `import troodon`: every public name is listed, documented and known to type checkers."""
 
+import ast
 import inspect
 import pydoc
 import subprocess
@@ -58,6 +59,12 @@ def test_help_shows_them():
         assert f"\n    class {name}(" in page, name
     assert f"\nVERSION\n    {troodon.__version__}\n" in page
     assert 'troodon.pretrain("small", "photos/", "runs/first")' in page
+
+
+def test_type_checkers_read_of_the_same_names():
+    stub = ast.parse(Path(troodon.__file__).with_suffix(".pyi").read_text())
+    imported = [alias.asname for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    assert sorted(imported) == sorted(troodon.__all__)
 
 
 @pytest.mark.parametrize(

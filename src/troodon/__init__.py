@@ -20,23 +20,8 @@ A mistake in an argument raises `UsageError`; a run that a signal stopped has sa
 import importlib
 import sys
 import types
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # for type checkers and editors, which do not see what `__getattr__` imports
-    # isort: off
-    from troodon.config import UsageError as UsageError
-    from troodon.demo import demo as demo
-    from troodon.model.backbone import Backbone as Backbone, Features as Features
-    from troodon.run import Interrupted as Interrupted
-    from troodon.verbs import (
-        calibrate as calibrate, compare as compare, curate as curate, distill as distill, embed as embed,
-        evaluate as evaluate, leak as leak, load as load, pack as pack, pretrain as pretrain, report as report,
-        scan as scan, show_crops as show_crops,
-    )  # fmt: skip
-
-    __version__: str
-
-# Public names and the modules that define them. These are imported when a name is used: `import troodon` costs nothing.
+# Public names and their modules, which are imported when a name is used. Type checkers read __init__.pyi instead.
 MODULES = {
     "Backbone": "model.backbone", "Features": "model.backbone", "Interrupted": "run", "UsageError": "config",
     "calibrate": "verbs", "compare": "verbs", "curate": "verbs", "demo": "demo", "distill": "verbs", "embed": "verbs",
@@ -46,14 +31,12 @@ MODULES = {
 __all__ = list(MODULES)
 
 
-if not TYPE_CHECKING:  # a checker that saw this would take every name for public
-
-    def __getattr__(name: str) -> object:
-        if name == "__version__":
-            return importlib.import_module("importlib.metadata").version("troodon")
-        if name not in MODULES:
-            raise AttributeError(f"module 'troodon' has no attribute {name!r}")
-        return getattr(importlib.import_module(f"troodon.{MODULES[name]}"), name)
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("troodon")
+    if name not in MODULES:
+        raise AttributeError(f"module 'troodon' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"troodon.{MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

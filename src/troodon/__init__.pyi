@@ -1,0 +1,21 @@
+# The signatures of the public names, for type checkers and editors, which do not see what `__getattr__` imports.
+from troodon.config import UsageError as UsageError
+from troodon.demo import demo as demo
+from troodon.model.backbone import Backbone as Backbone
+from troodon.model.backbone import Features as Features
+from troodon.run import Interrupted as Interrupted
+from troodon.verbs.about import report as report
+from troodon.verbs.common import load as load
+from troodon.verbs.curation import calibrate as calibrate
+from troodon.verbs.curation import curate as curate
+from troodon.verbs.distillation import distill as distill
+from troodon.verbs.evaluation import compare as compare
+from troodon.verbs.evaluation import evaluate as evaluate
+from troodon.verbs.images import embed as embed
+from troodon.verbs.images import pack as pack
+from troodon.verbs.images import scan as scan
+from troodon.verbs.images import show_crops as show_crops
+from troodon.verbs.leakage import leak as leak
+from troodon.verbs.training import pretrain as pretrain
+
+__version__: str
