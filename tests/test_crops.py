@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from troodon.config import UsageError
+from troodon.views.attacks import random_attack
 from troodon.views.config import CropsConfig
-from troodon.views.crops import NUMBERS_PER_CROP, generator, multi_crop, random_attack, random_box
+from troodon.views.crops import NUMBERS_PER_CROP, generator, multi_crop, random_box
 
 SMALL = CropsConfig(global_px=56, local_px=28, locals=3)
 SHAPES = [(1, 1), (1, 50), (50, 1), (2, 3), (7, 7), (8, 2000), (2000, 8), (57, 40), (300, 301)]
@@ -136,15 +137,15 @@ def test_an_attack_precedes_the_crop_and_changes_nothing_else() -> None:
     image, whole = picture(90, 70), dataclasses.replace(SMALL, global_scale=(1.0, 1.0), aspect=(7 / 9, 7 / 9), flip=0.0)
     config = dataclasses.replace(whole, attack=1.0, attack_kinds=("flip",))
     plain_GCHW, _ = multi_crop(image, whole, generator(0, 0, 0))
-    globals_GCHW, locals_VCHW = multi_crop(image, config, generator(0, 0, 0))
+    globals_GCHW, locals_VCHW = multi_crop(image, config, generator(0, 0, 0), random_attack)
     assert torch.equal(globals_GCHW, plain_GCHW.flip(-1))
     random = generator(0, 0, 0)
     random.integers(2**63, size=2)  # what the attacks are drawn from
     assert torch.equal(locals_VCHW, multi_crop(image, whole, random)[1])
-    one, other = multi_crop(image, dataclasses.replace(config, attack_kinds=()), generator(0, 0, 0))[0]
+    one, other = multi_crop(image, dataclasses.replace(config, attack_kinds=()), generator(0, 0, 0), random_attack)[0]
     assert not torch.equal(one, other)  # each crop has its own
     fewer = dataclasses.replace(config, attack_kinds=(), locals=0)
-    assert torch.equal(multi_crop(image, fewer, generator(0, 0, 0))[0], torch.stack([one, other]))
+    assert torch.equal(multi_crop(image, fewer, generator(0, 0, 0), random_attack)[0], torch.stack([one, other]))
 
 
 def test_the_attacked_share_is_as_configured_and_kinds_are_uniform() -> None:
@@ -162,21 +163,25 @@ def test_images_of_every_shape_and_grey_ones_can_be_attacked(shape: tuple[int, i
     for channels in (1, 3):
         image = picture(*shape)[:, :, :channels]
         for visit in range(12):
-            globals_GCHW, _ = multi_crop(image, config, generator(0, 0, visit))
+            globals_GCHW, _ = multi_crop(image, config, generator(0, 0, visit), random_attack)
             assert globals_GCHW.shape == (2, channels, 56, 56)
 
 
 def test_a_large_image_is_reduced_before_an_attack(monkeypatch: pytest.MonkeyPatch) -> None:
     image = np.asarray(Image.fromarray(picture(12, 16)).resize((800, 600), Image.Resampling.BICUBIC))
     config = dataclasses.replace(SMALL, attack=1.0, attack_kinds=("vignette",), locals=0)
-    small = multi_crop(image, config, generator(0, 0, 0))[0].float()
+    small = multi_crop(image, config, generator(0, 0, 0), random_attack)[0].float()
     widths: list[int] = []
-    monkeypatch.setattr("troodon.views.crops.attack", lambda image, *_: widths.append(image.width) or np.asarray(image))
-    multi_crop(image, config, generator(0, 0, 0))
+    monkeypatch.setattr(
+        "troodon.views.attacks.attack", lambda image, *_: widths.append(image.width) or np.asarray(image)
+    )
+    multi_crop(image, config, generator(0, 0, 0), random_attack)
     assert widths == [200, 200]
     monkeypatch.undo()
     monkeypatch.setattr("troodon.views.crops.MARGIN", 1e9)
-    assert 0 < (multi_crop(image, config, generator(0, 0, 0))[0].float() - small).abs().mean() < 3  # of 255
+    assert (
+        0 < (multi_crop(image, config, generator(0, 0, 0), random_attack)[0].float() - small).abs().mean() < 3
+    )  # of 255
 
 
 def test_unknown_attacks_are_refused_with_the_nearest() -> None:

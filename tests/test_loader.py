@@ -14,6 +14,7 @@ from troodon.config import UsageError
 from troodon.images.decode import decode
 from troodon.images.reading import read_batches
 from troodon.images.sources import open_source
+from troodon.views.attacks import random_attack
 from troodon.views.config import CropsConfig, MasksConfig, PhotometricConfig
 from troodon.views.crops import generator, multi_crop
 from troodon.views.loader import Loader
@@ -39,7 +40,7 @@ def index(tmp_path):
 
 def make_loader(index, **changes) -> Loader:
     settings = {"crops": CROPS, "patch": 4, "batch_size": 4, "seed": 7, "threads": 2} | changes
-    return Loader(index, photometric=PhotometricConfig(), masks=MasksConfig(), **settings)
+    return Loader(index, photometric=PhotometricConfig(), masks=MasksConfig(), attack=random_attack, **settings)
 
 
 def take(loader: Loader, first: int, count: int) -> list:

@@ -115,7 +115,9 @@ def test_memory_does_not_grow_with_rows_times_prototypes(monkeypatch):
 
         def learn(teacher=teacher, student=student):
             targets = prototypes.sinkhorn(teacher, 0.05, ALONE)
-            prototypes.cross_entropies(student.bottleneck_MD[None], student.prototypes_KD, targets, 0.1).sum().backward()
+            prototypes.cross_entropies(
+                student.bottleneck_MD[None], student.prototypes_KD, targets, 0.1
+            ).sum().backward()
 
         peaks.append(peak_memory(learn))
     whole, chunk = 4 * 512 * 8192, 4 * 512 * 256

@@ -111,7 +111,9 @@ def test_a_step_asks_the_device_for_one_thing_only(objective, monkeypatch):
         return x
 
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        monkeypatch.setattr(Batch, "masked_patches", lambda self: (mode.from_tensor(masked_M), mode.from_tensor(weight_M)))
+        monkeypatch.setattr(
+            Batch, "masked_patches", lambda self: (mode.from_tensor(masked_M), mode.from_tensor(weight_M))
+        )
         heads = config.dino_head, config.ibot_head if objective.heads == "separate" else None
         student, average, anchor = (Network(config.vit, *heads) for _ in range(3))
         method = Method(

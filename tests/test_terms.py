@@ -71,7 +71,7 @@ def test_recorded_configs_of_earlier_versions_load_with_a_note(capsys):
     notes = capsys.readouterr().err
     assert "old.yaml" in notes
     assert "--objective.terms dino 1.0 ibot 0.3 koleo 0.03" in notes
-    assert "--schedules.ema-momentum.peak" in notes
+    assert "--schedules.momentum as --schedules.ema-momentum" in notes
     features = {
         "objective": {"dino_weight": 0, "ibot_weight": 0, "koleo_weight": 0, "cls_weight": 1, "patch_weight": 0.5}
     }

@@ -70,31 +70,33 @@ def renewed(arguments: list[str], default: Any, prog: str) -> list[str]:
     """The same command line with options of earlier versions under the names they have now.
 
     A config names its earlier fields in `RENAMED` ({"old": "new"}); one whose fields became something else has a method
-    `renewed`, which takes and returns {field: words}. A note on standard error says what was read as what.
+    `renewed`, which takes and returns {field: words}. A note on standard error says what is read as what.
     """
+    notes = []
     for prefix, section in _sections(default):
         changes = getattr(section, "RENAMED", {})
-        if not changes:
-            continue
         words, options = [], {}
-        for flag, values in _options(arguments):
-            leaf, dot, rest = flag.removeprefix(prefix).partition(".")
-            if flag.startswith(prefix) and leaf in changes:
-                options[f"{leaf}{dot}{rest}"] = values
+        for flag, values in _options(arguments) if changes else []:
+            field, dot, rest = flag.removeprefix(prefix).partition(".")
+            if flag.startswith(prefix) and field in changes:
+                options[f"{field}{dot}{rest}"] = values
             else:
                 words += ([_flag(flag)] if flag else []) + values
-        if options:
-            now = section.renewed(options) if hasattr(section, "renewed") else {
-                changes[leaf] + dot + rest: values
-                for name, values in options.items()
-                for leaf, dot, rest in [name.partition(".")]
-            }  # fmt: skip
-            added = [word for name, values in now.items() for word in (_flag(prefix + name), *values)]
-            if twice := [name for name in now if prefix + name in dict(_options(words))]:
-                earlier = ", ".join(_flag(prefix + name) for name in options)
-                raise UsageError(f"{earlier} and {_flag(prefix + twice[0])} say the same: give the second one only")
-            _note(f"{prog}: {' '.join(_flag(prefix + name) for name in options)}: read as {' '.join(added)}")
-            arguments = words + added
+        if not options:
+            continue
+        earlier = ", ".join(_flag(f"{prefix}{field}") for field in dict.fromkeys(o.partition(".")[0] for o in options))
+        if hasattr(section, "renewed"):
+            now = section.renewed(options)
+            notes.append(f"{earlier} as {' '.join(' '.join((_flag(prefix + o), *v)) for o, v in now.items())}")
+        else:
+            now = {changes[(parts := o.partition("."))[0]] + parts[1] + parts[2]: v for o, v in options.items()}
+            fields = dict.fromkeys(o.partition(".")[0] for o in now)
+            notes.append(f"{earlier} as {', '.join(_flag(prefix + field) for field in fields)}")
+        if twice := [option for option in now if prefix + option in dict(_options(words))]:
+            raise UsageError(f"{earlier} and {_flag(prefix + twice[0])} say the same: give the second one only")
+        arguments = words + [word for option, values in now.items() for word in (_flag(prefix + option), *values)]
+    if notes:
+        _note(f"{prog}: reads options of an earlier version: {'; '.join(notes)}")
     return arguments
 
 

@@ -34,7 +34,7 @@ from troodon.curate.stage import Counts, ProgressLine, unit_counts
 from troodon.curate.thresholds import limit_size
 from troodon.images.decode import BadImage, decode
 from troodon.images.index import Index
-from troodon.images.reading import map_ordered, thread_count
+from troodon.images.reading import map_ordered
 from troodon.search.exact import iter_pairs_above
 from troodon.views.attacks import attacked_copies
 
@@ -107,7 +107,7 @@ class _EncodeAttackedCopies:
             except (BadImage, OSError):
                 return None
 
-        count = thread_count(self.threads)
+        count = self.index.thread_count(self.threads)
         with ThreadPoolExecutor(count, "attacks") as threads:
             for row, prepared in enumerate(map_ordered(threads, load, range(len(index)), count + 1)):
                 if prepared is not None:

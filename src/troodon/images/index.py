@@ -72,6 +72,20 @@ class Index:
         ends = [self.table["container"][row].as_py() for row in (0, -1)] if len(self) else []
         return any(files.REMOTE.match(self._located(container)) is not None for container in ends)
 
+    @property
+    def packing_helps(self) -> bool:
+        """Whether `pack` would make single images faster to read: they are remote, or in the row groups of Parquet."""
+        return self.is_remote or containers.COLUMN_SEPARATOR in str(self.table["container"][0])
+
+    def thread_count(self, threads: int) -> int:
+        """The number of threads that read images: `threads`, or for 0 one per processor, at most 16.
+
+        For remote images, 0 gives MAX_REMOTE_READS, since such threads mostly wait.
+        """
+        if threads < 0:
+            raise UsageError(f"threads {threads}: must be 0, which is one per processor, or more")
+        return threads or (files.MAX_REMOTE_READS if self.is_remote else min(16, os.cpu_count() or 1))
+
     def column(self, name: str) -> list:
         return self.table[name].to_pylist()
 

@@ -35,7 +35,7 @@ from troodon.images.config import PackConfig
 from troodon.images.decode import BadImage, decode, read_header
 from troodon.images.index import SCHEMA, Index
 from troodon.images.listing import IMAGE_EXTENSIONS
-from troodon.images.reading import map_ordered, thread_count
+from troodon.images.reading import map_ordered
 from troodon.images.scan import ProgressCallback
 
 SAMPLE_SIZE = 64  # images from which the size of all is estimated
@@ -61,7 +61,7 @@ def pack(index: Index, out: Path, config: PackConfig, threads: int, progress: Pr
     identity = fingerprint(settings, index.content_hash())
     if run.is_done(out, "index", identity, settings):
         return run.read_json(out / "summary.json")
-    workers = thread_count(threads, index.is_remote)
+    workers = index.thread_count(threads)
     parts = out.with_name(f"{out.name}.parts")
     with ThreadPoolExecutor(workers) as pool:
         encode = functools.partial(_encode, index, config)

@@ -1,6 +1,5 @@
-"""Read images in order by threads: how many threads, and the ordered results of their tasks."""
+"""Read images in order by threads, and the ordered results of their tasks."""
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -8,9 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from troodon.config import UsageError
 from troodon.images.decode import BadImage, decode
-from troodon.images.files import MAX_REMOTE_READS
 from troodon.images.index import Index
 
 if TYPE_CHECKING:
@@ -20,16 +17,6 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 BATCHES_AHEAD = 2  # read while one batch is used
-
-
-def thread_count(threads: int, is_remote: bool = False) -> int:
-    """The number of threads that read images: `threads`, or for 0 one per processor, at most 16.
-
-    For remote images, 0 gives MAX_REMOTE_READS, since such threads mostly wait.
-    """
-    if threads < 0:
-        raise UsageError(f"threads {threads}: must be 0, which is one per processor, or more")
-    return threads or (MAX_REMOTE_READS if is_remote else min(16, os.cpu_count() or 1))
 
 
 def map_ordered(pool: Executor, task: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
@@ -67,7 +54,7 @@ def read_batches(
             broken[row] = BadImage("decode error", str(error))
         return None
 
-    with ThreadPoolExecutor(thread_count(threads, index.is_remote), "read") as pool:
+    with ThreadPoolExecutor(index.thread_count(threads), "read") as pool:
         loaded = map_ordered(pool, load, range(len(index)), (1 + BATCHES_AHEAD) * batch)
         for start in range(0, len(index), batch):
             rows = range(start, min(start + batch, len(index)))

@@ -35,7 +35,7 @@ from troodon.images import containers, files
 from troodon.images.decode import BadImage, decode, read_header
 from troodon.images.index import SCHEMA, Index
 from troodon.images.inventory import summarise
-from troodon.images.reading import map_ordered, thread_count
+from troodon.images.reading import map_ordered
 from troodon.images.sources import open_source
 
 SCAN_SCHEMA = pa.schema(
@@ -117,7 +117,7 @@ def scan(
             save(_join(table.take(new["row"]), new))
         saved, saved_at = len(parts), time.monotonic()
 
-    workers = thread_count(threads, index.is_remote)
+    workers = index.thread_count(threads)
     pool = ThreadPoolExecutor(workers)
     chunks = (rows[start : start + CHUNK].tolist() for start in range(0, len(rows), CHUNK))
     try:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from troodon import dist
 from troodon.config import UsageError, differences, to_dict
-from troodon.images.index import Index
 from troodon.learn import engine
 from troodon.learn.config import PretrainConfig
 from troodon.learn.engine import Task
@@ -16,18 +15,19 @@ from troodon.learn.frozen import frozen_teachers
 from troodon.learn.objective import CLS_TARGETS, VISIBLE_TARGETS
 from troodon.learn.pretrain import check_common
 from troodon.learn.teacher import Teacher
+from troodon.views.image_source import ImageSource
 
 OWN = ("vit", "dino_head", "ibot_head", "objective", "optim", "schedules")  # settings that may differ between students
 
 
-def distill(tasks: Sequence[Task], index: Index, teachers: Sequence[Teacher]) -> None:
+def distill(tasks: Sequence[Task], index: ImageSource, teachers: Sequence[Teacher]) -> None:
     """Train students towards frozen teachers, or go on where their runs stopped. Raises what `pretrain` raises."""
     with dist.process_group():
         check(tasks, index, teachers, dist.world_size())
         engine.run(tasks, index, teachers, functools.partial(frozen_teachers, teachers))
 
 
-def check(tasks: Sequence[Task], index: Index, teachers: Sequence[Teacher], ranks: int) -> None:
+def check(tasks: Sequence[Task], index: ImageSource, teachers: Sequence[Teacher], ranks: int) -> None:
     """UsageError, with the remedy, for students and teachers that do not fit each other."""
     first = tasks[0]
     for task in tasks:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from troodon import dist
 from troodon.config import UsageError, differences, fingerprint, from_yaml, to_dict, to_yaml
-from troodon.images.index import Index
 from troodon.learn import checkpoint, guard, optim
 from troodon.learn.checkpoint import Saver, TrainingProgress
 from troodon.learn.config import PretrainConfig
@@ -31,6 +30,8 @@ from troodon.learn.recorder import Probe, Recorder, preprocessing
 from troodon.learn.teacher import Build, FrozenTeacher, Teacher, no_teachers
 from troodon.model.backbone import Backbone
 from troodon.run import Interrupted, environment, read_manifest, say, write_bytes, write_json, write_manifest
+from troodon.views.crops import Attack
+from troodon.views.image_source import ImageSource
 from troodon.views.loader import Loader
 
 
@@ -45,6 +46,7 @@ class Task:
     heads: dict[str, Tensor] | None = None
     probe: Probe | None = None
     before: Callable[[PretrainConfig, Path], None] | None = None
+    attack: Attack | None = None  # what attacks pictures, where the crops ask for it
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Student:
 
 
 def run(
-    tasks: Sequence[Task], index: Index, teachers: Sequence[Teacher] = (), build_teachers: Build = no_teachers
+    tasks: Sequence[Task], index: ImageSource, teachers: Sequence[Teacher] = (), build_teachers: Build = no_teachers
 ) -> None:
     """Train until the steps are done, or go on where the runs of the tasks stopped.
 
@@ -82,20 +84,20 @@ def run(
                 task.before(task.config, task.out)
     dist.barrier()
     with build_teachers(config, tasks[0].out, len(index), device, compute) as frozen:
-        loader = _loader(config, index)
+        loader = _loader(config, index, tasks[0].attack)
         students = [_student(task, loader, frozen, device, compute, many=len(tasks) > 1) for task in tasks]
         progress = _resume(tasks, students)
         if progress.step < config.steps:
             _train(students, loader, progress, device)
 
 
-def _loader(config: PretrainConfig, index: Index) -> Loader:
+def _loader(config: PretrainConfig, index: ImageSource, attack: Attack | None) -> Loader:
     rank, world_size = dist.rank(), dist.world_size()
     return Loader(
         index, config.crops, config.photometric, config.masks, config.vit.patch, config.batch, config.seed,
         threads=config.threads or _share_of_processors(world_size), rank=rank, world_size=world_size,
         channels=config.vit.channels, processes=config.processes, weights=config.weights,
-        compiled=config.parallel.compile,
+        compiled=config.parallel.compile, attack=attack,
     )  # fmt: skip
 
 
@@ -223,7 +225,7 @@ def _stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _open(task: Task, index: Index, teachers: Sequence[Teacher]) -> None:
+def _open(task: Task, index: ImageSource, teachers: Sequence[Teacher]) -> None:
     """Make the run folder, or check that the one that is there is of this run."""
     out, config, init = task.out, task.config, task.init
     settings = {"config": to_dict(config), "images": len(index), "init": init and init.fingerprint}

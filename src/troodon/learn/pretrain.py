@@ -8,46 +8,48 @@ from torch import Tensor
 
 from troodon import dist
 from troodon.config import UsageError, differences, to_dict
-from troodon.images.index import Index
 from troodon.learn import engine, loggers
 from troodon.learn.config import PretrainConfig, fits
 from troodon.learn.engine import Task
 from troodon.learn.recorder import Probe
 from troodon.model.backbone import Backbone
+from troodon.views.crops import Attack
+from troodon.views.image_source import ImageSource
 from troodon.views.order import check_weights
 
 
 def pretrain(
     config: PretrainConfig,
-    index: Index,
+    index: ImageSource,
     out: Path,
     *,
     init: Backbone | None = None,
     heads: dict[str, Tensor] | None = None,
     probe: Probe | None = None,
     before: Callable[[PretrainConfig, Path], None] | None = None,
+    attack: Attack | None = None,
 ) -> Path:
     """Train until `config.steps`, or go on where the run in `out` stopped; returns the backbone's folder.
 
     `init` and `heads` give first weights. `probe` measures the EMA, as a k-NN accuracy. `before` is called with the
-    config and `out` before the training starts, on rank zero. Raises UsageError for what cannot work, before anything
-    is written; Interrupted after SIGINT or SIGTERM, once all is saved; NotFinite if `config.guard` knows no way on;
-    OSError if the end cannot be saved.
+    config and `out` before the training starts, on rank zero. `attack` attacks pictures, if `config.crops` asks for it.
+    Raises UsageError for what cannot work, before anything is written; Interrupted after SIGINT or SIGTERM, once all is
+    saved; NotFinite if `config.guard` knows no way on; OSError if the end cannot be saved.
     """
     with dist.process_group():
         check(config, index, init, dist.world_size())
-        engine.run([Task(config, out, init, heads, probe, before)], index)
+        engine.run([Task(config, out, init, heads, probe, before, attack)], index)
     return out / "backbone"
 
 
-def check(config: PretrainConfig, index: Index, init: Backbone | None, ranks: int) -> None:
+def check(config: PretrainConfig, index: ImageSource, init: Backbone | None, ranks: int) -> None:
     """UsageError for a config that cannot train on these images, on so many ranks."""
     if config.objective.features:
         raise UsageError("objective.terms cls_features and patch_features need a teacher: see troodon distill")
     check_common(config, index, init, ranks)
 
 
-def check_common(config: PretrainConfig, index: Index, init: Backbone | None, ranks: int) -> None:
+def check_common(config: PretrainConfig, index: ImageSource, init: Backbone | None, ranks: int) -> None:
     """UsageError for settings, images and first weights that do not fit, in pretraining and in distillation."""
     fits(config, ranks)
     loggers.check(config.log_to)

@@ -59,13 +59,14 @@ def distill(
     from troodon.images.sources import open_source
     from troodon.learn import distill as training
     from troodon.learn.engine import Task
+    from troodon.views.attacks import random_attack
 
     ranks = dist.ranks_to_start(devices)
     index = open_source(*as_list(data))
     teachers = [open_teacher(t) for t in as_list(teacher)]
     before = before_training(index, [t.vit for t in teachers])
     tasks = [
-        Task(config, Path(out) / name, probe=make_probe(index, config), before=before)
+        Task(config, Path(out) / name, probe=make_probe(index, config), before=before, attack=random_attack)
         for name, config in configs.items()
     ]
     training.check(tasks, index, teachers, max(ranks, 1))

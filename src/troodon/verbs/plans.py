@@ -32,11 +32,12 @@ def plan_here(
 
 def loader_of(config: "PretrainConfig", index: "Index") -> "Loader":
     """The batches of a training, for a look at them."""
+    from troodon.views.attacks import random_attack
     from troodon.views.loader import Loader
 
     return Loader(
         index, config.crops, config.photometric, config.masks, config.vit.patch, config.batch, config.seed,
-        channels=config.vit.channels, weights=config.weights,
+        channels=config.vit.channels, weights=config.weights, attack=random_attack,
     )  # fmt: skip
 
 

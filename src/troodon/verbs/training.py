@@ -69,6 +69,7 @@ def pretrain(
     from troodon.images.sources import open_source
     from troodon.learn import checkpoint
     from troodon.learn import pretrain as training
+    from troodon.views.attacks import random_attack
 
     ranks = dist.ranks_to_start(devices)
     if ranks > 1:
@@ -88,7 +89,14 @@ def pretrain(
         heads = checkpoint.heads(Path(init), first)
     probe = make_probe(index, config)
     return training.pretrain(
-        config, index, Path(out), init=start, heads=heads, probe=probe, before=before_training(index)
+        config,
+        index,
+        Path(out),
+        init=start,
+        heads=heads,
+        probe=probe,
+        before=before_training(index),
+        attack=random_attack,
     )
 
 

@@ -18,8 +18,11 @@ from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 
 from troodon.config import UsageError, nearest
+from troodon.images.decode import to_grey, to_rgb
+from troodon.views.config import ATTACK_KINDS, CropsConfig
 
 Attack = Callable[[Image.Image, Generator, float], Image.Image]
+MIN_ATTACK_PX = 16  # an image whose shorter side is shorter is not attacked
 _BICUBIC = Image.Resampling.BICUBIC
 _WORDS = ("sale", "new", "hello", "2019", "best", "photo", "of the", "day", "follow", "50%", "breaking", "news", "live")
 
@@ -255,6 +258,7 @@ _DETAIL = (resave, jpeg, blur, sharpen, noise, text, sticker)
 ATTACKS: dict[str, Callable[[Image.Image | ndarray, Generator, float], ndarray]] = {
     f.__name__: _on_arrays(f) for f in (*_DETAIL, *_GEOMETRY, *_COLOUR, mix)
 }
+assert tuple(ATTACKS) == ATTACK_KINDS, "views/config.py lists the attacks"
 
 # The attacks whose copies are missed most if images are compared without attacked copies, with their strengths. The
 # first ones matter most: after twelve, hardly any more copies are found.
@@ -263,6 +267,21 @@ BENCHMARK_ATTACKS = (
     ("flip", 1.0), ("sticker", 0.65), ("rotate", 0.65), ("text", 0.65), ("screenshot", 0.65), ("mix", 0.5),
     ("pad", 0.5), ("crop", 0.65), ("grey", 0.8), ("stretch", 0.5),
 )  # fmt: skip
+
+
+def random_attack(image_HWC: ndarray, config: CropsConfig, seed: int, reduction: int = 1) -> ndarray:
+    """With probability `config.attack`, a near-duplicate of the image, made from a copy reduced by `reduction`.
+
+    uint8 (h, w, C), C being 1 or 3, of another size; else the image itself, also if it is only a few pixels wide or
+    high.
+    """
+    random = np.random.Generator(np.random.Philox(seed))
+    if random.random() >= config.attack or min(image_HWC.shape[:2]) < MIN_ATTACK_PX * reduction:
+        return image_HWC
+    kinds = config.attack_kinds or ATTACK_KINDS
+    kind, strength = kinds[int(random.integers(len(kinds)))], 1.0 - random.random()
+    copy_HW3 = attack(Image.fromarray(to_rgb(image_HWC)).reduce(reduction), kind, random, strength)
+    return copy_HW3 if image_HWC.shape[2] == 3 else to_grey(copy_HW3)
 
 
 def attacked_copies(image: ndarray, count: int) -> list[ndarray]:

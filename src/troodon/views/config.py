@@ -11,6 +11,14 @@ from troodon.config import UsageError, nearest, pair, within
 Size = tuple[int, int]  # height and width, in pixels
 
 
+ATTACK_KINDS = (  # the functions of attacks.py, in the order in which they are numbered
+    "resave", "jpeg", "blur", "sharpen", "noise", "text", "sticker",
+    "shrink", "enlarge", "stretch", "crop", "pad", "flip", "rotate", "screenshot",
+    "brightness", "contrast", "saturation", "hue", "grey", "gamma", "posterise", "vignette",
+    "mix",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class CropsConfig:
     """Multi-crop views of one image (https://arxiv.org/abs/2006.09882, https://arxiv.org/abs/2304.07193)."""
@@ -48,11 +56,8 @@ class CropsConfig:
         _ranges(self, "crops.", "global_scale", "local_scale", "aspect")
         if min(self.aspect) <= 0:
             raise UsageError(f"crops.aspect {min(self.aspect)}: must be above 0")
-        if self.attack_kinds:
-            from troodon.views.attacks import ATTACKS  # which starts Pillow
-
-            for unknown in [kind for kind in self.attack_kinds if kind not in ATTACKS]:
-                raise nearest("crops.attack_kinds", unknown, ATTACKS)
+        for unknown in [kind for kind in self.attack_kinds if kind not in ATTACK_KINDS]:
+            raise nearest("crops.attack_kinds", unknown, ATTACK_KINDS)
         for wide, narrow, weight in self.mixed:
             if min(wide, narrow) < 1 or not 0 < weight < math.inf:
                 reason = "sides must be 1 or more, and the weight above 0"

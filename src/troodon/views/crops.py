@@ -6,26 +6,24 @@ uint8 and channels last until the end: torch resizes this layout fastest.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from troodon.config import pair
-from troodon.images.decode import to_grey, to_rgb
-from troodon.views.attacks import ATTACKS, attack
 from troodon.views.config import CropsConfig, Size
 
 # Shape suffixes: G the two global crops, V local crops, C colours, H and W pixels.
 # A box is (top, left, height, width) in whole pixels of the image.
 
 Box = tuple[int, int, int, int]
+Attack = Callable[[np.ndarray, CropsConfig, int, int], np.ndarray]  # that of attacks.random_attack
 CHANNELS_AT_ONCE = 4  # that torch resizes in uint8; more are converted to float and back, six times slower
 MAX_TRIES = 10  # boxes that are drawn before the central one is taken
 MARGIN = 1.5  # pixels of a reduced image per pixel of a crop, at least; mean error in photographs: 1.3 levels of 256
-MIN_ATTACK_PX = 16  # an image whose shorter side is shorter is not attacked
 NUMBERS_PER_CROP = 2 * MAX_TRIES + 3  # of a crop: area and aspect of each try, two of position, one of flip
 UINT64_MAX = 2**64 - 1
 
@@ -48,8 +46,16 @@ class MultiCrop:
     other crop. `config` must have one size: `config.pick_size` picks one of several.
     """
 
-    def __init__(self, config: CropsConfig, random: np.random.Generator, image_visit: tuple[int, int] = (-1, 0)):
+    def __init__(
+        self,
+        config: CropsConfig,
+        random: np.random.Generator,
+        image_visit: tuple[int, int] = (-1, 0),
+        attack: Attack | None = None,
+    ):
         assert not config.mixed, config.mixed
+        assert attack or not config.attack, "crops.attack needs a function that attacks: views.attacks.random_attack"
+        self.attack = attack
         self.image_visit = image_visit  # the image's row, and the number of its set of crops
         # Drawn first, so that the number of local crops changes no attack; and only if there are attacks, so that
         # runs without them can resume.
@@ -72,11 +78,11 @@ class MultiCrop:
     def crop(self, image_HWC: np.ndarray) -> tuple[Tensor, Tensor]:
         """Crop the image or its reduced copy: uint8 (2, C, *global size) and (V, C, *local size), contiguous."""
         wide, narrow = self.config.global_px, self.config.local_px
-        if not self.attack_seeds:
+        if self.attack is None or not self.attack_seeds:
             return self._crop(image_HWC, 0, 2, wide), self._crop(image_HWC, 2, None, narrow)
         # An image that was decoded at full size is reduced first: the cost of an attack grows with its pixels.
         reduction = self.reduction if image_HWC.shape[:2] == self.size else 1
-        copies = [random_attack(image_HWC, self.config, seed, reduction) for seed in self.attack_seeds]
+        copies = [self.attack(image_HWC, self.config, seed, reduction) for seed in self.attack_seeds]
         globals_ = [self._crop(copy_HWC, view, view + 1, wide) for view, copy_HWC in enumerate(copies)]
         return torch.cat(globals_), self._crop(image_HWC, 2, None, narrow)
 
@@ -96,29 +102,16 @@ class MultiCrop:
         return torch.from_numpy(crops_VCHW)
 
 
-def multi_crop(image_HWC: np.ndarray, config: CropsConfig, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+def multi_crop(
+    image_HWC: np.ndarray, config: CropsConfig, random: np.random.Generator, attack: Attack | None = None
+) -> tuple[Tensor, Tensor]:
     """Crop one uint8 image of any size from 1x1 and any channels: two global and `config.locals` local crops.
 
     Returns uint8 (2, C, *global size) and (V, C, *local size), contiguous.
     """
-    views = MultiCrop(config, random)
+    views = MultiCrop(config, random, attack=attack)
     views.draw_boxes(*image_HWC.shape[:2])
     return views.crop(image_HWC)
-
-
-def random_attack(image_HWC: np.ndarray, config: CropsConfig, seed: int, reduction: int = 1) -> np.ndarray:
-    """With probability `config.attack`, a near-duplicate of the image, made from a copy reduced by `reduction`.
-
-    uint8 (h, w, C), C being 1 or 3, of another size; else the image itself, also if it is only a few pixels wide or
-    high.
-    """
-    random = np.random.Generator(np.random.Philox(seed))
-    if random.random() >= config.attack or min(image_HWC.shape[:2]) < MIN_ATTACK_PX * reduction:
-        return image_HWC
-    kinds = config.attack_kinds or tuple(ATTACKS)
-    kind, strength = kinds[int(random.integers(len(kinds)))], 1.0 - random.random()
-    copy_HW3 = attack(Image.fromarray(to_rgb(image_HWC)).reduce(reduction), kind, random, strength)
-    return copy_HW3 if image_HWC.shape[2] == 3 else to_grey(copy_HW3)
 
 
 def random_box(height: int, width: int, scale: tuple[float, float], aspect: tuple[float, float], u: list[float]) -> Box:

@@ -21,14 +21,12 @@ import torch.multiprocessing
 from torch import Tensor
 
 from troodon.config import UsageError
-from troodon.images import containers
 from troodon.images.decode import HAS_SIMPLEJPEG, BadImage, decode
-from troodon.images.index import Index
-from troodon.images.reading import thread_count
 from troodon.views import masks, photometric
 from troodon.views.batch import Batch
 from troodon.views.config import CropsConfig, MasksConfig, PhotometricConfig
-from troodon.views.crops import MultiCrop, generator
+from troodon.views.crops import Attack, MultiCrop, generator
+from troodon.views.image_source import ImageSource
 from troodon.views.order import assign_source, check_weights, permute
 
 BATCHES_AHEAD = 2  # prepared while one batch is used
@@ -54,7 +52,7 @@ class Loader:
     images of all sources once. With `processes`, that many processes read and crop in place of threads.
     """
 
-    index: Index
+    index: ImageSource
     crops: CropsConfig
     photometric: PhotometricConfig
     masks: MasksConfig
@@ -68,6 +66,7 @@ class Loader:
     processes: int = 0
     weights: tuple[float, ...] = ()
     compiled: bool = False  # colour operations: see photometric.apply
+    attack: Attack | None = None  # of the pictures from which global crops are cut, where `crops` asks for attacks
     broken: dict[int, str] = field(default_factory=dict)  # output: row -> why it cannot be read
 
     def __post_init__(self) -> None:
@@ -129,7 +128,7 @@ class Loader:
             if candidate in self.broken:
                 continue
             random = generator(self.seed, candidate, crop_set)
-            views = MultiCrop(crops, random, (candidate, crop_set))
+            views = MultiCrop(crops, random, (candidate, crop_set), self.attack)
             try:
                 return decode(self.index.read(candidate), self.channels, views.draw_boxes), views, random
             except (BadImage, OSError) as error:
@@ -154,10 +153,10 @@ class Loader:
     def advice(self) -> list[str]:
         """What would make loading faster here, the most likely first."""
         advice, processors = [], os.cpu_count() or 1
-        workers = self.processes or thread_count(self.threads, self.index.is_remote)
+        workers = self.processes or self.index.thread_count(self.threads)
         if workers * self.world_size < processors:
             advice.append(f"more threads (threads {workers} on {processors} processors)")
-        if self.index.is_remote or containers.COLUMN_SEPARATOR in str(self.index.table["container"][0]):
+        if self.index.packing_helps:
             advice.append("`troodon pack` puts the images on the disk of this machine, and makes each fast to read")
         if not HAS_SIMPLEJPEG:
             advice.append('pip install "troodon[fast]" decodes JPEGs faster')
@@ -186,7 +185,7 @@ class Loader:
             pool: Executor = ProcessPoolExecutor(self.processes, context, _init_worker, (replace(self, broken={}),))
             submit, workers = functools.partial(pool.submit, _load_partial), self.processes
         else:
-            workers = thread_count(self.threads, self.index.is_remote)
+            workers = self.index.thread_count(self.threads)
             pool = ThreadPoolExecutor(workers, "loader")
             submit = functools.partial(pool.submit, self.load_partial)
         try:

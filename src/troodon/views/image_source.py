@@ -1,0 +1,32 @@
+"""The images that training reads, by row number: what it needs of an index, wherever the images lie."""
+
+from pathlib import Path
+from typing import Protocol
+
+
+class ImageSource(Protocol):
+    """An images.index.Index, as training sees it."""
+
+    @property
+    def source_lengths(self) -> tuple[int, ...]: ...  # rows that come from each source; () if all are from one
+
+    @property
+    def fingerprint(self) -> str | None: ...  # of the artifact that lists the images on the disk
+
+    @property
+    def mapped_path(self) -> Path | None: ...  # the file that lists very many images
+
+    @property
+    def packing_helps(self) -> bool: ...
+
+    def __len__(self) -> int: ...
+
+    def path(self, row: int) -> str: ...
+
+    def read(self, row: int) -> bytes: ...  # OSError if the image cannot be read
+
+    def column(self, name: str) -> list: ...
+
+    def thread_count(self, threads: int) -> int: ...  # that read images; 0 is as many as suit the source
+
+    def save(self, path: Path) -> None: ...
