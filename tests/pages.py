@@ -78,7 +78,9 @@ class Code:
         parts = dotted.split(".")
         if len(parts) == 1:
             return dotted in self.words
-        if self.modules_named(dotted) or flag_of(dotted) in FLAGS or (parts[0], parts[-1]) in EXPORTS:
+        if self.modules_named(dotted) or (parts[0], parts[-1]) in EXPORTS:
+            return True
+        if any(flag == flag_of(dotted) or flag.startswith(f"{flag_of(dotted)}.") for flag in FLAGS):
             return True
         owner, name = ".".join(parts[:-1]), parts[-1]
         if any(name in self.defined[module] for module in self.modules_named(owner)):
@@ -151,7 +153,7 @@ EXPORTS = {("troodon", name) for name in vars(troodon)["__all__"]}
 @functools.cache
 def command_mistake(line: str) -> str | None:
     """What is wrong with a command line of `troodon`; options that must be there may be missing."""
-    words = shlex.split(line, comments=True)[1:]
+    words = [word for word in shlex.split(line, comments=True)[1:] if word != "..."]
     if not words or PLACEHOLDER.fullmatch(words[0]) or words[0] in ("--help", "--version"):
         return None
     verb = cli.verb_of(words)
@@ -248,7 +250,7 @@ class Page:
         return [self.at(at, mistake) for at, mistake in sorted(wrong)]
 
     def span_mistake(self, at: int, span: str) -> str | None:
-        if span in EXAMPLES or "://" in span or not re.search(r"\w", span):
+        if span in EXAMPLES or "://" in span or not re.search(r"\w\w", span):
             return None
         if self.is_command(span):
             return next(iter(self.line_mistakes(span)), None)

@@ -11,7 +11,8 @@ import pytest
 from tests.pages import EXAMPLES, Code, Page, link_mistakes
 from tests.test_house import FLOORS, PACKAGE, ROOT
 
-NAMING = ("README.md", "CONTRIBUTING.md", "docs/tour.md")  # pages whose every word in code type must exist
+# Pages whose every word in code type must exist.
+NAMING = ("README.md", "CONTRIBUTING.md", "docs/tour.md", "docs/glossary.md", "docs/index.md", "docs/scale.md")
 
 
 @pytest.fixture(scope="module")
