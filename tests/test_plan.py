@@ -95,7 +95,7 @@ def take_steps(config: PretrainConfig, compute: torch.dtype, steps: int) -> None
 @pytest.mark.parametrize("name", CONFIGS)
 def test_memory_is_that_of_the_tensors_of_a_step(name, compute):
     peak = peak_memory(lambda: take_steps(CONFIGS[name], compute, 2))
-    assert total(plan(CONFIGS[name], None, "cpu", compute.itemsize, 1).memory) == pytest.approx(peak, rel=0.12)
+    assert total(plan(CONFIGS[name], None, "cpu", compute.itemsize, 1).memory) == pytest.approx(peak, rel=0.07)
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if not name.startswith("long")])
@@ -112,7 +112,7 @@ def test_logits_that_are_made_again_are_counted(targets, monkeypatch):
         monkeypatch.setattr(module, "CACHED", 0)
     config = replace(CONFIGS["large heads"], objective=ObjectiveConfig(targets=targets))
     peak = peak_memory(lambda: take_steps(config, torch.float32, 2))
-    assert total(plan(config, None, "cpu", 4, 1).memory) == pytest.approx(peak, rel=0.12)
+    assert total(plan(config, None, "cpu", 4, 1).memory) == pytest.approx(peak, rel=0.07)
     with FlopCounterMode(display=False) as counter:
         take_steps(config, torch.bfloat16, 1)
     flops = plan(config, None, "cpu", 2, 1).flops

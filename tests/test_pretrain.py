@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -76,7 +77,15 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_leaves_what_it_promises(images, tmp_path):
-    folder = pretrain(CONFIG, open_source(images), tmp_path / "run", probe=lambda backbone: 0.25)
+    called = []
+    folder = pretrain(
+        CONFIG,
+        open_source(images),
+        tmp_path / "run",
+        probe=lambda backbone: 0.25,
+        before=lambda *what: called.append(what),
+    )
+    assert called == [(CONFIG, tmp_path / "run")]
     assert folder == tmp_path / "run" / "backbone"
     assert [r["step"] for r in records(tmp_path / "run")] == list(range(6))
     last = records(tmp_path / "run")[-1]
@@ -85,7 +94,7 @@ def test_a_run_leaves_what_it_promises(images, tmp_path):
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert names == {
         "backbone", "checkpoints", "config.yaml", "environment.json", "images.parquet", "manifest.json",
-        "metrics.jsonl", "pictures",
+        "metrics.jsonl",
     }  # fmt: skip
     for saved in checkpoint.finished(tmp_path / "run"):
         Backbone.load(saved / "backbone")
@@ -114,20 +123,28 @@ def test_a_resumed_run_is_the_same_run(images, tmp_path, objective, monkeypatch)
 
 
 def test_a_run_of_an_earlier_version_goes_on(images, tmp_path):
-    """A setting that it did not know is as it is by default; another value of it is another run."""
-    index = open_source(images)
-    pretrain(CONFIG, index, tmp_path / "run")
-    recorded = tmp_path / "run" / "config.yaml"
-    recorded.write_text(recorded.read_text().replace("  visits: 0\n", ""))
-    said = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    del said["settings"]["config"]["crops"]["visits"]
-    of_then = fingerprint(said["settings"], fingerprint(index.column("path"), index.column("length")))
-    (tmp_path / "run" / "manifest.json").write_text(json.dumps(said | {"fingerprint": of_then}))
+    """A setting that it did not know has its default value, and earlier names of settings are read."""
+    index, run = open_source(images), tmp_path / "run"
+    pretrain(CONFIG, index, run)
+    manifest = json.loads((run / "manifest.json").read_text())
+    config = manifest["settings"]["config"]
+    del config["crops"]["visits"]
+    config["schedules"]["momentum"] = config["schedules"].pop("ema_momentum")
+    config["objective"] |= {f"{name}_weight": weight for name, weight in config["objective"].pop("terms")}
+    config["objective"] |= dict.fromkeys(("contrast_weight", "gram_weight", "cls_weight", "patch_weight"), 0.0)
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    name = fingerprint(manifest["settings"], fingerprint(index.column("path"), index.column("length")))
+    (run / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": name}))
+    before = weights(run)
+    shutil.rmtree(run / "checkpoints" / "000006")
+    pretrain(CONFIG, index, run)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(run).items())
     with pytest.raises(UsageError, match=r"other settings \(config.crops.visits: 0 -> 3\)"):
-        pretrain(replace(CONFIG, crops=replace(CONFIG.crops, visits=3)), index, tmp_path / "run")
+        pretrain(replace(CONFIG, crops=replace(CONFIG.crops, visits=3)), index, run)
+    with pytest.raises(UsageError, match=r"other settings \(config.objective.terms: "):
+        pretrain(replace(CONFIG, objective=ObjectiveConfig(terms=(("dino", 1.0),))), index, run)
     with pytest.raises(UsageError, match="other images"):
-        pretrain(CONFIG, index.take(range(20)[::-1]), tmp_path / "run")
-    pretrain(CONFIG, index, tmp_path / "run")
+        pretrain(CONFIG, index.take(range(20)[::-1]), run)
 
 
 def _killed_after(step, save):
@@ -512,7 +529,7 @@ def test_init_starts_from_given_weights(images, tmp_path):
                 "vit": replace(CONFIG.vit, channels=4),
                 "photometric": PhotometricConfig(mean=(0.5,) * 4, std=(0.5,) * 4),
             },
-            r"crops.attack 0.5: pictures in grey or colour are attacked, not images of 4 channels",
+            r"crops.attack 0.5: attacks are for pictures in grey or colour, not for images of 4 channels",
         ),
         ({"steps": 0}, "steps 0"),
     ],

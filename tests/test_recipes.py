@@ -14,6 +14,7 @@ from troodon.learn.config import PretrainConfig, fits
 from troodon.learn.parallel import empty
 from troodon.learn.pretrain import pretrain
 from troodon.run import MetricsFile
+from troodon.views.attacks import random_attack
 
 TABLE = {
     "vitl16_short": {
@@ -147,7 +148,7 @@ def test_every_recipe_builds_and_takes_two_steps(name, tmp_path):
     random = np.random.default_rng(0)
     for i in range(8):
         Image.fromarray(random.integers(0, 255, (24, 20, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
-    pretrain(toy(config), open_source(tmp_path), tmp_path / "run")
+    pretrain(toy(config), open_source(tmp_path), tmp_path / "run", attack=random_attack)
     loss = [r["loss"] for r in MetricsFile(tmp_path / "run" / "metrics.jsonl").read() if "loss" in r]
     assert loss
     assert all(math.isfinite(value) for value in loss)

@@ -1,5 +1,5 @@
-"""What a run will take, told before its first step: images, parameters, products, memory, time. No torch here: a plan
-takes no time, whatever it is of."""
+"""The plan of a run, before its first step: images, parameters, FLOPs, memory, time. No torch here, so a plan of any
+network takes no time."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -7,24 +7,24 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from troodon.learn.config import PretrainConfig
-from troodon.learn.cost import Cost, Grid
+from troodon.learn.cost import Cost, Grid, total
 from troodon.model.config import ViTConfig
 from troodon.text import duration, with_prefix
 
 if TYPE_CHECKING:
     import torch
 
-# Of the speed of one large product, what a whole step reaches, its images included: on a processor as measured with the
-# small recipes, on an accelerator an estimate.
+# The share of the speed of one large product that a whole step reaches, loading of images included: measured with the
+# small recipes on a CPU, an estimate on a GPU.
 SHARE_OF_PEAK = {"cpu": 0.1, "cuda": 0.35}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Of crops of several sizes: means over steps, and the memory of the largest."""
+    """The plan of a run. With crops of several sizes: means over steps, and the memory of the largest."""
 
     config: PretrainConfig
-    images: int | None  # to learn from; None where that is not known
+    images: int | None  # in the data; None if unknown
     device: str
     width: int  # bytes of a number in products: 2 is bf16
     ranks: int
@@ -33,16 +33,16 @@ class Plan:
     flops: Mapping[str, float]  # a step, over all ranks
     state: Mapping[str, float]  # bytes of each rank after a step
     phases: Mapping[str, Mapping[str, float]]  # bytes of each rank in each phase of a step, besides lasting state
-    images_per_second: float | None = None  # over all ranks; None where that is not known
+    images_per_second: float | None = None  # over all ranks; None if unknown
 
     @property
     def busiest(self) -> str:
-        """The phase at the peak of memory."""
+        """The phase with the most memory."""
         return max(self.phases, key=lambda name: total(self.phases[name]))
 
     @property
     def memory(self) -> dict[str, float]:
-        """Bytes of each rank at the peak of a step, by part. Gradients come as what is kept for them goes."""
+        """Bytes of each rank at the peak of a step, by part. Gradients take the place of what is kept for them."""
         return {name: n for name, n in self.state.items() if name != "gradients"} | dict(self.phases[self.busiest])
 
     @property
@@ -50,7 +50,7 @@ class Plan:
         return self.config.steps * self.config.batch / self.images_per_second if self.images_per_second else None
 
     def render(self) -> str:
-        """One screen for people."""
+        """The plan as text, one screen."""
         c, seen, rate = self.config, self.config.steps * self.config.batch, self.images_per_second
         visits = f", each of {self.images:,} {seen / self.images:,.1f} times" if self.images else ""
         each = " on each" if self.ranks > 1 else ""
@@ -85,10 +85,12 @@ def plan(
 ) -> Plan:
     """The plan of a run on `ranks` devices ("cpu" or "cuda"), whose products have numbers of `width` bytes.
 
-    `teachers` are those that do not learn; without, the average teaches.
+    `teachers` are frozen; without any, the EMA teaches.
     """
-    taught = tuple(teachers)
-    costs = [(Cost(config, wide, narrow, device, width, ranks, taught), share) for wide, narrow, share in grids(config)]
+    costs = [
+        (Cost(config, wide, narrow, device, width, ranks, tuple(teachers)), share)
+        for wide, narrow, share in grids(config)
+    ]
     largest = max((cost for cost, _ in costs), key=lambda cost: total(cost.student()))
     steps = [(cost.flops(), share) for cost, share in costs]
     state = largest.state()
@@ -101,7 +103,7 @@ def plan(
         state=state,
         phases={
             "while the student learns": (gradients if config.parallel.accumulate > 1 else {}) | largest.student(),
-            **({"while the teacher answers": largest.teacher()} if "teacher" in steps[0][0] else {}),
+            **({"while the teacher runs": largest.teacher()} if "teacher" in steps[0][0] else {}),
             "while the optimiser works": gradients,
         },
         images_per_second=images_per_second,
@@ -109,14 +111,14 @@ def plan(
 
 
 def timed(planned: Plan, device: "torch.device", dtype: "torch.dtype") -> Plan:
-    """The plan with the time that this device would take, if all ranks had one like it; processors are shared."""
+    """The plan with the time it takes if all ranks have a device like this one. Ranks share the processors of a CPU."""
     devices = planned.ranks if device.type == "cuda" else 1
     rate = devices * SHARE_OF_PEAK[device.type] * product_rate(device, dtype)
     return replace(planned, images_per_second=rate * planned.config.batch / total(planned.flops))
 
 
 def product_rate(device: "torch.device", dtype: "torch.dtype") -> float:
-    """FLOP/s of one matrix product that fits the caches, the best of a few."""
+    """FLOP/s of one matrix product that fits the caches, the best of six."""
     import torch
 
     side = 4096 if device.type == "cuda" else 768
@@ -130,16 +132,12 @@ def product_rate(device: "torch.device", dtype: "torch.dtype") -> float:
 
 
 def grids(config: PretrainConfig) -> list[tuple[Grid, Grid, float]]:
-    """Rows and columns of patches of global and of local crops, and the share of the steps that have these."""
+    """Grids of patches of global and of local crops, and the share of the steps that have these."""
     patch = config.vit.patch
     return [
         ((wide[0] // patch, wide[1] // patch), (narrow[0] // patch, narrow[1] // patch), share)
         for wide, narrow, share in config.crops.sizes()
     ]
-
-
-def total(parts: Mapping[str, float]) -> float:
-    return sum(parts.values())
 
 
 def summed(parts: Mapping[str, float], unit: str = "") -> str:

@@ -16,6 +16,7 @@ KNOWN: Mapping[str, Mapping[str, Callable[..., Any]]] = {
         for recipe in (
             own.demo,
             own.small,
+            own.small_visible,
             own.copies_small,
             onward.adapt,
             onward.heads,

@@ -9,6 +9,8 @@ Where they differ most from the paper; docs/log.md has the runs, of one seed eac
     layer_scale           1, where the paper has 1e-5: a shallow network needs no gentle start. Not varied by itself.
 """
 
+from dataclasses import replace
+
 from troodon.learn.config import ObjectiveConfig, OptimConfig, PretrainConfig
 from troodon.learn.schedules import Schedule, Schedules
 from troodon.model.config import HeadConfig, ViTConfig
@@ -34,6 +36,17 @@ def small(steps: int = 3000) -> PretrainConfig:
         photometric=PhotometricConfig(blur=(0.5, 0.1, 0.25), blur_sigma=(0.1, 1.0)),
         **_on_small_data(steps),
     )
+
+
+def small_visible(steps: int = 3000) -> PretrainConfig:
+    """`small` with iBOT on visible patches too (iBOT++, https://arxiv.org/abs/2604.12012), at the weight of iBOT.
+
+    Command: troodon pretrain small_visible --data photos/ --out RUN
+    The student also predicts the teacher's targets of the patches it sees. RESULT
+    """
+    start = small(steps)
+    terms = (*start.objective.terms, ("ibot_visible", start.objective.weight("ibot")))
+    return replace(start, objective=replace(start.objective, terms=terms))
 
 
 def copies_small(steps: int = 1000) -> PretrainConfig:

@@ -163,7 +163,7 @@ class Loader:
         side = max(px for size in self.crops.sizes() for px in size[0])
         return [
             *advice,
-            f"`troodon pack --side {round(1.5 * side / 64) * 64}` reduces large images once and for all",
+            f"`troodon pack --side {max(1, round(1.5 * side / 64)) * 64}` reduces large images once and for all",
         ]
 
     @property
