@@ -42,7 +42,7 @@ def small_visible(steps: int = 3000) -> PretrainConfig:
     """`small` with iBOT on visible patches too (iBOT++, https://arxiv.org/abs/2604.12012), at the weight of iBOT.
 
     Command: troodon pretrain small_visible --data photos/ --out RUN
-    The student also predicts the teacher's targets of the patches it sees. RESULT
+    The student also predicts the teacher's targets of the patches it sees. Not yet run at full length.
     """
     start = small(steps)
     terms = (*start.objective.terms, ("ibot_visible", start.objective.weight("ibot")))
