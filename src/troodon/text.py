@@ -1,5 +1,7 @@
 """Numbers as people read them: durations, sizes, counts, and large numbers with a metric prefix."""
 
+from collections.abc import Mapping
+
 
 def duration(seconds: float, space: str = " ") -> str:
     """12 s, 3 min 20 s, 1 h 5 min, 2 d 3 h: at most the two largest units, with `space` between number and unit."""
@@ -35,3 +37,11 @@ def with_prefix(number: float) -> str:
 def plural(count: int, one: str, many: str | None = None) -> str:
     """'1 image', '1,234 images'; `many` where the plural is not `one` with an s."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def set_aside(reasons: Mapping[str, int], images: int) -> str:
+    """'3 of 40 images are set aside: 2 truncated, 1 empty', the most frequent reason first; an alarm above half."""
+    count = sum(reasons.values())
+    listed = ", ".join(f"{n:,} {reason}" for reason, n in sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
+    verb = "is" if count == 1 else "are"
+    return f"{'alarm: ' if 2 * count > images else ''}{count:,} of {images:,} images {verb} set aside: {listed}"

@@ -32,6 +32,9 @@ RATES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # of false merges, in the tab
 COPIES_PER_IMAGE = 4  # by one attack after the other
 STRENGTH = 0.5  # of the attacks: a JPEG of quality 34, 83 % of the area, rotated by ten degrees ...
 MIN_RECALL = 0.95  # share of the copies that is sufficient
+# With fewer images no threshold is calibrated: their space has so few dimensions that different images are near. For a
+# benchmark, whose attacked copies are compared too: of 16 images, one in seven was taken for a leak; of 32, one in 96.
+MIN_IMAGES, MIN_LEAK_IMAGES = 16, 32
 MAX_OTHERS = 20_000
 MAX_BENCHMARK_IMAGES = 100  # images that are compared as images of a benchmark are
 
@@ -51,6 +54,11 @@ class Calibration:
     strength: float
     recall: dict[str, float]  # share of the copies found, by attack
     table: list[dict[str, float]]  # "false_merges", "threshold", "recall" for a range of thresholds
+
+    @property
+    def mean_recall(self) -> float:
+        """The share of the copies found, averaged over attacks; 0 without any."""
+        return float(np.mean(list(self.recall.values()))) if self.recall else 0.0
 
     def as_dict(self) -> dict:
         return dataclasses.asdict(self)

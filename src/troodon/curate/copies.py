@@ -1,7 +1,8 @@
 """The steps that drop copies, as stages: exact, hash, duplicate. Each writes a verdict; the step "benchmark" is in
 leak.py.
 
-compare     byte-identical files and equal hashes; vectors of the remaining images; thresholds and their calibration
+compare     byte-identical files, equal hashes, images of one colour; vectors of the remaining images; thresholds and
+            their calibration
 centres, probes, layout, join    edges between these vectors (search/join.py), in rounds; the first two only by lists,
             and from the second round on `among`, the vectors of the images that remain
 duplicate   groups of near-duplicates, the images kept of each, and how many remaining images are still alike
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 from numpy import ndarray
 
 from troodon import run
-from troodon.curate import dedup, ledger, space
+from troodon.curate import dedup, equal, ledger, space
 from troodon.curate.context import AssignProbes, CurationContext, row_ranges, write_mapped
 from troodon.curate.encoder import CopyEncoder
 from troodon.curate.hashes import near_hashes
@@ -42,7 +43,7 @@ def prepare_comparison(context: CurationContext, embeddings: Path, encoder: Copy
         x_ND = encoder.load_vectors(embeddings)
         cause_N, score_N = np.full(len(x_ND), -1, np.int64), np.full(len(x_ND), np.nan, np.float32)
         rank_N, protected_N = keep_ranks(context)
-        dropped_by = {step: np.zeros(len(x_ND), bool) for step in ("exact", "hash")}
+        dropped_by = {step: np.zeros(len(x_ND), bool) for step in ("exact", "hash", "colour")}
         rows = np.flatnonzero(context.readable_N & ~context.benchmark_N)
         count = len(rows)
         if "exact" in config.steps:
@@ -58,18 +59,29 @@ def prepare_comparison(context: CurationContext, embeddings: Path, encoder: Copy
             distance = f"within {config.hash_radius} bits of an image that is kept"
             run.say(f"hash: {len(dropped):,} of {len(rows):,} images are {distance}")
             rows = np.setdiff1d(rows, dropped, assume_unique=True)
-        fitted = space.fit(config.duplicate_space, x_ND, rows)
+        blank_N = equal.without_structure(context)
+        candidates_N = blank_N & (context.benchmark_N | np.isin(np.arange(len(x_ND)), rows))
+        colours = equal.single_colours(context, np.flatnonzero(candidates_N))
+        if "duplicate" in config.steps:
+            dropped, cause, score = _colour_duplicates(rows[np.isin(rows, list(colours))], colours, rank_N, protected_N)
+            cause_N[dropped], score_N[dropped], dropped_by["colour"][dropped] = cause, score, True
+        single_N = np.isin(np.arange(len(x_ND)), list(colours))
+        apart, rows = int((single_N[rows] & (cause_N[rows] < 0)).sum()), rows[~single_N[rows]]
+        structured = np.flatnonzero(~blank_N[rows])
+        fitted = space.fit(config.duplicate_space, x_ND, rows[structured] if len(structured) else rows)
         fitted.save(folder / "space.npz")
         write_mapped(x_ND, fitted, rows, folder / "vectors.npy")
-        benchmark_rows = np.flatnonzero(context.readable_N & context.benchmark_N)
+        benchmark_rows = np.flatnonzero(context.readable_N & context.benchmark_N & ~single_N)
         write_mapped(x_ND, fitted, benchmark_rows, folder / "benchmark.npy")
         np.save(folder / "rows.npy", rows)
         np.save(folder / "shown.npy", benchmark_rows)
         pq.write_table(pa.table(dropped_by | {"cause": cause_N, "score": score_N}), folder / "verdict.parquet")
+        run.write_json(folder / "colours.json", {str(row): colour.tolist() for row, colour in colours.items()})
         x_MD = np.load(folder / "vectors.npy", mmap_mode="r")
-        thresholds = choose_thresholds(context, rows, x_MD, encoder, fitted, len(benchmark_rows))
+        thresholds = choose_thresholds(context, rows, structured, x_MD, encoder, fitted, len(benchmark_rows))
         run.write_json(folder / "threshold.json", thresholds)
-        return unit_counts(count, len(rows), **{step: int(dropped_N.sum()) for step, dropped_N in dropped_by.items()})
+        dropped_counts = {step: int(dropped_N.sum()) for step, dropped_N in dropped_by.items()}
+        return unit_counts(count, len(rows), **dropped_counts, apart=apart)
 
     inputs = (config.recorded(*names), encoder.fingerprint, context.curated, context.uncurated)
     return context.run_single("compare", work, *inputs)
@@ -85,7 +97,7 @@ def remove_duplicates(context: CurationContext, comparison: Path) -> Path:
         x_MD = np.load(comparison / "vectors.npy", mmap_mode="r")
         table = pq.read_table(comparison / "verdict.parquet")
         cause_N, score_N = table["cause"].to_numpy().copy(), table["score"].to_numpy().copy()
-        dropped_by = {step: table[step].to_numpy().copy() for step in ("exact", "hash")}
+        dropped_by = {step: table[step].to_numpy().copy() for step in ("exact", "hash", "colour")}
         dropped_by["near"] = np.zeros(len(cause_N), bool)
         method, audited = join.resolve_method(config.search, len(rows)), None
         verdict = dedup.Verdict(*np.full((3, len(rows)), -1))
@@ -95,15 +107,16 @@ def remove_duplicates(context: CurationContext, comparison: Path) -> Path:
             verdict = dedup.near_duplicates(
                 x_MD, threshold, rank_N[rows], context.curated_N[rows], protected_M, config.recheck_above,
                 find_edges=EdgeSearch(context, comparison, threshold, method),
-                rounds=1 if method == "exact" else config.rounds,
+                rounds=0 if threshold >= 1 else 1 if method == "exact" else config.rounds,
             )  # fmt: skip
+            verdict = dedup.join_equal(verdict, _equal_among_kept(context, rows, verdict), rank_N[rows], protected_M)
             dropped_M = verdict.cause_N >= 0
             cause_N[rows[dropped_M]] = rows[verdict.cause_N[dropped_M]]
             score_N[rows[dropped_M]] = verdict.score_N[dropped_M]
             dropped_by["near"][rows[dropped_M]] = True
             similarity = f"cosine above {threshold:.3f}"
             run.say(f"duplicate: {dropped_M.sum():,} of {len(rows):,} images resemble another, {similarity}")
-            if method != "exact":
+            if method != "exact" and threshold < 1:
                 audited = _audit(x_MD, threshold, dropped_M, protected_M, config.seed, context.device)
         survives_N = context.readable_N & ~context.benchmark_N & (cause_N < 0)
         columns = {"survives": survives_N, **dropped_by, "cause": cause_N, "score": score_N}
@@ -223,6 +236,28 @@ def _hash_duplicates(
     # Hashes chain as embeddings do: an image that differs from the kept one in more bits is not dropped.
     dropped = (kept_M != np.arange(len(rows))) & (bits_M <= context.config.hash_radius) & ~protected_N[rows]
     return rows[dropped], rows[kept_M[dropped]], (1 - bits_M[dropped] / 64).astype(np.float32)
+
+
+def _colour_duplicates(
+    rows: ndarray, colours: dict[int, ndarray], rank_N: ndarray, protected_N: ndarray
+) -> tuple[ndarray, ndarray, ndarray]:
+    """Return the rows to drop among images of one colour, the row kept in place of each, and how equal the two are."""
+    rows = rows[np.argsort(rank_N[rows])]
+    group_N = equal.group_colours([colours[int(row)] for row in rows])
+    cause = dedup.find_identical(group_N, rank_N[rows], protected_N[rows])
+    dropped, kept = rows[cause >= 0], rows[cause[cause >= 0]]
+    differences = [np.abs(colours[int(a)] - colours[int(b)]).max() / 255 for a, b in zip(dropped, kept)]
+    if len(rows):
+        run.say(f"colour: {len(rows):,} images show one colour only; {len(dropped):,} of them are like another")
+    return dropped, kept, 1 - np.array(differences, np.float32)
+
+
+def _equal_among_kept(context: CurationContext, rows: ndarray, verdict: dedup.Verdict) -> ndarray:
+    """Return a digest of the pixels (M,) of those kept images that may equal another one; "" for all others."""
+    kept = np.flatnonzero(verdict.cause_N < 0)
+    digest_M = np.full(len(rows), "", object)
+    digest_M[kept] = equal.equal_pixels(context, rows[kept])
+    return digest_M
 
 
 def _audit(x_MD: ndarray, threshold: float, dropped_M: ndarray, protected_M: ndarray, seed: int, device: Any) -> dict:

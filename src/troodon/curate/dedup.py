@@ -114,6 +114,23 @@ def resolve_components(
     return Verdict(cause_N, score_N, group_N)
 
 
+def join_equal(verdict: Verdict, digest_N: ndarray, rank_N: ndarray, protected_N: ndarray) -> Verdict:
+    """Also drop kept images whose digest, if not "", is that of a better one; their near-duplicates follow it."""
+    some = np.flatnonzero((digest_N != "") & (verdict.cause_N < 0))
+    cause = find_identical(digest_N[some].astype(str), rank_N[some], protected_N[some])
+    dropped, kept = some[cause >= 0], some[cause[cause >= 0]]
+    if not len(dropped):
+        return verdict
+    follows_N = np.arange(len(digest_N))
+    follows_N[dropped] = kept
+    cause_N, score_N, group_N = (column.copy() for column in (verdict.cause_N, verdict.score_N, verdict.group_N))
+    cause_N[dropped], score_N[dropped] = kept, 1.0
+    has_cause_N, in_group_N = cause_N >= 0, group_N >= 0
+    cause_N[has_cause_N], group_N[in_group_N] = follows_N[cause_N[has_cause_N]], follows_N[group_N[in_group_N]]
+    group_N[dropped], group_N[kept] = kept, kept
+    return Verdict(cause_N, score_N, group_N)
+
+
 def components(count: int, edges: Iterable[Edges], label: ndarray | None = None) -> ndarray:
     """Compute connected components from edges (i, j, score) that come in parts.
 

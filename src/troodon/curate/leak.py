@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from numpy import ndarray
 
 from troodon import run
-from troodon.curate import space
+from troodon.curate import equal, space
 from troodon.curate.context import CurationContext, row_ranges
 from troodon.curate.copies import EdgeSearch, read_edges, write_edges
 from troodon.curate.dedup import Edges, components
@@ -44,7 +44,7 @@ ATTACKED_PX = 256  # approximate shorter side; a dozen copies of each image are 
 def remove_leaks(context: CurationContext, comparison: Path, duplicates: Path, encoder: CopyEncoder) -> Path:
     """Run the step "benchmark": drop the remaining images that resemble a benchmark image, and write a new verdict."""
     config, benchmark_rows = context.config, np.load(comparison / "shown.npy")
-    if "benchmark" not in config.steps or not len(benchmark_rows):
+    if "benchmark" not in config.steps or not (context.readable_N & context.benchmark_N).any():
         return duplicates
     names = ("benchmark_threshold", "benchmark_mode", "benchmark_false_merges")
     threshold = run.read_json(comparison / "threshold.json")["benchmark_threshold"]
@@ -52,13 +52,13 @@ def remove_leaks(context: CurationContext, comparison: Path, duplicates: Path, e
     attacks = config.benchmark_attacks if encoder.channels in (1, 3) else 0
     inputs = (config.recorded(*names), duplicates.parent.name, attacks)
     copies = list[Path]()
-    if attacks:
+    if attacks and len(benchmark_rows) and threshold < 1:
         units = row_ranges(len(benchmark_rows), max(1, config.partition_size // attacks))
         index = context.index.take(benchmark_rows)
         encode = _EncodeAttackedCopies(encoder.without_reader(), index, comparison, attacks, config.threads)
         copies = context.run_units("disguises", encode, units, attacks, len(units), comparison.parent.name)
     find_leaks = _FindLeaks(comparison, copies, threshold, context.device)
-    parts = context.run_units("leaks", find_leaks, row_ranges(len(rows)), *inputs)
+    parts = context.run_units("leaks", find_leaks, row_ranges(len(rows) if threshold < 1 else 0), *inputs)
 
     def work(folder: Path) -> Counts:
         survives_N = verdict["survives"].to_numpy().copy()
@@ -66,21 +66,34 @@ def remove_leaks(context: CurationContext, comparison: Path, duplicates: Path, e
         if config.benchmark_mode == "component":
             edges = EdgeSearch(context, comparison, threshold, "exact")(np.arange(len(rows)), 0)
             match_M = propagate_matches(match_M, score_M, edges)
+        cause_N, score_N = (verdict[name].to_numpy().copy() for name in ("cause", "score"))
+        leak_N, searched = np.zeros(len(survives_N), bool), np.flatnonzero(survives_N)
         leaked_M = (match_M >= 0) & survives_N[rows]
         dropped = rows[leaked_M]
-        cause_N, score_N = (verdict[name].to_numpy().copy() for name in ("cause", "score"))
-        leak_N = np.zeros(len(survives_N), bool)
         cause_N[dropped], score_N[dropped] = benchmark_rows[match_M[leaked_M]], score_M[leaked_M]
+        equal_N = _equal_rows(context, comparison, np.setdiff1d(searched, dropped))
+        dropped, equal_rows = np.union1d(dropped, np.flatnonzero(equal_N >= 0)), equal_N >= 0
+        cause_N[equal_rows], score_N[equal_rows] = equal_N[equal_rows], 1.0
         leak_N[dropped], survives_N[dropped] = True, False
-        earlier = {name: verdict[name] for name in ("exact", "hash", "near")}
+        earlier = {name: verdict[name] for name in ("exact", "hash", "colour", "near")}
         columns = {"survives": survives_N, **earlier, "leak": leak_N, "cause": cause_N, "score": score_N}
         pq.write_table(pa.table(columns), folder / "verdict.parquet")
-        leaks = f"{len(dropped):,} of {len(rows):,} images resemble one of {len(benchmark_rows):,} benchmark images"
+        shown = int((context.readable_N & context.benchmark_N).sum())
+        leaks = f"{len(dropped):,} of {len(searched):,} images resemble one of {shown:,} benchmark images"
         run.say(f"benchmark: {leaks}")
         remaining = int(survives_N.sum())
         return unit_counts(remaining + len(dropped), remaining, leak=len(dropped))
 
     return context.run_single("benchmark", work, *inputs)
+
+
+def _equal_rows(context: CurationContext, comparison: Path, rows: ndarray) -> ndarray:
+    """For every image the benchmark image that it equals, if it is one of these rows and equals any; else -1. (N,)"""
+    colours = {int(row): np.array(c, np.float32) for row, c in run.read_json(comparison / "colours.json").items()}
+    equal_N = np.full(len(context.index), -1, np.int64)
+    shown = np.flatnonzero(context.readable_N & context.benchmark_N)
+    equal_N[rows] = equal.equal_benchmark_rows(context, rows, shown, colours)
+    return equal_N
 
 
 @dataclass(frozen=True)
@@ -102,7 +115,7 @@ class _EncodeAttackedCopies:
 
         def load(row: int) -> Any:
             try:
-                images = attacked_copies(limit_size(decode(index.read(row)), ATTACKED_PX), self.attacks)
+                images = attacked_copies(limit_size(index.decode(row), ATTACKED_PX), self.attacks)
                 return self.encoder.prepare(self.encoder.match_channels(images))
             except (BadImage, OSError):
                 return None

@@ -4,14 +4,15 @@
     pool     "curated", "uncurated" or "benchmark"
     kept     whether the image is in the selection
     weight   1, or how often it was retrieved; 0 if not kept
-    stage    the stage that decided: "curated" (kept as it is), "decode", "exact", "hash", "duplicate", "benchmark" or
-             "retrieve"
+    stage    the stage that decided: "curated" (kept as it is), "decode", "exact", "hash", "colour", "duplicate",
+             "benchmark" or "retrieve"
     reason   in words
     cause    row of this table: the image kept in its place at that stage, the benchmark image that it resembles, or
              the curated image that retrieved it; -1 for none
     score    cosine with the cause, in the space of that stage, or share of equal bits of hashes; nan without a cause
     marks    the marks of the image; no image is dropped because of a mark
     score_<name>    the scores that marks compare
+    modified        when its file was last changed, as in an index (images/scan.py)
 
 A cause may itself be dropped later: the first of two identical files as a near-duplicate, or because no curated image
 retrieved it.
@@ -29,13 +30,16 @@ from troodon.curate.context import CurationContext
 from troodon.curate.dedup import Verdict
 from troodon.curate.retrieve import Hits, best_hits
 from troodon.curate.scores import has_mark, image_marks
+from troodon.images.changes import MODIFIED
 from troodon.images.index import SCHEMA
 from troodon.search.exact import cosines
 
-STAGES = ("curated", "decode", "exact", "hash", "duplicate", "benchmark", "retrieve")
-DROPS = {"exact": "exact", "hash": "hash", "near": "duplicate", "leak": "benchmark"}  # columns of a verdict
+STAGES = ("curated", "decode", "exact", "hash", "colour", "duplicate", "benchmark", "retrieve")
+# By column of a verdict.
+DROPS = {"exact": "exact", "hash": "hash", "colour": "colour", "near": "duplicate", "leak": "benchmark"}
 REASONS = {  # of images that have a cause
     "hash": "perceptual hash equal, share of bits {:.2f}",
+    "colour": "of one colour, like an image that stays; equal to {:.2f}",
     "duplicate": "near-duplicate, cosine {:.2f}",
     "benchmark": "resembles a benchmark image, cosine {:.2f}",
 }
@@ -118,7 +122,7 @@ def _ledger_rows(context: CurationContext, decisions: Decisions, rows: slice) ->
     )
     reason[rank > 0] = [f"nearest {number} of curated image" for number in rank[rank > 0]]
     pool = np.where(context.curated_N[rows], "curated", np.where(context.benchmark_N[rows], "benchmark", "uncurated"))
-    scores = {name: images[name] for name in images.column_names if name.startswith("score_")}
+    copied = [name for name in images.column_names if name.startswith("score_") or name == MODIFIED.name]
     columns = {
         "pool": pa.array(pool.astype(object), pa.string()),
         "kept": pa.array(kept),
@@ -131,7 +135,7 @@ def _ledger_rows(context: CurationContext, decisions: Decisions, rows: slice) ->
     if config.marks:
         columns["marks"] = pa.array(image_marks(config.marks, _scores_by_name(images)), pa.string())
     table = images.select(SCHEMA.names)
-    for name, column in (columns | scores).items():
+    for name, column in (columns | {name: images[name] for name in copied}).items():
         table = table.append_column(name, column)
     return table
 
@@ -159,7 +163,8 @@ def _check_consistency(decisions: Decisions, context: CurationContext) -> None:
     assert not kept_N[~is_at("curated") & ~is_at("retrieve")].any()
     assert not kept_N[context.benchmark_N].any()
     assert not (is_at("retrieve") & curated_N).any()
-    has_cause_N = is_at("exact") | is_at("hash") | is_at("duplicate") | leaked_N | hit_N
+    is_copy_N = is_at("exact") | is_at("hash") | is_at("colour") | is_at("duplicate")
+    has_cause_N = is_copy_N | leaked_N | hit_N
     assert ((cause_N >= 0) == has_cause_N).all()
     cause, row = cause_N[has_cause_N], np.flatnonzero(has_cause_N)
     assert (cause != row).all()
@@ -170,9 +175,7 @@ def _check_consistency(decisions: Decisions, context: CurationContext) -> None:
     )
     assert is_at("curated")[cause_N[hit_N]].all()
     near = cause_N[is_at("duplicate")]
-    assert not (is_at("exact") | is_at("hash") | is_at("duplicate"))[near].any(), (
-        "the cause of a near-duplicate is dropped"
-    )
+    assert not is_copy_N[near].any(), "the cause of a near-duplicate is dropped"
 
 
 def duplicate_groups(x_MD: ndarray, rows: ndarray, verdict: Verdict) -> pa.Table:
@@ -193,6 +196,7 @@ def summarise(context: CurationContext, decisions: Decisions) -> dict:
         "decode": "images that cannot be read",
         "exact": "files that are byte-identical to one that stays",
         "hash": "images with the perceptual hash of one that stays",
+        "colour": "images of one colour, like one that stays",
         "duplicate": "near-duplicates of an image that stays",
         "benchmark": "images of benchmarks, and those that resemble one",
         "retrieve": _gather_description(context),

@@ -1,5 +1,6 @@
 """Choose thresholds for the images at hand: draw and read the images that calibrate.py attacks and compares."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,56 +10,97 @@ from PIL import Image
 from troodon import run
 from troodon.config import UsageError
 from troodon.curate import space
-from troodon.curate.calibrate import MAX_OTHERS, STRENGTH, Calibration, calibrate
+from troodon.curate.calibrate import MAX_OTHERS, MIN_IMAGES, MIN_LEAK_IMAGES, STRENGTH, Calibration, calibrate
 from troodon.curate.config import CurateConfig
 from troodon.curate.context import CurationContext
 from troodon.curate.encoder import CopyEncoder
+from troodon.curate.hashes import perceptual_hash
 from troodon.images.decode import decode
 from troodon.images.index import Index
 from troodon.images.reading import read_batches
 
+MIN_FOUND = 0.2  # share of the attacked copies; a threshold that finds fewer is an alarm
 MIN_SIDE, MAX_SIDE = 8, 512  # approximate limits of the shorter side of attacked pictures, in pixels
 
 
 def choose_thresholds(
     context: CurationContext,
     rows: ndarray,
+    structured: ndarray,
     x_MD: ndarray,
     encoder: CopyEncoder,
     fitted: space.Space,
     benchmark_images: int,
 ) -> dict:
-    """Return the thresholds of the steps "duplicate" and "benchmark", and the calibration if either is calibrated."""
-    config = context.config
-    sets_duplicate = config.threshold is None and "duplicate" in config.steps
-    sets_benchmark = config.benchmark_threshold is None and "benchmark" in config.steps and benchmark_images > 0
+    """Return the thresholds of the steps "duplicate" and "benchmark", the calibration if either is calibrated, and
+    alarms if there are any. `structured` are the positions in `rows` of images that are not of one colour, or nearly.
+
+    With too few of these, a threshold is not calibrated, and nothing is compared in a space that would be fitted to
+    them: it is 1, so that only equal images are copies.
+    """
+    config, count = context.config, len(structured)
+    fits = config.duplicate_space != "plain"
+    compares = {"duplicate": "duplicate" in config.steps, "benchmark": "benchmark" in config.steps and benchmark_images}
+    sets_duplicate = config.threshold is None and compares["duplicate"]
+    sets_benchmark = config.benchmark_threshold is None and compares["benchmark"]
     threshold, benchmark_threshold, calibration = config.threshold, config.benchmark_threshold, None
+    alarms = list[str]()
+    if compares["duplicate"] and count < MIN_IMAGES and (sets_duplicate or fits):
+        threshold, sets_duplicate = 1.0, False
+        alarms.append(_too_few(count, MIN_IMAGES, "near-duplicates", "one another"))
+    if compares["benchmark"] and (count < MIN_LEAK_IMAGES if sets_benchmark else count < MIN_IMAGES and fits):
+        benchmark_threshold, sets_benchmark = 1.0, False
+        needed = MIN_LEAK_IMAGES if config.benchmark_threshold is None else MIN_IMAGES
+        alarms.append(_too_few(count, needed, "images of a benchmark", "one of it"))
     if sets_duplicate or sets_benchmark:
         rate = config.benchmark_false_merges if sets_benchmark else None
-        calibration = _calibrate_rows(context, rows, x_MD, encoder, fitted, rate)
+        calibration = _calibrate_rows(context, rows, structured, x_MD, encoder, fitted, rate)
+        alarms += low_recall(calibration, sets_duplicate)
         threshold = calibration.threshold if threshold is None else threshold
         if calibration.benchmark_threshold is not None:
             benchmark_threshold = min(calibration.threshold, calibration.benchmark_threshold)
-    return {
+    return ({"alarms": alarms} if alarms else {}) | {
         "threshold": threshold,
         "benchmark_threshold": benchmark_threshold if benchmark_images else None,
         "calibration": None if calibration is None else calibration.as_dict(),
     }
 
 
+def _too_few(count: int, needed: int, what: str, other: str) -> str:
+    return (
+        f"{count} images with any structure: at least {needed} are needed to tell {what} from look-alikes. Only images "
+        f"with the same bytes, pixels or single colour as {other} are found"
+    )
+
+
+def low_recall(calibration: Calibration, sets_duplicate: bool = True) -> list[str]:
+    """The alarms of a calibration: its thresholds find less than MIN_FOUND of the attacked copies."""
+    found = {"near-duplicates": calibration.mean_recall} if sets_duplicate and calibration.recall else {}
+    if calibration.benchmark_recall is not None:
+        found["a benchmark's images"] = calibration.benchmark_recall
+    return [
+        f"the calibrated threshold finds {share:.0%} of attacked copies, so it misses most {what}; another backbone, "
+        "such as a run of copies_small as --copies, may find more"
+        for what, share in found.items()
+        if share < MIN_FOUND
+    ]
+
+
 def _calibrate_rows(
     context: CurationContext,
     rows: ndarray,
+    structured: ndarray,
     x_MD: ndarray,
     encoder: CopyEncoder,
     fitted: space.Space,
     benchmark_false_merges: float | None,
 ) -> Calibration:
-    """Calibrate on images drawn from `rows` of the index, whose vectors are `x_MD`."""
+    """Calibrate on images drawn from the structured `rows` of the index; `x_MD` are the vectors of all of `rows`."""
     config, random = context.config, np.random.default_rng(context.config.seed)
-    drawn = random.permutation(len(rows))[:MAX_OTHERS]
+    drawn = structured[random.permutation(len(structured))[:MAX_OTHERS]]
     images = [_load_picture(context.index, int(row)) for row in rows[drawn[: config.calibration_images]]]
-    return _calibrate_images(config, images, random, x_MD[drawn], len(rows), encoder, fitted, benchmark_false_merges)
+    count = len(structured)
+    return _calibrate_images(config, images, random, x_MD[drawn], count, encoder, fitted, benchmark_false_merges)
 
 
 def calibrate_index(config: CurateConfig, index: Index, encoder: CopyEncoder, strength: float) -> Calibration:
@@ -66,19 +108,23 @@ def calibrate_index(config: CurateConfig, index: Index, encoder: CopyEncoder, st
     random = np.random.default_rng(config.seed)
     parts, rows = list[ndarray](), list[int]()
     drawn = random.permutation(len(index))[:MAX_OTHERS]
-    encode: Any = encoder
+
+    def encode(images: Sequence[ndarray]) -> Any:
+        return np.array([perceptual_hash(image) is not None for image in images]), encoder(images)
+
     batches = read_batches(index.take(drawn), config.batch, encode, channels=encoder.channels, threads=config.threads)
-    for batch_rows, vectors in batches:
-        rows += drawn[batch_rows].tolist()
-        parts.append(np.asarray(vectors))
-    if len(rows) < 2:
-        raise UsageError(
-            f"calibration compares images with one another, and only {len(rows)} of {len(index)} can be read"
-        )
+    blank = 0
+    for batch_rows, (structured_B, vectors) in batches:
+        blank += int((~structured_B).sum())
+        rows += drawn[batch_rows][structured_B].tolist()
+        parts.append(vectors[structured_B])
+    if len(rows) < MIN_IMAGES:
+        usable = f"{len(rows)} of {len(index)} can be read and are not of one colour"
+        raise UsageError(f"a threshold is calibrated on at least {MIN_IMAGES} images: {usable}")
     x_ND = np.concatenate(parts)
     fitted = space.fit(config.duplicate_space, x_ND)
     images = [_load_picture(index, row) for row in rows[: config.calibration_images]]
-    return _calibrate_images(config, images, random, fitted(x_ND), len(index), encoder, fitted, None, strength)
+    return _calibrate_images(config, images, random, fitted(x_ND), len(index) - blank, encoder, fitted, None, strength)
 
 
 def _calibrate_images(
@@ -104,8 +150,7 @@ def _calibrate_images(
         benchmark_attacks=config.benchmark_attacks,
         strength=strength,
     )
-    recall = np.mean(list(result.recall.values())) if result.recall else 0.0
-    run.say(f"calibrate: threshold {result.threshold:.3f} finds {recall:.0%} of attacked copies")
+    run.say(f"calibrate: threshold {result.threshold:.3f} finds {result.mean_recall:.0%} of attacked copies")
     if result.benchmark_recall is not None:
         threshold, recall = result.benchmark_threshold, result.benchmark_recall
         run.say(f"calibrate: benchmark threshold {threshold:.3f} finds {recall:.1%} of attacked copies of a benchmark")
@@ -113,7 +158,7 @@ def _calibrate_images(
 
 
 def _load_picture(index: Index, row: int) -> ndarray:
-    return limit_size(decode(index.read(row)))
+    return limit_size(index.decode(row))
 
 
 def limit_size(image_HW3: ndarray, max_side: int = MAX_SIDE) -> ndarray:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from troodon.images.decode import BadImage, decode
+from troodon.images.decode import BadImage
 from troodon.images.index import Index
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def read_batches(
     batch: int,
     prepare: Callable[[Sequence[np.ndarray]], "Tensor"],
     *,
-    channels: int = 3,
+    channels: int | None = 3,
     threads: int = 0,
     broken: dict[int, BadImage] | None = None,
 ) -> Iterator[tuple[list[int], "Tensor"]]:
@@ -47,7 +47,7 @@ def read_batches(
 
     def load(row: int) -> np.ndarray | None:
         try:
-            return decode(index.read(row), channels)
+            return index.decode(row, channels)
         except BadImage as error:
             broken[row] = error
         except OSError as error:

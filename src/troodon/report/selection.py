@@ -37,7 +37,7 @@ GROUPS, MEMBERS = 8, 6
 QUERIES, HITS = 8, 6
 NOT_RETRIEVED = 22
 REASONS = 12
-STAGES = ("decode", "exact", "hash", "duplicate", "benchmark", "retrieve")  # in the order of the pipeline
+STAGES = ("decode", "exact", "hash", "colour", "duplicate", "benchmark", "retrieve")  # in the order of the pipeline
 
 
 def selection_section(artifacts: list[Artifact]) -> Section | None:

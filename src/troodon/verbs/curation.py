@@ -132,7 +132,8 @@ class Curate:
             print(f"{stage['name']:<10} {stage['in']:>9,} in {stage['dropped']:>9,} dropped {stage['out']:>9,} out")
         print(out)
         where = shlex.quote(self.out)
-        suggest_next(f"troodon pretrain small --data {where} --out runs/first", f"troodon report {where}")
+        training = [f"troodon pretrain small --data {where} --out runs/first"] if summary["kept"] else []
+        suggest_next(*training, f"troodon report {where}")
 
 
 @dataclass(frozen=True)
