@@ -82,10 +82,10 @@ def test_features_that_got_worse_are_told():
 
 
 def test_readings_of_known_features():
-    one = health.of_features(torch.ones(6, 4) + 1e-4 * torch.randn(6, 4))
+    one = health.feature_readings(torch.ones(6, 4) + 1e-4 * torch.randn(6, 4))
     assert one["feature_cosine"] > 0.999
     assert one["nearest_distance"] < 1e-2
-    apart = health.of_features(torch.eye(5))
+    apart = health.feature_readings(torch.eye(5))
     assert apart["feature_cosine"] == pytest.approx(0.0, abs=1e-6)
     assert apart["effective_rank"] == pytest.approx(4.0, rel=1e-3)  # five corners, centred
     assert apart["nearest_distance"] == pytest.approx(math.sqrt(2))
@@ -95,10 +95,10 @@ def test_readings_of_known_targets():
     class Alone:
         ranks = ALONE
 
-    uniform = health.of_targets(torch.full((6, 8), 1 / 8), Alone())
+    uniform = health.target_readings(torch.full((6, 8), 1 / 8), Alone())
     assert uniform["target_entropy"] == pytest.approx(1.0)
     assert uniform["prototypes_used"] == pytest.approx(1 / 6)
-    sharp = health.of_targets(torch.eye(8)[:4], Alone())
+    sharp = health.target_readings(torch.eye(8)[:4], Alone())
     assert sharp["target_entropy"] == 0.0
     assert sharp["mean_target_entropy"] == pytest.approx(math.log(4) / math.log(8))
     assert sharp["prototypes_used"] == 1.0
@@ -118,4 +118,4 @@ def _read(targets, features, whole=False):
 
     if not whole:
         targets, features = (x.chunk(2)[dist.rank()] for x in (targets, features))
-    return health.of_targets(targets, Method()) | health.of_features(Method.ranks.gather(features))
+    return health.target_readings(targets, Method()) | health.feature_readings(Method.ranks.gather(features))
