@@ -267,7 +267,7 @@ def test_one_bad_shard_does_not_stop_the_others(made, capsys):
     (made / "broken.tar").write_bytes(b"hello" * 300)
     assert len(open_source(made)) == 6 * len(NAMES)
     message = capsys.readouterr().err
-    assert "skips 3 files that cannot be opened" in message
+    assert "3 containers cannot be opened (the first: broken.parquet)" in message
     for name in ("broken.parquet", "broken.zip", "broken.tar"):
         assert name in message
 
@@ -298,7 +298,7 @@ def test_encrypted_zips_are_reported(made, capsys):
         data[data.index(magic) + at] |= 1
     (made / "a.zip").write_bytes(data)
     assert len(open_source(made / "a.zip")) == len(NAMES) - 1
-    assert "1 files that are encrypted" in capsys.readouterr().err
+    assert "leaves out: 1 file is encrypted (cats/0.jpg)" in capsys.readouterr().err
 
 
 # ---- Python datasets

@@ -83,7 +83,7 @@ def test_links_are_followed_and_loops_end(tmp_path, capsys):
     index = open_source(photos)
     assert index.column("path") == ["photos/b/near.jpg", "photos/one.jpg", "photos/out/far.jpg"]
     assert index.read(1) == index.read(2) == b"far.jpg"
-    assert "skips 2 links that lead nowhere" in capsys.readouterr().err
+    assert "leaves out: 2 links are broken (the first: dead.jpg)" in capsys.readouterr().err
 
 
 def test_a_tar_is_read_in_place(tmp_path):
@@ -121,7 +121,7 @@ def test_difficult_names_in_tars(tmp_path, capsys):
         assert index.column("path") == [f"x.tar/{long}", "x.tar/latin\\xe9.jpg", "x.tar/twice.jpg"]
         with tarfile.open(tmp_path / "x.tar") as tar:
             assert index.read(2) == tar.extractfile(tar.getmembers()[2]).read()  # the later one
-    assert "1 files have the name of a later one" in capsys.readouterr().err
+    assert "1 file has the name of a later one, which counts" in capsys.readouterr().err
 
 
 def test_tars_in_a_folder_are_folders(tmp_path):
@@ -173,7 +173,7 @@ def test_a_truncated_tar_gives_its_intact_files_and_a_message(tmp_path, capsys):
     backwards[block + 148 : block + 156] = b"%06o\0 " % sum(header)
     (tmp_path / "cut.tar").write_bytes(backwards)
     assert len(open_source(tmp_path / "cut.tar")) == 1
-    assert "the 1 files before the damage are intact" in capsys.readouterr().err
+    assert "the 1 file before the damage is intact" in capsys.readouterr().err
     open_source(whole)
     assert capsys.readouterr().err == ""
 
@@ -321,14 +321,17 @@ def test_a_table_in_a_tar_applies_to_every_path_inside(tmp_path):
 
 def test_unusable_tables_are_reported(tmp_path, capsys):
     photos = write_files(tmp_path / "p", ["cat/1.jpg", "dog/2.jpg"])
-    (photos / "labels.csv").write_text("file_name_here,label\ncat/1.jpg,7\n")
+    (photos / "labels.csv").write_text("number,label\n1,7\n")
     assert open_source(photos).column("label") == ["cat", "dog"]
-    assert "p/labels.csv: has no columns `path` and `label`" in capsys.readouterr().err
+    assert "p/labels.csv: has no columns `path` and `label` (or `split`), and is ignored; its columns: number, label" in (
+        capsys.readouterr().err
+    )
     (photos / "labels.csv").write_text("path,label\n/abs/cat/1.jpg,7\n")
     assert open_source(photos).column("label") == [None, None]
     assert "names none of the images" in capsys.readouterr().err
     (photos / "labels.csv").write_bytes(b"path,label\n\xff\xfe\0\0")
     assert open_source(photos).column("label") == ["cat", "dog"]
+    assert "p/labels.csv: cannot be read as a table (it is not text), and is ignored" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -383,22 +386,22 @@ def test_errors_about_missing_paths_suggest_similar_ones(tmp_path):
 
 def test_errors_about_sources_without_images_list_their_content(tmp_path):
     notes = write_files(tmp_path / "notes", [*(f"{n}.txt" for n in range(11)), "LICENSE"])
-    assert "notes: no images among 12 files (.txt 11, no extension 1); image files end in .jpg .png" in error_message(
+    assert "notes: no images among 12 files (1 without ending, 11 .txt); image files end in .jpg .png" in error_message(
         notes
     )
     (tmp_path / "empty").mkdir()
     assert "empty: is empty" in error_message(tmp_path / "empty")
     (notes / "12.txt").write_text("hello\nworld\n")
-    assert "12.txt: no images among 2 files (no extension 2)" in error_message(notes / "12.txt")
-    assert "LICENSE: does not have the name of an image" in error_message(notes / "LICENSE")
-    assert "no images among 1 files (.txt 1)" in error_message(write_tar(tmp_path / "x.tar", MEMBERS) / "notes.txt")
+    assert "12.txt: no images among 2 files (2 without ending)" in error_message(notes / "12.txt")
+    assert "LICENSE: does not have the name or the content of an image" in error_message(notes / "LICENSE")
+    assert "no images among 1 file (1 .txt)" in error_message(write_tar(tmp_path / "x.tar", MEMBERS) / "notes.txt")
     write_files(tmp_path / "phone", ["1.HEIC", "2.heic"])
-    assert "no images among 2 files (.heic 2)" in error_message(tmp_path / "phone")
+    assert "no images among 2 files (2 .heic (images that Pillow does not read))" in error_message(tmp_path / "phone")
 
 
 def test_unsupported_formats_are_reported(tmp_path, capsys):
     open_source(write_files(tmp_path / "phone", ["1.HEIC", "2.heic", "3.jpg", "readme.md"]))
-    assert "phone: skips 2 .heic images, which Pillow does not read\n" in capsys.readouterr().err
+    assert "phone: leaves out 2 .heic (images that Pillow does not read), 1 .md\n" in capsys.readouterr().err
 
 
 def test_tars_that_cannot_be_read_in_place_are_refused(tmp_path):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from troodon.config import UsageError, differences
+from troodon.text import printable
 
 MANIFEST = "manifest.json"
 COMMAND = "TROODON_COMMAND"  # environment variable of processes that do a part of a command: its words, as JSON
@@ -157,8 +158,8 @@ class MetricsFile:
 def say(message: str = "", passing: bool = False) -> None:
     """Print one line of progress on standard error; it is lost if that is closed, such as with its terminal.
 
-    On a terminal, the next line replaces one that is `passing`.
+    On a terminal, the next line replaces one that is `passing`. Control characters, as names may hold, are written out.
     """
     with contextlib.suppress(OSError):
         start, end = ("\r\x1b[2K", "" if passing else "\n") if sys.stderr.isatty() else ("", "\n")
-        print(start + message, end=end, file=sys.stderr, flush=True)
+        print(start + "\n".join(map(printable, message.split("\n"))), end=end, file=sys.stderr, flush=True)

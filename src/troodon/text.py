@@ -1,6 +1,15 @@
-"""Numbers as people read them: durations, sizes, counts, and large numbers with a metric prefix."""
+"""Numbers as people read them: durations, sizes, counts, and large numbers with a metric prefix; names to print."""
 
+import re
 from collections.abc import Mapping
+
+# Characters that move a terminal's cursor, change its colours or turn the direction of text; a name may hold any.
+_CONTROLS = re.compile("[\\x00-\\x08\\x0a-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
+
+
+def printable(line: str) -> str:
+    """The line with control characters written out, as \\x1b."""
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), line)
 
 
 def duration(seconds: float, space: str = " ") -> str:

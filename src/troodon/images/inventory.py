@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from troodon.text import plural
+from troodon.text import plural, printable
 
 MAX_EXAMPLES = 10  # broken files, or groups, in the text
 
@@ -119,11 +119,12 @@ def format_summary(summary: dict) -> str:
     """The summary as a few lines of plain text."""
     labels = summary["labels"]
     statuses = _counts(pa.chunked_array([pa.array([entry["status"] for entry in summary["broken"]], pa.string())]))
+    of_all = "" if summary["ok"] else "; no image here can be used"
     rows = [
         ("images", f"{summary['images']:,}, {summary['bytes'] / 1e6:,.1f} MB"),
         (
             "broken",
-            f"{len(summary['broken']):,} ({_counts_text(statuses)})" if statuses else "none: all decode",
+            f"{len(summary['broken']):,} ({_counts_text(statuses)}){of_all}" if statuses else "none: all decode",
         ),
         ("formats", _counts_text(summary["formats"])),
         ("modes", _counts_text(summary["modes"])),
@@ -137,9 +138,9 @@ def format_summary(summary: dict) -> str:
         rows.append(("splits", _counts_text(summary["splits"]) + _missing_text(summary, "splits")))
     if labels:
         fewest, most = min(labels.values()), max(labels.values())
-        per_class = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
+        per_class = plural(most, "image") if fewest == most else f"{fewest:,} to {plural(most, 'image')}"
         classes = plural(len(labels), "class", "classes")
-        rows.append(("labels", f"{classes} of {per_class} images{_missing_text(summary, 'labels')}"))
+        rows.append(("labels", f"{classes} of {per_class}{_missing_text(summary, 'labels')}"))
     duplicates = _duplicates_text(summary["identical"], "byte-identical images")
     rows.append(("identical", duplicates or "no two files are the same"))
     if text := _duplicates_text(summary["same_pixels"], "other files with the same pixels"):
@@ -156,7 +157,8 @@ def format_summary(summary: dict) -> str:
     for name, title in (("identical", "byte-identical"), ("same_pixels", "the same pixels in other bytes")):
         lines += _example_lines(title, [" = ".join(g) for g in summary[name]["examples"]], summary[name]["groups"])
     pairs = [" = ".join(f"{image['path']} ({image['label']})" for image in group) for group in conflicts["examples"]]
-    return "\n".join(lines + _example_lines("identical images with different labels", pairs, conflicts["groups"]))
+    lines += _example_lines("identical images with different labels", pairs, conflicts["groups"])
+    return "\n".join(map(printable, lines))
 
 
 def _duplicates_text(duplicates: dict, description: str) -> str:

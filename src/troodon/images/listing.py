@@ -4,33 +4,41 @@ Each function adds what it finds to a `Listing`, from which sources.py makes an 
 """
 
 import difflib
+import json
 import os
 import re
 import stat
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from troodon import run
 from troodon.config import UsageError
 from troodon.images import containers, files
+from troodon.images.formats import (
+    IMAGE_EXTENSIONS,
+    LOOK_BYTES,
+    LeftOut,
+    extension,
+    extensions_hint,
+    find_images,
+    is_hidden,
+    is_image,
+)
 from troodon.images.index import join_path
-from troodon.images.labels import TABLE_NAMES, LabelTable, parse_csv, parse_image_list, parse_labels
+from troodon.images.labels import (
+    GUESSED,
+    TABLE_NAMES,
+    LabelTable,
+    decode_text,
+    parse_image_list,
+    parse_labels,
+    read_table,
+)
 from troodon.images.members import ParquetTable, list_members, read_columns, refuse_compressed
+from troodon.text import plural
 
-# File name extensions of the formats that decode.py reads, and of some image formats that it does not.
-# fmt: off
-IMAGE_EXTENSIONS = frozenset((
-    "jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "gif", "tif", "tiff", "bmp", "dib", "avif",
-    "jp2", "j2k", "jpc", "j2c", "jpf", "jpx", "ppm", "pgm", "pbm", "pnm", "pfm",
-    "qoi", "tga", "ico", "icns", "psd", "dds", "pcx", "sgi", "npy",
-))
-UNSUPPORTED_EXTENSIONS = frozenset((
-    "heic", "heif", "jxl", "svg", "eps", "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raf", "raw",
-))
-# fmt: on
-LIST_EXTENSIONS = ("txt", "csv", "tsv")
 LARGE_GROUP = 64 << 20  # bytes of a row group, all read for one image; above this, a message recommends `pack`
 LISTING_THREADS = 8  # for tars, zips and Parquet files
 
@@ -44,8 +52,7 @@ class Listing:
     offsets: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     tables: dict[str, LabelTable] = field(default_factory=dict)  # by folder: see labels.assign_labels
-    others: Counter[str] = field(default_factory=Counter)  # files that are not images, by extension
-    problems: Counter[str] = field(default_factory=Counter)  # what was skipped, by description
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     def add(self, path: str, container: str, offset: int, length: int) -> None:
         self.paths.append(path)
@@ -56,20 +63,22 @@ class Listing:
 
 def list_folder(root: str, prefix: str, listing: Listing) -> None:
     """List all images below a folder, also in the containers that it holds."""
-    entries = _walk_remote(root) if files.REMOTE.match(root) else _walk(root, listing)
-    inner = []
-    for path, location, size in entries:
-        if any(map(is_hidden, path.split("/"))):
-            continue
-        suffix, name = extension(path), path.rpartition("/")[2]
-        if suffix in IMAGE_EXTENSIONS:
+    is_remote = files.REMOTE.match(root) is not None
+    inner, others = [], dict[str, tuple[str, int]]()
+    for path, location, size in _walk_remote(root, listing) if is_remote else _walk(root, listing):
+        if extension(path) in IMAGE_EXTENSIONS:
             listing.add(prefix + path, location, 0, size)
         elif containers.kind(path):
             inner.append((location, f"{prefix}{path}/"))
         else:
-            listing.others[suffix] += 1
-            if name in TABLE_NAMES:
-                _add_table(listing, prefix + path[: -len(name)], name, files.read(location))
+            others[path] = location, size
+    images = set() if is_remote else find_images(others.items(), lambda place: _start_of(place[0]))
+    for path, (location, size) in others.items():
+        name = path.rpartition("/")[2]
+        if path in images:
+            listing.add(prefix + path, location, 0, size)
+        elif not _add_table(listing, prefix + path[: -len(name)], name, lambda: files.read(location)):  # noqa: B023
+            listing.left_out.add(path)
 
     def list_inner(container: str, prefix: str) -> Listing | str:
         part = Listing()
@@ -80,18 +89,45 @@ def list_folder(root: str, prefix: str, listing: Listing) -> None:
         return part
 
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
-        for (container, _), part in zip(inner, pool.map(lambda args: list_inner(*args), inner)):
+        for (container, inside), part in zip(inner, pool.map(lambda args: list_inner(*args), inner)):
             if isinstance(part, str):
                 run.say(part)
-                listing.problems["files that cannot be opened"] += 1
+                listing.left_out.add_reason("container", "cannot be opened", inside[len(prefix) : -1])
                 continue
-            if not part.paths:
-                listing.others[containers.kind(container) or ""] += 1
+            if not (part.paths or part.left_out.endings or part.left_out.reasons):
+                listing.left_out.add(container)
             for column in ("paths", "containers", "offsets", "lengths"):
                 getattr(listing, column).extend(getattr(part, column))
             listing.tables.update(part.tables)
-            listing.others.update(part.others)
-            listing.problems.update(part.problems)
+            listing.left_out.update(part.left_out)
+
+
+def _start_of(path: str) -> bytes:
+    """The first bytes of a local file; none if it cannot be read."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.read(LOOK_BYTES)
+    except OSError:
+        return b""
+
+
+def _is_ours(folder: str, names: set[str]) -> bool:
+    """Whether a folder with these files was made by Troodon: an artifact, or one that is being made, holds no data."""
+    if folder.endswith(".partial") or {"config.yaml", "metrics.jsonl"} <= names:
+        return True
+    if {"counts.json", "timings.json"} <= names:  # a part of an unfinished artifact
+        return True
+    return run.MANIFEST in names and read_manifest(folder) is not None
+
+
+def read_manifest(folder: str) -> dict[str, Any] | None:
+    """The manifest of an artifact of Troodon, local or remote; None for any other folder."""
+    try:
+        with files.open_file(join_path(folder, run.MANIFEST)) as file:
+            manifest = json.load(file)
+        return manifest if isinstance(manifest["kind"], str) and manifest["fingerprint"] is not None else None
+    except (OSError, ValueError, KeyError, TypeError):  # no manifest, or that of another program
+        return None
 
 
 def _walk(root: str, listing: Listing) -> Iterator[tuple[str, str, int]]:
@@ -111,19 +147,24 @@ def _walk(root: str, listing: Listing) -> Iterator[tuple[str, str, int]]:
         except OSError:
             if len(visited) == 1:
                 raise
-            listing.problems["folders that cannot be read"] += 1
+            listing.left_out.add_reason("folder", "cannot be read", path.rstrip("/"))
+            continue
+        if path and _is_ours(folder, {entry.name for entry in entries}):
+            listing.left_out.add_reason("folder", "are made by Troodon", path.rstrip("/"))
             continue
         for entry in entries:
             if is_hidden(entry.name):
+                listing.left_out.add_hidden(entry.name)
                 continue
             try:
                 mode, size = (info := entry.stat()).st_mode, info.st_size
                 entry.name.encode()
             except OSError:
-                listing.problems["links that lead nowhere"] += 1
+                listing.left_out.add_reason("link", "are broken", f"{path}{entry.name}")
                 continue
             except UnicodeEncodeError:
-                listing.problems["names that are not UTF-8"] += 1
+                name = os.fsencode(entry.name).decode("utf-8", "backslashreplace")
+                listing.left_out.add_reason("name", "are not UTF-8", f"{path}{name}")
                 continue
             if stat.S_ISDIR(mode):
                 linked = entry.is_symlink()
@@ -133,15 +174,25 @@ def _walk(root: str, listing: Listing) -> Iterator[tuple[str, str, int]]:
                 yield path + entry.name, entry.path, size
 
 
-def _walk_remote(url: str) -> Iterator[tuple[str, str, int]]:
+def _walk_remote(url: str, listing: Listing) -> Iterator[tuple[str, str, int]]:
     """Yield the relative path, URL and length, -1 if unknown, of every file below a remote folder, sorted by path."""
     fs, name = files.filesystem(url)
     entries = files.retry(url, lambda: fs.find(name, detail=True))
-    top = name.rstrip("/") + "/"
+    top, names = name.rstrip("/") + "/", dict[str, set[str]]()
+    for path in entries:
+        folder, _, name = path.rpartition("/")
+        names.setdefault(folder, set()).add(name)
+    ours = {f"{f}/" for f in names if len(f) > len(top) and _is_ours(fs.unstrip_protocol(f), names[f])}
+    for folder in sorted(ours):
+        listing.left_out.add_reason("folder", "are made by Troodon", folder[len(top) : -1])
     for path, info in sorted(entries.items()):
-        if info.get("type", "file") == "file" and path.startswith(top):
-            size = info.get("size")
-            yield path[len(top) :], fs.unstrip_protocol(path), -1 if size is None else size
+        if info.get("type", "file") != "file" or not path.startswith(top) or path.startswith(tuple(ours)):
+            continue
+        if hidden := next(filter(is_hidden, path[len(top) :].split("/")), None):
+            listing.left_out.add_hidden(hidden)
+            continue
+        size = info.get("size")
+        yield path[len(top) :], fs.unstrip_protocol(path), -1 if size is None else size
 
 
 def list_container(container: str, prefix: str, inside: str, listing: Listing, named: bool = True) -> None:
@@ -159,22 +210,26 @@ def list_container(container: str, prefix: str, inside: str, listing: Listing, n
     selected = [name for name in members.locations if pattern.match(name)]
     if inside and not selected:
         raise _not_inside(container, inside, list(members.locations))
+    of_class = members.class_files()
+    used = {of_class[name] for name in selected if name in of_class}
     for name in selected:
-        if (suffix := extension(name)) in IMAGE_EXTENSIONS:
+        if extension(name) in IMAGE_EXTENSIONS or name in members.images:
             listing.add(prefix + name, container, *members.locations[name])
-        else:
-            listing.others[suffix] += 1
+        elif name.rpartition("/")[2].lower() not in TABLE_NAMES and name not in used:
+            listing.left_out.add(name, in_archive=True)
     for name, (offset, length) in members.locations.items():
         folder, _, last = name.rpartition("/")
-        if last in TABLE_NAMES:
-            data = containers.read(container, offset, length)
-            _add_table(listing, f"{prefix}{folder}/" if folder else prefix, last, data)
-    if members.classes and prefix not in listing.tables:
-        keys = {name: name.rpartition(".")[0] for name in selected}
-        labels: dict[str, str | None] = {n: members.classes[key] for n, key in keys.items() if key in members.classes}
+        if last.lower() in TABLE_NAMES:
+            place = f"{prefix}{folder}/" if folder else prefix
+            is_used = _add_table(listing, place, last, lambda: containers.read(container, offset, length))  # noqa: B023
+            if not is_used and name in selected:
+                listing.left_out.add(name)
+    if inside:  # a table may name images of other folders
+        listing.tables = {home: replace(table, file="") for home, table in listing.tables.items()}
+    if of_class and prefix not in listing.tables:
+        labels: dict[str, str | None] = {n: members.classes[of_class[n]] for n in selected if n in of_class}
         listing.tables[prefix] = LabelTable(frozenset(labels), labels, None)
-    if members.unsupported:
-        listing.problems["files that are encrypted, or compressed by an unsupported method"] += members.unsupported
+    listing.left_out.update(members.left_out)
 
 
 def _list_parquet(container: str, prefix: str, inside: str, listing: Listing, named: bool) -> None:
@@ -182,19 +237,21 @@ def _list_parquet(container: str, prefix: str, inside: str, listing: Listing, na
     if table is None or table.image_column is None:
         if named and table is not None and _list_named_images(container, table, prefix, listing):
             return
-        listing.others["parquet"] += 1
+        listing.left_out.add(container)
         return
     if table.largest_group_bytes > LARGE_GROUP:
         size = f"{table.largest_group_bytes >> 20:,} MB"
         run.say(f"{container}: to read one image means to read {size}; `troodon pack` it first for fast training")
     names = [f"{row:0{len(str(table.rows))}d}" for row in range(table.rows)]
     for row, name in enumerate(names):
-        listing.add(prefix + name, f"{container}{containers.COLUMN_SEPARATOR}{table.image_column}", row, -1)
-    listing.tables[prefix] = parse_labels(names, table.columns.to_pydict(), table.class_names)
+        if row not in table.paths:
+            listing.add(prefix + name, f"{container}{containers.COLUMN_SEPARATOR}{table.image_column}", row, -1)
+    _add_places(container, listing, [(prefix + names[row], path) for row, path in table.paths.items()])
+    listing.tables[prefix] = parse_labels(container, names, table.columns, table.class_names)
 
 
 def _list_named_images(container: str, table: ParquetTable, prefix: str, listing: Listing) -> bool:
-    named = parse_image_list(table.columns.to_pydict(), table.class_names)
+    named = parse_image_list(container, table.columns, table.class_names)
     if named is not None:
         _add_named_images(container, prefix, named[0], listing)
         listing.tables[prefix] = named[1]
@@ -202,38 +259,56 @@ def _list_named_images(container: str, table: ParquetTable, prefix: str, listing
 
 
 def list_text_file(container: str, prefix: str, listing: Listing) -> None:
-    """List the images that a text file or a CSV table names, one per line."""
-    suffix = extension(container)
+    """List the images that a text file or a table names, one per line."""
     data = files.read(container)
-    if suffix == "txt":
-        try:
-            names = list(dict.fromkeys(filter(None, map(str.strip, data.decode("utf-8-sig").splitlines()))))
-        except UnicodeDecodeError:
-            raise UsageError(f"{container}: is not text in UTF-8") from None
-        return _add_named_images(container, prefix, names, listing)
-    named = parse_image_list(parse_csv(data, "\t" if suffix == "tsv" else ",") or {}, {})
+    try:
+        if extension(container) != "txt":
+            named = parse_image_list(container, read_table(data, lambda text: run.say(f"{container}: {text}")), {})
+        else:
+            text, encoding = decode_text(data)
+            if encoding in GUESSED:
+                run.say(f"{container}: {GUESSED[encoding]}")
+            names = list(filter(None, map(str.strip, text.splitlines())))
+            named = list(dict.fromkeys(names)), parse_labels(container, names, {}, {})
+    except ValueError as error:
+        raise UsageError(f"{container}: cannot be read as a list ({error})") from None
     if named is None:
         raise UsageError(f"{container}: has no column `path` or `url` that names images")
     _add_named_images(container, prefix, named[0], listing)
-    listing.tables[prefix] = named[1]
+    if named[1].labels is not None or named[1].splits is not None:
+        listing.tables[prefix] = named[1]
 
 
 def _add_named_images(container: str, prefix: str, names: list[str], listing: Listing) -> None:
-    folder = container.rpartition("/")[0]
-    missing = []
+    """Add the files that a list names: URLs, and local files with the name or the content of an image."""
+    folder, is_remote, images = container.rpartition("/")[0], files.REMOTE.match(container) is not None, []
     for name in names:
+        if (
+            files.REMOTE.match(name)
+            or extension(name) in IMAGE_EXTENSIONS
+            or (not is_remote and is_image(name, _start_of(join_path(folder, name))))
+        ):
+            images.append((prefix + name.lstrip("/"), name))
+        else:
+            listing.left_out.add(name)
+    _add_places(container, listing, images)
+
+
+def _add_places(container: str, listing: Listing, images: list[tuple[str, str]]) -> None:
+    """Add images, (path in the index, URL or path from the folder of the container) each."""
+    folder, missing = container.rpartition("/")[0], []
+    for path, name in images:
         location, length = name if files.REMOTE.match(name) else join_path(folder, name), -1
-        if not files.REMOTE.match(name) and extension(name) not in IMAGE_EXTENSIONS:
-            listing.others[extension(name)] += 1
-            continue
         if not files.REMOTE.match(location):
             try:
                 length = os.stat(location).st_size
             except OSError:
                 missing.append(name)
-        listing.add(prefix + name.lstrip("/"), location, 0, length)
-    if missing and len(missing) == len(names):
-        raise UsageError(f"{container}: none of the {len(names):,} files that it names exists; the first: {names[0]}")
+        listing.add(path, location, 0, length)
+    if missing and len(missing) == len(listing.paths):
+        raise UsageError(
+            f"{container}: none of the {plural(len(missing), 'file')} that it names exists; the first: {missing[0]}"
+        )
     if missing:
         run.say(f"{container}: {len(missing):,} of the files that it names do not exist; the first: {missing[0]}")
 
@@ -247,18 +322,34 @@ def list_file(root: str, name: str, listing: Listing) -> None:
         for magic, offset, kind in ((b"ustar", 257, "tar"), (b"PK\x03\x04", 0, "zip"), (b"PAR1", 0, "parquet")):
             if start[offset : offset + len(magic)] == magic:
                 raise UsageError(f"{root}: is a {kind}, but its name does not end in .{kind}: rename it")
-    if extension(name) not in IMAGE_EXTENSIONS:
+        if extension(name) not in IMAGE_EXTENSIONS and not is_image(name, start):
+            raise UsageError(f"{root}: does not have the name or the content of an image; {extensions_hint()}")
+    elif extension(name) not in IMAGE_EXTENSIONS:
         raise UsageError(f"{root}: does not have the name of an image; {extensions_hint()}")
     listing.add(name, root, 0, files.size(root))
 
 
-def _add_table(listing: Listing, folder: str, name: str, data: bytes) -> None:
-    named = parse_image_list(parse_csv(data) or {}, {})
+def _add_table(listing: Listing, folder: str, name: str, read: Callable[[], bytes]) -> bool:
+    """Note the table of labels in a file; False if the file is none. Of several the first in TABLE_NAMES counts."""
+    rank = TABLE_NAMES.index(name.lower()) if name.lower() in TABLE_NAMES else -1
+    if rank < 0:
+        return False
+    file, columns = folder + name, dict[str, list]()
+    try:
+        columns = read_table(read(), lambda text: run.say(f"{file}: {text}"))
+    except (ValueError, OSError) as error:
+        run.say(f"{file}: cannot be read as a table ({error}), and is ignored")
+        return False
+    named = parse_image_list(file, columns, {})
     table = named[1] if named is not None and (named[1].labels is not None or named[1].splits is not None) else None
-    if table is not None and (name == TABLE_NAMES[0] or folder not in listing.tables):
-        listing.tables[folder] = table
-    elif table is None and name == TABLE_NAMES[0]:
-        run.say(f"{folder}{name}: has no columns `path` and `label` (or `split`), and is ignored")
+    if table is not None:
+        before = listing.tables.get(folder)
+        if before is None or TABLE_NAMES.index(before.file.rpartition("/")[2].lower()) > rank:
+            listing.tables[folder] = replace(table, file=file)
+    elif rank < 2:
+        has = f"; its columns: {', '.join(columns)}" if columns else ""
+        run.say(f"{file}: has no columns `path` and `label` (or `split`), and is ignored{has}")
+    return table is not None
 
 
 def _not_inside(container: str, inside: str, names: list[str]) -> UsageError:
@@ -278,18 +369,3 @@ def suggest(name: str, known: Iterable[str]) -> str:
     if close := difflib.get_close_matches(name, known, n=1, cutoff=0.5):
         return f"; did you mean {close[0]!r}?"
     return f", only {', '.join(known[:6])}{' ...' if len(known) > 6 else ''}" if known else ", which is empty"
-
-
-def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is skipped."""
-    return name.startswith(".") or name in ("__MACOSX", "embeddings.npy")  # the last: part of our artifacts
-
-
-def extension(name: str) -> str:
-    """What follows the last dot, in lower case; "" if there is no dot."""
-    _, dot, suffix = name.rpartition(".")
-    return suffix.lower() if dot else ""
-
-
-def extensions_hint() -> str:
-    return "image files end in .jpg .png .webp .gif .tif .bmp ..."

@@ -8,6 +8,7 @@ import json
 import posixpath
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +19,13 @@ import pyarrow.parquet as pq
 from troodon import run
 from troodon.config import UsageError
 from troodon.images import containers, files
+from troodon.images.formats import IMAGE_EXTENSIONS, LOOK_BYTES, LeftOut, extension, find_images, is_image
+from troodon.images.labels import LABEL_COLUMNS
+from troodon.text import plural
 
 MAX_CLASS_BYTES = 256  # a longer .cls member is no class
+MAX_JSON_BYTES = 1 << 16  # a longer .json member is not looked at for a class
+METHODS = {9: "Deflate64", 12: "BZIP2", 14: "LZMA", 93: "Zstandard", 95: "XZ", 98: "PPMd"}  # of zips (APPNOTE.TXT)
 
 # The first bytes of compressed files, and the program that decompresses them.
 # fmt: off
@@ -34,8 +40,28 @@ class Members:
     """The files in a tar or zip: the offset and length of each by name, and what else the listing met."""
 
     locations: dict[str, tuple[int, int]] = field(default_factory=dict)
-    classes: dict[str, str] = field(default_factory=dict)  # WebDataset: the key of a sample -> its .cls
-    unsupported: int = 0  # files that are encrypted, or compressed by an unsupported method
+    images: set[str] = field(default_factory=set)  # files whose content is an image, though their name does not say so
+    classes: dict[str, str] = field(default_factory=dict)  # WebDataset: the class in a .cls or .json, by its name
+    left_out: LeftOut = field(default_factory=LeftOut)  # what is in no location
+
+    def class_files(self) -> dict[str, str]:
+        """The name of the .cls or .json that says the class of each file beside it.
+
+        The key of a WebDataset sample ends at the first dot of the base name; of two files with that key, the one
+        that shares more of the name is meant.
+        """
+        by_key = {}
+        for name in sorted(self.classes, key=lambda name: name.endswith(".cls")):  # a .cls counts before a .json
+            by_key |= dict.fromkeys((sample_key(name), name.rpartition(".")[0]), name)
+        keys = ((name, name.rpartition(".")[0]) for name in self.locations if name not in self.classes)
+        found = ((name, by_key.get(stem) or by_key.get(sample_key(name))) for name, stem in keys)
+        return {name: of_class for name, of_class in found if of_class is not None}
+
+
+def sample_key(name: str) -> str:
+    """The key of the WebDataset sample that a file belongs to."""
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.partition(".")[0]
 
 
 def list_members(container: str, is_hidden: Callable[[str], bool]) -> Members:
@@ -46,9 +72,10 @@ def list_members(container: str, is_hidden: Callable[[str], bool]) -> Members:
     list_files = _list_zip if containers.kind(container) == "zip" else _list_tar
     members, count, is_intact = list_files(container, is_hidden)
     if not is_intact:
-        run.say(f"{container}: is truncated or damaged; the {count} files before the damage are intact and used")
-    if count > len(members.locations):
-        run.say(f"{container}: {count - len(members.locations)} files have the name of a later one and are skipped")
+        before = plural(count, "file before the damage is", "files before the damage are")
+        run.say(f"{container}: is truncated or damaged; the {before} intact and used")
+    if again := count - len(members.locations):
+        run.say(f"{container}: {plural(again, 'file has', 'files have')} the name of a later one, which counts")
     return members
 
 
@@ -64,13 +91,12 @@ def _list_tar(container: str, is_hidden: Callable[[str], bool]) -> tuple[Members
                         is_intact = False  # a negative size would make tarfile go back, and loop for ever
                         break
                     name = _clean_name(member.name)
-                    if not member.isreg() or member.issparse() or any(map(is_hidden, name.split("/"))):
+                    if _is_left_out(member, name, is_hidden, members.left_out):
                         continue
                     members.locations[name] = (member.offset_data, member.size)
                     count += 1
-                    if name.endswith(".cls") and member.size <= MAX_CLASS_BYTES:
-                        content = tar.extractfile(member)
-                        members.classes[name[:-4]] = content.read().decode(errors="replace").strip() if content else ""
+                    if extension(name) not in IMAGE_EXTENSIONS:
+                        _look(file, member, name, members)
                 file.seek(tar.offset)
                 is_intact = is_intact and file.read(512) == bytes(512)  # tarfile stops silently at damage
         except (tarfile.TarError, ValueError) as error:
@@ -81,28 +107,94 @@ def _list_tar(container: str, is_hidden: Callable[[str], bool]) -> tuple[Members
     return members, count, is_intact
 
 
+def _is_left_out(member: tarfile.TarInfo, name: str, is_hidden: Callable[[str], bool], left_out: LeftOut) -> bool:
+    """Whether a member of a tar is not listed, and is counted in `left_out` if it may be missed."""
+    if hidden := next(filter(is_hidden, name.split("/")), None):
+        if member.isreg():
+            left_out.add_hidden(hidden)
+        return True
+    if member.issym() or member.islnk():
+        left_out.add_reason("link", "are not followed", name)
+    elif member.issparse():
+        left_out.add_reason("file", "are stored with holes (sparse)", name)
+    return not member.isreg() or member.issparse()
+
+
+def _look(file: Any, member: tarfile.TarInfo, name: str, members: Members) -> None:
+    """Note what a member of a tar is whose name is not that of an image: an image still, or a class."""
+    file.seek(member.offset_data)
+    if name.endswith((".cls", ".json")):
+        limit = MAX_CLASS_BYTES if name.endswith(".cls") else MAX_JSON_BYTES
+        _add_class(members, name, file.read(member.size) if member.size <= limit else b"")
+    elif is_image(name, file.read(min(member.size, LOOK_BYTES))):
+        members.images.add(name)
+
+
+def _add_class(members: Members, name: str, content: bytes) -> None:
+    """Note the class that a .cls, or the label of a .json, gives the files beside it."""
+    if name.endswith(".cls"):
+        if content:
+            members.classes[name] = content.decode(errors="replace").strip()
+        return
+    if not any(f'"{column}"'.encode() in content for column in LABEL_COLUMNS):
+        return
+    try:
+        said = json.loads(content)
+        value = next(said[column] for column in LABEL_COLUMNS if column in said)
+    except (ValueError, TypeError, StopIteration):
+        return
+    if isinstance(value, str | int | float):
+        members.classes[name] = str(value)
+
+
 def _list_zip(container: str, is_hidden: Callable[[str], bool]) -> tuple[Members, int, bool]:
-    members, count = Members(), 0
+    members, count, unnamed = Members(), 0, dict[str, zipfile.ZipInfo]()
     try:
         with files.open_file(container) as file, zipfile.ZipFile(file) as archive:
             for member in archive.infolist():
                 name = _clean_name(member.filename)
-                if member.is_dir() or any(map(is_hidden, name.split("/"))):
+                if member.is_dir():
                     continue
-                if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    members.unsupported += 1
+                if hidden := next(filter(is_hidden, name.split("/")), None):
+                    members.left_out.add_hidden(hidden)
+                    continue
+                if member.flag_bits & 1:
+                    members.left_out.add_reason("file", "are encrypted", name)
+                    continue
+                if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    method = METHODS.get(member.compress_type, f"method {member.compress_type}")
+                    members.left_out.add_reason("file", f"are compressed by {method}, which is not read in place", name)
                     continue
                 members.locations[name] = (member.header_offset, member.compress_size)
                 count += 1
-                if name.endswith(".cls") and member.file_size <= MAX_CLASS_BYTES:
-                    members.classes[name[:-4]] = archive.read(member).decode(errors="replace").strip()
+                limit = {"cls": MAX_CLASS_BYTES, "json": MAX_JSON_BYTES}.get(suffix := extension(name), -1)
+                if member.file_size <= limit:
+                    _add_class(members, name, _start_of(archive, member, limit))
+                elif suffix not in IMAGE_EXTENSIONS:
+                    unnamed[name] = member
+            if not files.REMOTE.match(container):  # its files would be fetched one by one
+                members.images |= find_images(unnamed.items(), lambda m: _start_of(archive, m, LOOK_BYTES))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{container}: has names that are not UTF-8, as they should be ({error.object!r})") from None
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise UsageError(f"{container}: is not a complete zip ({error}): the list of its files is at its end") from None
     return members, count, True
 
 
+def _start_of(archive: zipfile.ZipFile, member: zipfile.ZipInfo, size: int) -> bytes:
+    """The first bytes of a member; none if it is damaged."""
+    try:
+        with archive.open(member) as content:
+            return content.read(size)
+    except (zipfile.BadZipFile, zlib.error, EOFError):
+        return b""
+
+
 def _clean_name(name: str) -> str:
+    """The name of a member as it is unpacked: below the folder of the container, without ../ at its start."""
     name = posixpath.normpath(name.replace("\\", "/") if "/" not in name else name).lstrip("/")
+    while name.startswith("../"):
+        name = name[3:]
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
@@ -121,13 +213,14 @@ class ParquetTable:
 
     rows: int
     image_column: str | None  # the column of image bytes; None if the table only names images
-    columns: pa.Table  # its columns of strings and integers
+    columns: dict[str, list]  # its columns of labels and splits; without images, all columns of strings
     class_names: dict[str, list[str]]  # by column: the names that its integers stand for
     largest_group_bytes: int  # the largest row group, decompressed
+    paths: dict[int, str]  # rows that have no bytes, but the path of a file
 
 
 def read_columns(container: str, image_column: str | None = None) -> ParquetTable | None:
-    """Read all columns of a Parquet table but the images; None if it has no image bytes, strings or integers.
+    """Read the columns of a Parquet table that say something about its images; None if it has none, and no images.
 
     `image_column` names the column of images. The default is `image`, `img` or the first column of bytes. Raises
     UsageError if the file is not Parquet or has no such column.
@@ -136,22 +229,58 @@ def read_columns(container: str, image_column: str | None = None) -> ParquetTabl
         with files.open_file(container) as file, pq.ParquetFile(file) as table:
             schema = table.schema_arrow
             byte_columns = [f.name for f in schema if containers.bytes_field(f.type) is not None]
+            byte_columns.sort(key=_is_about_images)  # labels may be bytes, too
             if image_column is not None and image_column not in byte_columns:
                 has = ", ".join(byte_columns) or "none"
                 raise UsageError(f"{container}/{image_column}: no such column of images; it has {has}")
             image_column = image_column or next((n for n in ("image", "img", *byte_columns) if n in byte_columns), None)
             others = [
                 f.name for f in schema
-                if pa.types.is_string(f.type) or pa.types.is_large_string(f.type) or pa.types.is_integer(f.type)
+                if (_is_about_images(f.name) or (image_column is None and _is_text(f.type))) and f.name != image_column
             ]  # fmt: skip
+            if lists := [name for name in others if pa.types.is_nested(schema.field(name).type)]:
+                run.say(f"{container}: the column {lists[0]!r} is {schema.field(lists[0]).type}, and gives no labels")
+            others = [name for name in others if name not in lists]
             if image_column is None and not others:
                 return None
             group_bytes = [table.metadata.row_group(i).total_byte_size for i in range(table.num_row_groups)]
-            columns = table.read(columns=others) if others else pa.table({})
+            columns = table.read(columns=others).to_pydict() if others else {}
+            paths = _rows_of_paths(table, image_column) if image_column else {}
             largest = max(group_bytes, default=0)
-            return ParquetTable(table.metadata.num_rows, image_column, columns, _class_names(schema), largest)
+            return ParquetTable(table.metadata.num_rows, image_column, columns, _class_names(schema), largest, paths)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise UsageError(f"{container}: is not a Parquet table ({' '.join(str(error).split())[:200]})") from None
+
+
+def _is_about_images(column: str) -> bool:
+    return column.strip().lower() in (*LABEL_COLUMNS, "split")
+
+
+def _is_text(type: pa.DataType) -> bool:
+    type = type.value_type if pa.types.is_dictionary(type) else type
+    return pa.types.is_string(type) or pa.types.is_large_string(type) or pa.types.is_string_view(type)
+
+
+def _rows_of_paths(table: pq.ParquetFile, column: str) -> dict[int, str]:
+    """The rows of a column of bytes and paths, as Hugging Face writes it, that have only a path."""
+    type, found, start = table.schema_arrow.field(column).type, dict[int, str](), 0
+    if not pa.types.is_struct(type) or type.get_field_index("path") < 0:
+        return {}
+    for number in range(table.num_row_groups):
+        group = table.metadata.row_group(number)
+        leaves = (group.column(i) for i in range(group.num_columns))
+        counted = next(leaf.statistics for leaf in leaves if leaf.path_in_schema == f"{column}.bytes")
+        nulls = counted.null_count if counted is not None and counted.has_null_count else None
+        if nulls != 0:
+            wanted = [f"{column}.path", f"{column}.bytes"][: 1 if nulls == group.num_rows else 2]
+            values = table.read_row_group(number, columns=wanted)[column].to_pylist()
+            found |= {
+                start + row: value["path"]
+                for row, value in enumerate(values)
+                if value is not None and value.get("bytes") is None and value["path"]
+            }
+        start += group.num_rows
+    return found
 
 
 def _class_names(schema: pa.Schema) -> dict[str, list[str]]:

@@ -1,14 +1,20 @@
 """Sources of images, local or remote: a folder, a container, a list, an artifact of Troodon, or a Python dataset.
 
-    folder      every file below it with the extension of an image, and every tar, zip and Parquet file below it, as if
-                it were a folder. Links are followed; hidden files, __MACOSX and embeddings.npy are skipped
+    folder      every image below it, and every tar, zip and Parquet file below it, as if it were a folder. Links are
+                followed; hidden files, __MACOSX and embeddings.npy are skipped, and so are folders that Troodon has
+                made or is making: results may lie among the images
     tar, zip    images are read in place; the .cls of a WebDataset sample is its label. `photos.tar/a/b` is the folder
                 a/b in it; the last part may contain * and ?
-    Parquet     a column of image bytes, the form of Hugging Face datasets; `x.parquet/photo` names the column
-    list        .txt: a path or URL per line; .csv, .tsv and Parquet: a column `path`, `url` ..., optionally `label` and
-                `split`. Paths are relative to the list
-    artifact    an index or embeddings: the rows that could be read; a selection: the rows that it kept
+    Parquet     a column of image bytes, the form of Hugging Face datasets; `x.parquet/photo` names the column. A row
+                may have the path of a file instead
+    list        .txt: a path or URL per line; .csv, .tsv, .jsonl and Parquet: a column `path`, `url` ..., optionally
+                `label` and `split`. Paths are relative to the list
+    artifact    an index or embeddings: the rows that could be read; a selection: the rows that it kept. It is refused
+                if its files have changed (changes.py)
     dataset     a Python object with len() and [row], whose items are or contain an image
+
+An image is what has the extension of one, and any other local file or member that begins like one. A message says, by
+extension or reason, how many files are left out.
 
 All but the last may be URLs (https://, s3://, gs:// ...: see files.py). Masks and depth maps have the names of images:
 to exclude them, give the folder beside them (`camvid.tar/images`).
@@ -17,7 +23,6 @@ A `path` starts with the name of its source (`photos/cats/1.jpg`, `shards.tar/a/
 starts with as many folders above them as distinguish them. Labels and splits: see labels.py.
 """
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -25,16 +30,17 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from troodon import run
 from troodon.config import UsageError
-from troodon.images import containers, files, listing
-from troodon.images.index import SCHEMA, Index, join_path, usable_rows
+from troodon.images import changes, containers, files, listing
+from troodon.images.formats import IMAGE_EXTENSIONS, LIST_EXTENSIONS, extension, extensions_hint, is_hidden
+from troodon.images.index import SCHEMA, Index, join_path, saved_range, usable_rows
 from troodon.images.labels import assign_labels
-from troodon.images.listing import IMAGE_EXTENSIONS, LIST_EXTENSIONS, UNSUPPORTED_EXTENSIONS, Listing
+from troodon.images.listing import Listing
 from troodon.images.members import dataset_labels
+from troodon.text import plural
 
 
 @dataclass(frozen=True)
@@ -50,11 +56,9 @@ class Place:
         name, is_remote = self.root.rpartition("/")[2], files.REMOTE.match(self.root)
         if not is_remote and os.path.isdir(self.root):
             return None
-        if listing.extension(name) in LIST_EXTENSIONS:
+        if extension(name) in LIST_EXTENSIONS:
             return "list"
-        return containers.kind(name) or (
-            "file" if not is_remote or listing.extension(name) in IMAGE_EXTENSIONS else None
-        )
+        return containers.kind(name) or ("file" if not is_remote or extension(name) in IMAGE_EXTENSIONS else None)
 
 
 def open_source(*places: Any) -> Index:
@@ -65,6 +69,7 @@ def open_source(*places: Any) -> Index:
     """
     if not places:
         raise UsageError("no images given: name a folder, a tar, an image file or an index")
+    files.forget_versions()
     located = [_locate(str(place)) if isinstance(place, str | Path) else place for place in places]
     named = list(dict.fromkeys(place for place in located if isinstance(place, Place)))
     names = _names([place.root for place in named])
@@ -91,9 +96,13 @@ def _locate(path: str) -> Place:
     """Split a path into the folder or file that exists, and the rest, which is inside it."""
     if files.REMOTE.match(path):
         parts = path.rstrip("/").split("/")
-        can_hold = [bool(containers.kind(part)) or listing.extension(part) in LIST_EXTENSIONS for part in parts]
+        can_hold = [bool(containers.kind(part)) or extension(part) in LIST_EXTENSIONS for part in parts]
         end = next((i + 1 for i in range(3, len(parts)) if can_hold[i]), len(parts))
         return Place("/".join(parts[:end]), "/".join(parts[end:]))
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # neither an index nor a message could hold it
+        raise UsageError(f"{os.fsencode(path)!r}: the name is not UTF-8; rename it") from None
     full = Path(os.path.abspath(os.path.expanduser(path)))
     root = next(p for p in (full, *full.parents) if os.path.exists(p))
     inside = full.relative_to(root).as_posix() if root != full else ""
@@ -119,30 +128,23 @@ def _names(roots: Iterable[str]) -> dict[str, str]:
 
 def _open_artifact(root: str) -> Index | None:
     """The index of the images that an artifact of Troodon lists; None for anything else."""
-    try:
-        with files.open_file(join_path(root, run.MANIFEST)) as file:
-            manifest = json.load(file)
-        kind, fingerprint = manifest["kind"], manifest["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):  # no manifest, or that of another program
+    if (manifest := listing.read_manifest(root)) is None:
         return None
+    kind, fingerprint = manifest["kind"], manifest["fingerprint"]
     images = join_path(root, "images.parquet")
     if kind not in ("index", "embeddings", "selection") or not files.exists(images):
         raise UsageError(f"{root}: is {run.article(kind)}, which lists no images: give a folder, a tar, an index ...")
     mapped = Path(root, "images.arrow")
     if mapped.exists():
+        changes.check_mapped(root)
         return Index.open_mapped(mapped, root, fingerprint)
     with files.open_file(images) as file:
         table = usable_rows(pq.read_table(file))
     if not table.num_rows:
         raise UsageError(f"{root}: this {kind} has no usable image")
-    index = Index(table.select(SCHEMA.names), base=root)
-    index = replace(index, table=index.located_table(), base="")
-    unique = pc.unique(index.table["container"]).to_pylist()
-    for container in [c for c in unique if containers.kind(c)] or unique[:1]:
-        path = container.partition(containers.COLUMN_SEPARATOR)[0]
-        if not files.REMOTE.match(container) and not os.path.exists(path):
-            raise UsageError(f"{root}: lists images in {container}, which no longer exists")
-    return index
+    changes.check_opened(root, table)
+    index = Index(table.select(SCHEMA.names), base=root, range=saved_range(table))
+    return replace(index, table=index.located_table(), base="")
 
 
 def _open(place: Place, name: str) -> Index:
@@ -184,25 +186,21 @@ def _open_dataset(dataset: Any) -> Index:
 
 
 def _check(source: str, entries: Listing) -> None:
-    """Raise UsageError if there is no image; print a message about skipped files that the user may expect."""
-    if not entries.paths:
-        if not entries.others:
-            raise UsageError(f"{source}: is empty; {listing.extensions_hint()}")
-        common = entries.others.most_common(5)
-        kinds = ", ".join(f"{f'.{suffix}' if suffix else 'no extension'} {n}" for suffix, n in common)
-        counts = f"{entries.others.total()} files ({kinds})"
-        raise UsageError(f"{source}: no images among {counts}; {listing.extensions_hint()}")
-    skipped = [
-        f"{n} .{suffix} images, which Pillow does not read"
-        for suffix, n in entries.others.items()
-        if suffix in UNSUPPORTED_EXTENSIONS
-    ]
-    if skipped := skipped + [f"{n} {problem}" for problem, n in entries.problems.items()]:
-        run.say(f"{source}: skips {', '.join(skipped)}")
+    """Raise UsageError if there is no image; print a message about files that are not read."""
+    endings, reasons = entries.left_out.endings_text(), entries.left_out.reasons_text()
+    if entries.paths:
+        if endings or reasons:
+            text = f" {endings}; {reasons}" if endings and reasons else f" {endings}" if endings else f": {reasons}"
+            run.say(f"{source}: leaves out{text}")
+        return
+    if not (endings or reasons):
+        raise UsageError(f"{source}: is empty; {extensions_hint()}")
+    among = f" among {plural(entries.left_out.endings.total(), 'file')} ({endings}); " if endings else ": "
+    raise UsageError(f"{source}: no images{among}{reasons or extensions_hint()}")
 
 
 def _entries(folder: Path) -> list[str]:
-    return [name for name in os.listdir(folder) if not listing.is_hidden(name)]
+    return [name for name in os.listdir(folder) if not is_hidden(name)]
 
 
 def _real_path(path: str) -> str:
