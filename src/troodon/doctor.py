@@ -4,15 +4,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from troodon.run import environment
-from troodon.text import with_prefix
+from troodon.text import plural, with_prefix
 
 
 @dataclass(frozen=True)
 class Doctor:
-    """What this machine can do, and what is missing."""
+    """What this machine can do, and what is missing; what the cache of remote images holds."""
+
+    empty_cache: bool = False
+    """Only empty the cache of remote images."""
 
     def run(self) -> None:
-        for line in examine():
+        for line in empty() if self.empty_cache else examine():
             print(line)
 
 
@@ -37,3 +40,19 @@ def examine() -> Iterator[str]:
     yield f"  products: {', '.join(speeds)}"
     if machine["packages"]["simplejpeg"] is None:
         yield "  simplejpeg is not installed: JPEGs decode a fifth slower (pip install 'troodon[fast]')"
+    yield _describe_cache()
+
+
+def empty() -> Iterator[str]:
+    """Empty the cache of remote images; lines to print."""
+    from troodon.images import files
+
+    yield f"emptied:{_describe_cache()}"
+    files.empty_cache()
+
+
+def _describe_cache() -> str:
+    from troodon.images import files
+
+    count, size = files.cache_usage()
+    return f"  cache of remote images: {files.cache_folder()}, {with_prefix(size)}B in {plural(count, 'file')}"

@@ -4,7 +4,7 @@ An image is found by its container, an offset and a length, from any thread. mem
 these numbers.
 
     tar       uncompressed; the bytes are returned unchanged
-    zip       stored or deflated members; the offset is that of the member's local header
+    zip       stored or deflated members, whose checksums are compared; the offset is that of the local header
     Parquet   a column of bytes, or of structs with a field `bytes`; the offset is the row number. A row group is
               decompressed whole: the last few are cached, which makes sequential reading fast
 """
@@ -29,6 +29,7 @@ from troodon.images import files
 MAX_IMAGE_BYTES = 1 << 30  # a larger file only has the name of an image (arrays may be any size), and is not read
 CACHED_ROW_GROUPS = 8  # row groups of Parquet files kept decompressed
 ZIP_HEADER = struct.Struct("<4s5H3L2H")  # the local header of a zip member (APPNOTE.TXT, 4.3.7)
+ZIP_DESCRIPTOR_FLAG = 1 << 3  # checksum and lengths are behind the data (APPNOTE.TXT, 4.4.4)
 COLUMN_SEPARATOR = "#"  # between the path of a Parquet file and the name of its image column
 
 
@@ -38,13 +39,19 @@ def kind(path: str) -> str | None:
     return extension if extension in ("tar", "zip", "parquet") else None
 
 
+def file_of(container: str) -> str:
+    """The path or URL of the file that is the container: without the column, if it is Parquet."""
+    path = container.rpartition(COLUMN_SEPARATOR)[0]
+    return path if kind(path) == "parquet" else container
+
+
 def read(container: str, offset: int, length: int) -> bytes:
     """Read the bytes of one image. Raises OSError if they are not there, or are too many."""
     if length > MAX_IMAGE_BYTES:
         raise OSError(f"{length:,} bytes are more than the limit of {MAX_IMAGE_BYTES:,}")
-    path, _, column = container.rpartition(COLUMN_SEPARATOR)
-    if kind(path) == "parquet":
-        return _read_cell(path, column, offset)
+    path = file_of(container)
+    if path != container:
+        return _read_cell(path, container[len(path) + 1 :], offset)
     if kind(container) == "zip":
         return _read_zip_member(container, offset, length)
     if kind(container) != "tar" and not files.REMOTE.match(container):
@@ -55,12 +62,27 @@ def read(container: str, offset: int, length: int) -> bytes:
 def _read_zip_member(container: str, offset: int, length: int) -> bytes:
     """Read and decompress a member of a zip. The lengths in its header are not trusted; the end of its data is."""
     header = ZIP_HEADER.unpack(files.read(container, offset, ZIP_HEADER.size))
-    magic, *_, method, _, _, _, _, _, name_length, extra_length = header
+    magic, _, flags, method, _, _, checksum, _, stored_length, name_length, extra_length = header
     if magic != b"PK\x03\x04" or method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise OSError(f"{container}: no file begins at {offset:,}; it has changed since it was listed")
-    data = files.read(container, offset + ZIP_HEADER.size + name_length + extra_length, length)
-    if method == zipfile.ZIP_STORED:
+    start = offset + ZIP_HEADER.size + name_length + extra_length
+    is_behind = bool(flags & ZIP_DESCRIPTOR_FLAG)
+    stored = files.read(container, start, length + 8 * is_behind)
+    stored, descriptor = stored[:length], stored[length:]
+    data = stored if method == zipfile.ZIP_STORED else _inflate(container, offset, stored)
+    checksums = {checksum}
+    if is_behind:  # with or without a signature
+        checksums = {int.from_bytes(descriptor[:4], "little")}
+        if descriptor[:4] == b"PK\x07\x08":
+            checksums.add(int.from_bytes(descriptor[4:], "little"))
+    elif not checksum and not stored_length:  # this writer left them out
         return data
+    if zlib.crc32(data) not in checksums:
+        raise OSError(f"{container}: damaged at {offset:,} (its checksum, CRC-32, is another)")
+    return data
+
+
+def _inflate(container: str, offset: int, data: bytes) -> bytes:
     decompressor = zlib.decompressobj(-15)
     try:
         data = decompressor.decompress(data, MAX_IMAGE_BYTES)
@@ -86,7 +108,8 @@ class _ParquetColumn:
     """The image column of an open Parquet file."""
 
     def __init__(self, path: str, column: str):
-        is_local = not files.REMOTE.match(path)
+        if is_local := not files.REMOTE.match(path):
+            files.require_file(path)
         self.file = pq.ParquetFile(path if is_local else files.open_file(path), memory_map=is_local)
         counts = [self.file.metadata.row_group(i).num_rows for i in range(self.file.num_row_groups)]
         self.group_starts = np.cumsum([0, *counts])
@@ -127,13 +150,14 @@ _columns, _groups = _Cache(256), _Cache(CACHED_ROW_GROUPS)
 
 
 def _read_cell(path: str, column_name: str, row: int) -> bytes:
+    key = (path, column_name, files.modified(path))  # a file that is written anew is opened anew
     try:
-        column = _columns.get((path, column_name), lambda: _ParquetColumn(path, column_name))
+        column = _columns.get(key, lambda: _ParquetColumn(path, column_name))
         starts = column.group_starts
         number = int(np.searchsorted(starts, row, "right")) - 1
         if not 0 <= row < starts[-1]:
             raise OSError(f"{path}: has no row {row:,}; it has changed since it was listed")
-        group = _groups.get((path, column_name, number), lambda: column.read_group(number))
+        group = _groups.get((*key, number), lambda: column.read_group(number))
         value = group[row - int(starts[number])].as_py()
     except (pa.ArrowException, KeyError) as error:
         raise OSError(f"{path}: {' '.join(str(error).split())[:200]}") from None
