@@ -16,7 +16,7 @@ from numpy import ndarray
 from PIL import Image
 
 from troodon.curate.context import CurationContext
-from troodon.images.decode import BadImage, decode
+from troodon.images.decode import BadImage
 from troodon.images.reading import read_batches
 
 # Shape suffixes: N rows, M other rows, G rows and columns of a thumbnail, C channels.

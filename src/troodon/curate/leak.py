@@ -32,7 +32,7 @@ from troodon.curate.dedup import Edges, components
 from troodon.curate.encoder import CopyEncoder
 from troodon.curate.stage import Counts, ProgressLine, unit_counts
 from troodon.curate.thresholds import limit_size
-from troodon.images.decode import BadImage, decode
+from troodon.images.decode import BadImage
 from troodon.images.index import Index
 from troodon.images.reading import map_ordered
 from troodon.search.exact import iter_pairs_above

@@ -15,7 +15,6 @@ from troodon.curate.config import CurateConfig
 from troodon.curate.context import CurationContext
 from troodon.curate.encoder import CopyEncoder
 from troodon.curate.hashes import perceptual_hash
-from troodon.images.decode import decode
 from troodon.images.index import Index
 from troodon.images.reading import read_batches
 

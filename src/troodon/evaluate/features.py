@@ -191,7 +191,7 @@ def dataset_fingerprint(index: Index, *columns: str) -> str:
 
 def files_fingerprint(index: Index, *columns: str) -> str:
     """Fingerprint of the images, their order and these columns. It changes when one of the files changes."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(str(index.range).encode() if index.range else b"")
     for name in ("path", "container", "offset", "length", *columns):
         digest.update("\0".join(map(str, index.column(name))).encode())
     for container in sorted(set(index.column("container"))):

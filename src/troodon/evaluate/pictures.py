@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from troodon.evaluate.features import FrozenFeatures
-from troodon.images.decode import decode, to_rgb
+from troodon.images.decode import to_rgb
 from troodon.images.index import Index
 from troodon.run import write_bytes
 from troodon.search.exact import top_k
@@ -88,14 +88,14 @@ def draw_neighbours(
     for position, (query, scores_K, rows_K) in enumerate(zip(queries, score_MK, row_MK, strict=True)):
         y, row = edge + position * (cell + caption_height + gap), int(val_features.rows[query])
         query_label = val.table["label"][row].as_py()
-        _thumbnail(page, (edge, y), cell, decode(val.read(row), channels=None), None, query_label or "", INK)
+        _thumbnail(page, (edge, y), cell, val.decode(row, None), None, query_label or "", INK)
         for rank, (score, row_position) in enumerate(zip(scores_K, rows_K, strict=True)):
             row = int(train_features.rows[row_position])
             label = train.table["label"][row].as_py()
             frame = None if None in (query_label, label) else RIGHT if label == query_label else WRONG
             caption = f"{score:.2f}" if label is None or label == query_label else f"{score:.2f}  {label}"
             x = edge + cell + query_gap + rank * (cell + gap)
-            _thumbnail(page, (x, y), cell, decode(train.read(row), channels=None), frame, caption, GREY)
+            _thumbnail(page, (x, y), cell, train.decode(row, None), frame, caption, GREY)
     _save(page, path)
 
 

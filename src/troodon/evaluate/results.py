@@ -49,7 +49,9 @@ def view(backbone: Any) -> dict:
     preprocessing = getattr(backbone, "preprocessing", None)
     if preprocessing is None:
         return {"transform": backbone.name}
-    return to_dict(preprocessing) | {"compute": str(getattr(backbone, "compute", torch.float32)).removeprefix("torch.")}
+    return preprocessing.as_dict() | {
+        "compute": str(getattr(backbone, "compute", torch.float32)).removeprefix("torch.")
+    }
 
 
 def likeness(backbone: Any, images: str, **settings: Any) -> dict:

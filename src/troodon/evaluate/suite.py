@@ -25,7 +25,6 @@ from troodon.evaluate.results import Result, releases, versions, view
 from troodon.evaluate.retrieve import detect_copies, retrieve
 from troodon.evaluate.sets.benchmark import Benchmark
 from troodon.evaluate.split import describe_split, labelled, split
-from troodon.images.decode import decode
 from troodon.images.index import Index
 
 ProtocolFunction = Callable[[Any, Benchmark, EvaluateConfig, Reader], Iterator[Result]]
@@ -178,4 +177,4 @@ def _draw_pictures(
     if val_features.mean_NLD.shape[-1]:
         labels = [val.table["label"][int(row)].as_py() for row in val_features.rows]
         rows = val_features.rows[spread_over_classes(labels, 3 * PAIRS)]
-        draw_pca(backbone, [decode(val.read(int(row)), backbone.channels) for row in rows], folder / "pca.png")
+        draw_pca(backbone, [val.decode(int(row), backbone.channels) for row in rows], folder / "pca.png")

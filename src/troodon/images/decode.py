@@ -1,19 +1,10 @@
 """Decode bytes to pixels: the only module that handles broken and hostile files.
 
 Everything that can be wrong with a file is raised as `BadImage`, with a status that can be counted. The file name plays
-no part. Images give RGB, grey, or the four channels of the file (RGBA, CMYK); NumPy's .npy gives any number of
-channels: uint8 or uint16, (H, W, C) or (H, W). No channel is added or dropped, except between grey and colour images.
-All choices that change pixels are made here:
-
-    orientation     the EXIF tag is applied
-    animation       the first frame
-    transparency    composited on white, also for palettes
-    16-bit grey     the high byte, which Pillow also keeps of 16-bit colour
-    32-bit grey     integers in [0, 255] unchanged, in [0, 65535] as 16-bit; floats in [0, 1] times 255;
-                    any other range is scaled from its minimum and maximum to the full range
-    CMYK, LAB ...   Pillow's conversion; colour profiles are ignored, as in the training of the released models
-    colour to grey  0.299, 0.587, 0.114 of red, green and blue: Pillow's "L"
-    16-bit arrays   the high byte
+no part. Images give RGB, grey, or the four channels of the file (RGBA, CMYK, a TIFF's red, green, blue and near
+infrared); NumPy's .npy gives any number of channels: uint8 or uint16, (H, W, C) or (H, W); with a range also other
+numbers. No channel is added or dropped, except between grey and colour images. An animation gives its first frame. What
+else changes pixels is decided in troodon/pixels.py, in the same way for files and for pictures in memory.
 
 JPEGs are decoded by simplejpeg if it is installed (extra `fast`): the same pixels, 1.2 to 1.9 times the images per
 second. It is as strict as Pillow about truncated files, and Pillow decodes what it refuses.
@@ -22,6 +13,7 @@ second. It is as strict as Pillow about truncated files, and Pillow decodes what
 import contextlib
 import io
 import math
+import os
 import re
 import struct
 import warnings
@@ -29,7 +21,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+
+from troodon.config import UsageError
+from troodon.pixels import BadImage, Range, band_count, of_pillow, orientation, to_uint8, upright
+from troodon.pixels import to_grey as to_grey  # for those who decode
 
 try:
     import simplejpeg
@@ -38,6 +34,8 @@ except ImportError:
 HAS_SIMPLEJPEG = simplejpeg is not None
 
 MAX_PIXELS = 100_000_000
+LIMIT = "TROODON_MAX_MEGAPIXELS"  # environment variable: another limit, in millions of pixels
+MAX_TEXT = 1 << 26  # bytes of one text in a PNG, and a quarter of all: microscopes write megabytes
 
 # Raster formats that Pillow reads by itself. Excluded: formats that start a program (EPS), need an operating system
 # (WMF) or a plugin (HDF5, GRIB), or are defined so loosely that text passes for them.
@@ -59,17 +57,8 @@ MAX_NPY_HEADER = 1024  # characters: parsing a longer header could be made expen
 warnings.filterwarnings("ignore", module=r"PIL\.")
 if Image.MAX_IMAGE_PIXELS is not None:
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MAX_PIXELS)
-
-
-class BadImage(Exception):
-    """Bytes that cannot be decoded. `status` is "empty", "not an image", "truncated", "too large" or "decode error"."""
-
-    def __init__(self, status: str, reason: str):
-        super().__init__(status, reason)
-        self.status, self.reason = status, reason
-
-    def __str__(self) -> str:
-        return f"{self.status}: {self.reason}"
+PngImagePlugin.MAX_TEXT_CHUNK = MAX_TEXT  # pyrefly: ignore[bad-assignment]
+PngImagePlugin.MAX_TEXT_MEMORY = 4 * MAX_TEXT  # pyrefly: ignore[bad-assignment]
 
 
 @dataclass(frozen=True)
@@ -86,19 +75,35 @@ class ImageHeader:
     channels: int
 
 
-def decode(data: bytes, channels: int | None = 3, reduction: Callable[[int, int], int] | None = None) -> np.ndarray:
+def decode(
+    data: bytes,
+    channels: int | None = 3,
+    reduction: Callable[[int, int], int] | None = None,
+    range: Range | None = None,
+) -> np.ndarray:
     """Decode an image to uint8 (H, W, channels), upright and writable: RGB for 3 channels, grey for 1.
 
-    With None, images give RGB, and arrays all their channels. Raises BadImage, also if the image does not have these
-    channels, and nothing else. Thread-safe.
+    With None, images give RGB, and arrays all their channels. Values of more than 8 bits become 8 as `pixels` says, by
+    the `range` if there is one. Raises BadImage, also if the image does not have these channels, and nothing else but
+    UsageError for a wrong limit of size. Thread-safe.
 
     `reduction` is called with the height and width, and returns by which factor the image may be reduced: 1, 2, 4 or 8.
     A JPEG is then decoded at that size, much faster, from fewer of its frequencies, with sides rounded up; images of
     other formats keep their size.
     """
+    return as_bytes(decode_values(data, channels, reduction, range), data, channels, range)
+
+
+def decode_values(
+    data: bytes,
+    channels: int | None = 3,
+    reduction: Callable[[int, int], int] | None = None,
+    range: Range | None = None,
+) -> np.ndarray:
+    """What `decode` makes 8 bits of: values (H, W, C) as the file has them, upright."""
     with _as_bad_image(data):
         if data.startswith(NPY_MAGIC):
-            array = _decode_npy(data, channels)
+            array = _decode_npy(data, channels, range)
             if reduction is not None:
                 reduction(*array.shape[:2])
             return array
@@ -107,20 +112,18 @@ def decode(data: bytes, channels: int | None = 3, reduction: Callable[[int, int]
                 factor = reduction(*_upright_size(image)[::-1])
                 if factor > 1 and image.format == "JPEG":
                     image.draft(None, (image.width // factor, image.height // factor))
-            if channels not in (1, 3, None):
-                pixels = _decode_bands(image, channels)
-            elif (pixels := _decode_jpeg(data, image)) is None:
-                image.load()
-                pixels = _convert_to_rgb(image)
-            if channels == 1:
-                pixels = to_grey(pixels)
-            return np.ascontiguousarray(_upright(pixels, _orientation(image)))
+            fast = _decode_jpeg(data, image) if channels in (1, 3, None) else None
+            return of_pillow(image, channels, range) if fast is None else upright(fast, orientation(image))
+
+
+def as_bytes(values_HWC: np.ndarray, data: bytes, channels: int | None = 3, range: Range | None = None) -> np.ndarray:
+    """uint8 (H, W, channels), writable, of what `decode_values` has read from `data`."""
+    return to_uint8(values_HWC, 3 if channels is None and not data.startswith(NPY_MAGIC) else channels, range)
 
 
 def pillow_to_array(image: Image.Image) -> np.ndarray:
     """The pixels of an open Pillow image, uint8 (H, W, 3), upright. Raises whatever Pillow raises."""
-    image.load()
-    return np.ascontiguousarray(_upright(_convert_to_rgb(image), _orientation(image)))
+    return to_uint8(of_pillow(image), 3)
 
 
 def decode_single_channel(data: bytes) -> np.ndarray:
@@ -141,11 +144,6 @@ def decode_single_channel(data: bytes) -> np.ndarray:
         return values
 
 
-def to_grey(pixels_HW3: np.ndarray) -> np.ndarray:
-    """Convert RGB to grey: uint8 (H, W, 1)."""
-    return np.array(Image.fromarray(pixels_HW3).convert("L"))[:, :, None]
-
-
 def to_rgb(pixels_HWC: np.ndarray) -> np.ndarray:
     """Convert any number of channels to uint8 (H, W, 3) for display: the first three, or the first of fewer as grey."""
     return pixels_HWC[:, :, :3] if pixels_HWC.shape[2] >= 3 else np.repeat(pixels_HWC[:, :, :1], 3, axis=2)
@@ -158,14 +156,31 @@ def read_header(data: bytes) -> ImageHeader:
             (height, width, channels), dtype, *_ = _npy_header(data)
             return ImageHeader("NPY", f"{channels} x {dtype.name}", width, height, channels)
         with _open(data) as image:
-            return ImageHeader(image.format or "", image.mode, *_upright_size(image), len(image.getbands()))
+            return ImageHeader(image.format or "", image.mode, *_upright_size(image), band_count(image))
 
 
 def _open(data: bytes) -> Image.Image:
+    limit = max_pixels()
     image = Image.open(io.BytesIO(data), formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
+    if image.width * image.height > limit:
         raise _too_large(image.width * image.height)
     return image
+
+
+def max_pixels() -> int:
+    """The most pixels that an image may have: MAX_PIXELS, or a million times what TROODON_MAX_MEGAPIXELS says."""
+    text = os.environ.get(LIMIT)
+    if text is None:
+        return MAX_PIXELS
+    try:
+        limit = round(float(text) * 1e6)
+    except (ValueError, OverflowError):
+        limit = 0
+    if limit < 1:
+        raise UsageError(f"{LIMIT} {text!r}: a number of megapixels, such as {MAX_PIXELS // 1_000_000}")
+    if Image.MAX_IMAGE_PIXELS is not None:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, limit)
+    return limit
 
 
 def _decode_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
@@ -182,29 +197,19 @@ def _decode_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
     return pixels if pixels.shape == (image.height, image.width, 3) else None
 
 
-def _decode_bands(image: Image.Image, channels: int) -> np.ndarray:
-    """uint8 (H, W, 4) of an image with four channels. No other number has the same meaning in every format."""
-    bands = len(image.getbands())
-    if not bands == channels == 4:
-        hint = "; convert it to .npy" if image.format == "TIFF" else ""
-        raise BadImage("decode error", f"channels: {bands} ({image.mode}), wanted: {channels}{hint}")
-    image.load()
-    return np.array(image)
-
-
-def _decode_npy(data: bytes, channels: int | None) -> np.ndarray:
-    """Decode the bytes of a .npy file to uint8 (H, W, C)."""
-    shape, dtype, is_fortran, start = _npy_header(data)
+def _decode_npy(data: bytes, channels: int | None, range: Range | None) -> np.ndarray:
+    """The values (H, W, C) of a .npy file."""
+    shape, dtype, is_fortran, start = _npy_header(data, range)
     if shape[2] != (channels or shape[2]):
         raise BadImage("decode error", f"channels: {shape[2]}, wanted: {channels}")
     count = math.prod(shape)
     if (missing := start + count * dtype.itemsize - len(data)) > 0:
         raise BadImage("truncated", f"the last {missing:,} bytes of an array of {count * dtype.itemsize:,} are missing")
     pixels = np.frombuffer(data, dtype, count, start).reshape(shape, order="F" if is_fortran else "C")
-    return np.array(_to_8_bit(pixels) if dtype.itemsize == 2 else pixels, order="C")
+    return np.array(pixels, order="C")
 
 
-def _npy_header(data: bytes) -> tuple[tuple[int, int, int], np.dtype, bool, int]:
+def _npy_header(data: bytes, range: Range | None = None) -> tuple[tuple[int, int, int], np.dtype, bool, int]:
     """The header of a .npy file: (H, W, C), data type, whether in Fortran order, and offset of the data."""
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
@@ -212,63 +217,21 @@ def _npy_header(data: bytes) -> tuple[tuple[int, int, int], np.dtype, bool, int]
         raise BadImage("decode error", f"a .npy file of version {version[0]}.{version[1]}; 1.0 and 2.0 can be read")
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, is_fortran, dtype = read(file, max_header_size=MAX_NPY_HEADER)
-    if dtype.kind != "u" or dtype.itemsize > 2:
-        raise BadImage("decode error", f"an array of {dtype.name} where uint8 or uint16 is wanted")
+    if dtype.name not in ("uint8", "uint16") and (range is None or dtype.kind not in "iuf"):
+        hint = "; set --range, or convert it" if dtype.kind in "iuf" else ""
+        raise BadImage("decode error", f"an array of {dtype.name} where uint8 or uint16 is wanted{hint}")
     if len(shape) not in (2, 3) or min(shape) < 1:
         raise BadImage("decode error", f"an array of shape {shape} where (H, W) or (H, W, C) is wanted")
     height, width, channels = (*shape, 1)[:3]
-    if height * width > MAX_PIXELS:
+    if height * width > max_pixels():
         raise _too_large(height * width)
     return (height, width, channels), dtype, is_fortran, file.tell()
-
-
-def _convert_to_rgb(image: Image.Image) -> np.ndarray:
-    """uint8 (H, W, 3) of a loaded image of any mode."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        return np.repeat(_to_8_bit(np.asarray(image))[:, :, None], 3, axis=2)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        flat = Image.new("RGB", image.size, "white")
-        flat.paste(image, mask=image.getchannel("A"))
-        image = flat
-    return np.array(image.convert("RGB"))
-
-
-def _to_8_bit(grey: np.ndarray) -> np.ndarray:
-    """Convert values of 16 bits, or grey (H, W) of 32 bits, to 8 bits."""
-    if grey.dtype.kind == "u" and grey.dtype.itemsize == 2:
-        return (grey >> 8).astype(np.uint8)
-    finite = grey[np.isfinite(grey)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-    if grey.dtype.kind != "f" and low >= 0 and high <= 65535:
-        return (grey if high <= 255 else grey >> 8).astype(np.uint8)
-    if grey.dtype.kind != "f" or low < 0 or high > 1:
-        with np.errstate(invalid="ignore"):  # from NaN and infinity
-            grey = (grey.astype(np.float64) - low) / max(high - low, np.finfo(np.float64).tiny)
-    return (np.nan_to_num(np.clip(grey, 0, 1)) * 255).round().astype(np.uint8)
-
-
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 where there is none or the EXIF block is broken."""
-    try:
-        value = image.getexif().get(0x0112, 1)
-    except Exception:  # broken metadata does not make an image unusable
-        return 1
-    return value if value in range(1, 9) else 1
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     """Width and height, upright. Pillow swaps the size of a TIFF when it opens it, and of no other format."""
     width, height = image.size
-    return (height, width) if image.format != "TIFF" and _orientation(image) >= 5 else (width, height)
-
-
-def _upright(x: np.ndarray, orientation: int) -> np.ndarray:
-    """Turn (H, W, C) upright as EXIF says (table 6 of the standard: where row 0 and column 0 lie)."""
-    if orientation >= 5:
-        x = x.swapaxes(0, 1)
-    flip_rows, flip_columns = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
-    return x[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
+    return (height, width) if image.format != "TIFF" and orientation(image) >= 5 else (width, height)
 
 
 @contextlib.contextmanager
@@ -278,7 +241,7 @@ def _as_bad_image(data: bytes) -> Iterator[None]:
         raise BadImage("empty", "0 bytes")
     try:
         yield
-    except BadImage:
+    except (BadImage, UsageError):
         raise
     except UnidentifiedImageError:
         raise _unidentified(data) from None
@@ -293,7 +256,8 @@ def _as_bad_image(data: bytes) -> Iterator[None]:
 
 
 def _too_large(pixels: int) -> BadImage:
-    return BadImage("too large", f"{pixels:,} pixels are more than the limit of {MAX_PIXELS:,}")
+    limit = f"the limit of {max_pixels():,}, which the environment variable {LIMIT} sets"
+    return BadImage("too large", f"{pixels:,} pixels are more than {limit}")
 
 
 def _unidentified(data: bytes) -> BadImage:

@@ -17,9 +17,10 @@ own, and is shared by all processes of a machine.
 
 import hashlib
 import itertools
+import json
 import mmap
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ import pyarrow.parquet as pq
 
 from troodon.config import UsageError
 from troodon.images import containers, files
+from troodon.images.decode import decode
+from troodon.pixels import Range, check_range
 
 SCHEMA = pa.schema(
     [
@@ -44,6 +47,7 @@ SCHEMA = pa.schema(
 )
 MIN_MAPPED_IMAGES = 1_000_000  # a longer index is also saved for memory mapping
 MAPPED_BATCH_ROWS = 1 << 16  # rows of a record batch of the mapped file
+RANGE = b"range"  # name of the range in the metadata of a saved table
 READS_PER_RELEASE = 256  # reads after which a process releases the pages of its mapping; the kernel may keep them
 
 
@@ -57,6 +61,7 @@ class Index:
     source_lengths: tuple[int, ...] = ()  # rows of each source; all from one if empty
     mapped_path: Path | None = None  # the mapped file, if the table is all of it
     fingerprint: str | None = None  # that of the artifact which a mapped table belongs to
+    range: Range | None = None  # values of more than 8 bits that become 0 and 255; None: by their type (pixels.py)
     mapping: mmap.mmap | None = field(default=None, compare=False, repr=False)
     read_counter: Iterator[int] = field(default_factory=itertools.count, compare=False, repr=False)
 
@@ -70,7 +75,7 @@ class Index:
     def is_remote(self) -> bool:
         """Whether the images are remote; tests the first and last row only, since there may be very many."""
         ends = [self.table["container"][row].as_py() for row in (0, -1)] if len(self) else []
-        return any(files.REMOTE.match(self._located(container)) is not None for container in ends)
+        return any(files.REMOTE.match(self.located(container)) is not None for container in ends)
 
     @property
     def packing_helps(self) -> bool:
@@ -86,6 +91,10 @@ class Index:
             raise UsageError(f"threads {threads}: must be 0, which is one per processor, or more")
         return threads or (files.MAX_REMOTE_READS if self.is_remote else min(16, os.cpu_count() or 1))
 
+    def file(self, row: int) -> str:
+        """The path or URL of the file that holds an image."""
+        return containers.file_of(self.located(self.location(row)[0]))
+
     def column(self, name: str) -> list:
         return self.table[name].to_pylist()
 
@@ -94,7 +103,13 @@ class Index:
         container, offset, length = self.location(row)
         if container in self.datasets:
             return containers.read_item(self.datasets[container], offset)
-        return containers.read(self._located(container), offset, length)
+        return containers.read(self.located(container), offset, length)
+
+    def decode(
+        self, row: int, channels: int | None = 3, reduction: Callable[[int, int], int] | None = None
+    ) -> np.ndarray:
+        """The pixels of one image, uint8 (H, W, channels), by the range of this index. Raises BadImage or OSError."""
+        return decode(self.read(row), channels, reduction, self.range)
 
     def location(self, row: int) -> tuple[str, int, int]:
         """Container, offset and length, as listed."""
@@ -108,7 +123,7 @@ class Index:
         table = self.table.select(SCHEMA.names)
         if not self.base:
             return table
-        located = pa.array([self._located(c) for c in self.column("container")], pa.string())
+        located = pa.array([self.located(c) for c in self.column("container")], pa.string())
         return table.set_column(table.schema.get_field_index("container"), "container", located)
 
     def take(self, rows: Sequence[int] | np.ndarray) -> "Index":
@@ -122,11 +137,21 @@ class Index:
         table = self.table.set_column(place, "label", pa.nulls(len(self), pa.string()))
         return replace(self, table=table, mapped_path=None, fingerprint=None, mapping=None)
 
+    def with_range(self, range: Range | None) -> "Index":
+        """The same images with this range of values, which is saved with them; None changes nothing."""
+        if check_range(range) is None or range == self.range:
+            return self
+        low, high = map(float, range or ())
+        metadata = (self.table.schema.metadata or {}) | {RANGE: json.dumps([low, high]).encode()}
+        return replace(self, table=self.table.replace_schema_metadata(metadata), range=(low, high))
+
     def content_hash(self) -> str:
-        """A hash of the table: names, locations, lengths, labels and splits. No image is read."""
-        if self.fingerprint is not None:
+        """A hash of the table: names, locations, lengths, labels and splits; and of the range. No image is read."""
+        if self.fingerprint is not None and self.range is None:
             return self.fingerprint
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(f"{self.fingerprint} {self.range}".encode() if self.range else b"")
+        if self.fingerprint is not None:
+            return digest.hexdigest()
         for name in SCHEMA.names:
             digest.update("\0".join(map(str, self.column(name))).encode() + b"\n")
         return digest.hexdigest()
@@ -136,7 +161,10 @@ class Index:
         pq.write_table(self.table, path, compression="zstd")
         if len(self) > MIN_MAPPED_IMAGES:
             table = replace(self, table=usable_rows(self.table)).table.select(SCHEMA.names)
-            with pa.OSFile(str(path.with_suffix(".arrow")), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+            with (
+                pa.OSFile(str(path.with_suffix(".arrow")), "wb") as file,
+                pa.ipc.new_file(file, table.schema) as writer,
+            ):
                 writer.write_table(table, max_chunksize=MAPPED_BATCH_ROWS)
 
     @staticmethod
@@ -145,13 +173,14 @@ class Index:
         return Index(pq.read_table(path))
 
     @staticmethod
-    def open_mapped(path: Path, base: str = "", fingerprint: str | None = None) -> "Index":
+    def open_mapped(path: Path, base: str = "", fingerprint: str | None = None, range: Range | None = None) -> "Index":
         """Map the usable rows of a saved index from its Arrow file."""
         with open(path, "rb") as file:
             mapping = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         mapping.madvise(mmap.MADV_RANDOM)  # rows are read in random order: reading ahead would be wasted
         table = pa.ipc.open_file(pa.py_buffer(mapping)).read_all()
-        return Index(table, base=base, mapped_path=path, fingerprint=fingerprint, mapping=mapping)
+        range = range or saved_range(table)
+        return Index(table, base=base, mapped_path=path, fingerprint=fingerprint, mapping=mapping, range=range)
 
     @staticmethod
     def concat(parts: Sequence["Index"]) -> "Index":
@@ -163,16 +192,29 @@ class Index:
             for key, value in part.datasets.items():
                 if datasets.setdefault(key, value) is not value:
                     raise UsageError(f"{key}: two datasets have this name; `troodon.pack` one of them first")
+        if len(ranges := list(dict.fromkeys(part.range for part in parts if part.range))) > 1:
+            raise UsageError(f"the sets have different ranges ({ranges[0]}, {ranges[1]}); set one --range for all")
         table = pa.concat_tables([p.located_table() for p in parts]).combine_chunks()
-        return Index(table, datasets=datasets, source_lengths=tuple(map(len, parts)))
+        index = Index(table, datasets=datasets, source_lengths=tuple(map(len, parts)))
+        return index.with_range(ranges[0] if ranges else None)
 
-    def _located(self, container: str) -> str:
+    def located(self, container: str) -> str:
+        """The full path or URL of a container."""
         return container if not self.base or files.REMOTE.match(container) else join_path(self.base, container)
 
     def __reduce__(self) -> tuple:
         if self.mapped_path is not None:  # each process maps the file itself, and all share its pages
-            return Index.open_mapped, (self.mapped_path, self.base, self.fingerprint)
-        return Index, (self.table, self.base, self.datasets, self.source_lengths)
+            return Index.open_mapped, (self.mapped_path, self.base, self.fingerprint, self.range)
+        return Index, (self.table, self.base, self.datasets, self.source_lengths, None, None, self.range)
+
+
+def saved_range(table: pa.Table) -> Range | None:
+    """The range that a saved table has."""
+    text = (table.schema.metadata or {}).get(RANGE)
+    if not text:
+        return None
+    low, high = json.loads(text)
+    return low, high
 
 
 def usable_rows(table: pa.Table) -> pa.Table:

@@ -27,8 +27,8 @@ from troodon.config import UsageError, to_dict
 from troodon.learn.config import PretrainConfig
 from troodon.learn.method import Method
 from troodon.learn.parallel import empty
-from troodon.model.backbone import Backbone, from_state_dict
 from troodon.model.config import Preprocessing
+from troodon.model.saved import SavedViT
 from troodon.run import environment, read_manifest, write_json
 
 
@@ -79,7 +79,7 @@ class Saver:
 
     def restore(self, checkpoint: Path) -> None:
         """Copy the backbone of a checkpoint into the run, if a kill came between the two."""
-        saved = Backbone.load(checkpoint / "backbone")
+        saved = SavedViT.load(checkpoint / "backbone")
         if (read_manifest(self.run / "backbone") or {}).get("fingerprint") != saved.fingerprint:
             saved.save(self.run / "backbone")
 
@@ -96,7 +96,7 @@ class Saver:
 
     def _complete(self, partial: Path, weights: dict[str, Tensor], progress: TrainingProgress) -> None:
         name, config = self.run.resolve().name, self.config
-        backbone = from_state_dict(weights, config.vit, self.preprocessing, name=name)
+        backbone = SavedViT.from_state_dict(weights, config.vit, self.preprocessing, name=name)
         backbone.save(partial / "backbone")
         text = {"progress": asdict(progress), "config": to_dict(config), "environment": environment()}
         write_json(partial / "run.json", text | {"images_seen": progress.step * config.batch})

@@ -28,7 +28,7 @@ from troodon.learn.objective import ANCHOR
 from troodon.learn.parallel import build, build_anchor, first_weights
 from troodon.learn.recorder import Probe, Recorder, preprocessing
 from troodon.learn.teacher import Build, FrozenTeacher, Teacher, no_teachers
-from troodon.model.backbone import Backbone
+from troodon.model.saved import SavedViT
 from troodon.run import Interrupted, environment, read_manifest, say, write_bytes, write_json, write_manifest
 from troodon.views.crops import Attack
 from troodon.views.image_source import ImageSource
@@ -42,7 +42,7 @@ class Task:
 
     config: PretrainConfig
     out: Path
-    init: Backbone | None = None
+    init: SavedViT | None = None
     heads: dict[str, Tensor] | None = None
     probe: Probe | None = None
     before: Callable[[PretrainConfig, Path], None] | None = None

@@ -17,7 +17,7 @@ from troodon.config import UsageError
 from troodon.learn.config import ParallelConfig, PretrainConfig
 from troodon.learn.network import Network
 from troodon.learn.objective import CLS_TARGETS
-from troodon.model.backbone import Backbone
+from troodon.model.saved import SavedViT
 from troodon.model.vit import ViT, regrid
 
 # FSDP warns of in-place operations on outputs of a network; there are none.
@@ -50,7 +50,7 @@ def empty(config: PretrainConfig, teachers: Sequence[int] = ()) -> Network:
 
 def first_weights(
     config: PretrainConfig,
-    init: Backbone | None,
+    init: SavedViT | None,
     heads: dict[str, Tensor] | None = None,
     teachers: Sequence[int] = (),
 ) -> dict[str, Tensor]:

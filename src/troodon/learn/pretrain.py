@@ -12,7 +12,7 @@ from troodon.learn import engine, loggers
 from troodon.learn.config import PretrainConfig, fits
 from troodon.learn.engine import Task
 from troodon.learn.recorder import Probe
-from troodon.model.backbone import Backbone
+from troodon.model.saved import SavedViT
 from troodon.views.crops import Attack
 from troodon.views.image_source import ImageSource
 from troodon.views.order import check_weights
@@ -23,7 +23,7 @@ def pretrain(
     index: ImageSource,
     out: Path,
     *,
-    init: Backbone | None = None,
+    init: SavedViT | None = None,
     heads: dict[str, Tensor] | None = None,
     probe: Probe | None = None,
     before: Callable[[PretrainConfig, Path], None] | None = None,
@@ -42,14 +42,14 @@ def pretrain(
     return out / "backbone"
 
 
-def check(config: PretrainConfig, index: ImageSource, init: Backbone | None, ranks: int) -> None:
+def check(config: PretrainConfig, index: ImageSource, init: SavedViT | None, ranks: int) -> None:
     """UsageError for a config that cannot train on these images, on so many ranks."""
     if config.objective.features:
         raise UsageError("objective.terms cls_features and patch_features need a teacher: see troodon distill")
     check_common(config, index, init, ranks)
 
 
-def check_common(config: PretrainConfig, index: ImageSource, init: Backbone | None, ranks: int) -> None:
+def check_common(config: PretrainConfig, index: ImageSource, init: SavedViT | None, ranks: int) -> None:
     """UsageError for settings, images and first weights that do not fit, in pretraining and in distillation."""
     fits(config, ranks)
     loggers.check(config.log_to)
@@ -60,7 +60,7 @@ def check_common(config: PretrainConfig, index: ImageSource, init: Backbone | No
         same_network(config, init)
 
 
-def same_network(config: PretrainConfig, init: Backbone) -> None:
+def same_network(config: PretrainConfig, init: SavedViT) -> None:
     """UsageError, with the differences, for first weights of another network."""
     ours, theirs = to_dict(dataclasses.replace(config.vit, drop_path=0.0)), to_dict(init.config)
     free = ("vit.drop_path", "vit.layer_scale", "vit.grid")  # positions are resized to another grid

@@ -21,14 +21,14 @@ from troodon.learn.checkpoint import Saver, TrainingProgress
 from troodon.learn.config import PretrainConfig
 from troodon.learn.loggers import Loggers, open_loggers
 from troodon.learn.method import Method
-from troodon.model.backbone import Backbone, from_state_dict
+from troodon.model.saved import SavedViT
 from troodon.model.config import Preprocessing
 from troodon.run import MetricsFile, say, write_bytes
 from troodon.text import duration
 from troodon.views.batch import Batch
 from troodon.views.loader import Loader
 
-Probe = Callable[[Backbone], float]
+Probe = Callable[[SavedViT], float]
 WAITING = 0.2  # share of the time spent waiting for images, above which advice is given,
 WAITED = 3  # after so many records in a row
 TERMS = ("dino_global", "dino_local", "ibot", "ibot_visible", "koleo", "contrast", "gram", "cls", "patches")
@@ -199,7 +199,7 @@ class Recorder:
         weights = checkpoint.full_state_dict(self.method.ema.backbone)
         if dist.rank():
             return float("nan")
-        return self.probe(from_state_dict(weights, self.config.vit, preprocessing(self.config), name="ema"))
+        return self.probe(SavedViT.from_state_dict(weights, self.config.vit, preprocessing(self.config), name="ema"))
 
     def _show(self, record: dict) -> None:
         done, steps = record["step"] + 1, self.config.steps

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from troodon.learn.config import PretrainConfig
 from troodon.learn.network import Network
-from troodon.model.backbone import Backbone
 from troodon.model.config import ViTConfig
+from troodon.model.saved import SavedViT
 from troodon.views.batch import Batch
 
 # Shape suffixes: N global crops, P patches of a crop, D channels.
@@ -20,7 +20,7 @@ from troodon.views.batch import Batch
 class Teacher:
     """A trained network: its backbone, and of a run also its config and the heads it was trained with."""
 
-    backbone: Backbone
+    backbone: SavedViT
     run: PretrainConfig | None = None
     heads: dict[str, Tensor] | None = None
     place: str = ""  # its path, as it was given

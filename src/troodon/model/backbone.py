@@ -1,73 +1,70 @@
-"""A trained network as a folder: the one interface between training and use.
+"""A trained network for use: pictures in any form become features.
 
-    model.safetensors   the weights, under the names of the released ones
-    backbone.json       the network's config and its preprocessing
-    manifest.json       kind and fingerprint
-
-weights.py reads the weights of others into the same object.
+saved.py has its folder; weights.py reads the weights of others into the same object.
 """
 
+import copy
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from troodon.config import UsageError, fingerprint, nearest, pair, to_dict
+from troodon.config import UsageError, nearest, pair
 from troodon.model import inference
 from troodon.model.config import Preprocessing, ViTConfig
+from troodon.model.saved import SavedViT
 from troodon.model.vit import Tokens, ViT
-from troodon.run import MANIFEST, publish, read_json, write_json
+from troodon.pixels import BadImage, advice, band_count, of_array, of_pillow, to_uint8, used
+from troodon.run import say
 
 # Shape suffixes: B images, C colours, H W pixels, D channels, R registers, h w rows and columns of patches.
 
+Picture = Any  # a path, bytes, a PIL image, or an array (H, W) or (H, W, C)
 LONGEST = 4  # an image side longer than this many times what the crop needs is cut before resizing: it is never shown
 
 
 @dataclass(frozen=True)
 class Features:
-    """Frozen features of B images."""
+    """Frozen features of B images: tensors of their own, which can be trained on and changed."""
 
     cls: Tensor  # (B, D) class token after the last norm
     patches: Tensor  # (B, h, w, D)
     registers: Tensor  # (B, R, D)
     blocks: list[tuple[Tensor, Tensor]]  # class token (B, D) and mean patch (B, D) of the last blocks, earliest first
+    rows: list[int] = dataclasses.field(default_factory=list)  # which of the given images: without those left out
 
 
 @dataclass(frozen=True)
-class Backbone:
-    """A ViT for inference with its preprocessing. `read` decodes the image at a path; `troodon.load` provides it."""
+class Backbone(SavedViT):
+    """A ViT for inference with its preprocessing.
 
-    vit: ViT
-    preprocessing: Preprocessing
-    name: str
-    fingerprint: str
-    read: Callable[[str | Path], np.ndarray] | None = None
+    `read` gives the values (H, W, C) of the image at a path, or in bytes; `troodon.load` provides it.
+    """
+
+    read: Callable[[Any], np.ndarray] | None = None
     compute: torch.dtype = torch.float32
     network: ViT | None = None  # the copy of `vit` that `optimized` made for inference
 
-    @property
-    def config(self) -> ViTConfig:
-        return self.vit.config
-
-    @property
-    def channels(self) -> int:
-        return self.config.channels
-
-    @property
-    def device(self) -> torch.device:
-        return self.vit.cls_token.device
-
     def to(self, device: str | torch.device) -> "Backbone":
-        """The same backbone on a device, without what `optimized` did, which depends on the device."""
-        return dataclasses.replace(self, vit=self.vit.to(device), compute=torch.float32, network=None)
+        """The same backbone on a device, without what `optimized` did, which depends on the device.
+
+        This one stays where it is. UsageError for a data type, and for a device that is not there.
+        """
+        if isinstance(device, torch.dtype):
+            raise UsageError(f"to({device}): weights stay in fp32; optimized('bf16') gives a backbone that is faster")
+        try:
+            target = torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError, TypeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UsageError(f"device {str(device)!r}: not on this machine ({reason})") from None
+        vit = self.vit if target == self.device else copy.deepcopy(self.vit).to(target)
+        return dataclasses.replace(self, vit=vit, compute=torch.float32, network=None)
 
     def optimized(self, compute: str = "auto", *, compile: bool = False) -> "Backbone":
         """The same backbone with faster `features`: products in "bf16", "fp32", or the faster of both here ("auto").
@@ -83,86 +80,131 @@ class Backbone:
         )
         return dataclasses.replace(self, compute=dtype, network=inference.optimized(self.vit, dtype, compile=compile))
 
-    def prepare(self, images: Sequence[np.ndarray]) -> Tensor:
-        """uint8 (H, W, C) arrays of any sizes -> (B, C, *crop), resized, cropped and normalised.
+    def prepare(self, images: Picture | Sequence[Picture]) -> Tensor:
+        """Pictures of any sizes, as `features` takes them -> (B, C, *crop), resized, cropped and normalised."""
+        return self._prepare(images, "raise")[0]
 
-        UsageError for an image with another number of channels than the network's.
+    @torch.no_grad()
+    def features(
+        self,
+        images: Tensor | Picture | Sequence[Picture],
+        *,
+        blocks: int = 1,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> Features:
+        """Features of images: paths, bytes, arrays, PIL images, or a prepared (B, C, H, W) tensor; of one or a list.
+
+        The same picture gives the same features in every form (troodon/pixels.py): PIL images are treated as files,
+        arrays (H, W, C) are uint8, uint16, bool, or floats in [0, 1], and C is the network's number of channels; (H, W)
+        is grey. A prepared tensor has floats, and any height and width that the patch size divides. `blocks` is the
+        number of last blocks of which class and mean patch tokens are returned.
+
+        An image that cannot be read is a UsageError that names it; with `on_error` "skip" it is left out, and
+        `rows` tells which images the features are of. UsageError for whatever this network cannot take.
         """
-        for image in images:
-            if image.shape[2:] != (self.channels,):
-                expected = f"this network takes (height, width, {self.channels})"
-                raise UsageError(f"an image of shape {image.shape}: {expected}")
-        if len(self.preprocessing.mean) != self.channels:
-            counts = f"its preprocessing has {len(self.preprocessing.mean)} means for {self.channels} channels"
-            raise UsageError(f"{self.name}: {counts}; give it prepared tensors")
-        return torch.stack([_prepare(image, self.preprocessing) for image in images])
-
-    @torch.inference_mode()
-    def features(self, images: Tensor | Sequence[str | Path | np.ndarray], *, blocks: int = 1) -> Features:
-        """Features of images: paths, uint8 (H, W, C) arrays, PIL images, or a prepared (B, C, H, W) tensor.
-
-        C is the network's number of channels; PIL images become RGB if it is 3, and grey if it is 1. A prepared tensor
-        may have any height and width that the patch size divides. `blocks` is the number of last blocks of which
-        class and mean patch tokens are returned.
-        """
-        if not isinstance(images, Tensor):
-            images = self.prepare([self._pixels(image) for image in images])
+        if on_error not in ("raise", "skip"):
+            raise nearest("on_error", on_error, ("raise", "skip"))
+        if not 1 <= blocks <= self.config.depth:
+            raise UsageError(f"blocks {blocks}: this network has {self.config.depth}; take 1 to {self.config.depth}")
+        if isinstance(images, Tensor):
+            images = self._check(images)
+            rows = list(range(len(images)))
+        else:
+            images, rows = self._prepare(images, on_error)
         if self.device.type == "cuda" and images.device.type == "cpu":
             images = images.pin_memory()  # the copy overlaps with work of the device
         images, width = images.to(self.device, non_blocking=True), images.shape[-1] // self.config.patch
         parts = []
-        for per_block in self.tokens(images, blocks):
+        for per_block in self.tokens(images, blocks) if rows else []:
             means = [(t.cls_BD, t.patches_BPD.mean(1)) for t in per_block]
-            parts.append(Features(per_block[-1].cls_BD, per_block[-1].patches_BPD, per_block[-1].registers_BRD, means))
-        features = parts[0] if len(parts) == 1 else _concatenated(parts)
-        return dataclasses.replace(features, patches=features.patches.unflatten(1, (-1, width)))
+            patches_BhwD = per_block[-1].patches_BPD.unflatten(1, (-1, width))
+            parts.append(Features(per_block[-1].cls_BD, patches_BhwD, per_block[-1].registers_BRD, means))
+        return dataclasses.replace(_concatenated(parts or [self._none(images, blocks)]), rows=rows)
 
     def tokens(self, images_BCHW: Tensor, blocks: int) -> Iterator[list[Tokens]]:
         """Tokens after each of the last blocks, earliest first, of a few images at a time."""
         for minibatch_BCHW in inference.minibatches(images_BCHW, self.vit):
-            with torch.inference_mode(), inference.autocast(self.device, self.compute):
+            with torch.no_grad(), inference.autocast(self.device, self.compute):
                 per_block = (self.network or self.vit).last_blocks([minibatch_BCHW], blocks)
             yield [tokens for (tokens,) in per_block]
 
-    def _pixels(self, image: str | Path | np.ndarray) -> np.ndarray:
-        if isinstance(image, str | Path):
-            if self.read is None:
-                raise UsageError(f"{image}: this backbone takes pixels; load it with troodon.load to read paths")
-            return self.read(image)
-        if hasattr(image, "convert") and self.channels in (1, 3):
-            image = image.convert("RGB" if self.channels == 3 else "L")
-        pixels = np.asarray(image)
-        return pixels[:, :, None] if pixels.ndim == 2 else pixels
+    def _prepare(self, images: Picture | Sequence[Picture], on_error: str) -> tuple[Tensor, list[int]]:
+        """Prepared images, and which of the given ones they are."""
+        if len(self.preprocessing.mean) != self.channels:
+            counts = f"its preprocessing has {len(self.preprocessing.mean)} means for {self.channels} channels"
+            raise UsageError(f"{self.name}: {counts}; give it prepared tensors")
+        is_one = isinstance(images, str | Path | bytes | bytearray) or hasattr(images, "convert")
+        pictures = [images] if is_one or (isinstance(images, np.ndarray) and images.ndim < 4) else list(images)
+        prepared, rows, seen, broken = [], [], [], []
+        for row, picture in enumerate(pictures):
+            try:
+                values = self._values(picture)
+            except (BadImage, OSError) as error:
+                name = str(picture) if isinstance(picture, str | Path) else f"image {row}"
+                broken.append(f"{name}: {error.strerror or error if isinstance(error, OSError) else error}")
+                if on_error == "raise":
+                    raise UsageError(f"{broken[0]}; on_error='skip' leaves it out") from None
+                continue
+            seen += [] if self.preprocessing.range or (one := used(values)) is None else [one]
+            prepared.append(_prepare(self._to_uint8(values), self.preprocessing))
+            rows.append(row)
+        if broken:
+            say(f"features: {len(broken)} of {len(pictures)} images left out: {'; '.join(broken)}"[:500])
+        if seen and (line := advice(seen)):
+            say(f"features: {line} (troodon.load(..., range=...))")
+        empty = torch.zeros(0, self.channels, *pair(self.preprocessing.crop))
+        return torch.stack(prepared) if prepared else empty, rows
 
-    def save(self, folder: Path) -> None:
-        """Write the folder, whole or not at all. A folder that is there is replaced."""
-        state = {name: tensor.detach().contiguous().cpu() for name, tensor in self.vit.state_dict().items()}
-        description = {"network": to_dict(self.config), "preprocessing": to_dict(self.preprocessing), "name": self.name}
-        with publish(folder, "backbone", _fingerprint(state, description), description) as partial:
-            save_file(state, partial / "model.safetensors")
-            write_json(partial / "backbone.json", description)
+    def _pixels(self, picture: Picture) -> np.ndarray:
+        """uint8 (H, W, C) of a picture, as the network sees it before it is resized."""
+        return self._to_uint8(self._values(picture))
+
+    def _values(self, picture: Picture) -> np.ndarray:
+        """The values (H, W, C) of a picture. BadImage or OSError if it cannot be read."""
+        if isinstance(picture, str | Path | bytes | bytearray):
+            if self.read is None:
+                given = f"{len(picture)} bytes" if isinstance(picture, bytes | bytearray) else picture
+                raise UsageError(f"{given}: this backbone takes pixels; load it with troodon.load to read paths")
+            return self.read(picture)
+        if hasattr(picture, "convert") and hasattr(picture, "getbands"):
+            if self.channels not in (1, 3, bands := band_count(picture)):
+                raise UsageError(f"an image of {bands} channels ({picture.mode}): this network takes {self.channels}")
+            return of_pillow(picture, self.channels, self.preprocessing.range)
+        values = of_array(np.asarray(picture), self.preprocessing.range)
+        if values.shape[2] != self.channels and not (np.ndim(picture) == 2 and self.channels == 3):
+            expected = f"this network takes (height, width, {self.channels})"
+            raise UsageError(f"an image of shape {values.shape}: {expected}")
+        return values
+
+    def _to_uint8(self, values_HWC: np.ndarray) -> np.ndarray:
+        return to_uint8(values_HWC, self.channels, self.preprocessing.range)
+
+    def _check(self, images: Tensor) -> Tensor:
+        """A prepared tensor as float32 (B, C, H, W); UsageError for one that the network cannot take."""
+        x_BCHW, patch = images[None] if images.ndim == 3 else images, self.config.patch
+        if x_BCHW.ndim != 4 or x_BCHW.shape[1] != self.channels:
+            wanted = f"(batch, {self.channels}, height, width)"
+            raise UsageError(f"a tensor of shape {tuple(images.shape)}: this network takes {wanted}")
+        if not x_BCHW.is_floating_point():
+            fix = f"give pictures as arrays (height, width, {self.channels})"
+            raise UsageError(f"a tensor of {str(images.dtype)[6:]}: a prepared tensor has normalised floats; {fix}")
+        if x_BCHW.shape[2] % patch or x_BCHW.shape[3] % patch or not x_BCHW.shape[2] * x_BCHW.shape[3]:
+            near = " x ".join(str(max(1, round(side / patch)) * patch) for side in x_BCHW.shape[2:])
+            size = f"{x_BCHW.shape[2]} x {x_BCHW.shape[3]} pixels"
+            raise UsageError(f"a tensor of {size} does not divide into patches of {patch}; the nearest is {near}")
+        return x_BCHW.float()
+
+    def _none(self, images_BCHW: Tensor, blocks: int) -> Features:
+        """Features of no image, with the shapes of those of some."""
+        grid = [side // self.config.patch for side in images_BCHW.shape[2:]]
+        shapes = (), grid, [self.config.registers]
+        cls, patches, registers = (torch.zeros(0, *s, self.config.dim, device=self.device) for s in shapes)
+        return Features(cls, patches, registers, [(cls, cls)] * blocks)
 
     @staticmethod
-    def load(folder: Path) -> "Backbone":
-        """Read a backbone folder. UsageError if it is not one, or if this version cannot read it."""
-        if not (folder / "backbone.json").exists():
-            raise UsageError(f"{folder}: not a backbone folder (it has no backbone.json)")
-        description = read_json(folder / "backbone.json")
-        try:
-            config = ViTConfig(**description["network"])
-            numbers: dict[str, Any] = {
-                k: tuple(v) if isinstance(v, list) else v for k, v in description["preprocessing"].items()
-            }
-            preprocessing = Preprocessing(**numbers)
-        except (TypeError, KeyError) as error:
-            raise UsageError(f"{folder / 'backbone.json'}: cannot be read by this version: {error}") from None
-        return from_state_dict(
-            load_file(folder / "model.safetensors"),
-            config,
-            preprocessing,
-            name=description["name"],
-            digest=read_json(folder / MANIFEST)["fingerprint"],
-        )
+    def of(saved: SavedViT) -> "Backbone":
+        """The same network, for use."""
+        return Backbone(saved.vit, saved.preprocessing, saved.name, saved.fingerprint)
 
     @staticmethod
     def random(config: ViTConfig, preprocessing: Preprocessing, seed: int = 0) -> "Backbone":
@@ -171,7 +213,7 @@ class Backbone:
             torch.manual_seed(seed)
             vit = ViT(config)
             vit.initialize()
-        return from_state_dict(vit.state_dict(), config, preprocessing, name="random")
+        return Backbone.from_state_dict(vit.state_dict(), config, preprocessing, name="random")
 
 
 def _concatenated(parts: list[Features]) -> Features:
@@ -182,21 +224,6 @@ def _concatenated(parts: list[Features]) -> Features:
         torch.cat([f.registers for f in parts]),
         [(torch.cat([cls for cls, _ in block]), torch.cat([mean for _, mean in block])) for block in per_block],
     )
-
-
-def from_state_dict(
-    state: dict[str, Tensor], config: ViTConfig, preprocessing: Preprocessing, *, name: str, digest: str | None = None
-) -> Backbone:
-    """A backbone from weights that fit the config exactly. UsageError, with the names that do not fit, otherwise."""
-    with torch.device("meta"):
-        vit = ViT(dataclasses.replace(config, drop_path=0.0))
-    try:
-        vit.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
-        raise UsageError(f"{name}: weights do not fit the network: {' '.join(str(error).split())}") from None
-    description = {"network": to_dict(config), "preprocessing": to_dict(preprocessing), "name": name}
-    digest = digest or _fingerprint(state, description)
-    return Backbone(vit.requires_grad_(False).eval(), preprocessing, name, digest)
 
 
 def _prepare(image_HWC: np.ndarray, p: Preprocessing) -> Tensor:
@@ -216,11 +243,3 @@ def _prepare(image_HWC: np.ndarray, p: Preprocessing) -> Tensor:
     x_CHW = x_CHW[:, top : top + crop_h, left : left + crop_w].float() / 255.0
     mean, std = (torch.tensor(v)[:, None, None] for v in (p.mean, p.std))
     return (x_CHW - mean) / std
-
-
-def _fingerprint(state: dict[str, Tensor], description: dict) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(name.encode())
-        digest.update(state[name].detach().contiguous().cpu().numpy().tobytes())
-    return fingerprint(description["network"], description["preprocessing"], digest.hexdigest())

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from troodon.config import UsageError, within
+from troodon.config import UsageError, to_dict, within
+from troodon.pixels import check_range
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,15 @@ class Preprocessing:
     """Pixels on a side of what the network sees; or its height and width."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    range: tuple[float, float] | None = None
+    """Values of images of more than 8 bits that become 0 and 255; None: by their type (troodon/pixels.py)."""
+
+    def __post_init__(self) -> None:
+        check_range(self.range)
+
+    def as_dict(self) -> dict:
+        """What is recorded: a range only where there is one."""
+        return {name: value for name, value in to_dict(self).items() if value is not None}
 
 
 SMALL = ViTConfig(dim=384, depth=12, heads=6)

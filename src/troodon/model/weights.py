@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from troodon.config import UsageError
-from troodon.model.backbone import Backbone, from_state_dict
+from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
+from troodon.run import read_manifest
 
 HEAD_CHANNELS = 64  # channels of an attention head, in every released model
 
@@ -24,6 +25,8 @@ def load_weights(path: Path) -> Backbone:
             return Backbone.load(path / "backbone")
         if (path / "config.json").exists():
             return _hugging_face(path)
+        if (read_manifest(path) or {}).get("kind") == "run":
+            raise UsageError(f"{path}: a run without a checkpoint, so it has no backbone yet; let it train until one")
         raise UsageError(f"{path}: neither a run, a backbone folder nor a Hugging Face folder")
     if path.suffix in (".pth", ".pt") and path.exists():
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -57,7 +60,7 @@ def _released(state: dict[str, Tensor], name: str) -> Backbone:
     if "cls_token" not in state or "pos_embed" not in state:
         raise UsageError(f"{name}: these are not DINOv2 weights (no cls_token and pos_embed)")
     config = config_from_weights(state, heads=state["cls_token"].shape[-1] // HEAD_CHANNELS)
-    return from_state_dict(state, config, Preprocessing(), name=name)
+    return Backbone.from_state_dict(state, config, Preprocessing(), name=name)
 
 
 HUGGING_FACE = [  # their name -> ours, applied in order; query, key and value are concatenated as well
@@ -98,4 +101,4 @@ def _hugging_face(folder: Path) -> Backbone:
             mean=tuple(p.get("image_mean", preprocessing.mean)),
             std=tuple(p.get("image_std", preprocessing.std)),
         )
-    return from_state_dict(state, config, preprocessing, name=folder.resolve().name)
+    return Backbone.from_state_dict(state, config, preprocessing, name=folder.resolve().name)

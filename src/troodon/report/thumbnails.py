@@ -28,7 +28,7 @@ def thumbnail(index: Index, row: int, frame: Frame = Frame()) -> Markup:
     """A thumbnail of row `row` of the index; a grey box if the image is missing or broken."""
     path = index.path(row)
     try:
-        source, side = jpeg(to_rgb(decode(index.read(row), None, _smaller)))
+        source, side = jpeg(to_rgb(index.decode(row, None, _smaller)))
     except (OSError, BadImage) as error:
         reason = error.reason if isinstance(error, BadImage) else "the file is gone or was cut short"
         image = h("span", class_="missing", role="img", aria_label=f"{path}: {reason}", title=f"{path}: {reason}")

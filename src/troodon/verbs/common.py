@@ -3,17 +3,20 @@
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from tyro.conf import arg
 
 from troodon import launch
-from troodon.config import UsageError, from_dict, from_yaml, to_yaml
+from troodon.config import UsageError, fingerprint, from_dict, from_yaml, to_yaml
 from troodon.rendezvous import RENDEZVOUS
 from troodon.run import say, write_bytes
 
 if TYPE_CHECKING:
+    from numpy import ndarray
+
     from troodon.model.backbone import Backbone
 
 C = TypeVar("C")
@@ -21,19 +24,39 @@ Data = Any  # a path or URL of any source in images/sources.py, a dataset with l
 Paths = Annotated[tuple[str, ...], arg(metavar="PATH [PATH ...]")]
 
 
-def load(path: str | Path) -> "Backbone":
+@dataclass(frozen=True)
+class ReadImage:
+    """Reads the values (H, W, C) of the image at a path, or in bytes, for a network of so many channels."""
+
+    channels: int
+    range: tuple[float, float] | None = None
+
+    def __call__(self, image: str | Path | bytes) -> "ndarray":
+        from troodon.images.decode import decode_values
+
+        data = bytes(image) if isinstance(image, bytes | bytearray) else Path(image).expanduser().read_bytes()
+        return decode_values(data, self.channels, range=self.range)
+
+
+def load(path: str | Path, *, range: tuple[float, float] | None = None) -> "Backbone":
     """Load a backbone from a run, a backbone folder, released DINOv2 weights (.pth), or a Hugging Face folder.
 
-    Its `features(images)` takes paths, uint8 (H, W, C) arrays, PIL images, or a prepared (B, C, H, W) tensor, and
-    returns `.cls (B, D)`, `.patches (B, h, w, D)` and `.registers (B, R, D)`. UsageError for anything else.
+    Its `features(images)` takes paths, bytes, uint8 (H, W, C) arrays, PIL images, or a prepared (B, C, H, W) tensor,
+    and returns `.cls (B, D)`, `.patches (B, h, w, D)` and `.registers (B, R, D)`. UsageError for anything else.
+    `range` gives the values of images of more than 8 bits that become black and white, in place of the backbone's own.
     """
-    import dataclasses
-
-    from troodon.images.decode import decode
     from troodon.model.weights import load_weights
 
-    backbone = load_weights(Path(path))
-    return dataclasses.replace(backbone, read=lambda image: decode(Path(image).read_bytes(), backbone.channels))
+    return with_range(load_weights(Path(path)), range)
+
+
+def with_range(backbone: "Backbone", range: tuple[float, float] | None) -> "Backbone":
+    """The backbone, which reads paths, with this range of values; with its own if it is None."""
+    preprocessing = backbone.preprocessing
+    if range is not None and tuple(range) != preprocessing.range:
+        preprocessing = replace(preprocessing, range=tuple(range))
+        backbone = replace(backbone, preprocessing=preprocessing, fingerprint=fingerprint(backbone.fingerprint, range))
+    return replace(backbone, read=ReadImage(backbone.channels, preprocessing.range))
 
 
 def resolve_config(recipe: str | C, default: C, named: Callable[[str], C], settings: dict | None = None) -> C:

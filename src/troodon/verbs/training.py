@@ -34,6 +34,7 @@ from troodon.verbs.plans import before_training, plan_here
 if TYPE_CHECKING:
     from troodon.learn.recorder import Probe
     from troodon.model.backbone import Backbone
+    from troodon.model.saved import SavedViT
 
 PROBE_IMAGES = 1000  # labelled images, at most, of the quick k-NN of a training run
 
@@ -210,6 +211,7 @@ def make_probe(index, config: PretrainConfig) -> "Probe | None":
 
     from troodon.evaluate.features import Reader, extract
     from troodon.evaluate.knn import knn_accuracy
+    from troodon.model.backbone import Backbone
 
     if index.table["label"].null_count == len(index):  # quick, also for very many images
         return None
@@ -220,8 +222,8 @@ def make_probe(index, config: PretrainConfig) -> "Probe | None":
         return None
     subset = index.take(rows)
 
-    def probe(backbone: "Backbone") -> float:
-        features = extract(backbone, subset, blocks=1, reader=Reader(threads=config.threads))
+    def probe(saved: "SavedViT") -> float:
+        features = extract(Backbone.of(saved), subset, blocks=1, reader=Reader(threads=config.threads))
         return knn_accuracy(torch.from_numpy(features.final_ND), torch.from_numpy(codes[features.rows]))
 
     return probe

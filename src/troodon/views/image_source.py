@@ -1,7 +1,10 @@
 """The images that training reads, by row number: what it needs of an index, wherever the images lie."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
+
+import numpy as np
 
 
 class ImageSource(Protocol):
@@ -23,7 +26,9 @@ class ImageSource(Protocol):
 
     def path(self, row: int) -> str: ...
 
-    def read(self, row: int) -> bytes: ...  # OSError if the image cannot be read
+    def decode(
+        self, row: int, channels: int | None, reduction: Callable[[int, int], int] | None
+    ) -> np.ndarray: ...  # pixels, uint8 (H, W, channels); OSError or BadImage if the image cannot be read
 
     def column(self, name: str) -> list: ...
 

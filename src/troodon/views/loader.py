@@ -7,6 +7,7 @@ of the step, unless the run has skipped batches.
 
 import contextlib
 import functools
+import importlib.util
 import os
 import signal
 from collections.abc import Callable, Generator, Iterator
@@ -21,7 +22,7 @@ import torch.multiprocessing
 from torch import Tensor
 
 from troodon.config import UsageError
-from troodon.images.decode import HAS_SIMPLEJPEG, BadImage, decode
+from troodon.pixels import BadImage
 from troodon.views import masks, photometric
 from troodon.views.batch import Batch
 from troodon.views.config import CropsConfig, MasksConfig, PhotometricConfig
@@ -92,6 +93,11 @@ class Loader:
         key = (self.seed, visit, source) if self.weights else (self.seed, visit)
         return first + permute(place, length, hash(key) & (2**64 - 1)), visit
 
+    def broken_share(self, batches: int) -> float:
+        """About which share of the images tried cannot be read, once so many batches were taken."""
+        tried = (batches + BATCHES_AHEAD) * (self.batch_size // self.world_size) + len(self.broken)
+        return len(self.broken) / max(1, min(tried, len(self.index)))
+
     def crops_of(self, batch: int) -> CropsConfig:
         """The crop settings of a batch, which have one size: the same on every rank."""
         return self.crops.pick_size(generator(self.seed, SIZE_STREAM, batch).random() if self.crops.mixed else 0.0)
@@ -130,7 +136,7 @@ class Loader:
             random = generator(self.seed, candidate, crop_set)
             views = MultiCrop(crops, random, (candidate, crop_set), self.attack)
             try:
-                return decode(self.index.read(candidate), self.channels, views.draw_boxes), views, random
+                return self.index.decode(candidate, self.channels, views.draw_boxes), views, random
             except (BadImage, OSError) as error:
                 self.broken[candidate] = str(error)
         raise UsageError(f"none of the {length} images can be read; the first: {self.broken[first]}")
@@ -158,7 +164,7 @@ class Loader:
             advice.append(f"more threads (threads {workers} on {processors} processors)")
         if self.index.packing_helps:
             advice.append("`troodon pack` puts the images on the disk of this machine, and makes each fast to read")
-        if not HAS_SIMPLEJPEG:
+        if importlib.util.find_spec("simplejpeg") is None:
             advice.append('pip install "troodon[fast]" decodes JPEGs faster')
         side = max(px for size in self.crops.sizes() for px in size[0])
         return [

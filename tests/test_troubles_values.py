@@ -1,0 +1,262 @@
+"""Pictures keep their values, in whatever form and file they come, and what cannot be meant is refused by name."""
+
+import copy
+import io
+import pickle
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+
+import troodon
+from troodon.config import UsageError
+from troodon.images.decode import BadImage, decode, read_header
+from troodon.model.backbone import Backbone
+from troodon.model.config import Preprocessing, ViTConfig
+
+VIT = ViTConfig(dim=64, depth=2, heads=1, patch=14, grid=4, registers=2, layer_scale=1.0)
+SIGHT = Preprocessing(64, 56)
+
+
+@pytest.fixture
+def net(tmp_path) -> Backbone:
+    Backbone.random(VIT, SIGHT).save(tmp_path / "net")
+    return troodon.load(tmp_path / "net")
+
+
+@pytest.fixture
+def rgb() -> np.ndarray:
+    grey = np.linspace(0, 255, 80 * 60).reshape(60, 80)
+    return np.dstack([grey, grey[::-1], grey[:, ::-1]]).astype(np.uint8)
+
+
+def grey_16(top: int = 65535) -> np.ndarray:
+    return np.linspace(0, top, 80 * 60).round().astype(np.uint16).reshape(60, 80)
+
+
+def same(a: troodon.Features, b: troodon.Features) -> None:
+    torch.testing.assert_close(a.cls, b.cls, rtol=1e-4, atol=1e-5)
+
+
+def png_16(rgb: np.ndarray) -> bytes:
+    """A PNG of 16-bit colours, which Pillow does not write."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    height, width, _ = rgb.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rgb)
+    head = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def tiff(bands: int, extra: int | None) -> bytes:
+    """A TIFF of 2 x 2 pixels with the samples 0, 1, 2, ...: red, green, blue and more, which `extra` says is alpha."""
+    tags = [(256, 3, 1, 2), (257, 3, 1, 2), (258, 3, bands, 200), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 300)]
+    tags += [(277, 3, 1, bands), (278, 3, 1, 2), (279, 4, 1, 4 * bands)]
+    tags += [] if extra is None else [(338, 3, bands - 3, extra)]
+    data = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return (data.ljust(200, b"\0") + struct.pack(f"<{bands}H", *[8] * bands)).ljust(300, b"\0") + bytes(
+        range(4 * bands)
+    )
+
+
+# ---- one picture, one answer
+
+
+@pytest.mark.parametrize(
+    "name", ["16bit.png", "16bit.tif", "alpha.png", "turned.jpg", "float.tif", "palette.gif", "16.pgm"]
+)
+def test_a_picture_is_the_same_as_path_bytes_and_pil_image(net, rgb, tmp_path, name):
+    """The same picture is given as path, bytes or PIL image | Its features are the same."""
+    path, exif = tmp_path / name, Image.Exif()
+    exif[0x112] = 6
+    alpha = np.dstack([rgb, (rgb[:, :, 0] > 128) * np.uint8(255)])
+    pictures = {"16bit": Image.fromarray(grey_16()), "alpha": Image.fromarray(alpha), "turned": Image.fromarray(rgb)}
+    pictures |= {"float": Image.fromarray(grey_16().astype(np.float32)), "palette": Image.fromarray(rgb).quantize(16)}
+    if name == "16.pgm":
+        path.write_bytes(b"P5 80 60 65535\n" + grey_16(300).astype(">u2").tobytes())
+    else:
+        pictures[path.stem].save(path, **({"exif": exif} if "turned" in name else {}))
+    expected = net.features([path])
+    same(net.features([path.read_bytes()]), expected)
+    with Image.open(path) as image:
+        same(net.features([image]), expected)
+    same(net.features([decode(path.read_bytes())]), expected)
+    assert net._pixels(path).std() > 0 or name == "16.pgm"
+
+
+def test_arrays_are_converted_by_a_stated_rule(net, rgb, capsys):
+    """An array has floats in [0, 1], 16 bits or booleans | It is converted as a file would be."""
+    same(net.features([rgb.astype(np.float32) / 255]), net.features([rgb]))
+    same(net.features([rgb.astype(np.uint16) << 8]), net.features([rgb]))
+    same(net.features([rgb.astype(np.int64)]), net.features([rgb]))
+    same(net.features([rgb > 99]), net.features([(rgb > 99) * np.uint8(255)]))
+    same(net.features([grey_16()]), net.features([Image.fromarray(grey_16())]))
+    assert net.prepare([rgb.astype(np.uint16) << 8]).equal(net.prepare([rgb]))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (np.full((9, 9, 3), 200.0), "an array of float64 with values from 200 to 200: give uint8, floats in"),
+        (np.full((9, 9, 3), -0.5), "with values from -0.5"),
+        (np.full((9, 9, 3), 300), "an array of int64 with values from 300 to 300"),
+        (np.zeros((3, 9, 9), np.uint8), r"shape \(3, 9, 9\): this network takes \(height, width, 3\)"),
+        (np.zeros((9, 9, 4), np.uint8), "this network takes"),
+        (np.array([["a"]]), "an image is uint8"),
+        (np.zeros((0, 9, 3), np.uint8), "an image is uint8"),
+        (torch.zeros(1, 3, 56, 56, dtype=torch.uint8), "a tensor of uint8: .* normalised floats"),
+        (torch.zeros(1, 1, 56, 56), r"shape \(1, 1, 56, 56\): this network takes \(batch, 3, height, width\)"),
+        (torch.zeros(56, 56), "this network takes"),
+        (torch.zeros(1, 3, 50, 56), "50 x 56 pixels does not divide into patches of 14; the nearest is 56 x 56"),
+        (7, "an image is uint8"),
+    ],
+)
+def test_what_is_no_picture_is_refused_by_its_value(net, given, message):
+    """An array or tensor has values, a type or channels of no picture | One line names these, and what is taken."""
+    with pytest.raises(UsageError, match=message):
+        net.features(given if isinstance(given, torch.Tensor) else [given])
+
+
+def test_one_picture_needs_no_list(net, rgb, tmp_path):
+    """features() is given one path, picture, array or tensor, not a list | It is a list of one."""
+    Image.fromarray(rgb).save(tmp_path / "a.png")
+    expected = net.features([rgb])
+    for given in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(rgb), rgb, net.prepare(rgb)[0]):
+        same(net.features(given), expected)
+    same(net.features(net.prepare(rgb).double()), expected)
+    assert net.features(net.prepare(rgb).half()).cls.dtype == torch.float32
+
+
+def test_no_picture_gives_no_features(net):
+    """features() is given an empty list | It returns empty features of the right shapes."""
+    got, one = net.features([], blocks=2), net.features(torch.zeros(1, 3, 56, 56), blocks=2)
+    for a, b in ((got.cls, one.cls), (got.patches, one.patches), (got.registers, one.registers), got.blocks[0]):
+        assert a.shape[0] == 0
+        assert a.shape[1:] == b.shape[1:]
+    assert len(got.blocks) == 2
+    assert got.rows == []
+    assert net.features(torch.zeros(0, 3, 28, 56)).patches.shape == (0, 2, 4, 64)
+
+
+def test_a_broken_file_is_named_or_left_out(net, rgb, tmp_path, capsys):
+    """One of the files given to features() is broken | It is named, or left out with on_error="skip"."""
+    Image.fromarray(rgb).save(tmp_path / "a.png")
+    (tmp_path / "bad.png").write_bytes(b"abc")
+    paths = [tmp_path / "a.png", tmp_path / "bad.png", tmp_path / "gone.png", tmp_path / "a.png"]
+    with pytest.raises(UsageError, match=r"bad\.png: not an image"):
+        net.features(paths)
+    with pytest.raises(UsageError, match=r"gone\.png: No such file"):
+        net.features(paths[2])
+    got = net.features(paths, on_error="skip")
+    assert got.rows == [0, 3]
+    assert got.cls.shape == (2, 64)
+    assert "2 of 4 images left out" in capsys.readouterr().err
+    assert net.features(paths[1:2], on_error="skip").cls.shape == (0, 64)
+    with pytest.raises(UsageError, match="did you mean 'skip'"):
+        net.features(paths, on_error="skp")
+    with pytest.raises(UsageError, match="blocks 3: this network has 2"):
+        net.features(paths, blocks=3)
+
+
+# ---- a backbone is an ordinary object
+
+
+def test_features_are_ordinary_tensors(net):
+    """A head is trained on features, or they are changed in place | They are ordinary tensors."""
+    features, head = net.features(torch.randn(4, 3, 56, 56)), torch.nn.Linear(64, 2)
+    torch.nn.functional.cross_entropy(head(features.cls), torch.tensor([0, 1, 0, 1])).backward()
+    assert head.weight.grad.abs().sum() > 0
+    before = features.blocks[-1][0].clone()
+    for x in (features.cls, features.patches, features.registers):
+        x.div_(x.norm(dim=-1, keepdim=True))
+        (torch.nn.Parameter(x) ** 2).sum().backward()
+        x.mul_(torch.ones(64, requires_grad=True))
+    assert torch.equal(features.blocks[-1][0], before)
+
+
+def test_a_backbone_is_copied_sent_and_moved(net, rgb, tmp_path):
+    """A backbone is pickled, copied, or moved to a device | The copy gives the same features; the first one stays."""
+    Image.fromarray(rgb).save(tmp_path / "a.png")
+    expected = net.features(tmp_path / "a.png")
+    for other in (pickle.loads(pickle.dumps(net)), copy.deepcopy(net), copy.copy(net), net.to("cpu")):
+        same(other.features(tmp_path / "a.png"), expected)
+    assert net.to("meta").device.type == "meta"
+    assert net.device.type == "cpu"
+    with pytest.raises(UsageError, match=r"optimized\('bf16'\)"):
+        net.to(torch.bfloat16)
+    with pytest.raises(UsageError, match="device 'cudda': not on this machine"):
+        net.to("cudda")
+
+
+def test_save_removes_nothing_of_others(net, tmp_path):
+    """A backbone is saved into a folder that holds other things | It is refused, and nothing is removed."""
+    for name, folder in (("thesis.txt", tmp_path / "models"), ("model.safetensors", tmp_path / "theirs")):
+        folder.mkdir()
+        (folder / name).write_text("three years of work")
+        with pytest.raises(UsageError, match=name):
+            net.save(folder)
+        assert [path.name for path in folder.iterdir()] == [name]
+    with pytest.raises(UsageError, match="is a file"):
+        net.save(tmp_path / "models" / "thesis.txt")
+    net.save(str(tmp_path / "text"))
+    net.save(tmp_path / "text")  # a backbone is replaced
+    assert Backbone.load(str(tmp_path / "text")).fingerprint == net.fingerprint
+    (tmp_path / "text" / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"notes\.txt"):
+        net.save(tmp_path / "text")
+    assert (tmp_path / "text" / "model.safetensors").exists()
+
+
+# ---- files
+
+
+def test_pgm_is_scaled_by_its_own_maximum():
+    """A PGM has 16 bits, or a maximum such as 4095 | It is scaled by its own maximum, whatever its brightest pixel."""
+    for top in (255, 256):
+        data = b"P5 16 16 65535\n" + np.linspace(0, top, 256).astype(">u2").tobytes()
+        assert decode(data).max() == top >> 8
+    data = b"P5 16 16 4095\n" + np.linspace(0, 4095, 256).astype(">u2").tobytes()
+    assert np.array_equal(decode(data)[:, :, 0].ravel(), np.arange(256))
+
+
+def test_a_fourth_sample_of_a_tiff_is_a_channel():
+    """A TIFF has near infrared beside its colours | It is a channel, not transparency."""
+    for extra in (None, 0):
+        data = tiff(4, extra)
+        assert read_header(data).channels == 4
+        assert np.array_equal(decode(data, 4).ravel(), np.arange(16))
+        assert np.array_equal(decode(data, 3), np.arange(16, dtype=np.uint8).reshape(2, 2, 4)[:, :, :3])
+    assert decode(tiff(4, 2), 3).min() > 230  # alpha of 3 in 255: nearly white
+    assert read_header(tiff(5, 0)).channels == 5
+    with pytest.raises(BadImage, match=r"channels: 5 .*convert it to \.npy"):
+        decode(tiff(5, 0), 4)
+
+
+def test_a_png_with_much_text_is_read(rgb):
+    """A PNG has megabytes of metadata | It is read."""
+    text, out = PngImagePlugin.PngInfo(), io.BytesIO()
+    text.add_text("log", "x" * 3_000_000, zip=True)
+    Image.fromarray(rgb).save(out, "PNG", pnginfo=text)
+    assert np.array_equal(decode(out.getvalue()), rgb)
+
+
+def test_the_largest_size_can_be_set(rgb, monkeypatch):
+    """An image has more than 100 megapixels | The message names TROODON_MAX_MEGAPIXELS, which sets the limit."""
+    out = io.BytesIO()
+    Image.fromarray(rgb).save(out, "PNG")
+    monkeypatch.setenv("TROODON_MAX_MEGAPIXELS", "0.001")
+    with pytest.raises(BadImage, match=r"4,800 pixels are more than the limit of 1,000, .* TROODON_MAX_MEGAPIXELS"):
+        decode(out.getvalue())
+    monkeypatch.setenv("TROODON_MAX_MEGAPIXELS", "many")
+    with pytest.raises(UsageError, match="TROODON_MAX_MEGAPIXELS 'many': a number of megapixels"):
+        decode(out.getvalue())
+    huge = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(huge, "PNG")
+    monkeypatch.setenv("TROODON_MAX_MEGAPIXELS", "500")
+    assert read_header(huge.getvalue()).width == 20_000
