@@ -19,7 +19,7 @@ from troodon.images.decode import decode
 
 def build_and_open(folder: Path, name: str) -> Benchmark:
     LAYOUT_BUILDERS[name](folder / "data")
-    benchmark = open_benchmark(folder / "data")
+    benchmark = open_benchmark(folder / "data", name if LAYOUTS[name].classes else None)
     assert benchmark is not None
     return benchmark
 
@@ -47,7 +47,7 @@ def test_each_layout_is_detected_and_its_images_are_readable(name: str, tmp_path
 
 
 @pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if layout.required])
-def test_missing_files_and_the_source_are_named(name: str, tmp_path: Path) -> None:
+def test_missing_files_and_the_source_are_named(name: str, tmp_path: Path, capsys) -> None:
     root = tmp_path / "data"
     LAYOUT_BUILDERS[name](root)
     marker = LAYOUTS[name].markers[0]
@@ -57,9 +57,11 @@ def test_missing_files_and_the_source_are_named(name: str, tmp_path: Path) -> No
         if path.is_file() and not any(path == k or k in path.parents for k in kept):
             path.unlink()
     with pytest.raises(UsageError) as raised:
-        open_benchmark(root)
+        open_benchmark(root, name)
     assert f"{name} without " in str(raised.value)
     assert LAYOUTS[name].source in str(raised.value)
+    assert open_benchmark(root) is None  # it is not detected, and this is said
+    assert str(raised.value) in capsys.readouterr().err
 
 
 def test_an_explicit_layout_and_a_misspelled_one(tmp_path: Path) -> None:

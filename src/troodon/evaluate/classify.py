@@ -5,6 +5,7 @@ collected for the same classes. If such a set holds only some of the classes, pr
 image of such a set may have several correct labels.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,17 +83,44 @@ def classify(backbone: Extractor, dataset: LabelledDataset, config: EvaluateConf
             like = likeness(backbone, f"{train} {images}", **predictions.like)
             yield _score(predictions, data, test, name, dataset.split, like, config)
     if "kmeans" in config.protocols:
-        for test, (name, images) in enumerate(tests):
+        several = [len(np.unique(data.labels_MA[data.test_M == test, 0])) > 1 for test in range(len(tests))]
+        for test, (name, images) in ((test, tests[test]) for test in np.flatnonzero(several).tolist()):
             yield _kmeans_score(backbone, data, test, name, images, config)
 
 
 def check(dataset: LabelledDataset) -> None:
-    """Raise UsageError for fewer than two classes, and for images that are in both the training set and a test set."""
+    """Raise UsageError for fewer than two classes, for images that are in both the training set and a test set, and for
+    a test set without any class to train on."""
     _check_two_classes(dataset.train.column("label"))
     train = set(zip(dataset.train.column("container"), dataset.train.column("offset"), strict=True))
     for test in dataset.tests.values():
         if both := len(train & set(zip(test.column("container"), test.column("offset"), strict=True))):
             raise UsageError(f"{both} of {len(test)} test images are also training images: keep the two sets disjoint")
+    for name in dataset.tests:
+        count = len(dataset.tests[name])
+        if count and sum(untrained_classes(dataset, name).values()) == count:
+            raise UsageError(f"{name}: no test image has a class of the training images, so none can be right")
+
+
+def untrained_classes(dataset: LabelledDataset, test: str) -> Counter[str]:
+    """The number of images of each class that only this test set has; such images count as wrong."""
+    trained = set(dataset.train.column("label"))
+    labels, is_first = dataset.tests[test].column("label"), test == next(iter(dataset.tests))
+    if not is_first:  # may be numbers, or several correct labels
+        labels = _resolve_numbers(labels, sorted(trained))
+    correct = ([label] if is_first else label.split(LABEL_SEPARATOR) for label in labels)
+    return Counter(names[0] for names in correct if not trained & set(names))
+
+
+def notes(dataset: LabelledDataset) -> Iterator[str]:
+    """What users should know of the classes before they read scores."""
+    for name, test in dataset.tests.items():
+        if untrained := untrained_classes(dataset, name):
+            count, listed = sum(untrained.values()), ", ".join(f"{c} {n:,}" for c, n in untrained.most_common(5))
+            text = f"{name}: {count:,} of {len(test):,} test images are of classes without training images"
+            yield f"{'alarm: ' if 2 * count > len(test) else ''}{text}, and count as wrong: {listed}"
+        if len(set(test.column("label"))) == 1:
+            yield f"{name}: all test images are of one class: k-means would agree with it always, and is not measured"
 
 
 def extract_labelled(

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from troodon.config import UsageError
 from troodon.evaluate import heads
 from troodon.evaluate.config import DenseConfig
 from troodon.evaluate.feature_maps import FeatureMaps
@@ -101,14 +102,16 @@ class DepthTask:
 Task = SegmentationTask | DepthTask
 
 
-def cell_targets(benchmark: Benchmark, task: Task, maps: FeatureMaps) -> tuple[np.ndarray, np.ndarray]:
+def cell_targets(
+    benchmark: Benchmark, task: Task, maps: FeatureMaps, broken: dict[str, str] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Targets of the windows whose ground truth can be read (W, n, n), by nearest neighbour; and these windows."""
     n = CELLS_PER_PATCH * maps.patches_per_side
     rows_W, positions_W4 = maps.rows_N, maps.positions_N4
     target, readable, last, target_HW = [], [], -1, None
     for window, (row, (top, left, height, width)) in enumerate(zip(rows_W, positions_W4)):
         if row != last:
-            last, target_HW = row, read_target(benchmark, task, int(row))
+            last, target_HW = row, read_target(benchmark, task, int(row), broken)
         if target_HW is None:
             continue
         middle = (np.arange(n) + 0.5) * maps.grid.side / n
@@ -119,11 +122,15 @@ def cell_targets(benchmark: Benchmark, task: Task, maps: FeatureMaps) -> tuple[n
     return np.stack(target) if target else np.zeros((0, n, n)), np.asarray(readable, np.int64)
 
 
-def read_target(benchmark: Benchmark, task: Task, row: int) -> np.ndarray | None:
-    """Ground truth of an image in the format of the task; None if its file cannot be read."""
+def read_target(benchmark: Benchmark, task: Task, row: int, broken: dict[str, str] | None = None) -> np.ndarray | None:
+    """Ground truth of an image in the format of the task; None if its file cannot be read. Then `broken` gets the path
+    of the file, and why."""
     try:
         return task.target(benchmark.target(row))
-    except (BadImage, OSError):
+    except (BadImage, OSError) as error:
+        assert benchmark.ground_truth is not None
+        if broken is not None:
+            broken[benchmark.ground_truth.path(row)] = str(error)
         return None
 
 
@@ -201,6 +208,8 @@ def location_prior(benchmark: Benchmark, task: Task, train: Sequence[int], side:
         if (target_HW := read_target(benchmark, task, row)) is not None:
             ys, xs = (((np.arange(side) + 0.5) / side * length).astype(int) for length in target_HW.shape)
             targets.append(target_HW[np.ix_(ys, xs)])
+    if not targets:
+        raise UsageError(f"{benchmark.name}: no training image has ground truth that can be read")
     target_Nss = np.stack(targets)
     if isinstance(task, SegmentationTask):
         counts = np.stack([(target_Nss == c).sum(0) for c in range(task.classes)])

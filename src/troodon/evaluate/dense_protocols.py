@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from troodon import run
 from troodon.config import UsageError
 from troodon.evaluate import metrics
 from troodon.evaluate.config import DenseConfig, EvaluateConfig
@@ -75,10 +76,12 @@ def evaluate_dense(backbone: Any, benchmark: Benchmark, config: EvaluateConfig, 
     train_maps, val_maps = (
         extract_maps(backbone, part.images, WindowGrid(side), blocks, reader) for part in (train, val)
     )
-    target_Wnn, readable_W = cell_targets(train, task, train_maps)
+    broken: dict[str, str] = {}
+    target_Wnn, readable_W = cell_targets(train, task, train_maps, broken)
     if not len(readable_W):
         raise UsageError(f"{benchmark.name}: no training image has ground truth that can be read")
-    targets = _valid_targets(val, task, range(len(val.images)))
+    targets = _valid_targets(val, task, range(len(val.images)), broken)
+    _report_broken(broken, reader)
     sizes = {row: (t.shape[0], t.shape[1]) for row, t in targets.items()}
     images = dataset_fingerprint(benchmark.images, "split")
     trained: dict[tuple[str, int], Any] = {}  # one scale and several scales use the same head
@@ -104,13 +107,20 @@ def evaluate_dense(backbone: Any, benchmark: Benchmark, config: EvaluateConfig, 
             "rate": dense.rate, "seeds": dense.seeds, "train": len(train_rows), "val": len(metrics_by_row[0]),
             "split": split, "interval": f"95 %, bootstrap over images, {config.resamples} resamples",
         } | _task_settings(task) | ({"scales": dense.scales} if head == "linear_4_ms" else {})  # fmt: skip
-        if unreadable := len(train_maps.unreadable) + len(val_maps.unreadable):
-            settings["images left out"] = unreadable
+        if unreadable := train_maps.unreadable | val_maps.unreadable | broken:
+            settings["images left out"] = len(unreadable)
         task_settings = _task_settings(task)
         like = likeness(backbone, images, head=head, window=side, dense=dense, task=task_settings, seed=config.seed)
         like["dense"] = {k: v for k, v in like["dense"].items() if k not in ("heads", "side")}
         name = protocol if head == "linear" else f"{protocol}_{head}"
-        yield from _scores(name, benchmark, task, metrics_by_row, settings, like, config)
+        yield from _scores(name, benchmark, task, metrics_by_row, settings, like, config, unreadable)
+
+
+def _report_broken(broken: dict[str, str], reader: Reader) -> None:
+    """Name the files of ground truth that cannot be used, once for all backbones."""
+    if new := [f"{path} ({reason})" for path, reason in broken.items() if path not in reader.set_aside]:
+        run.say(f"ground truth that cannot be used is skipped with its image: {len(new)}: {', '.join(new)}"[:500])
+    reader.set_aside.update(dict.fromkeys(broken, "without usable ground truth"))
 
 
 def evaluate_location_prior(benchmark: Benchmark, config: EvaluateConfig) -> Iterator[Result]:
@@ -128,10 +138,15 @@ def evaluate_location_prior(benchmark: Benchmark, config: EvaluateConfig) -> Ite
     yield from _scores(protocol, benchmark, task, [metrics_by_row], settings | _task_settings(task), like, config)
 
 
-def _valid_targets(benchmark: Benchmark, task: Task, rows: Iterable[int]) -> dict[int, np.ndarray]:
-    """Ground truth by row, of the images that have a valid pixel."""
-    targets = {row: target_HW for row in rows if (target_HW := read_target(benchmark, task, row)) is not None}
-    return {row: target_HW for row, target_HW in targets.items() if (target_HW != task.ignore_value).any()}
+def _valid_targets(
+    benchmark: Benchmark, task: Task, rows: Iterable[int], broken: dict[str, str] | None = None
+) -> dict[int, np.ndarray]:
+    """Ground truth by row, of the images that have a valid pixel. Raises UsageError if none has."""
+    targets = {row: target_HW for row in rows if (target_HW := read_target(benchmark, task, row, broken)) is not None}
+    valid = {row: target_HW for row, target_HW in targets.items() if (target_HW != task.ignore_value).any()}
+    if not valid:
+        raise UsageError(f"{benchmark.name}: no test image has ground truth that can be read, with a valid pixel")
+    return valid
 
 
 def _image_metrics(task: Task, predicted_HW: np.ndarray, target_HW: np.ndarray) -> np.ndarray:
@@ -143,7 +158,7 @@ def _image_metrics(task: Task, predicted_HW: np.ndarray, target_HW: np.ndarray) 
 
 def _scores(
     protocol: str, benchmark: Benchmark, task: Task, metrics_by_row: list[dict], settings: dict, like: dict,
-    config: EvaluateConfig,
+    config: EvaluateConfig, unreadable: dict[str, str] | None = None,
 ) -> Iterator[Result]:  # fmt: skip
     """Yield means over seeds, with intervals over images: class counts are summed over seeds, errors averaged."""
     rows = sorted(metrics_by_row[0])
@@ -175,6 +190,8 @@ def _scores(
             for metric, mean_N in zip(names, mean_NK.T)
         }
         details = {}
+    if unreadable:
+        details["left out"] = unreadable
     for metric, (value, low, high) in values.items():
         yield Result(protocol, benchmark.name, metric, value, low, high, settings, like, details)
         details = {}

@@ -46,7 +46,7 @@ def discover(backbone: Any, benchmark: Benchmark, config: EvaluateConfig, reader
             objects_K4 = benchmark.objects[rows[row]]
             correct.append(iou(box_4, objects_K4).max() > MIN_IOU)
             whole_image.append(iou(np.array([0.0, 0.0, width, height]), objects_K4).max() > MIN_IOU)
-    report_unreadable({index.path(row): str(error) for row, error in broken.items()}, len(correct), len(index))
+    report_unreadable({index.path(row): str(error) for row, error in broken.items()}, len(correct), len(index), reader)
     settings = {
         "images": len(correct), "shorter side": side, "features": "patches of the last block, less their mean",
         "a box of the whole picture": float(np.mean(whole_image)),

@@ -129,7 +129,7 @@ def extract_maps(backbone: Any, index: Index, grid: WindowGrid, blocks: tuple[in
         make=lambda rows: _extract(backbone, index, rows, grid, blocks, reader), write=_write, read=_read,
     )  # fmt: skip
     maps = FeatureMaps(grid, blocks, parts)
-    report_unreadable(maps.unreadable, len(maps.rows_N), len(index))
+    report_unreadable(maps.unreadable, len(set(maps.rows_N.tolist())), len(index), reader)
     return maps
 
 

@@ -8,7 +8,6 @@ computed or counted twice.
 
 import hashlib
 import io
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from torch import Tensor
 from troodon import dist, run
 from troodon.config import UsageError, fingerprint
 from troodon.evaluate.results import versions
+from troodon.images.changes import file_states
 from troodon.images.decode import BadImage
 from troodon.images.index import Index
 from troodon.images.reading import read_batches
@@ -79,6 +79,7 @@ class Reader:
     cache: Path | None = None
     shared: bool = False  # all ranks extract the same features at the same time, and each computes some parts
     in_memory: dict[str, FrozenFeatures] = field(default_factory=dict, repr=False)  # by cache key
+    set_aside: dict[str, str] = field(default_factory=dict, repr=False)  # path of an image or its ground truth: reason
 
     def images(
         self, backbone: Extractor, index: Index, rows: range, broken: dict[int, BadImage]
@@ -120,7 +121,7 @@ def extract(
     )  # fmt: skip
     unreadable = {path: why for part in parts for path, why in part.unreadable.items()}
     cls, mean, rows = (np.concatenate([getattr(p, name) for p in parts]) for name in ("cls_NLD", "mean_NLD", "rows"))
-    report_unreadable(unreadable, len(rows), len(index))
+    report_unreadable(unreadable, len(rows), len(index), reader)
     return reader.in_memory.setdefault(key, FrozenFeatures(backbone.name, cls, mean, rows, unreadable))
 
 
@@ -175,13 +176,14 @@ def compute_in_parts(
     return [results[i] for i in range(len(parts))]
 
 
-def report_unreadable(unreadable: dict[str, str], readable: int, images: int) -> None:
-    """Report the images that cannot be read. Raises UsageError if none of them can."""
+def report_unreadable(unreadable: dict[str, str], readable: int, images: int, reader: Reader) -> None:
+    """Report the images that cannot be read, once for all backbones. Raises UsageError if none of them can."""
     if not readable:
         first = next(iter(unreadable.items()), ("", "there is none"))
         raise UsageError(f"none of the {images} images can be read: {': '.join(word for word in first if word)}")
-    if unreadable:
-        run.say(f"{len(unreadable)} of {images} images cannot be read and are skipped: {', '.join(unreadable)}"[:500])
+    if new := [path for path in unreadable if path not in reader.set_aside]:
+        run.say(f"{len(new)} of {images} images cannot be read and are skipped: {', '.join(new)}"[:500])
+    reader.set_aside.update({path: reason.partition(":")[0] for path, reason in unreadable.items()})
 
 
 def dataset_fingerprint(index: Index, *columns: str) -> str:
@@ -194,12 +196,8 @@ def files_fingerprint(index: Index, *columns: str) -> str:
     digest = hashlib.sha256(str(index.range).encode() if index.range else b"")
     for name in ("path", "container", "offset", "length", *columns):
         digest.update("\0".join(map(str, index.column(name))).encode())
-    for container in sorted(set(index.column("container"))):
-        try:
-            status = os.stat(container)
-            digest.update(f"\0{container}\0{status.st_size}\0{status.st_mtime_ns}".encode())
-        except OSError:
-            digest.update(f"\0{container}\0gone".encode())
+    for container, state in file_states(index).items():
+        digest.update(f"\0{container}\0{state}".encode())
     return digest.hexdigest()[:16]
 
 

@@ -53,7 +53,7 @@ def match(backbone: Any, benchmark: Benchmark, config: EvaluateConfig, reader: R
             for of_protocol, second_hwD in zip(distances.values(), patches[1:]):
                 of_protocol.append(match_distances(patches[0], second_hwD, affine_23))
     matched = len(distances["match"])
-    report_unreadable({index.path(row): str(error) for row, error in broken.items()}, matched, len(index))
+    report_unreadable({index.path(row): str(error) for row, error in broken.items()}, matched, len(index), reader)
     settings = {
         "images": matched, "window": side, "features": "patches of the last block, cosine",
         "views": f"the middle square; a part of it of {MIN_SCALE:g} to 1 of its side, "

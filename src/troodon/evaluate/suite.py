@@ -6,6 +6,7 @@ details.json   for each entry: all variants with their intervals, per-class accu
 pictures/      of the first backbone: pca.png (if it has patches) and neighbours.png
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from troodon.evaluate.retrieve import detect_copies, retrieve
 from troodon.evaluate.sets.benchmark import Benchmark
 from troodon.evaluate.split import describe_split, labelled, split
 from troodon.images.index import Index
+from troodon.text import set_aside
 
 ProtocolFunction = Callable[[Any, Benchmark, EvaluateConfig, Reader], Iterator[Result]]
 # For each kind of dataset except "label": protocol, function, and whether the function needs patch tokens.
@@ -64,6 +66,7 @@ def evaluate(
     settings = _recorded(config) | {"datasets": [b.name for b in benchmarks], "backbones": list(by_name)}
     settings["compute"] = [view(b).get("compute", "none") for b in by_name.values()]
     images = [files_fingerprint(index, *columns) for index, *columns in _all_indexes(benchmarks)]
+    images += [digest for b in benchmarks if (digest := b.truth_digest())]
     inputs = fingerprint(settings, images, [b.fingerprint for b in by_name.values()])
     if run.is_done(out, "scores", inputs, settings):
         run.say(f"{out}: already there")
@@ -72,6 +75,8 @@ def evaluate(
     report = run.say if dist.rank() == 0 else lambda message: None
     count = sum(len(b.images) for b in benchmarks)
     report(f"suite {config.suite}: {len(by_name)} backbones, {len(benchmarks)} datasets, {count:,} images")
+    for note in _notes(benchmarks, datasets, config):
+        report(note)
     for name, backbone in by_name.items():
         # Features of the first backbone stay in memory until its pictures are drawn.
         backbone_reader = replace(reader, in_memory={} if scores else reader.in_memory)
@@ -91,8 +96,25 @@ def evaluate(
                 _draw_pictures(backbones[0], datasets[0], config, replace(reader, shared=False), folder / "pictures")
             run.write_json(folder / "scores.json", scores)
             run.write_json(folder / "details.json", details)
+    if reader.set_aside:
+        report(f"evaluate: {set_aside(Counter(reader.set_aside.values()), count)}")
     dist.barrier()
     return scores
+
+
+def _notes(
+    benchmarks: Sequence[Benchmark], datasets: Sequence[classify.LabelledDataset], config: EvaluateConfig
+) -> Iterator[str]:
+    """What is missing from the ground truth of the datasets, in lines."""
+    for benchmark in (b for b in benchmarks if b.kind == "label"):
+        count, missing = len(benchmark.images), benchmark.images.table["label"].null_count
+        if missing == count:
+            yield f"{benchmark.name}: none of its {count:,} images has a label, as folders of one name are no classes"
+        elif missing:
+            text = f"{missing:,} of its {count:,} images have no label, and are set aside"
+            yield f"{'alarm: ' if 2 * missing > count else ''}{benchmark.name}: {text}"
+    for dataset in datasets:
+        yield from classify.notes(dataset)
 
 
 def _recorded(config: EvaluateConfig) -> dict:

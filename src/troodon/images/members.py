@@ -206,6 +206,8 @@ def refuse_compressed(path: str) -> None:
         if start.startswith(magic):
             raise UsageError(f"{path}: is compressed, but images are read in place: run {tool} {path} first")
 
+FIRST_ITEMS = 8  # of a dataset: if none of them has a class, the others are not read
+
 
 @dataclass(frozen=True)
 class ParquetTable:
@@ -305,3 +307,32 @@ def dataset_labels(dataset: Any) -> Sequence[str | None] | None:
         return None
     codes = [c.item() if hasattr(c, "item") else c for c in codes]
     return [None if c is None else str(names[c] if names and isinstance(c, int) else c) for c in codes]
+
+
+def item_labels(dataset: Any) -> list[str | None] | None:
+    """The class of each item of a dataset that gives it beside the image: in a tuple, or in a dict by one of
+    LABEL_COLUMNS or as "target". Reads every item; None for one that fails. None in all if the first have no class."""
+    names, labels = getattr(dataset, "classes", None), list[str | None]()
+    for row in range(len(dataset)):
+        try:
+            label = _label_beside_image(dataset[row])
+        except Exception:  # foreign code may raise anything; the image of this item is broken, too
+            label = None
+        is_code = isinstance(label, int) and isinstance(names, list | tuple) and 0 <= label < len(names)
+        labels.append(None if label is None else str(names[label] if is_code else label))
+        if row + 1 == FIRST_ITEMS and not any(labels):
+            return None
+    return labels if any(label is not None for label in labels) else None
+
+
+def _label_beside_image(item: Any) -> str | int | None:
+    values = []
+    if isinstance(item, dict):
+        values = [item[name] for name in (*LABEL_COLUMNS, "target") if name in item]
+    elif isinstance(item, tuple | list):
+        values = list(item[1:])  # pyrefly: ignore[bad-index]
+    for value in values:
+        value = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+        if isinstance(value, str | int) and not isinstance(value, bool):
+            return value
+    return None

@@ -27,6 +27,7 @@ from troodon.verbs.common import (
 )
 
 if TYPE_CHECKING:
+    from troodon.images.index import Index
     from troodon.model.backbone import Backbone
 
 
@@ -129,7 +130,7 @@ def open_benchmarks(data: Data, layout: str | None = None) -> list:
     from troodon.images.sources import open_source
 
     benchmarks, rest = [], []
-    for place in as_list(data):
+    for place in [data] if _is_items(data) else as_list(data):
         benchmark = open_benchmark(place, layout)
         if benchmark is None:
             rest.append(place)
@@ -137,17 +138,48 @@ def open_benchmarks(data: Data, layout: str | None = None) -> list:
             benchmarks.append(benchmark)
     if len(rest) > 1:  # a place with its own split is a dataset by itself
         for place in list(rest):
-            index = open_source(place)
+            index = _with_item_labels(open_source(place))
             splits = set(index.column("split"))
             if "train" in splits and splits & {"val", "test"} and index.table["label"].null_count < len(index):
                 benchmarks.append(Benchmark(_dataset_name(place), "label", index))
                 rest.remove(place)
     if rest:
-        benchmarks.append(Benchmark(" + ".join(map(_dataset_name, rest)), "label", open_source(*rest)))
+        index = _with_item_labels(open_source(*rest))
+        benchmarks.append(Benchmark(" + ".join(map(_dataset_name, rest)), "label", index))
     names = [benchmark.name for benchmark in benchmarks]
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(f"two datasets are called {repeated}: rename the folder of one")
     return benchmarks
+
+
+def _is_items(data: Data) -> bool:
+    """Whether a list holds the items of one dataset, such as (image, label), and not several datasets."""
+    return isinstance(data, list) and bool(data) and all(isinstance(item, tuple | dict) for item in data)
+
+
+def _with_item_labels(index: "Index") -> "Index":
+    """The index with the labels that Python datasets give beside their images, where none are known."""
+    import pyarrow as pa
+
+    from troodon.images.members import item_labels
+    from troodon.run import say
+
+    labels, containers, offsets = (index.column(name) for name in ("label", "container", "offset"))
+    for key, dataset in index.datasets.items():
+        rows = [row for row, container in enumerate(containers) if container == key]
+        if any(labels[row] is not None for row in rows):
+            continue
+        of_items = item_labels(dataset)
+        if of_items is None:
+            what = "its items are neither (image, label) nor dicts with a label"
+            say(f"{type(dataset).__name__}: no labels are known, as {what}")
+            continue
+        for row in rows:
+            labels[row] = of_items[offsets[row]]
+    if not index.datasets:
+        return index
+    place = index.table.schema.get_field_index("label")
+    return replace(index, table=index.table.set_column(place, "label", pa.array(labels, pa.string())))
 
 
 def _dataset_name(place: object) -> str:

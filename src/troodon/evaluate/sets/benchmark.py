@@ -31,7 +31,8 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from troodon.config import UsageError
+from troodon import run
+from troodon.config import UsageError, fingerprint
 from troodon.images import containers, listing, members
 from troodon.images.decode import BadImage, decode_single_channel
 from troodon.images.index import SCHEMA, Index
@@ -57,6 +58,7 @@ class Benchmark:
     ground_truth: Index | None = None  # masks or depths, row by row
     # From the bytes of a ground truth file to classes (IGNORE for none) or to depths in units.
     read: Callable[[bytes], np.ndarray] = decode_single_channel
+    class_lines: tuple[str, ...] = ()  # of the user's classes.txt
     classes: tuple[str, ...] = ()  # of masks and tags; the column "label" holds the tags
     unit: float | None = None  # of depths: metres per unit, if the publisher defines it
     range: tuple[float, float] | None = None  # valid distances in metres, if the publisher defines it
@@ -68,6 +70,13 @@ class Benchmark:
     ap_method: Literal["steps", "trapezoids"] = "steps"  # see `average_precision`
     pairs: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))  # copies: rows
     train_benchmark: str | None = None  # labels: name of the dataset to train on, if this one only has test images
+
+    def truth_digest(self) -> str:
+        """A digest of the ground truth that no file of `images` and `ground_truth` holds; "" if there is none."""
+        truth = [self.pairs.tolist(), self.queries.tolist(), self.gallery.tolist(), sorted(self.boxes.items())]
+        truth += [{name: [[r.tolist() for r in rows] for rows in of] for name, of in self.relevance.items()}]
+        truth += [[boxes_K4.tolist() for boxes_K4 in self.objects], self.class_lines]
+        return fingerprint(truth) if any(truth) else ""
 
     def target(self, row: int) -> np.ndarray:
         """The ground truth (H, W) of an image. Raises BadImage or OSError."""
@@ -136,11 +145,18 @@ class Tree:
     def index(
         self, names: Sequence[str], labels: Sequence[str | None] | None = None, splits: Sequence | None = None
     ) -> Index:
-        """An index of these files in this order. Raises UsageError, which names the first, if files are missing."""
+        """An index of these files in this order. A file that is missing is an image that cannot be read, and is named.
+
+        Raises UsageError, which names the first, if all are missing.
+        """
         if missing := [name for name in names if name not in self.entries]:
-            raise UsageError(f"{self.root}: {len(missing)} of {len(names)} files are missing, {missing[0]} among them")
+            text = f"{self.root}: {len(missing)} of {len(names)} files are missing, {missing[0]} among them"
+            if len(missing) == len(names):
+                raise UsageError(text)
+            run.say(f"{text}; they are set aside")
         none = [None] * len(names)
-        locations = zip(*(self.entries[name] for name in names)) if names else ([], [], [])
+        nowhere = {name: (os.path.join(self.root, name or "no name"), 0, -1) for name in missing}
+        locations = zip(*((self.entries | nowhere)[name] for name in names)) if names else ([], [], [])
         columns = [list(names), *map(list, locations), list(labels or none), list(splits or none)]
         return Index(pa.table([[f"{self.name}/{n}" for n in names], *columns[1:]], schema=SCHEMA))
 
@@ -164,7 +180,9 @@ def open_table(tree: Tree) -> Benchmark | None:
         read, classes = mask_reader(tree.lines("classes.txt")) if "classes.txt" in tree.entries else (None, ())
         masks = tree.index(table["mask"])
         read = read or (lambda data: shift_classes(decode_single_channel(data), IGNORE))
-        return Benchmark(tree.name, "mask", tree.index(images, splits=splits), masks, read, classes)
+        lines = tuple(tree.lines("classes.txt")) if classes else ()
+        index = tree.index(images, splits=splits)
+        return Benchmark(tree.name, "mask", index, masks, read, class_lines=lines, classes=classes)
     if "depth" in table:
         return Benchmark(tree.name, "depth", tree.index(images, splits=splits), tree.index(table["depth"]))
     return None

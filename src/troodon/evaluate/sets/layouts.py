@@ -1,22 +1,25 @@
 """Layouts of published evaluation datasets: a table of their names, markers, required files and sources.
 
 A layout is detected by its `markers`: patterns that match some of its folders or files, at any depth. `required` lists
-further folders or files as (pattern, name in messages). If one is missing, the message names it and the source of the
-dataset. `build` makes a `Benchmark` from the file names and the lists of the publisher (label_readers.py,
-truth_readers.py).
+further folders or files as (pattern, name in messages). If one is missing, a message names it and the source of the
+dataset, and the files are read as any others; if the user has named the layout, this is an error. `build` makes a
+`Benchmark` from the file names and the lists of the publisher (label_readers.py, truth_readers.py).
 """
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from troodon import run
 from troodon.config import UsageError, nearest
 from troodon.evaluate.sets import label_readers as labels
 from troodon.evaluate.sets import truth_readers as truths
 from troodon.evaluate.sets.benchmark import Benchmark, Tree, open_table
 from troodon.images import files, listing
+from troodon.text import plural
 
 WNID = r"n\d{8}"
 KITTI = r"(\d{4}_\d\d_\d\d)_drive_\d{4}_sync"
@@ -30,6 +33,8 @@ class Layout:
     markers: tuple[str, ...]
     source: str  # where the dataset is published
     required: tuple[tuple[str, str], ...] = ()  # (pattern, name in messages)
+    classes: int = 0  # number of classes without which it is not detected,
+    or_file: str = "(?!)"  # unless this file is there
 
 
 def paired(image: str, truth: tuple[str, ...], splits: dict[str, str], **fields) -> Callable[[Tree], Benchmark]:
@@ -41,6 +46,7 @@ LAYOUTS: dict[str, Layout] = {
     "imagenet-1k": Layout(
         labels.imagenet, (rf"train/{WNID}", rf"val/{WNID}|.*LOC_val_solution\.csv"),
         "https://image-net.org/challenges/LSVRC/2012 (val/ in folders, or flat beside Kaggle's LOC_val_solution.csv)",
+        classes=1000, or_file=r"LOC_val_solution\.csv",
     ),
     "imagenet-v2": Layout(
         partial(labels.from_patterns, splits={"test": r"imagenetv2-[^/]+/(\d+)/[^/]+"}, train_benchmark="imagenet-1k"),
@@ -60,7 +66,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "imagenet-sketch": Layout(
         partial(labels.from_patterns, splits={"test": rf"sketch/({WNID})/[^/]+"}, train_benchmark="imagenet-1k"),
-        (rf"sketch/{WNID}",), "https://github.com/HaohanWang/ImageNet-Sketch",
+        (rf"sketch/{WNID}",), "https://github.com/HaohanWang/ImageNet-Sketch", classes=1000,
     ),
     # ---- labels: other sets
     "inaturalist": Layout(
@@ -195,7 +201,8 @@ LAYOUTS: dict[str, Layout] = {
 def open_benchmark(place: object, layout: str | None = None) -> Benchmark | None:
     """Open the dataset at a place, detected from its files: a table at the top or a published layout. None if neither.
 
-    `layout` names one of LAYOUTS instead of the detection. Raises UsageError if a required part of it is missing.
+    `layout` names one of LAYOUTS instead of the detection. Raises UsageError if a required part of it is missing. Says
+    which layout is taken.
     """
     if layout is not None and layout not in LAYOUTS:
         raise nearest("layout", layout, LAYOUTS)
@@ -208,8 +215,24 @@ def open_benchmark(place: object, layout: str | None = None) -> Benchmark | None
     known = known_paths(tree)
     for name in [layout] if layout else [] if has_table(tree) else LAYOUTS:
         if layout or all(_exists(marker, known) for marker in LAYOUTS[name].markers):
-            return _build(tree, name, known)
-    return open_table(tree)
+            missing = _missing_parts(name, known)
+            benchmark = _build(tree, name) if not missing else None
+            counts_classes = not layout and not _exists(LAYOUTS[name].or_file, known)
+            missing = missing or _missing_content(benchmark, LAYOUTS[name].classes if counts_classes else 0)
+            if not missing:
+                return _say_taken(tree, benchmark, name)
+            text = f"{tree.root}: {name} without {', and '.join(missing)}; published at {LAYOUTS[name].source}"
+            if layout:
+                raise UsageError(text)
+            run.say(f"{text}. It is not read as {name}")
+    benchmark = open_table(tree)
+    return benchmark and _say_taken(tree, benchmark, f"{benchmark.kind}, by the table at its top")
+
+
+def _say_taken(tree: Tree, benchmark: Benchmark, what: str) -> Benchmark:
+    if os.environ.get("RANK", "0") == "0":
+        run.say(f"{tree.root}: read as {what}, {plural(len(benchmark.images), 'image')}")
+    return benchmark
 
 
 def has_table(tree: Tree) -> bool:
@@ -235,13 +258,29 @@ def _exists(pattern: str, known: set[str]) -> bool:
     return any(map(regex.fullmatch, known))
 
 
-def _build(tree: Tree, name: str, known: set[str]) -> Benchmark:
+def _missing_parts(name: str, known: set[str]) -> list[str]:
+    """The markers and required files that are missing, in words."""
     layout = LAYOUTS[name]
     markers = [(marker, f"its marker ({marker})") for marker in layout.markers]
-    missing = [text for pattern, text in (*markers, *layout.required) if not _exists(pattern, known)]
-    if missing:
-        raise UsageError(f"{tree.root}: {name} without {', and '.join(missing)}; published at {layout.source}")
-    benchmark = layout.build(tree)
+    return [text for pattern, text in (*markers, *layout.required) if not _exists(pattern, known)]
+
+
+def _missing_content(benchmark: Benchmark, classes: int) -> list[str]:
+    """What a dataset lacks that has all files of a layout, which needs so many classes."""
     if not len(benchmark.images):
-        raise UsageError(f"{tree.root}: {name} without any of its images; published at {layout.source}")
-    return replace(benchmark, name=name)
+        return ["any of its images"]
+    if benchmark.kind == "copies" and not len(benchmark.pairs):
+        return ["any of its pairs"]
+    missing = classes - len(set(benchmark.images.column("label"))) if classes else 0
+    return [f"{missing:,} of its {classes:,} classes"] if missing > 0 else []
+
+
+def _build(tree: Tree, name: str) -> Benchmark:
+    """The dataset. Raises UsageError if its files are not as they were published."""
+    try:
+        return replace(LAYOUTS[name].build(tree), name=name)
+    except UsageError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        text = f"{type(error).__name__}: {error}"
+        raise UsageError(f"{tree.root}: its files are not those of {name} ({text}); --layout says another") from None
