@@ -1,9 +1,13 @@
-"""Decode thousands of damaged files in a separate process: the decoder must not crash, hang or leak memory.
+"""Read thousands of damaged files in a separate process: nothing may crash, hang, leak memory or be lost silently.
 
     python -m tests.fuzz [--files 5000] [--seed 0] [--slow] [FILE ...]
+    python -m tests.fuzz --containers 10000 [--seed 0]
 
 Small images of every format (and FILEs) are damaged in five ways and decoded by several threads, like in training.
 Prints a line of JSON: the number of each outcome, the slowest decoding, and the growth of the process.
+
+With --containers, tars, zips, Parquet files and lists of images are damaged instead, then listed, and all that is
+listed is read. Every image of a container must be listed, unless a message or one clear error says that some are not.
 """
 
 import argparse
@@ -12,20 +16,31 @@ import gc
 import io
 import json
 import random
+import tarfile
+import tempfile
 import time
+import warnings
+import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
+from troodon import run
+from troodon.config import UsageError
 from troodon.images import decode as decoder
 from troodon.images.decode import BadImage, decode, read_header
+from troodon.images.sources import open_source
 
 DAMAGES = ("flip", "cut", "grow", "blank", "splice")
 TIMEOUT_S = 60  # per batch; then the stack of every thread is printed, and the process exits
 THREADS = 4
+MEMBERS = 5  # images in a container
+WHOLE = (".tar", ".zip", ".parquet")  # containers that tell whether a member is missing; half a list is a list
 
 
 def small_files() -> dict[str, bytes]:
@@ -97,6 +112,92 @@ def try_decode(data: bytes) -> tuple[str, float]:
     return status, time.perf_counter() - start
 
 
+def small_containers(home: Path) -> dict[str, bytes]:
+    """The same few images in containers of each kind, by file name; lists name the images in `home`/listed."""
+    images = {f"class{i % 2}/{i}.png": data for i, data in enumerate([small_files()["png"]] * MEMBERS)}
+    for name, data in images.items():
+        (home / "listed" / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / "listed" / name).write_bytes(data)
+    made = {}
+    for format in (tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT):
+        out = io.BytesIO()
+        with tarfile.open(fileobj=out, mode="w", format=format) as tar:
+            for name, data in images.items():
+                for part, content in ((name, data), (name.replace(".png", ".cls"), b"1")):
+                    member = tarfile.TarInfo(part)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        made[f"{format}.tar"] = out.getvalue()
+    for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        out = io.BytesIO()
+        with zipfile.ZipFile(out, "w", method) as archive:
+            for name, data in images.items():
+                archive.writestr(name, data)
+            archive.writestr("labels.csv", "path,label\n" + "".join(f"{name},a\n" for name in images))
+        made[f"{method}.zip"] = out.getvalue()
+    labels = [name.partition("/")[0] for name in images]
+    structs = [{"bytes": data, "path": name} for name, data in images.items()]
+    for number, column in enumerate((list(images.values()), structs)):
+        table, out = pa.table({"image": column, "label": labels}), pa.BufferOutputStream()
+        pq.write_table(table, out, row_group_size=2, compression=("none", "snappy")[number])
+        made[f"{number}.parquet"] = out.getvalue().to_pybytes()
+    names = [f"listed/{name}" for name in images]
+    rows = [f"{name},{label},train" for name, label in zip(names, labels)]
+    return made | {
+        "l.txt": "\n".join(names).encode(),
+        "l.csv": "\n".join(["path,label,split", *rows]).encode(),
+        "l.tsv": "\n".join(["path,label,split", *rows]).replace(",", "\t").encode(),
+    }
+
+
+def try_container(home: Path, name: str, data: bytes) -> tuple[str, float]:
+    """List a container with this content and read all that is listed: the outcome, and its duration in seconds."""
+    (home / name).write_bytes(data)
+    said: list[str] = []
+    say, run.say, start = run.say, lambda message="", passing=False: said.append(message), time.perf_counter()
+    try:
+        index = open_source(home / name)
+        broken = 0
+        for row in range(len(index)):
+            try:
+                decode(index.read(row), None)
+            except (BadImage, OSError):
+                broken += 1
+        assert len(index) >= MEMBERS or said or not name.endswith(WHOLE), f"{name}: {MEMBERS - len(index)} images lost"
+        outcome = "some broken" if broken else "ok" if len(index) >= MEMBERS else "some left out"
+    except UsageError as error:
+        outcome = "refused"
+        if "\n" in str(error):
+            raise ValueError(f"an error of several lines: {error}") from None
+    finally:
+        run.say = say
+    return outcome, time.perf_counter() - start
+
+
+def fuzz_containers(count: int, seed: int) -> dict:
+    """Damage and read `count` containers; raises what is not one clear error. The report."""
+    draw, outcomes, slowest = random.Random(seed), Counter[str](), 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        made = small_containers(Path(folder))
+        for name, data in made.items():
+            assert try_container(Path(folder), name, data)[0] == "ok", name
+        for number in range(count):
+            name = draw.choice(sorted(made))
+            alike = [data for other, data in made.items() if Path(other).suffix == Path(name).suffix]
+            data = damage([made[name]] if draw.random() < 0.8 else alike, draw)
+            faulthandler.dump_traceback_later(TIMEOUT_S, exit=True)
+            try:
+                outcome, seconds = try_container(Path(folder), name, data)
+            except BaseException as error:
+                error.add_note(f"container {number} of seed {seed}: {name}, {len(data)} bytes")
+                Path(tempfile.gettempdir(), f"fuzz-{seed}-{number}-{name}").write_bytes(data)
+                raise
+            outcomes[outcome] += 1
+            slowest = max(slowest, seconds)
+    faulthandler.cancel_dump_traceback_later()
+    return {"outcomes": outcomes, "slowest_s": round(slowest, 3), "kinds": len(made)}
+
+
 def resident() -> float:
     """Resident memory of this process, in MB."""
     gc.collect()
@@ -107,6 +208,7 @@ def resident() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", type=int, default=5000)
+    parser.add_argument("--containers", type=int, default=0, help="damage so many containers instead")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--slow", action="store_true", help="without simplejpeg")
     parser.add_argument("more", nargs="*", type=Path, help="files to damage besides the small ones")
@@ -114,6 +216,10 @@ def main() -> None:
     if args.slow:
         decoder.simplejpeg = None
     faulthandler.enable()
+    if args.containers:
+        warnings.simplefilter("ignore")
+        print(json.dumps(fuzz_containers(args.containers, args.seed)))
+        return
     files = [*small_files().values(), *(path.read_bytes() for path in args.more)]
     files = [data for data in files if data]
     draw, outcomes, slowest, baseline = random.Random(args.seed), Counter[str](), 0.0, 0.0

@@ -8,6 +8,7 @@
                       width, height    in pixels, upright        sha256   of the bytes; null if unreadable
                       hash     perceptual, 64 bits; null if unreadable or of one colour
                       score_<name>     for every requested score
+                      modified         when its file was last changed, as in an index (images/scan.py)
 
 Until all images are done, every `partition_size` images are a unit of the stage "embed", so a killed run loses minutes.
 """
@@ -51,6 +52,7 @@ from troodon.curate.stage import (
     stage_seconds,
     unit_counts,
 )
+from troodon.images.changes import MODIFIED, modification_times, refuse_changed, times_fingerprint
 from troodon.images.decode import BadImage
 from troodon.images.index import SCHEMA, Index
 from troodon.images.reading import read_batches
@@ -95,14 +97,17 @@ def embed(
         settings["scores"] = sorted(scores)
     fingerprint = config.fingerprint(settings, index.content_hash())
     if run.is_done(out, "embeddings", fingerprint, settings):
+        refuse_changed(out, index)
         return out
+    modified = modification_times(index)
     networks = {MAIN_MATRIX: (without_reader(backbone), tokens)}
     if copies is not None:
         networks[COPY_MATRIX] = without_reader(copies), "cls"
     if pixels:
         networks[PIXEL_MATRIX] = PixelBackbone(backbone.channels), "cls"
     # The batches can change the last bit of a vector, so partial results depend on them.
-    stage_name = config.fingerprint(fingerprint, partition_size, batch, code_fingerprint())
+    inputs = (fingerprint, times_fingerprint(modified), partition_size, batch)
+    stage_name = config.fingerprint(*inputs, code_fingerprint())
     work = _EmbedUnit(networks, index, scores, batch, threads)
     stage = Stage("embed", work, row_ranges(len(index), partition_size), stage_name)
     root = out.with_name(f"{out.name}.parts")
@@ -112,6 +117,7 @@ def embed(
             concatenate_matrices(parts, partial / f"{matrix}.npy")
         tables = [pq.read_table(part / "images.parquet") for part in parts]
         table = pa.concat_tables(tables).combine_chunks() if tables else SCHEMA.empty_table()
+        table = table.append_column(MODIFIED, pa.array(modified))
         pq.write_table(table, partial / "images.parquet", compression="zstd")
         run.write_json(partial / "timings.json", stage_seconds(parts))
     shutil.rmtree(root, ignore_errors=True)

@@ -32,6 +32,7 @@ from troodon.curate.encoder import CopyEncoder
 from troodon.curate.gather import gather
 from troodon.curate.leak import remove_leaks
 from troodon.curate.stage import Backend, stage_seconds
+from troodon.images.changes import MODIFIED, first_changed, refuse_changed, times_fingerprint
 from troodon.images.index import SCHEMA, Index
 from troodon.model.backbone import Backbone
 
@@ -66,11 +67,14 @@ def curate(
         settings["copies"] = copies.fingerprint
     name = fingerprint(settings, *(index.content_hash() for index in (curated, uncurated, benchmark)))
     root = out.with_name(f"{out.name}.work")
+    index = Index.concat([curated, uncurated, *([benchmark] if len(benchmark) else [])])
     if run.is_done(out, "selection", name, settings):
+        refuse_changed(out, index)
         shutil.rmtree(root, ignore_errors=True)  # left if an earlier run was killed just before its end
         return out
 
-    index = Index.concat([curated, uncurated, *([benchmark] if len(benchmark) else [])])
+    if first_changed(root / "embeddings", index) is not None:
+        shutil.rmtree(root / "embeddings")  # an unfinished selection is made anew from the files of now
     embeddings = embed(
         backbone, index, root / "embeddings", batch=config.batch, threads=config.threads, tokens=config.tokens,
         copies=copies, pixels=encoder.pixels, marks=config.marks, partition_size=config.partition_size, backend=backend,
@@ -78,7 +82,7 @@ def curate(
     device = None if str(getattr(backbone, "device", "cpu")) == "cpu" else str(backbone.device)
     context = CurationContext(
         config, index, load_embeddings(embeddings)[1], len(curated), len(uncurated), _datasets(curated), root,
-        run.read_json(embeddings / run.MANIFEST)["fingerprint"], backend or SingleProcess(), device,
+        _identify(embeddings), backend or SingleProcess(), device,
     )  # fmt: skip
     require_readable_curated(context)
 
@@ -100,6 +104,15 @@ def curate(
     shutil.rmtree(root)
     run.say(f"curate: kept {summary['kept']:,} of {len(index):,} images: {out}")
     return out
+
+
+def _identify(embeddings: Path) -> str:
+    """A name of the embeddings that tells apart those of other images, also if only the files have changed."""
+    name = run.read_json(embeddings / run.MANIFEST)["fingerprint"]
+    images = pq.read_table(embeddings / "images.parquet")
+    if MODIFIED.name not in images.column_names:  # of an earlier release
+        return name
+    return fingerprint(name, times_fingerprint(images[MODIFIED.name].to_numpy()))
 
 
 def _copy_results(folder: Path, embeddings: Path, duplicates: Path, gathered: Path) -> None:

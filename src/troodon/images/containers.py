@@ -30,6 +30,7 @@ MAX_IMAGE_BYTES = 1 << 30  # a larger file only has the name of an image (arrays
 CACHED_ROW_GROUPS = 8  # row groups of Parquet files kept decompressed
 ZIP_HEADER = struct.Struct("<4s5H3L2H")  # the local header of a zip member (APPNOTE.TXT, 4.3.7)
 ZIP_DESCRIPTOR_FLAG = 1 << 3  # checksum and lengths are behind the data (APPNOTE.TXT, 4.4.4)
+PARQUET_DAMAGE = (pa.ArrowException, LookupError, TypeError, ValueError)  # what reading a damaged file may raise
 COLUMN_SEPARATOR = "#"  # between the path of a Parquet file and the name of its image column
 
 
@@ -159,7 +160,7 @@ def _read_cell(path: str, column_name: str, row: int) -> bytes:
             raise OSError(f"{path}: has no row {row:,}; it has changed since it was listed")
         group = _groups.get((*key, number), lambda: column.read_group(number))
         value = group[row - int(starts[number])].as_py()
-    except (pa.ArrowException, KeyError) as error:
+    except PARQUET_DAMAGE as error:
         raise OSError(f"{path}: {' '.join(str(error).split())[:200]}") from None
     return (value["bytes"] if isinstance(value, dict) else value) or b""
 

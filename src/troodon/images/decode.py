@@ -11,6 +11,7 @@ second. It is as strict as Pillow about truncated files, and Pillow decodes what
 """
 
 import contextlib
+import ctypes
 import io
 import math
 import os
@@ -55,6 +56,8 @@ MAX_NPY_HEADER = 1024  # characters: parsing a longer header could be made expen
 # Pillow warns about what this module decides. Filters cannot be changed safely while threads decode, so both settings
 # are made once. Pillow's own limit stays, for images inside images (an icon may hold a PNG of another size).
 warnings.filterwarnings("ignore", module=r"PIL\.")
+with contextlib.suppress(OSError, AttributeError):  # libtiff prints its errors, from C; Pillow raises them, too
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 if Image.MAX_IMAGE_PIXELS is not None:
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MAX_PIXELS)
 PngImagePlugin.MAX_TEXT_CHUNK = MAX_TEXT  # pyrefly: ignore[bad-assignment]

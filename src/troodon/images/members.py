@@ -4,6 +4,7 @@ Listing reads a container once and finds, for every image in it, the offset and 
 Training never needs this module.
 """
 
+import io
 import json
 import posixpath
 import tarfile
@@ -23,6 +24,7 @@ from troodon.images.formats import IMAGE_EXTENSIONS, LOOK_BYTES, LeftOut, extens
 from troodon.images.labels import LABEL_COLUMNS
 from troodon.text import plural
 
+ZIP_END_BYTES = 22 + 0xFFFF  # the longest record at the end of a zip, with its comment (APPNOTE.TXT, 4.3.16)
 MAX_CLASS_BYTES = 256  # a longer .cls member is no class
 MAX_JSON_BYTES = 1 << 16  # a longer .json member is not looked at for a class
 METHODS = {9: "Deflate64", 12: "BZIP2", 14: "LZMA", 93: "Zstandard", 95: "XZ", 98: "PPMd"}  # of zips (APPNOTE.TXT)
@@ -151,6 +153,7 @@ def _list_zip(container: str, is_hidden: Callable[[str], bool]) -> tuple[Members
     members, count, unnamed = Members(), 0, dict[str, zipfile.ZipInfo]()
     try:
         with files.open_file(container) as file, zipfile.ZipFile(file) as archive:
+            is_intact = len(archive.infolist()) >= _count_at_end(file)  # zipfile stops silently at damage
             for member in archive.infolist():
                 name = _clean_name(member.filename)
                 if member.is_dir():
@@ -178,7 +181,17 @@ def _list_zip(container: str, is_hidden: Callable[[str], bool]) -> tuple[Members
         raise UsageError(f"{container}: has names that are not UTF-8, as they should be ({error.object!r})") from None
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise UsageError(f"{container}: is not a complete zip ({error}): the list of its files is at its end") from None
-    return members, count, True
+    return members, count, is_intact
+
+
+def _count_at_end(file: Any) -> int:
+    """The number of files that a zip says it lists; 0 where it is too large for the record at the end."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(max(0, size - ZIP_END_BYTES))
+    end = file.read()
+    start = end.rfind(b"PK\x05\x06") + 10
+    count = int.from_bytes(end[start : start + 2], "little")
+    return 0 if count == 0xFFFF else count
 
 
 def _start_of(archive: zipfile.ZipFile, member: zipfile.ZipInfo, size: int) -> bytes:
@@ -206,6 +219,7 @@ def refuse_compressed(path: str) -> None:
         if start.startswith(magic):
             raise UsageError(f"{path}: is compressed, but images are read in place: run {tool} {path} first")
 
+
 FIRST_ITEMS = 8  # of a dataset: if none of them has a class, the others are not read
 
 
@@ -231,11 +245,12 @@ def read_columns(container: str, image_column: str | None = None) -> ParquetTabl
         with files.open_file(container) as file, pq.ParquetFile(file) as table:
             schema = table.schema_arrow
             byte_columns = [f.name for f in schema if containers.bytes_field(f.type) is not None]
-            byte_columns.sort(key=_is_about_images)  # labels may be bytes, too
             if image_column is not None and image_column not in byte_columns:
                 has = ", ".join(byte_columns) or "none"
                 raise UsageError(f"{container}/{image_column}: no such column of images; it has {has}")
-            image_column = image_column or next((n for n in ("image", "img", *byte_columns) if n in byte_columns), None)
+            if image_column is None:
+                of_images = [name for name in byte_columns if not _is_about_images(name)]  # labels may be bytes, too
+                image_column = next((n for n in ("image", "img", *of_images) if n in of_images), None)
             others = [
                 f.name for f in schema
                 if (_is_about_images(f.name) or (image_column is None and _is_text(f.type))) and f.name != image_column
@@ -250,7 +265,9 @@ def read_columns(container: str, image_column: str | None = None) -> ParquetTabl
             paths = _rows_of_paths(table, image_column) if image_column else {}
             largest = max(group_bytes, default=0)
             return ParquetTable(table.metadata.num_rows, image_column, columns, _class_names(schema), largest, paths)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+    except UsageError:
+        raise
+    except containers.PARQUET_DAMAGE as error:
         raise UsageError(f"{container}: is not a Parquet table ({' '.join(str(error).split())[:200]})") from None
 
 
@@ -271,7 +288,7 @@ def _rows_of_paths(table: pq.ParquetFile, column: str) -> dict[int, str]:
     for number in range(table.num_row_groups):
         group = table.metadata.row_group(number)
         leaves = (group.column(i) for i in range(group.num_columns))
-        counted = next(leaf.statistics for leaf in leaves if leaf.path_in_schema == f"{column}.bytes")
+        counted = next((leaf.statistics for leaf in leaves if leaf.path_in_schema == f"{column}.bytes"), None)
         nulls = counted.null_count if counted is not None and counted.has_null_count else None
         if nulls != 0:
             wanted = [f"{column}.path", f"{column}.bytes"][: 1 if nulls == group.num_rows else 2]

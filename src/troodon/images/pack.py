@@ -31,6 +31,7 @@ from PIL import Image
 
 from troodon import run
 from troodon.config import UsageError, fingerprint
+from troodon.images.changes import modification_times, other_files, times_fingerprint
 from troodon.images.config import PackConfig
 from troodon.images.decode import BadImage, decode, read_header
 from troodon.images.index import SCHEMA, Index
@@ -58,9 +59,15 @@ def pack(index: Index, out: Path, config: PackConfig, threads: int, progress: Pr
     Raises UsageError if `out` holds something else, or the disk is too full.
     """
     settings = asdict(config) | {"images": len(index), "contents": index.content_hash()[:12]}
-    identity = fingerprint(settings, index.content_hash())
+    identity, modified = fingerprint(settings, index.content_hash()), modification_times(index)
+    times = times_fingerprint(modified)
     if run.is_done(out, "index", identity, settings):
-        return run.read_json(out / "summary.json")
+        summary = run.read_json(out / "summary.json")
+        if summary.get("sources", times) != times:
+            newest = int(modified.argmax())
+            is_newer = modified[newest] > (out / run.MANIFEST).stat().st_mtime_ns
+            raise other_files(out, index.file(newest) if is_newer else "images, one of")
+        return summary
     workers = index.thread_count(threads)
     parts = out.with_name(f"{out.name}.parts")
     with ThreadPoolExecutor(workers) as pool:
@@ -70,7 +77,9 @@ def pack(index: Index, out: Path, config: PackConfig, threads: int, progress: Pr
         for number, start in enumerate(range(0, len(index), per_shard)):
             rows = range(start, min(start + per_shard, len(index)))
             shards.append(folder := parts / f"{number:05d}")
-            shard = {"whole": identity, "first": start, "images": len(rows)}
+            shard = {"whole": identity, "first": start, "images": len(rows), "sources": times}
+            if ((run.read_manifest(folder) or {}).get("settings") or shard).get("sources") != times:
+                shutil.rmtree(folder)  # of an unfinished pack of other files
             if not run.is_done(folder, "shard", fingerprint(shard), shard):
                 report = (lambda done, start=start: progress(start + done, len(index))) if progress else None
                 with run.publish(folder, "shard", fingerprint(shard), shard) as partial:
@@ -79,7 +88,7 @@ def pack(index: Index, out: Path, config: PackConfig, threads: int, progress: Pr
     with run.publish(out, "index", identity, settings) as partial:
         summary = _join(shards, partial)
         assert summary["images"] + summary["left_out"] == len(index), summary
-        run.write_json(partial / "summary.json", summary)
+        run.write_json(partial / "summary.json", summary | {"sources": times})
     shutil.rmtree(parts, ignore_errors=True)
     return summary
 

@@ -9,7 +9,8 @@ That index is what later stages read. It has these columns in addition:
     sha256    of the bytes, in hexadecimal: equal for byte-identical files; null if unreadable
     pixels    the first half of the sha256 of height, width, channels and decoded pixels: equal for images that look the
               same, however they were saved; null if not ok
-    modified  when the file that holds the image was last changed, in nanoseconds; -1 if unknown
+    modified  when the file that holds the image was last changed, in nanoseconds; for a URL, a number made of its
+              ETag or Last-Modified; -1 if unknown
 
 Results are saved from time to time in a folder beside the index, so that an interrupted scan can resume. An image that
 a finished index contains already, in a file that has not changed since, is not read again.
@@ -17,7 +18,6 @@ a finished index contains already, in a file that has not changed since, is not 
 
 import functools
 import hashlib
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +31,8 @@ import pyarrow.parquet as pq
 
 from troodon import config, run
 from troodon.config import UsageError
-from troodon.images import containers, files
+from troodon.images import files
+from troodon.images.changes import MODIFIED, UNKNOWN, modification_times
 from troodon.images.decode import BadImage, decode, read_header
 from troodon.images.index import SCHEMA, Index
 from troodon.images.inventory import summarise
@@ -51,7 +52,6 @@ SCAN_SCHEMA = pa.schema(
         ("pixels", pa.string()),
     ]
 )
-MODIFIED = pa.field("modified", pa.int64())
 IDENTITY = ["container", "offset", "length", "modified"]  # an image with equal values here has not changed
 CHUNK = 32  # images per task: enough that the cost of submitting a task does not matter
 SAVE_INTERVAL_S = 20
@@ -70,15 +70,15 @@ def scan_to(paths: Sequence[str | Path], out: Path, threads: int, progress: Prog
     if index.datasets:
         raise UsageError(f"{next(iter(index.datasets))}: a file cannot list a Python dataset; pack it first")
     settings = {"sources": [str(p if files.REMOTE.match(str(p)) else Path(p).absolute()) for p in paths]}
-    modified = _modification_times(index)
+    modified = modification_times(index)
     fingerprint = config.fingerprint(settings, index.content_hash(), hashlib.sha256(modified.tobytes()).hexdigest())
     manifest = run.read_manifest(out)
     if manifest is None or manifest["kind"] != "index" or manifest["settings"] != settings:
         run.is_done(out, "index", fingerprint, settings)  # raises UsageError if `out` holds something else
-    elif manifest["fingerprint"] == fingerprint:
+    elif manifest["fingerprint"] == fingerprint and (modified != UNKNOWN).all():
         return run.read_json(out / "summary.json")
     parts = out.with_name(f"{out.name}.parts")
-    previous = [pq.read_table(out / "images.parquet")] if manifest else []
+    previous = [_of_known_files(pq.read_table(out / "images.parquet"))] if manifest else []
     previous += [pq.read_table(path) for path in sorted(parts.glob("*.parquet"))]
     table, read = scan(index, threads, progress, modified, previous, functools.partial(_save_part, parts))
     with run.publish(out, "index", fingerprint, settings) as folder:
@@ -103,7 +103,7 @@ def scan(
     with new results every SAVE_INTERVAL_S seconds, and at the end, also after an error. `progress(done, total)` is
     called after each chunk.
     """
-    modified = _modification_times(index) if modified is None else modified
+    modified = modification_times(index) if modified is None else modified
     table = index.located_table().append_column(MODIFIED, pa.array(modified))
     complete = [part for part in previous if set(part.column_names) >= {*IDENTITY, *SCAN_SCHEMA.names}]
     known, rows = _reuse(table, complete)
@@ -156,20 +156,9 @@ def _reuse(table: pa.Table, previous: Sequence[pa.Table]) -> tuple[pa.Table, np.
     return joined, np.setdiff1d(rows.to_numpy(), joined["row"].to_numpy())
 
 
-def _modification_times(index: Index) -> np.ndarray:
-    """When the file that holds each image was last changed, in nanoseconds; -1 for remote and missing files."""
-    encoded = index.located_table()["container"].combine_chunks().dictionary_encode()
-    encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
-    times = np.array([_modification_time(container) for container in encoded.dictionary.to_pylist()], np.int64)
-    return times[encoded.indices.to_numpy()] if len(times) else times
-
-
-def _modification_time(container: str) -> int:
-    path = container.rpartition(containers.COLUMN_SEPARATOR)[0] or container
-    try:
-        return -1 if files.REMOTE.match(container) else os.stat(path).st_mtime_ns
-    except OSError:
-        return -1
+def _of_known_files(table: pa.Table) -> pa.Table:
+    """The rows of files of which it is known when they were changed."""
+    return table.filter(pc.not_equal(table[MODIFIED.name], UNKNOWN)) if MODIFIED.name in table.column_names else table
 
 
 def _examine(index: Index, row: int) -> tuple:

@@ -163,7 +163,8 @@ def _open(place: Place, name: str) -> Index:
         else:
             listing.list_container(_real_path(root), prefix, place.inside, entries)
     except OSError as error:
-        raise UsageError(f"{root}: cannot be read ({error.strerror or error})") from None
+        reason = " ".join((error.strerror or str(error)).split())
+        raise UsageError(f"{root}: cannot be read ({reason[:300]})") from None
     _check(f"{root}/{place.inside}" if place.inside else root, entries)
     order = sorted(range(len(entries.paths)), key=entries.paths.__getitem__)
     paths = [entries.paths[i] for i in order]

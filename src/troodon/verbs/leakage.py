@@ -93,6 +93,7 @@ def _leaked_pairs(selection: Path) -> tuple[int, list[dict]]:
 
 def _publish_remaining(index: "Index", remaining: list[int], benchmark: list, folder: Path) -> None:
     """Write an index of the benchmark's images that have not leaked, unless it is there."""
+    from troodon.images.changes import with_times
     from troodon.images.index import Index
     from troodon.run import is_done, publish
 
@@ -100,7 +101,7 @@ def _publish_remaining(index: "Index", remaining: list[int], benchmark: list, fo
     fingerprint = f"{index.content_hash()[:12]}-{len(remaining)}"
     if not is_done(folder, "index", fingerprint, settings):
         with publish(folder, "index", fingerprint, settings) as partial:
-            Index(index.take(remaining).located_table()).save(partial / "images.parquet")
+            Index(with_times(index.take(remaining))).save(partial / "images.parquet")
 
 
 @dataclass(frozen=True)
