@@ -85,7 +85,7 @@ def publish(place: Path, kind: str, names: Sequence[str]) -> Path:
 def test_what_is_left_out_is_counted(tmp_path, capsys):
     """Some files of a source are not read | Every verb says in one line how many, by their ending or by the reason."""
     data = folder(tmp_path / "d", ["1.jpg"])
-    odd = "LICENSE a.json b.json scan.dcm v.nii.gz more.tar.gz x.tgz note.q-r .secret.jpg .git".split()
+    odd = ["LICENSE", "a.json", "b.json", "scan.dcm", "v.nii.gz", "more.tar.gz", "x.tgz", "n.q-r", ".a.jpg", ".git"]
     folder(data, odd, b"no image")
     write_zip(data / "in.zip", {"2.jpg": picture(2), "nested.zip": b"PK\x03\x04", "readme.md": b"text"})
     (data / "dead.jpg").symlink_to("nowhere")
@@ -327,6 +327,11 @@ def test_any_column_may_name_the_images(tmp_path, capsys):
     (data / "labels.csv").write_text("image,file_name,label\n7,0.jpg,a\n8,1.jpg,b\n")  # the usual one has no images
     assert labels(data) == ["a", "b"]
     assert "takes the images from the column 'file_name'" in capsys.readouterr().err
+    (data / "list.csv").write_text("foto,art\n0.jpg,a\n1.jpg,b\n")
+    assert labels(data / "list.csv") == [None, None]
+    assert (
+        "gives no labels, since no column is called label or class; its columns: foto, art" in capsys.readouterr().err
+    )
     (data / "labels.csv").write_text("rgb,depth,label\n0.jpg,1.jpg,a\n")  # which is meant?
     assert labels(data) == [None, None]
     assert "is ignored; its columns: rgb, depth, label" in capsys.readouterr().err
@@ -453,6 +458,12 @@ def test_sources_of_no_usable_image(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "broken      3 (not an image 3); no image here can be used\n" in said
     assert "labels      3 classes of 1 image\n" in said
+    assert cli.run(["pack", str(broken), "--out", str(tmp_path / "b")]) == 0
+    assert "pack: none of 3 sampled images begins like an image that can be decoded" in capsys.readouterr().err
+    assert cli.run(["scan", str(broken), "--out", str(tmp_path / "index")]) == 0
+    page = (tmp_path / "index" / "report.html").read_text()
+    assert "None can be read (3 not an image), so nothing here can be used." in page
+    assert "index: this index has no usable image" in refused(tmp_path / "index")
     one = folder(tmp_path / "one", ["1.jpg"])
     assert cli.run(["scan", str(one)]) == 0
     assert "images      1, 0.0 MB\nbroken      none: all decode\n" in capsys.readouterr().out

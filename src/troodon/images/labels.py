@@ -196,6 +196,9 @@ def parse_labels(
     """
     known = {name.strip().lower(): name for name in reversed(columns)}
     label = next((known[name] for name in LABEL_COLUMNS if name in known), None)
+    if label is not None and any(isinstance(value, list | dict) for value in columns[label]):
+        run.say(f"{file}: the column {label!r} holds lists, and gives no labels")
+        label = None
     labels = None if label is None else _to_names(columns[label], class_names.get(label))
     splits = [parse_split(_to_name(s) or "") for s in columns[known["split"]]] if "split" in known else None
     table = LabelTable(

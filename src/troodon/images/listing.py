@@ -172,6 +172,8 @@ def _walk(root: str, listing: Listing) -> Iterator[tuple[str, str, int]]:
                 (links if linked else folders).append((target, f"{path}{entry.name}/"))
             elif stat.S_ISREG(mode):
                 yield path + entry.name, entry.path, size
+            else:
+                listing.left_out.add_reason("name", "are of pipes, sockets or devices", f"{path}{entry.name}")
 
 
 def _walk_remote(url: str, listing: Listing) -> Iterator[tuple[str, str, int]]:
@@ -253,8 +255,7 @@ def _list_parquet(container: str, prefix: str, inside: str, listing: Listing, na
 def _list_named_images(container: str, table: ParquetTable, prefix: str, listing: Listing) -> bool:
     named = parse_image_list(container, table.columns, table.class_names)
     if named is not None:
-        _add_named_images(container, prefix, named[0], listing)
-        listing.tables[prefix] = named[1]
+        _add_list(container, prefix, *named, list(table.columns), listing)
     return named is not None
 
 
@@ -263,20 +264,32 @@ def list_text_file(container: str, prefix: str, listing: Listing) -> None:
     data = files.read(container)
     try:
         if extension(container) != "txt":
-            named = parse_image_list(container, read_table(data, lambda text: run.say(f"{container}: {text}")), {})
+            columns = read_table(data, lambda text: run.say(f"{container}: {text}"))
+            named = parse_image_list(container, columns, {})
         else:
             text, encoding = decode_text(data)
             if encoding in GUESSED:
                 run.say(f"{container}: {GUESSED[encoding]}")
-            names = list(filter(None, map(str.strip, text.splitlines())))
+            names, columns = list(filter(None, map(str.strip, text.splitlines()))), {}
             named = list(dict.fromkeys(names)), parse_labels(container, names, {}, {})
     except ValueError as error:
         raise UsageError(f"{container}: cannot be read as a list ({error})") from None
     if named is None:
-        raise UsageError(f"{container}: has no column `path` or `url` that names images")
-    _add_named_images(container, prefix, named[0], listing)
-    if named[1].labels is not None or named[1].splits is not None:
-        listing.tables[prefix] = named[1]
+        has = f"; its columns: {', '.join(columns)}" if columns else ""
+        raise UsageError(f"{container}: has no column `path` or `url` that names images{has}")
+    _add_list(container, prefix, *named, list(columns), listing)
+
+
+def _add_list(
+    container: str, prefix: str, names: list[str], table: LabelTable, columns: list[str], listing: Listing
+) -> None:
+    """Add the images that a list names, and its labels; a message says that a table has more columns, but no labels."""
+    _add_named_images(container, prefix, names, listing)
+    if table.labels is not None or table.splits is not None:
+        listing.tables[prefix] = table
+    if table.labels is None and len(columns) > (1 if table.splits is None else 2):
+        has = ", ".join(columns)
+        run.say(f"{container}: gives no labels, since no column is called label or class; its columns: {has}")
 
 
 def _add_named_images(container: str, prefix: str, names: list[str], listing: Listing) -> None:

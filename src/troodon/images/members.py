@@ -52,6 +52,8 @@ class Members:
         The key of a WebDataset sample ends at the first dot of the base name; of two files with that key, the one
         that shares more of the name is meant.
         """
+        if not self.classes:
+            return {}
         by_key = {}
         for name in sorted(self.classes, key=lambda name: name.endswith(".cls")):  # a .cls counts before a .json
             by_key |= dict.fromkeys((sample_key(name), name.rpartition(".")[0]), name)

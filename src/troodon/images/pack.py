@@ -38,6 +38,7 @@ from troodon.images.index import SCHEMA, Index
 from troodon.images.listing import IMAGE_EXTENSIONS
 from troodon.images.reading import map_ordered
 from troodon.images.scan import ProgressCallback
+from troodon.text import plural
 
 SAMPLE_SIZE = 64  # images from which the size of all is estimated
 MARGIN = 2  # a JPEG is decoded at no less than this many times the size that it is resized to
@@ -95,9 +96,13 @@ def pack(index: Index, out: Path, config: PackConfig, threads: int, progress: Pr
 
 def _plan(index: Index, out: Path, config: PackConfig, sample: Iterable[Encoded]) -> int:
     """The number of images per shard. Raises UsageError if the disk has too little space."""
-    sizes = [len(image.data) + 1024 for image in sample if image.error is None]  # with a tar header, rounded up
+    images = [image.data for image in sample if image.error is None]
+    sizes = [len(data) + 1024 for data in images]  # with a tar header, rounded up
+    count = f"none of {plural(min(SAMPLE_SIZE, len(index)), 'sampled image')}"
     if not sizes:
-        raise UsageError(f"none of {min(SAMPLE_SIZE, len(index))} sampled images can be read")
+        raise UsageError(f"{count} can be read")
+    if not any(map(_has_header, images)):
+        run.say(f"pack: {count} begins like an image that can be decoded; `troodon scan` says what they are")
     mean = sum(sizes) / len(sizes)
     existing = next(folder for folder in (out, *out.parents) if folder.exists())
     done = sum(file.stat().st_size for file in out.with_name(f"{out.name}.parts").rglob("*.tar"))
@@ -105,6 +110,12 @@ def _plan(index: Index, out: Path, config: PackConfig, sample: Iterable[Encoded]
     if needed > free:
         raise UsageError(f"{out}: needs about {needed / 1e9:,.1f} GB, and the disk has {free / 1e9:,.1f} GB free")
     return max(1, round(config.shard_mb * 1e6 / mean))
+
+
+def _has_header(data: bytes) -> bool:
+    with contextlib.suppress(BadImage):
+        return bool(read_header(data))
+    return False
 
 
 def _sample_rows(images: int) -> list[int]:

@@ -82,7 +82,7 @@ def _index_body(index: Index, bad: list[int]) -> Markup:
         body.append(table(f"Files that cannot be read{rest}", ("file", "status", "reason"), rows, text=3))
         if len(bad) > BROKEN:
             body.append(note(f"and {number(len(bad) - BROKEN)} more."))
-    body.append(_duplicates(index))
+    body.append(_duplicates(index) if good else None)
     return join(body)
 
 
@@ -136,6 +136,8 @@ def _summary(index: Index, bad: list[int]) -> str:
     kinds = Counter(_value(index, "status", row) or "unknown" for row in bad)
     reasons = ", ".join(f"{number(n)} {kind}" for kind, n in kinds.most_common())
     state = f"{plural(len(bad), 'file')} cannot be read ({reasons})." if bad else "Every one can be read."
+    if len(bad) == len(index):
+        state = f"None can be read ({reasons}), so nothing here can be used."
     return f"{', '.join(words)}. {state}"
 
 
