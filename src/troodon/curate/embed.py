@@ -110,7 +110,7 @@ def embed(
     stage_name = config.fingerprint(*inputs, code_fingerprint())
     work = _EmbedUnit(networks, index, scores, batch, threads)
     stage = Stage("embed", work, row_ranges(len(index), partition_size), stage_name)
-    root = out.with_name(f"{out.name}.parts")
+    root = parts_folder(out)
     parts = run_stage(stage, root, backend or SingleProcess())
     with run.publish(out, "embeddings", fingerprint, settings) as partial:
         for matrix in networks:
@@ -122,6 +122,11 @@ def embed(
         run.write_json(partial / "timings.json", stage_seconds(parts))
     shutil.rmtree(root, ignore_errors=True)
     return out
+
+
+def parts_folder(out: Path) -> Path:
+    """The folder of what is finished until all images are done."""
+    return out.with_name(f"{out.name}.parts")
 
 
 def load_embeddings(folder: Path, matrix: str = MAIN_MATRIX) -> tuple[ndarray, pa.Table]:

@@ -15,9 +15,11 @@ continues with what is there. The selection itself appears at the end, complete,
 import os
 import shutil
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from troodon import run
@@ -35,6 +37,7 @@ from troodon.curate.stage import Backend, stage_seconds
 from troodon.images.changes import MODIFIED, first_changed, refuse_changed, times_fingerprint
 from troodon.images.index import SCHEMA, Index
 from troodon.model.backbone import Backbone
+from troodon.text import set_aside
 
 SPEED_SETTINGS = ("batch", "threads", "part")  # as recorded; they change the speed, not the result
 PAPER_THRESHOLDS = (0.6, 0.45)  # they hold for the copy descriptor of the paper, and for no other network
@@ -71,6 +74,7 @@ def curate(
     if run.is_done(out, "selection", name, settings):
         refuse_changed(out, index)
         shutil.rmtree(root, ignore_errors=True)  # left if an earlier run was killed just before its end
+        _say_alarms(run.read_json(out / "summary.json"))
         return out
 
     if first_changed(root / "embeddings", index) is not None:
@@ -103,7 +107,15 @@ def curate(
         run.write_json(partial / "timings.json", seconds | {"compose": round(time.monotonic() - start, 3)})
     shutil.rmtree(root)
     run.say(f"curate: kept {summary['kept']:,} of {len(index):,} images: {out}")
+    if unreadable := Counter(context.images["status"].filter(pa.array(~context.readable_N)).to_pylist()):
+        run.say(f"curate: {set_aside(unreadable, len(index))}")
+    _say_alarms(summary)
     return out
+
+
+def _say_alarms(summary: dict) -> None:
+    for alarm in summary.get("alarms", []) + ([] if summary["kept"] else ["nothing is kept"]):
+        run.say(f"alarm: {alarm}")
 
 
 def _identify(embeddings: Path) -> str:

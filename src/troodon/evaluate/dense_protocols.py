@@ -38,7 +38,7 @@ def make_task(benchmark: Benchmark, config: DenseConfig) -> Task:
             return SegmentationTask(len(benchmark.classes))
         rows = np.unique(np.linspace(0, len(benchmark.images) - 1, 200).astype(int))
         masks = [t for row in rows if (t := read_target(benchmark, SegmentationTask(IGNORE), int(row))) is not None]
-        known = [int(t[t != IGNORE].max(initial=-1)) for t in masks]
+        known = [int(t[t != IGNORE].astype(np.int64).max(initial=-1)) for t in masks]
         if max(known, default=-1) < 1:
             raise UsageError(f"{benchmark.name}: its masks contain fewer than two classes")
         return SegmentationTask(1 + max(known))

@@ -69,7 +69,8 @@ class Scan:
         if self.out:
             if not self.json:
                 print(f"{'page':<11} {Path(self.out, 'report.html')}")
-            suggest_next(f"troodon pretrain small --data {shlex.quote(self.out)} --out runs/first")
+            if summary["ok"]:
+                suggest_next(f"troodon pretrain small --data {shlex.quote(self.out)} --out runs/first")
 
 
 def pack(data: Data, out: str | Path, *, settings: dict | None = None, threads: int = 0) -> dict:
@@ -104,7 +105,8 @@ class Pack:
         skipped = f"; {summary['left_out']:,} skipped: see left_out.json" if summary["left_out"] else ""
         print(f"{images} in {shards}, {summary['bytes'] / 1e6:,.1f} MB, read again and the same{skipped}")
         print(self.out)
-        suggest_next(f"troodon pretrain small --data {shlex.quote(self.out)} --out runs/first")
+        if summary["images"]:
+            suggest_next(f"troodon pretrain small --data {shlex.quote(self.out)} --out runs/first")
 
 
 def show_crops(recipe: str | PretrainConfig, data: Data, out: str | Path, *, images: int = 8, batch: int = 0) -> Path:
@@ -156,8 +158,8 @@ def embed(
 ) -> Path:
     """Write one vector per image: class tokens ("cls"), or these and mean patch tokens ("cls+mean").
 
-    `compute` is the precision of products: "bf16", "fp32", or the faster on this machine, which is measured ("auto").
-    `compile` compiles the network first. Returns the folder.
+    `compute` is the precision of products: "bf16", "fp32", or the faster on this machine ("auto"), which is measured once
+    and then kept, also by a command that goes on. `compile` compiles the network first. Returns the folder.
     """
     from troodon.curate.embed import embed as write_embeddings
     from troodon.images.sources import open_source
@@ -166,8 +168,25 @@ def embed(
         raise nearest("tokens", tokens, ("cls", "cls+mean"))
     if batch < 1:
         raise UsageError(f"batch {batch}: must be 1 or more")
-    faster = as_backbone(backbone).optimized(compute, compile=compile)
-    return write_embeddings(faster, open_source(*as_list(data)), Path(out), batch=batch, threads=threads, tokens=tokens)
+    index, backbone = open_source(*as_list(data)), as_backbone(backbone)
+    faster = _optimized(backbone, Path(out), compute, compile)
+    return write_embeddings(faster, index, Path(out), batch=batch, threads=threads, tokens=tokens)
+
+
+def _optimized(backbone: "Backbone", out: Path, compute: str, compile: bool) -> "Backbone":
+    """The backbone in this precision; for "auto" in that of the embeddings in `out`, finished or begun, if any are."""
+    from troodon.curate.embed import parts_folder
+    from troodon.run import read_manifest, write_bytes
+
+    names, recorded = {"float32": "fp32", "bfloat16": "bf16"}, parts_folder(out) / "compute"
+    if compute == "auto" and (manifest := read_manifest(out)) and manifest["kind"] == "embeddings":
+        return backbone.optimized(names[manifest["settings"].get("compute", "float32")], compile=compile)
+    if compute == "auto" and recorded.is_file() and recorded.read_text() in names:
+        return backbone.optimized(names[recorded.read_text()], compile=compile)
+    faster = backbone.optimized(compute, compile=compile)
+    if compute == "auto" and not out.exists():
+        write_bytes(recorded, str(faster.compute).removeprefix("torch.").encode())
+    return faster
 
 
 @dataclass(frozen=True)
@@ -187,7 +206,7 @@ class Embed:
     threads: int = 0
     """Threads that read images; 0 is one per processor."""
     compute: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of products; auto measures which is faster here. Vectors stay the same to a hundredth."""
+    """Precision of products; auto measures once which is faster here. Vectors stay the same to a hundredth."""
     compile: bool = False
     """Compile the network first (torch.compile): takes minutes, and pays off after hours."""
 

@@ -43,7 +43,7 @@ def leak(
     benchmark_threshold. Returns the contents of leaks.json: the counts, and a pair of paths for every leak.
     """
     from troodon.images.sources import open_source
-    from troodon.run import write_json
+    from troodon.run import say, write_json
 
     config, out = from_dict(LEAK_CONFIG, settings or {}, source="settings"), Path(out)
     if suite:
@@ -66,10 +66,12 @@ def leak(
         datasets = {"all": (benchmark, "scores")}
         if remaining:
             datasets["without"] = (out / "benchmark", "scores-without")
-        leaks["scores"] = {
-            name: evaluate(suite, backbone, dataset, out / folder, baselines=False)
-            for name, (dataset, folder) in datasets.items()
-        }
+        leaks["scores"] = {}
+        for name, (dataset, folder) in datasets.items():
+            try:
+                leaks["scores"][name] = evaluate(suite, backbone, dataset, out / folder, baselines=False)
+            except UsageError as error:  # the leaks are found all the same
+                say(f"alarm: {out / folder}: not measured: {error}")
     write_json(out / LEAKS_FILE, leaks)
     return leaks
 
@@ -129,6 +131,8 @@ class Leak:
     config: Annotated[CurateConfig, arg(name="")] = LEAK_CONFIG
 
     def run(self) -> None:
+        from troodon.run import read_json
+
         suite = "" if self.suite == "none" else self.suite
         leaks = leak(
             self.backbone, self.data, self.benchmark, self.out, copies=self.copies, workers=self.workers, suite=suite,
@@ -148,7 +152,6 @@ class Leak:
             rest = "" if other is None else f", without leaks {other:7.1%}"
             print(f"{s['protocol']:<10} {s['metric']:<10} {s['value']:7.1%}{rest}")
         print(Path(self.out) / LEAKS_FILE)
-        suggest_next(
-            f"troodon pretrain small --data {shlex.quote(self.out + '/selection')} --out runs/clean",
-            f"troodon report {shlex.quote(self.out)}",
-        )
+        training = f"troodon pretrain small --data {shlex.quote(self.out + '/selection')} --out runs/clean"
+        report = f"troodon report {shlex.quote(self.out)}"
+        suggest_next(*([training] if read_json(Path(self.out, "selection", "summary.json"))["kept"] else []), report)
