@@ -89,7 +89,7 @@ def test_two_ranks_train_as_one_does(images, tmp_path, capfd):  # noqa: F811
     out, err = capfd.readouterr()
     assert out == ""
     assert err == f"troodon pretrain: {tmp_path / 'two'}: a run with other settings (config.seed: 0 -> 1); " + (
-        "choose a new --out\n"
+        f"choose a new --out, or start from it: --init {tmp_path / 'two'} --reuse whole\n"
     )
 
 

@@ -91,7 +91,7 @@ def parse_command(verb: str, words: list[str]) -> Any:
         if verb == "pretrain":
             named = pretrain_recipes(option_value(words, "--init"))
         if words and not words[0].startswith("-"):
-            config = resolve_config(words[0], config, named)
+            config = resolve_config(words[0], config, named, steps=option_value(words, "--steps"))
         elif not {"--help", "-h"} & set(words):
             raise UsageError(f"say first which recipe: troodon {verb} NAME ...; one of {', '.join(known)}")
         default = command_with(kind, config)
@@ -100,14 +100,15 @@ def parse_command(verb: str, words: list[str]) -> Any:
         return command
     configs = {}  # the same options change every student's recipe
     for name, recipe in recipes_by_name(command.students).items():
-        student_default = command_with(kind, resolve_config(recipe, PretrainConfig(), recipes.distill))
+        student = resolve_config(recipe, PretrainConfig(), recipes.distill, steps=option_value(words, "--steps"))
+        student_default = command_with(kind, student)
         configs[name] = parse(kind, words, prog=prog, default=student_default).config
     return dataclasses.replace(command, configs=configs)
 
 
 def option_value(words: list[str], option: str) -> str | None:
-    """The value of an option on a command line that is not parsed yet."""
-    for word, following in zip(words, [*words[1:], None]):
+    """The value of an option on a command line that is not parsed yet; of several, the last."""
+    for word, following in reversed(list(zip(words, [*words[1:], None]))):
         if word == option:
             return following
         if word.startswith(f"{option}="):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from troodon import verbs
+from troodon.lock import one_at_a_time
 from troodon.recipes import curation, distilled, own
 from troodon.run import publish, say, write_json
 
@@ -33,6 +34,7 @@ class Demo:
         print(folder / "report.html")
 
 
+@one_at_a_time
 def demo(out: str | Path, *, steps: int | None = None, seed: int = 0) -> Path:
     """Run the whole system on the embedded world; leaves `out`/report.html and `out`/scores.json, and returns `out`.
 

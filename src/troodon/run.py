@@ -6,9 +6,11 @@ Everything is written under a temporary name, flushed to the disk, and renamed.
 """
 
 import contextlib
+import errno
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import uuid
@@ -19,8 +21,14 @@ from typing import Any
 from troodon.config import UsageError, differences
 from troodon.text import printable
 
+FULL_DISK = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota of the disk is used up"}
+# How Arrow, NumPy and torch say that a disk is full where they do not give the number.
+SHORT_WRITE = re.compile(
+    r"No space left on device|\d+ requested and \d+ written|unexpected pos \d+ vs \d+|StreamWriter failed writing"
+)
 MANIFEST = "manifest.json"
 COMMAND = "TROODON_COMMAND"  # environment variable of processes that do a part of a command: its words, as JSON
+REMADE = {"report.html"}  # what is added to a finished artifact, and made again for the next
 current_command: list[str] = []  # the words of the command that runs, which manifests record; empty when Python calls
 
 
@@ -53,15 +61,34 @@ def read_json(path: Path) -> Any:
 
 @contextlib.contextmanager
 def publish(folder: Path, kind: str, fingerprint: str, settings: dict) -> Iterator[Path]:
-    """A folder to fill, which gets its manifest and its final name only when the block ends without an error."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    """A folder to fill, which gets its manifest and its final name only when the block ends without an error.
+
+    It replaces an artifact of its kind or an empty folder. UsageError for anything else, which stays as it is.
+    """
+    folder = Path(folder).resolve()
+    _check_replaceable(folder, kind)
+    partial, old = (folder.with_name(f"{folder.name}.{end}") for end in ("partial", "old.partial"))
+    for left in (partial, old):  # by a command that was killed
+        shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(parents=True)
     yield partial
     write_manifest(partial, kind, fingerprint, settings)
+    _check_replaceable(folder, kind, {path.name for path in partial.iterdir()})
     if folder.exists():
-        shutil.rmtree(folder)
+        folder.rename(old)
     partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_replaceable(folder: Path, kind: str, names: set[str] | None = None) -> None:
+    """UsageError if `folder` is no artifact of that kind; with the `names` of the next one, if it holds more."""
+    there = {path.name for path in folder.iterdir()} - {".DS_Store"} if folder.is_dir() else set()
+    if not there and not (folder.exists() and not folder.is_dir()):
+        return
+    if (read_manifest(folder) or {}).get("kind") != kind:
+        raise UsageError(f"{folder}: is there and not {article(kind)}; choose another folder")
+    if names is not None and (others := sorted(there - names - REMADE)):
+        raise UsageError(f"{folder}: also holds {', '.join(others)}; move it away, or choose another folder")
 
 
 def write_manifest(folder: Path, kind: str, fingerprint: str, settings: dict) -> None:
@@ -72,16 +99,17 @@ def write_manifest(folder: Path, kind: str, fingerprint: str, settings: dict) ->
 def read_manifest(folder: Path) -> dict | None:
     """The manifest of a finished artifact; None for anything else."""
     try:
-        return read_json(folder / MANIFEST)
-    except (FileNotFoundError, NotADirectoryError):
+        manifest = read_json(folder / MANIFEST)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+    return manifest if isinstance(manifest, dict) and {"kind", "fingerprint", "settings"} <= manifest.keys() else None
 
 
 def is_done(folder: Path, kind: str, fingerprint: str, settings: dict) -> bool:
     """Whether `folder` already holds this artifact. UsageError, with the differences, if it holds another one."""
     manifest = read_manifest(folder)
     if manifest is None:
-        if folder.is_dir() and any(folder.iterdir()) and not folder.with_name(f"{folder.name}.partial").exists():
+        if folder.is_dir() and any(folder.iterdir()):
             raise UsageError(f"{folder}: is not empty and not {article(kind)}; choose a new --out")
         return False
     if manifest["kind"] != kind:
@@ -97,6 +125,19 @@ def is_done(folder: Path, kind: str, fingerprint: str, settings: dict) -> bool:
 def article(kind: str) -> str:
     """The kind of an artifact with its article."""
     return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
+
+
+def full_disk(error: BaseException | None) -> str:
+    """What to say of an error that a full disk has caused, at any place in its chain; "" of others."""
+    while error is not None:
+        if any(words in str(error) for words in FULL_DISK.values()):
+            return str(error)
+        code = getattr(error, "errno", None)
+        if code in FULL_DISK or SHORT_WRITE.search(str(error)):
+            where = f"{error.filename}: " if getattr(error, "filename", None) else ""
+            return f"{where}{FULL_DISK.get(code, FULL_DISK[errno.ENOSPC])}"
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def version(package: str = "troodon") -> str | None:

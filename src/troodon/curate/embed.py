@@ -56,6 +56,7 @@ from troodon.images.changes import MODIFIED, modification_times, refuse_changed,
 from troodon.images.decode import BadImage
 from troodon.images.index import SCHEMA, Index
 from troodon.images.reading import read_batches
+from troodon.lock import one_at_a_time
 from troodon.model.backbone import Backbone
 
 # Shape suffixes: N images, B images of one batch, D channels of an embedding.
@@ -63,6 +64,7 @@ from troodon.model.backbone import Backbone
 PARTITION_SIZE = 20_000  # images per unit
 
 
+@one_at_a_time
 def embed(
     backbone: Backbone,
     index: Index,

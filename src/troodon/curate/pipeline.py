@@ -36,6 +36,7 @@ from troodon.curate.leak import remove_leaks
 from troodon.curate.stage import Backend, stage_seconds
 from troodon.images.changes import MODIFIED, first_changed, refuse_changed, times_fingerprint
 from troodon.images.index import SCHEMA, Index
+from troodon.lock import one_at_a_time
 from troodon.model.backbone import Backbone
 from troodon.text import set_aside
 
@@ -44,6 +45,7 @@ PAPER_THRESHOLDS = (0.6, 0.45)  # they hold for the copy descriptor of the paper
 NO_IMAGES = Index(SCHEMA.empty_table())
 
 
+@one_at_a_time
 def curate(
     config: CurateConfig,
     curated: Index,

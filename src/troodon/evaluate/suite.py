@@ -27,6 +27,7 @@ from troodon.evaluate.retrieve import detect_copies, retrieve
 from troodon.evaluate.sets.benchmark import Benchmark
 from troodon.evaluate.split import describe_split, labelled, split
 from troodon.images.index import Index
+from troodon.lock import one_at_a_time
 from troodon.text import set_aside
 
 ProtocolFunction = Callable[[Any, Benchmark, EvaluateConfig, Reader], Iterator[Result]]
@@ -41,6 +42,7 @@ PROTOCOLS_OF_KIND: dict[str, list[tuple[Protocol, ProtocolFunction, bool]]] = {
 }
 
 
+@one_at_a_time
 def evaluate(
     backbones: Sequence[Extractor],
     benchmarks: Sequence[Benchmark],

@@ -38,6 +38,7 @@ from troodon.images.index import SCHEMA, Index
 from troodon.images.listing import IMAGE_EXTENSIONS
 from troodon.images.reading import map_ordered
 from troodon.images.scan import ProgressCallback
+from troodon.lock import one_at_a_time
 from troodon.text import plural
 
 SAMPLE_SIZE = 64  # images from which the size of all is estimated
@@ -54,6 +55,7 @@ class Encoded(NamedTuple):
     error: tuple[str, str] | None  # status and reason
 
 
+@one_at_a_time
 def pack(index: Index, out: Path, config: PackConfig, threads: int, progress: ProgressCallback | None = None) -> dict:
     """Publish the images of an index in `out` as an index artifact with its own shards, unless done; the summary.
 

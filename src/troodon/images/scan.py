@@ -38,6 +38,7 @@ from troodon.images.index import SCHEMA, Index
 from troodon.images.inventory import summarise
 from troodon.images.reading import map_ordered
 from troodon.images.sources import open_source
+from troodon.lock import one_at_a_time
 
 SCAN_SCHEMA = pa.schema(
     [
@@ -59,6 +60,7 @@ SAVE_INTERVAL_S = 20
 ProgressCallback = Callable[[int, int], None]
 
 
+@one_at_a_time
 def scan_to(paths: Sequence[str | Path], out: Path, threads: int, progress: ProgressCallback | None = None) -> dict:
     """Scan these sources into the index artifact `out`, and return the summary.
 

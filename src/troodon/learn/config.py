@@ -104,10 +104,13 @@ class PretrainConfig:
     """Checkpoints kept, the newest."""
     keep_every: int = 0
     """Steps between checkpoints that are kept for ever; 0 is none."""
+    max_broken: float = 0.5
+    """Share of the images tried that may be unreadable; above it, the run saves and stops."""
 
     def __post_init__(self) -> None:
         within(self, "", 1, None, "steps", "log_every", "checkpoint_every", "keep")
         within(self, "", 0, None, "threads", "processes", "health_every", "probe_every", "keep_every", "seed")
+        within(self, "", 0, 1, "max_broken")
         if self.batch < 2:
             raise UsageError(f"batch {self.batch}: a step compares images, so it needs at least 2")
 

@@ -15,12 +15,13 @@ from types import FrameType
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from troodon import dist
-from troodon.config import UsageError, differences, fingerprint, from_yaml, to_dict, to_yaml
 from troodon.learn import checkpoint, guard, optim
 from troodon.learn.checkpoint import Saver, TrainingProgress
 from troodon.learn.config import PretrainConfig
+from troodon.learn.folder import open_folder
 from troodon.learn.loop import Learner, NotFinite, train
 from troodon.learn.losses import Ranks
 from troodon.learn.method import Method
@@ -29,7 +30,7 @@ from troodon.learn.parallel import build, build_anchor, first_weights
 from troodon.learn.recorder import Probe, Recorder, preprocessing
 from troodon.learn.teacher import Build, FrozenTeacher, Teacher, no_teachers
 from troodon.model.saved import SavedViT
-from troodon.run import Interrupted, environment, read_manifest, say, write_bytes, write_json, write_manifest
+from troodon.run import Interrupted, say
 from troodon.views.crops import Attack
 from troodon.views.image_source import ImageSource
 from troodon.views.loader import Loader
@@ -49,6 +50,14 @@ class Task:
     attack: Attack | None = None  # what attacks pictures, where the crops ask for it
 
 
+class NothingLearned(RuntimeError):
+    """What was to learn is after the last step as it was before the first; everything is saved."""
+
+
+class TooManyBroken(RuntimeError):
+    """More images cannot be read than `max_broken` allows; everything is saved."""
+
+
 @dataclass(frozen=True)
 class Student:
     """A task in training."""
@@ -56,6 +65,7 @@ class Student:
     task: Task
     learner: Learner
     recorder: Recorder
+    first_bits: dict[str, Tensor]  # of each part of its EMA, before the first step
 
     def load(self, step: int) -> TrainingProgress:
         """Load the state of a checkpoint."""
@@ -64,6 +74,19 @@ class Student:
         if dist.rank() == 0:
             self.recorder.saver.restore(folder)
         return progress
+
+    def check_learned(self) -> None:
+        """NothingLearned, on every rank, if a part of the result that was to learn has not changed."""
+        config, bits = self.task.config, _bits(self.learner.method.ema)
+        changed = dist.sum_over_ranks(torch.stack([bits[n] != first for n, first in self.first_bits.items()]).float())
+        still = [name for name, ranks in zip(bits, changed.tolist()) if not ranks]
+        if config.schedules.backbone_frozen == config.steps:  # only heads were to learn
+            still = [name for name in still if name != "backbone"]
+        if still:
+            frozen = config.schedules.backbone_frozen
+            cause = f"schedules.backbone_frozen {frozen:,}" if frozen > config.steps else "schedules.lr, ema_momentum"
+            what = f"{', '.join(still)} did not change in {config.steps:,} steps: see {cause}"
+            raise NothingLearned(f"{self.task.out}: {what}")
 
 
 def run(
@@ -77,7 +100,7 @@ def run(
     compute = dist.compute_dtype(config.compute, device)
     if dist.rank() == 0:
         for task in tasks:
-            _open(task, index, teachers)
+            open_folder(task.out, task.config, index, task.init, [teacher.backbone for teacher in teachers])
             if len(tasks) > 1:
                 say(f"  {task.out.name}:")
             if task.before is not None:
@@ -89,6 +112,8 @@ def run(
         progress = _resume(tasks, students)
         if progress.step < config.steps:
             _train(students, loader, progress, device)
+        for student in students:
+            student.check_learned()
 
 
 def _loader(config: PretrainConfig, index: ImageSource, attack: Attack | None) -> Loader:
@@ -115,7 +140,11 @@ def _resume(tasks: Sequence[Task], students: Sequence[Student]) -> TrainingProgr
 
 def _train(students: Sequence[Student], loader: Loader, progress: TrainingProgress, device: torch.device) -> None:
     """Take the steps that are left. After a step that is not finite, the guard decides where to go on."""
-    config = students[0].task.config
+    config, first = students[0].task.config, progress.batch
+
+    def broken_share() -> float:
+        return loader.broken_share(students[0].recorder.progress.batch + 1 - first)
+
     with _stop_requests() as requests:
         while True:
             for student in students:
@@ -135,7 +164,7 @@ def _train(students: Sequence[Student], loader: Loader, progress: TrainingProgre
                         accumulate=config.parallel.accumulate,
                         seed=config.seed,
                         rank=dist.rank(),
-                        stop_requested=lambda: bool(requests),
+                        stop_requested=lambda: bool(requests) or broken_share() > config.max_broken,
                     )
                 progress = students[0].recorder.progress
                 break
@@ -143,6 +172,9 @@ def _train(students: Sequence[Student], loader: Loader, progress: TrainingProgre
                 progress = _recover(error, students, loader)
         for student in students:
             student.recorder.finish()
+    if (share := max(dist.all_gather_objects(broken_share()))) > config.max_broken:
+        what = f"{share:.0%} of the images tried cannot be read, and max_broken is {config.max_broken:g}"
+        raise TooManyBroken(f"{what}; stopped at step {progress.step:,}, everything is saved: see quarantine.jsonl")
     if progress.step < config.steps:
         raise Interrupted(f"stopped after {progress.step:,} of {config.steps:,} steps; everything is saved")
 
@@ -159,6 +191,7 @@ def _student(
     config, widths = task.config, [teacher.network.backbone.config.dim for teacher in frozen]
     weights = first_weights(config, task.init, task.heads, widths)
     student, ema = (build(config, weights, device, compute, widths) for _ in range(2))
+    first_bits = _bits(ema)
     if config.schedules.backbone_frozen >= config.steps:  # only heads learn
         student.backbone.requires_grad_(False)
     if frozen:  # the student sees no masks, so the mask token cannot learn
@@ -170,7 +203,18 @@ def _student(
     saver = Saver(task.out, config, preprocessing(config))
     label = f"{task.out.name}: " if many else ""
     recorder = Recorder(config, method, optimizer, loader, task.out, saver, task.probe, label)
-    return Student(task, Learner(method, optimizer, config.schedules, config.optim, recorder.after_step), recorder)
+    learner = Learner(method, optimizer, config.schedules, config.optim, recorder.after_step)
+    return Student(task, learner, recorder, first_bits)
+
+
+def _bits(network: torch.nn.Module) -> dict[str, Tensor]:
+    """For each part of a network a number, () int64, from the bits of this rank's weights: another once one changes."""
+    bits = {}
+    for name, part in network.named_children():
+        shards = [p.to_local() if isinstance(p, DTensor) else p for p in part.parameters()]
+        sums = [shard.detach().contiguous().view(torch.int32).sum(dtype=torch.int64) for shard in shards]
+        bits[name] = torch.stack(sums).sum()
+    return bits
 
 
 def _common_step(tasks: Sequence[Task]) -> int:
@@ -223,30 +267,3 @@ def _stop_requests() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _open(task: Task, index: ImageSource, teachers: Sequence[Teacher]) -> None:
-    """Make the run folder, or check that the one that is there is of this run."""
-    out, config, init = task.out, task.config, task.init
-    settings = {"config": to_dict(config), "images": len(index), "init": init and init.fingerprint}
-    settings |= {"teachers": [teacher.backbone.fingerprint for teacher in teachers]} if teachers else {}
-    data = index.fingerprint or fingerprint(index.column("path"), index.column("length"))
-    name = fingerprint(settings, data)
-    manifest = read_manifest(out)
-    if manifest is None:
-        if out.exists() and any(out.iterdir()):
-            raise UsageError(f"{out}: is not empty and not a run; choose a new --out")
-        out.mkdir(parents=True, exist_ok=True)
-        write_bytes(out / "config.yaml", to_yaml(config).encode())
-        write_json(out / "environment.json", environment())
-        if index.mapped_path is None:
-            index.save(out / "images.parquet")
-        write_manifest(out, "run", name, settings)
-    elif manifest["kind"] != "run":
-        raise UsageError(f"{out}: already holds an artifact of kind {manifest['kind']}; choose a new --out")
-    elif manifest["fingerprint"] != name:
-        # A run of an earlier version: its config is read as one of now, with defaults for settings it did not know.
-        before = manifest["settings"] | {"config": to_dict(from_yaml(PretrainConfig(), out / "config.yaml"))}
-        if before != settings or manifest["fingerprint"] != fingerprint(manifest["settings"], data):
-            what = "; ".join(differences(before, settings)) or "other images"
-            raise UsageError(f"{out}: a run with other settings ({what}); choose a new --out")

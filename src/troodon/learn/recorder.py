@@ -21,16 +21,17 @@ from troodon.learn.checkpoint import Saver, TrainingProgress
 from troodon.learn.config import PretrainConfig
 from troodon.learn.loggers import Loggers, open_loggers
 from troodon.learn.method import Method
-from troodon.model.saved import SavedViT
 from troodon.model.config import Preprocessing
+from troodon.model.saved import SavedViT
 from troodon.run import MetricsFile, say, write_bytes
-from troodon.text import duration
+from troodon.text import duration, plural
 from troodon.views.batch import Batch
 from troodon.views.loader import Loader
 
 Probe = Callable[[SavedViT], float]
 WAITING = 0.2  # share of the time spent waiting for images, above which advice is given,
 WAITED = 3  # after so many records in a row
+MANY = 0.1  # share of unreadable images, among those tried, above which there is an alarm
 TERMS = ("dino_global", "dino_local", "ibot", "ibot_visible", "koleo", "contrast", "gram", "cls", "patches")
 
 
@@ -54,6 +55,7 @@ class Recorder:
         self.writing: Future | None = None
         self.alarms: dict[str, str] = {}
         self.advised = False
+        self.broken, self.many_broken = 0, False  # images that cannot be read, as they were told last
         self.loggers = Loggers({})
 
     def resume(self, progress: TrainingProgress) -> None:
@@ -108,7 +110,10 @@ class Recorder:
 
     def record(self, readings: dict[str, Tensor], known: dict[str, float]) -> None:
         """Write the means over ranks and over the steps since the last record, with readings and other numbers."""
-        mean = dist.sum_over_ranks(torch.stack(self.since).mean(0)) / dist.world_size()
+        since = torch.stack(self.since).mean(0)
+        broken = since.new_tensor([len(self.loader.broken)])
+        *_, broken = sums = dist.sum_over_ranks(torch.cat([since, broken]))
+        mean = sums[:-1] / dist.world_size()
         now = time.perf_counter()
         step, steps, seconds = self.progress.step - 1, len(self.since), now - self.last
         scheduled = self.config.schedules.at(step, self.config.steps)
@@ -125,9 +130,11 @@ class Recorder:
         self.last, self.waited, self.since = now, 0.0, []
         self.flush()
         if dist.rank() == 0:
-            self.writing = self.thread.submit(self._write, step, self.names, mean, readings, known)
+            self.writing = self.thread.submit(self._write, step, self.names, mean, broken, readings, known)
 
-    def _write(self, step: int, names: list[str], mean: Tensor, readings: dict[str, Tensor], known: dict) -> None:
+    def _write(
+        self, step: int, names: list[str], mean: Tensor, broken: Tensor, readings: dict[str, Tensor], known: dict
+    ) -> None:
         terms = dict(zip(names, mean.tolist(), strict=True))
         loss = sum(value for name, value in terms.items() if not name.startswith("grad_norm"))
         read = dict(zip(readings, torch.stack([*readings.values()]).tolist(), strict=True)) if readings else {}
@@ -136,6 +143,7 @@ class Recorder:
         self.metrics.append(record)
         self.loggers.write(record)
         self._show(record)
+        self._tell_broken(step + 1, int(broken))
         slow = [r for r in self.records[-WAITED:] if r.get("data_wait", 0) > WAITING]
         if len(slow) == WAITED and not self.advised:
             self.advised = True
@@ -148,6 +156,18 @@ class Recorder:
             for name in self.alarms.keys() - alarms.keys():
                 self.event("health", step + 1, f"{name}: no longer", alarm=name, over=True)
             self.alarms = alarms
+
+    def _tell_broken(self, step: int, broken: int) -> None:
+        """Say that images cannot be read: at the first, and when they are many."""
+        share = self.loader.broken_share(step - self.first_step)
+        if broken and not self.broken:
+            row, reason = next(iter(dict(self.loader.broken).items()), (None, ""))
+            first = f": {self.loader.index.path(row)}: {reason}" if row is not None else ""
+            self.event("broken", step, f"an image cannot be read and is set aside, and so are others like it{first}")
+        if share > MANY and not self.many_broken:
+            self.many_broken = True
+            self.event("broken", step, f"alarm: {share:.0%} of the images tried cannot be read: see quarantine.jsonl")
+        self.broken = broken
 
     def event(self, name: str, step: int, message: str, **more: object) -> None:
         """Print a message about step number `step`, and write it to metrics.jsonl, where `rewind` keeps it."""
@@ -162,8 +182,13 @@ class Recorder:
 
     def save(self) -> None:
         """Begin to write a checkpoint. If one cannot be written, the run goes on."""
-        if self.loader.broken and dist.rank() == 0:
-            rows = sorted(self.loader.broken.items())
+        broken = {
+            row: reason
+            for of_rank in dist.all_gather_objects(dict(self.loader.broken))
+            for row, reason in of_rank.items()
+        }
+        if broken and dist.rank() == 0:
+            rows = sorted(broken.items())
             lines = [json.dumps({"path": self.loader.index.path(row), "reason": reason}) for row, reason in rows]
             with contextlib.suppress(OSError):  # a full disk; the file is written again with the next checkpoint
                 write_bytes(self.run / "quarantine.jsonl", "".join(f"{line}\n" for line in lines).encode())
@@ -185,6 +210,8 @@ class Recorder:
             self.save()
             failed = self.settle()
         self.loggers.close()
+        if self.broken and dist.rank() == 0:
+            say(f"  {self.label}{plural(self.broken, 'image')} could not be read: see {self.run / 'quarantine.jsonl'}")
         if failed:
             raise OSError(f"the last checkpoint could not be written: {failed}")
 

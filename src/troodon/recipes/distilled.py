@@ -13,39 +13,38 @@ from troodon.recipes import own, released
 from troodon.views.config import MasksConfig
 
 
-def distill_vits14() -> PretrainConfig:
+def distill_vits14(steps: int = 625_000) -> PretrainConfig:
     """ViT-S/14 from a run of vitg14 or vitl14, in 625,000 steps of 2048 images.
 
     Command: troodon distill distill_vits14 --teacher RUN --data SELECTION --out STUDENT. The paper's numbers where it
     states them: the rate, steps, images; the rest is vitl14's. Not yet run at full size.
     """
-    return _paper(SMALL)
+    return _paper(SMALL, steps)
 
 
-def distill_vitb14() -> PretrainConfig:
+def distill_vitb14(steps: int = 625_000) -> PretrainConfig:
     """ViT-B/14, as distill_vits14."""
-    return _paper(BASE)
+    return _paper(BASE, steps)
 
 
-def distill_vitl14() -> PretrainConfig:
+def distill_vitl14(steps: int = 625_000) -> PretrainConfig:
     """ViT-L/14, as distill_vits14, from a run of vitg14."""
-    return _paper(replace(LARGE, mlp="gelu"))
+    return _paper(replace(LARGE, mlp="gelu"), steps)
 
 
-def distill_features() -> PretrainConfig:
+def distill_features(steps: int = 100_000) -> PretrainConfig:
     """ViT-S/14 by a teacher's features as they are: for weights without heads, and for several teachers at once.
 
     Command: troodon distill distill_features --teacher dinov2_vitl14_pretrain.pth --data photos/ --out STUDENT.
     Class tokens by their cosine, patches by smooth L1, both after a linear map. Not yet run at full size.
     """
-    start = distill_vits14()
+    start = distill_vits14(steps)
     features = ObjectiveConfig(terms=(("cls_features", 1.0), ("patch_features", 1.0)))
     return replace(
         start,
         objective=features,
         crops=replace(start.crops, locals=0),
         schedules=replace(start.schedules, last_layer_frozen=0),
-        steps=100_000,
         batch=512,
     )
 
@@ -66,8 +65,8 @@ def _own(teacher: PretrainConfig) -> PretrainConfig:
     return replace(teacher, vit=vit, masks=MasksConfig(share=0.0))
 
 
-def _paper(size: ViTConfig) -> PretrainConfig:
-    start = released.vitl14()
+def _paper(size: ViTConfig, steps: int) -> PretrainConfig:
+    start = released.vitl14(steps)
     vit = replace(start.vit, dim=size.dim, depth=size.depth, heads=size.heads, mlp=size.mlp, drop_path=0.0)
     rate = Schedule(peak=1e-3, end=1e-6, warmup=start.schedules.lr.warmup)
     return replace(

@@ -9,6 +9,7 @@ from troodon.config import pair
 from troodon.learn.config import ObjectiveConfig, OptimConfig, PretrainConfig
 from troodon.learn.schedules import Schedule, Schedules
 from troodon.model.config import HeadConfig
+from troodon.recipes.lengths import for_steps
 from troodon.views.config import Size
 
 HIGH_RESOLUTION = 518  # pixels, as in the paper
@@ -25,8 +26,9 @@ def high_resolution(start: PretrainConfig, steps: int = 10_000) -> PretrainConfi
     rate was never published: a tenth of the first phase's is ours. For mixed resolutions set crops.mixed. Not yet run
     at full size.
     """
-    vit, crops, s = start.vit, start.crops, start.schedules
-    larger, share = HIGH_RESOLUTION / min(pair(crops.global_px)), steps / start.steps
+    vit, crops, compressed = start.vit, start.crops, for_steps(start, 10_000)
+    s = compressed.schedules
+    larger = HIGH_RESOLUTION / min(pair(crops.global_px))
 
     def enlarged(size: int | Size) -> int | Size:
         def one(px: int) -> int:
@@ -34,25 +36,19 @@ def high_resolution(start: PretrainConfig, steps: int = 10_000) -> PretrainConfi
 
         return one(size) if isinstance(size, int) else (one(size[0]), one(size[1]))
 
-    def compressed(schedule: Schedule, factor: float = 1.0) -> Schedule:
-        return replace(schedule, peak=schedule.peak * factor, warmup=round(schedule.warmup * share))
-
     wide = enlarged(crops.global_px)
-    return replace(
-        start,
+    config = replace(
+        compressed,
         vit=replace(vit, grid=max(pair(wide)) // vit.patch),
         crops=replace(crops, global_px=wide, local_px=enlarged(crops.local_px), mixed=()),
-        schedules=Schedules(
-            lr=compressed(s.lr, 0.1),
-            weight_decay=compressed(s.weight_decay),
-            ema_momentum=compressed(s.ema_momentum),
-            teacher_temperature=compressed(s.teacher_temperature),
-            last_layer_frozen=round(s.last_layer_frozen * share),
-            backbone_frozen=0 if start.reuse == "whole" else steps // 10,
-            anchor=s.anchor,
+        schedules=replace(
+            s,
+            lr=replace(s.lr, peak=s.lr.peak * 0.1),
+            backbone_frozen=0 if start.reuse == "whole" else 1000,
+            anchor=start.schedules.anchor,
         ),
-        steps=steps,
     )
+    return for_steps(config, steps)
 
 
 def heads(start: PretrainConfig, steps: int = 5000) -> PretrainConfig:
@@ -79,23 +75,24 @@ def adapt(start: PretrainConfig, steps: int = 5000) -> PretrainConfig:
     step, and the run says so if features get worse. One GPU; not yet run at full size.
     """
     head = HeadConfig(prototypes=8192)
-    return PretrainConfig(
+    config = PretrainConfig(
         vit=replace(start.vit, drop_path=0.1),
         dino_head=head,
         ibot_head=head,
         objective=ObjectiveConfig(koleo_group=32),
         optim=OptimConfig(layer_decay=0.75),
         schedules=Schedules(
-            lr=Schedule(peak=5e-5, end=1e-6, warmup=steps // 5),
+            lr=Schedule(peak=5e-5, end=1e-6, warmup=1000),
             weight_decay=Schedule(peak=0.04, end=0.04),
             ema_momentum=Schedule(peak=0.996, end=1.0),
-            teacher_temperature=Schedule(start=0.02, peak=0.04, end=0.04, warmup=steps // 5),
+            teacher_temperature=Schedule(start=0.02, peak=0.04, end=0.04, warmup=1000),
             last_layer_frozen=0,
-            backbone_frozen=steps // 20,
+            backbone_frozen=250,
         ),
         crops=start.crops,
         photometric=start.photometric,
-        steps=steps,
+        steps=5000,
         batch=64,
         probe_every=500,
     )
+    return for_steps(config, steps)

@@ -14,28 +14,31 @@ from dataclasses import replace
 from troodon.learn.config import ObjectiveConfig, OptimConfig, PretrainConfig
 from troodon.learn.schedules import Schedule, Schedules
 from troodon.model.config import HeadConfig, ViTConfig
+from troodon.recipes.lengths import for_steps
 from troodon.views.config import CropsConfig, MasksConfig, PhotometricConfig
 
 
 def demo(steps: int = 800) -> PretrainConfig:
     """A ViT of 0.4 M parameters on the embedded world, in four minutes on two processor cores."""
-    return PretrainConfig(
+    config = PretrainConfig(
         vit=ViTConfig(dim=96, depth=3, heads=2, patch=8, grid=4, layer_scale=1.0),
         crops=CropsConfig(global_px=32, global_scale=(0.25, 1.0), local_px=16, locals=2),
         # Colour says nothing in that world, so it is varied as far as it goes.
         photometric=PhotometricConfig(blur=(0.5, 0.1, 0.25), blur_sigma=(0.1, 1.0), saturation=0.6, hue=0.5, grey=0.5),
-        **_on_small_data(steps),
+        **_on_small_data(800),
     )
+    return for_steps(config, steps)
 
 
 def small(steps: int = 3000) -> PretrainConfig:
     """A ViT of 0.8 M parameters for some thousand images of 64 pixels; half its steps took one core 20 minutes."""
-    return PretrainConfig(
+    config = PretrainConfig(
         vit=ViTConfig(dim=128, depth=4, heads=2, patch=8, grid=6, layer_scale=1.0),
         crops=CropsConfig(global_px=48, global_scale=(0.25, 1.0), local_px=24, locals=2),
         photometric=PhotometricConfig(blur=(0.5, 0.1, 0.25), blur_sigma=(0.1, 1.0)),
-        **_on_small_data(steps),
+        **_on_small_data(3000),
     )
+    return for_steps(config, steps)
 
 
 def small_visible(steps: int = 3000) -> PretrainConfig:
@@ -61,7 +64,7 @@ def copies_small(steps: int = 1000) -> PretrainConfig:
     Where mirrored pictures are no copies to you: --crops.flip 0, --crops.attack-kinds with all others, and then
     --no-pixels when curating.
     """
-    return PretrainConfig(
+    config = PretrainConfig(
         vit=ViTConfig(dim=128, depth=4, heads=2, patch=8, grid=4, layer_scale=1.0),
         crops=CropsConfig(global_px=32, global_scale=(0.5, 1.0), locals=0, attack=0.8),
         photometric=PhotometricConfig(jitter=0.5, grey=0.2, blur=(0.2, 0.2, 0.0), blur_sigma=(0.1, 1.5), solarise=0.0),
@@ -69,15 +72,16 @@ def copies_small(steps: int = 1000) -> PretrainConfig:
         objective=ObjectiveConfig(terms=(("koleo", 1.0), ("contrast", 1.0))),
         optim=OptimConfig(patch_embed=1.0),
         schedules=Schedules(
-            lr=Schedule(peak=2e-3, end=1e-6, warmup=max(0, steps // 10)),
+            lr=Schedule(peak=2e-3, end=1e-6, warmup=100),
             weight_decay=Schedule(peak=0.04, end=0.04),
             ema_momentum=Schedule(peak=0.9, end=0.99),
         ),
-        steps=steps,
+        steps=1000,
         batch=128,
         probe_every=0,
         checkpoint_every=200,
     )
+    return for_steps(config, steps)
 
 
 def _on_small_data(steps: int) -> dict:
@@ -87,7 +91,7 @@ def _on_small_data(steps: int) -> dict:
         "ibot_head": head,
         "objective": ObjectiveConfig(terms=(("dino", 1.0), ("ibot", 0.3), ("koleo", 0.03))),
         "schedules": Schedules(
-            lr=Schedule(peak=1e-3, end=1e-6, warmup=max(0, steps // 10)),
+            lr=Schedule(peak=1e-3, end=1e-6, warmup=steps // 10),
             weight_decay=Schedule(peak=0.04, end=0.1),
             ema_momentum=Schedule(peak=0.9, end=1.0),
             teacher_temperature=Schedule(peak=0.005, end=0.005, shape="constant"),

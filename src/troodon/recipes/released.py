@@ -9,17 +9,18 @@ from dataclasses import replace
 from troodon.learn.config import ObjectiveConfig, OptimConfig, PretrainConfig
 from troodon.learn.schedules import Schedule, Schedules
 from troodon.model.config import BASE, GIANT, LARGE, SMALL, HeadConfig, ViTConfig
+from troodon.recipes.lengths import for_steps
 from troodon.views.config import CropsConfig
 
 
-def vitl16_short() -> PretrainConfig:
+def vitl16_short(steps: int = 125_000) -> PretrainConfig:
     """ViT-L/16 on ImageNet-1k in 125,000 steps of 2048 images.
 
     Command: troodon pretrain vitl16_short --data imagenet/train --out RUN --slurm.nodes 4
     Machines and time stated by the release: 32 A100, about a day. Its k-NN 81.6 %, linear 82.9 %.
     """
     head = HeadConfig(prototypes=65_536, bottleneck=256)
-    return PretrainConfig(
+    config = PretrainConfig(
         vit=_network(LARGE, patch=16, drop_path=0.3),
         dino_head=head,
         ibot_head=head,
@@ -30,70 +31,72 @@ def vitl16_short() -> PretrainConfig:
         steps=125_000,
         batch=2048,
     )
+    return for_steps(config, steps)
 
 
-def vitl14() -> PretrainConfig:
+def vitl14(steps: int = 625_000) -> PretrainConfig:
     """ViT-L/14 on ImageNet-22k in 625,000 steps of 3072 images.
 
     Command: troodon pretrain vitl14 --data imagenet22k --out RUN --slurm.nodes 12
     Machines stated by the release: 96 A100. Its k-NN 82.0 %, linear 84.5 %.
     """
-    return PretrainConfig(
+    config = PretrainConfig(
         vit=_network(replace(LARGE, mlp="swiglu"), patch=14, drop_path=0.4),
         objective=ObjectiveConfig(koleo_group=32),
         schedules=_schedules(lr=3.464e-4, warmup=100_000, decay=0.2, momentum=0.994),
         steps=625_000,
         batch=3072,
     )
+    return for_steps(config, steps)
 
 
-def vitg14() -> PretrainConfig:
+def vitg14(steps: int = 625_000) -> PretrainConfig:
     """ViT-g/14 (1.1 billion parameters) in 625,000 steps of 3072 images; in the paper on LVD-142M.
 
     Command: troodon pretrain vitg14 --data SELECTION --out RUN --slurm.nodes 12
     Stated by the release, on LVD-142M: k-NN 83.5 %, linear 86.5 %.
     """
-    return replace(vitl14(), vit=_network(GIANT, patch=14, drop_path=0.4))
+    return replace(vitl14(steps), vit=_network(GIANT, patch=14, drop_path=0.4))
 
 
-def vits14() -> PretrainConfig:
+def vits14(steps: int = 125_000) -> PretrainConfig:
     """ViT-S/14 (22 million parameters) on ImageNet-1k by the short schedule; the release distils its own from ViT-g.
 
     Command: troodon pretrain vits14 --data imagenet/train --out RUN, on 8 GPUs or more. Not yet run.
     """
-    return _short(SMALL, drop_path=0.1)
+    return _short(SMALL, steps, drop_path=0.1)
 
 
-def vitb14() -> PretrainConfig:
+def vitb14(steps: int = 125_000) -> PretrainConfig:
     """ViT-B/14 (86 million parameters) on ImageNet-1k by the short schedule; the release distils its own from ViT-g.
 
     Command: troodon pretrain vitb14 --data imagenet/train --out RUN, on 16 GPUs or more. Not yet run.
     """
-    return _short(BASE, drop_path=0.2)
+    return _short(BASE, steps, drop_path=0.2)
 
 
-def vits14_reg() -> PretrainConfig:
+def vits14_reg(steps: int = 125_000) -> PretrainConfig:
     """vits14 with 4 registers."""
-    return _with_registers(vits14())
+    return _with_registers(vits14(steps))
 
 
-def vitb14_reg() -> PretrainConfig:
+def vitb14_reg(steps: int = 125_000) -> PretrainConfig:
     """vitb14 with 4 registers."""
-    return _with_registers(vitb14())
+    return _with_registers(vitb14(steps))
 
 
-def vitl14_reg() -> PretrainConfig:
+def vitl14_reg(steps: int = 625_000) -> PretrainConfig:
     """vitl14 with 4 registers (https://arxiv.org/abs/2309.16588), and positions resized exactly, as released so."""
-    return _with_registers(vitl14())
+    return _with_registers(vitl14(steps))
 
 
-def vitg14_reg() -> PretrainConfig:
+def vitg14_reg(steps: int = 625_000) -> PretrainConfig:
     """vitg14 with 4 registers."""
-    return _with_registers(vitg14())
+    return _with_registers(vitg14(steps))
 
 
-def _short(size: ViTConfig, *, drop_path: float) -> PretrainConfig:
-    return replace(vitl16_short(), vit=_network(size, patch=14, drop_path=drop_path), crops=CropsConfig())
+def _short(size: ViTConfig, steps: int, *, drop_path: float) -> PretrainConfig:
+    return replace(vitl16_short(steps), vit=_network(size, patch=14, drop_path=drop_path), crops=CropsConfig())
 
 
 def _with_registers(config: PretrainConfig) -> PretrainConfig:

@@ -11,6 +11,8 @@ from tyro.conf import arg
 
 from troodon import launch
 from troodon.config import UsageError, fingerprint, from_dict, from_yaml, to_yaml
+from troodon.learn.config import PretrainConfig
+from troodon.recipes.lengths import for_steps
 from troodon.rendezvous import RENDEZVOUS
 from troodon.run import say, write_bytes
 
@@ -59,15 +61,36 @@ def with_range(backbone: "Backbone", range: tuple[float, float] | None) -> "Back
     return replace(backbone, read=ReadImage(backbone.channels, preprocessing.range))
 
 
-def resolve_config(recipe: str | C, default: C, named: Callable[[str], C], settings: dict | None = None) -> C:
-    """The given config, that of a YAML file, or that of a recipe by `named(recipe)`; with `settings` changed."""
+def resolve_config(
+    recipe: str | C, default: C, named: Callable[[str], C], settings: dict | None = None, steps: object = None
+) -> C:
+    """The given config, that of a YAML file, or that of a recipe by `named(recipe)`; with `settings` changed.
+
+    `steps`, or those among `settings`, come first: what a training counts in steps follows them, unless a setting says
+    otherwise. A file that names no steps changes the default config of so many.
+    """
+    steps = (settings or {}).get("steps", steps)
     if isinstance(recipe, str) and recipe.endswith((".yaml", ".yml")):
         if not Path(recipe).is_file():
             raise UsageError(f"{recipe}: no such recipe file")
-        recipe = from_yaml(default, Path(recipe))
+        recipe = _from_file(default, Path(recipe), steps)
     elif isinstance(recipe, str):
         recipe = named(recipe)
+    recipe = _for_steps(recipe, steps)
     return from_dict(recipe, settings, source="settings") if settings else recipe
+
+
+def _from_file(default: C, path: Path, steps: object) -> C:
+    import yaml
+
+    from_yaml(default, path)  # UsageError for what is no config
+    return from_yaml(_for_steps(default, (yaml.safe_load(path.read_text()) or {}).get("steps", steps)), path)
+
+
+def _for_steps(config: Any, steps: object) -> Any:
+    """The config of a training in so many steps; any other config as it is, and words that are no number of steps."""
+    training = isinstance(config, PretrainConfig) and str(steps).isdecimal()
+    return for_steps(config, int(str(steps))) if training else config
 
 
 def write_config(config: object, path: Path) -> str:

@@ -1,5 +1,6 @@
 """The verb `distill`: small networks learn from large ones, any number of students at a time."""
 
+import contextlib
 import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from tyro.conf import Fixed, Positional, Suppress, arg
 from troodon import recipes
 from troodon.config import UsageError
 from troodon.learn.config import PretrainConfig
+from troodon.lock import alone
 from troodon.run import say
 from troodon.verbs.common import (
     Data,
@@ -26,7 +28,7 @@ from troodon.verbs.common import (
     write_config,
 )
 from troodon.verbs.plans import before_training, plan_here
-from troodon.verbs.training import config_of_weights, make_probe
+from troodon.verbs.training import as_begun, config_of_weights, make_probe
 
 if TYPE_CHECKING:
     from troodon.learn.teacher import Teacher
@@ -55,6 +57,17 @@ def distill(
     named = dict(recipe) if isinstance(recipe, Mapping) else {"": recipe}
     configs = {n: resolve_config(r, PretrainConfig(), recipes.distill, settings) for n, r in named.items()}
     check_devices(devices)
+    with contextlib.nullcontext() if dry_run else alone(Path(out)):
+        configs = {name: as_begun(config, Path(out) / name) for name, config in configs.items()}
+        _distill(configs, teacher, data, Path(out), devices, dry_run=dry_run)
+    backbones = {name: Path(out) / name / "backbone" for name in configs}
+    return backbones if isinstance(recipe, Mapping) else backbones[""]
+
+
+def _distill(
+    configs: dict[str, PretrainConfig], teacher: Any, data: Data, out: Path, devices: str | int, *, dry_run: bool
+) -> None:
+    """Train the students, on ranks of this machine where there are several devices; or print their plans."""
     from troodon import dist
     from troodon.images.sources import open_source
     from troodon.learn import distill as training
@@ -66,7 +79,7 @@ def distill(
     teachers = [open_teacher(t) for t in as_list(teacher)]
     before = before_training(index, [t.vit for t in teachers])
     tasks = [
-        Task(config, Path(out) / name, probe=make_probe(index, config), before=before, attack=random_attack)
+        Task(config, out / name, probe=make_probe(index, config), before=before, attack=random_attack)
         for name, config in configs.items()
     ]
     training.check(tasks, index, teachers, max(ranks, 1))
@@ -80,8 +93,6 @@ def distill(
             launch_ranks(["distill", *files, *places], ranks)
     else:
         training.distill(tasks, index, teachers)
-    backbones = {name: task.out / "backbone" for name, task in zip(configs, tasks)}
-    return backbones if isinstance(recipe, Mapping) else backbones[""]
 
 
 def open_teacher(teacher: "str | Path | Backbone") -> "Teacher":

@@ -11,6 +11,7 @@ from tyro.conf import arg
 from troodon.config import UsageError, from_dict, to_dict
 from troodon.curate.config import CurateConfig
 from troodon.evaluate.config import get_suite
+from troodon.lock import one_at_a_time
 from troodon.verbs.common import Data, Paths, as_list, suggest_next
 from troodon.verbs.curation import curate
 from troodon.verbs.evaluation import evaluate
@@ -24,6 +25,7 @@ LEAK_CONFIG = CurateConfig(steps=("benchmark",), gather="all", benchmark_false_m
 LEAKS_FILE = "leaks.json"
 
 
+@one_at_a_time
 def leak(
     backbone: "str | Path | Backbone",
     data: Data,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from troodon.recipes.lengths import longer_than_run
 from troodon.run import say
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def before_training(index: "Index", teachers: Sequence["ViTConfig"] = ()) -> "Ca
 
     def before(config: "PretrainConfig", run: Path) -> None:
         say(plan_here(config, len(index), dist.world_size(), teachers))
+        if longer := longer_than_run(config):
+            say(f"  longer than the run of {config.steps:,} steps: {', '.join(longer)}")
         if not (picture := run / "pictures" / "crops.png").exists():
             sheet.draw_crops(loader_of(config, index), picture)
 

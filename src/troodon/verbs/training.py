@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from troodon import recipes, slurm
-from troodon.config import UsageError, fingerprint, from_yaml
+from troodon.config import UsageError, differences, fingerprint, from_yaml, to_dict
 from troodon.learn.config import PretrainConfig
-from troodon.run import say
+from troodon.lock import alone
+from troodon.recipes import lengths
+from troodon.run import read_manifest, say
 from troodon.slurm import SlurmConfig
 from troodon.verbs.common import (
     Data,
@@ -66,6 +68,14 @@ def pretrain(
     if dry_run:
         return _print_plan(config, data, init, devices, images_per_second)
     data, out = _require_data_and_out(data, out)
+    with alone(Path(out)):
+        return _pretrain(as_begun(config, Path(out)), data, out, init, devices)
+
+
+def _pretrain(
+    config: PretrainConfig, data: Data, out: str | Path, init: "str | Path | Backbone | None", devices: str | int
+) -> Path:
+    """Train, on ranks of this machine where there are several devices; returns the backbone's folder."""
     from troodon import dist
     from troodon.images.sources import open_source
     from troodon.learn import checkpoint
@@ -127,6 +137,16 @@ def _print_plan(
     ranks = dist.ranks_to_start("auto")
     fits(config, ranks)
     return say(plan_here(config, images, ranks, images_per_second=images_per_second))
+
+
+def as_begun(config: PretrainConfig, out: Path) -> PretrainConfig:
+    """The config with which a run in `out` goes on, if there is one: see recipes/lengths.py."""
+    manifest = read_manifest(out) or {"kind": None}
+    begun = lengths.as_begun(config, manifest["settings"]["config"] if manifest["kind"] == "run" else None)
+    if begun != config:
+        changes = "; ".join(differences(to_dict(config), to_dict(begun)))
+        say(f"  {out}: an earlier version began this run with other numbers of steps, which stay ({changes})")
+    return begun
 
 
 def pretrain_recipes(init: "str | Path | Backbone | None") -> Callable[[str], PretrainConfig]:
