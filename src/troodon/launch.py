@@ -5,11 +5,9 @@ fails leaves the reason; only the first failure is reported, once, by the proces
 """
 
 import contextlib
-import errno
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -23,12 +21,10 @@ from pathlib import Path
 
 from troodon.config import UsageError
 from troodon.rendezvous import RENDEZVOUS, SAVING_S, failure_report, first_failure, report_failure
-from troodon.run import COMMAND, Interrupted, current_command, say
+from troodon.run import COMMAND, Interrupted, current_command, full_disk, say
 
 # Exit codes: done, failed, a mistake of the user, stopped on request with everything saved.
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
-# How NumPy and others say that a disk is full, without its number.
-SHORT_WRITE = re.compile(r"\d+ requested and \d+ written|No space left on device")
 GRACE_S = 5.0  # for the others to end by themselves when a rank fails; one that waits for it never would
 TAIL = 100  # last lines shown of a rank that could not report: after a crash, the stack of each of its threads
 
@@ -78,26 +74,13 @@ def describe_error(error: BaseException) -> tuple[int, str]:
         return INTERRUPTED, str(error) or "interrupted"
     if isinstance(error, RankFailed):
         return FAILED, str(error)
-    if full := _describe_full_disk(error):
-        return FAILED, full
+    if full := full_disk(error):
+        return FAILED, f"{full}; make room and give the same command again, or choose another --out"
     misplaced = FileNotFoundError | FileExistsError | NotADirectoryError | IsADirectoryError | PermissionError
     if isinstance(error, misplaced) and error.filename:
         return MISTAKE, f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"
     message = " ".join(str(error).split()) or "no reason given"
     return FAILED, f"{type(error).__name__}: {message} (--debug shows where)"
-
-
-def _describe_full_disk(error: BaseException | None) -> str:
-    """One line if a full disk caused the error; "" otherwise."""
-    while error is not None:
-        code, message = getattr(error, "errno", None), str(error)
-        what = "the disk is full" if code == errno.ENOSPC or SHORT_WRITE.search(message) else ""
-        what = "the quota of the disk is used up" if code == errno.EDQUOT else what
-        if what:
-            where = f"{error.filename}: " if getattr(error, "filename", None) else ""
-            return f"{where}{what}; make room and give the same command again, or choose another --out"
-        error = error.__cause__ or error.__context__
-    return ""
 
 
 def raise_failure(result: LaunchResult) -> None:

@@ -66,10 +66,7 @@ def curate(
     copy_network = backbone if copies is None else copies
     _check_settings(config, curated, benchmark, copy_network)
     encoder = CopyEncoder.create(copy_network, config.tokens if copies is None else "cls", config.pixels)
-    settings = {name: value for name, value in config.recorded().items() if name not in SPEED_SETTINGS}
-    settings |= {"backbone": backbone.name, "weights": backbone.fingerprint}
-    if copies is not None:
-        settings["copies"] = copies.fingerprint
+    settings = _recorded(config, backbone, copies)
     name = fingerprint(settings, *(index.content_hash() for index in (curated, uncurated, benchmark)))
     root = out.with_name(f"{out.name}.work")
     index = Index.concat([curated, uncurated, *([benchmark] if len(benchmark) else [])])
@@ -79,8 +76,7 @@ def curate(
         _say_alarms(run.read_json(out / "summary.json"))
         return out
 
-    if first_changed(root / "embeddings", index) is not None:
-        shutil.rmtree(root / "embeddings")  # an unfinished selection is made anew from the files of now
+    _remove_if_changed(root / "embeddings", index)
     embeddings = embed(
         backbone, index, root / "embeddings", batch=config.batch, threads=config.threads, tokens=config.tokens,
         copies=copies, pixels=encoder.pixels, marks=config.marks, partition_size=config.partition_size, backend=backend,
@@ -108,16 +104,21 @@ def curate(
         seconds = run.read_json(embeddings / "timings.json") | stage_seconds(sorted(root.glob("*-*/[0-9]*")))
         run.write_json(partial / "timings.json", seconds | {"compose": round(time.monotonic() - start, 3)})
     shutil.rmtree(root)
-    run.say(f"curate: kept {summary['kept']:,} of {len(index):,} images: {out}")
-    if unreadable := Counter(context.images["status"].filter(pa.array(~context.readable_N)).to_pylist()):
-        run.say(f"curate: {set_aside(unreadable, len(index))}")
-    _say_alarms(summary)
+    _say_result(out, summary, context)
     return out
 
 
-def _say_alarms(summary: dict) -> None:
-    for alarm in summary.get("alarms", []) + ([] if summary["kept"] else ["nothing is kept"]):
-        run.say(f"alarm: {alarm}")
+def _recorded(config: CurateConfig, backbone: Backbone, copies: Any) -> dict:
+    """The settings that determine a selection, besides its images."""
+    settings = {name: value for name, value in config.recorded().items() if name not in SPEED_SETTINGS}
+    settings |= {"backbone": backbone.name, "weights": backbone.fingerprint}
+    return settings | ({} if copies is None else {"copies": copies.fingerprint})
+
+
+def _remove_if_changed(embeddings: Path, index: Index) -> None:
+    """Remove the embeddings of an unfinished selection whose files have changed: it is made anew."""
+    if first_changed(embeddings, index) is not None:
+        shutil.rmtree(embeddings)
 
 
 def _identify(embeddings: Path) -> str:
@@ -127,6 +128,18 @@ def _identify(embeddings: Path) -> str:
     if MODIFIED.name not in images.column_names:  # of an earlier release
         return name
     return fingerprint(name, times_fingerprint(images[MODIFIED.name].to_numpy()))
+
+
+def _say_result(out: Path, summary: dict, context: CurationContext) -> None:
+    run.say(f"curate: kept {summary['kept']:,} of {len(context.index):,} images: {out}")
+    if unreadable := Counter(context.images["status"].filter(pa.array(~context.readable_N)).to_pylist()):
+        run.say(f"curate: {set_aside(unreadable, len(context.index))}")
+    _say_alarms(summary)
+
+
+def _say_alarms(summary: dict) -> None:
+    for alarm in summary.get("alarms", []) + ([] if summary["kept"] else ["nothing is kept"]):
+        run.say(f"alarm: {alarm}")
 
 
 def _copy_results(folder: Path, embeddings: Path, duplicates: Path, gathered: Path) -> None:

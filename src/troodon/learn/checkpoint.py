@@ -29,7 +29,7 @@ from troodon.learn.method import Method
 from troodon.learn.parallel import empty
 from troodon.model.config import Preprocessing
 from troodon.model.saved import SavedViT
-from troodon.run import environment, read_manifest, write_json
+from troodon.run import environment, full_disk, read_manifest, write_json
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Saver:
             writing.result()
             failure = None
         except (Exception, CheckpointException) as error:  # the training itself is not affected
-            failure = " ".join(f"{type(error).__name__}: {_cause(error)}".split())
+            failure = full_disk(error) or " ".join(f"{type(error).__name__}: {_cause(error)}".split())
         return next((reason for reason in dist.all_gather_objects(failure) if reason), None)
 
     def restore(self, checkpoint: Path) -> None:
