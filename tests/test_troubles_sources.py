@@ -192,6 +192,20 @@ def test_a_partly_locked_zip_in_a_folder_gives_the_rest(tmp_path, capsys):
     assert capsys.readouterr().err == f"{data}: leaves out: 2 files are encrypted (the first: 0.jpg)\n"
 
 
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):
+    """A folder among the images may not be read | The others are read, and a message names it."""
+    data, scandir = folder(tmp_path / "d", ["1.jpg", "locked/2.jpg"]), os.scandir
+
+    def guarded(place):
+        if str(place).endswith("locked"):
+            raise PermissionError(13, "Permission denied", place)
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    assert paths(data) == ["d/1.jpg"]
+    assert capsys.readouterr().err == f"{data}: leaves out: 1 folder cannot be read (locked)\n"
+
+
 def test_names_that_are_not_utf8_are_named(tmp_path, capsys):
     """A name is not UTF-8 | A file is left out and named, a member is read; no verb ends in a traceback."""
     data = folder(tmp_path / "d", ["a.jpg"])
@@ -238,6 +252,18 @@ def test_results_among_the_images_are_no_images(tmp_path, capsys):
     assert index.table == before.table
     assert index.content_hash() == before.content_hash()
     assert "leaves out: 5 folders are made by Troodon (the first: e.parts/embed-1/00000)\n" in capsys.readouterr().err
+
+
+def test_results_among_remote_images_are_no_images(tmp_path, capsys):
+    """The folder for results lies inside a bucket of images | What Troodon has made there is left out."""
+    fsspec = pytest.importorskip("fsspec")
+    publish(folder(tmp_path / "photos", ["1.jpg", "app/2.jpg"]) / "runs" / "a", "run", ["pictures/crops.png"])
+    (tmp_path / "photos" / "app" / "manifest.json").write_text("{}")
+    memory = fsspec.filesystem("memory")
+    for file in (tmp_path / "photos").rglob("*.*"):
+        memory.pipe_file(f"/bucket5/{file.relative_to(tmp_path).as_posix()}", file.read_bytes())
+    assert paths("memory://bucket5/photos") == ["photos/1.jpg", "photos/app/2.jpg"]
+    assert "leaves out 1 .json; 1 folder is made by Troodon (runs/a)\n" in capsys.readouterr().err
 
 
 def test_scan_and_pack_into_their_own_source(tmp_path, capsys):
