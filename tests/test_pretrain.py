@@ -34,6 +34,7 @@ from troodon.learn.recorder import TERMS, Recorder
 from troodon.learn.schedules import Anchor, Schedule, Schedules
 from troodon.model.backbone import Backbone
 from troodon.model.config import HeadConfig, ViTConfig
+from troodon.model.saved import SavedViT
 from troodon.model.vit import ViT
 from troodon.run import MetricsFile
 from troodon.views.config import CropsConfig, PhotometricConfig
@@ -360,7 +361,7 @@ def test_a_run_whose_end_cannot_be_saved_fails(images, tmp_path, monkeypatch):
     def full(backbone, folder):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Backbone, "save", full)
+    monkeypatch.setattr(SavedViT, "save", full)
     with pytest.raises(OSError, match=r"the last checkpoint could not be written: .*No space left"):
         pretrain(CONFIG, open_source(images), tmp_path / "run")
     assert not list((tmp_path / "run" / "checkpoints").iterdir())

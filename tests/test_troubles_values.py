@@ -2,9 +2,11 @@
 
 import copy
 import io
+import json
 import pickle
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +14,11 @@ import torch
 from PIL import Image, PngImagePlugin
 
 import troodon
+from tests.test_pretrain import CONFIG as TINY
+from troodon import cli
 from troodon.config import UsageError
 from troodon.images.decode import BadImage, decode, read_header
+from troodon.images.sources import open_source
 from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
 
@@ -260,3 +265,164 @@ def test_the_largest_size_can_be_set(rgb, monkeypatch):
     Image.new("1", (20_000, 20_000)).save(huge, "PNG")
     monkeypatch.setenv("TROODON_MAX_MEGAPIXELS", "500")
     assert read_header(huge.getvalue()).width == 20_000
+
+
+# ---- values of more than 8 bits
+
+
+def smooth(seed: int) -> np.ndarray:
+    random = np.random.default_rng(seed).random((6, 6), dtype=np.float32)
+    return np.asarray(Image.fromarray(random).resize((64, 64), Image.Resampling.BICUBIC)).clip(0, 1)
+
+
+@pytest.fixture
+def ct(tmp_path) -> Path:
+    """12 images of 12 bits in files of 16."""
+    (tmp_path / "ct").mkdir()
+    for i in range(12):
+        Image.fromarray((smooth(i) * 4095).astype(np.uint16)).save(tmp_path / "ct" / f"{i:02d}.png")
+    return tmp_path / "ct"
+
+
+def levels(data: bytes, channels: int = 3, **options) -> int:
+    return len(np.unique(decode(data, channels, **options)))
+
+
+def run(*words: object) -> int:
+    return cli.run([str(word) for word in words])
+
+
+ADVICE = "12 images of 16 bits use 16 of 256 levels; set --range 0 4095"
+
+
+def test_a_range_keeps_the_levels_of_images_of_more_than_8_bits():
+    """Files of 16 bits hold 12, or float data | A range maps their values to all levels; images of 8 bits stay."""
+    values = (smooth(0) * 4095).astype(np.uint16)
+    for format in ("PNG", "TIFF"):
+        out = io.BytesIO()
+        Image.fromarray(values).save(out, format)
+        assert levels(out.getvalue()) <= 16
+        got = decode(out.getvalue(), 1, range=(0, 4095))[:, :, 0]
+        assert np.array_equal(got, (values / 4095 * 255).round())
+    for array in (np.repeat(values[:, :, None], 12, 2), values.astype(np.float32)[:, :, None], values.astype(np.int16)):
+        out = io.BytesIO()
+        np.save(out, array)
+        got = decode(out.getvalue(), 12 if array.ndim == 3 and array.shape[2] == 12 else 1, range=(1000, 2000))
+        assert np.array_equal(got[:, :, 0], ((values.clip(1000, 2000) - 1000.0) / 1000 * 255).round())
+    out = io.BytesIO()
+    np.save(out, values.astype(np.float32))
+    with pytest.raises(BadImage, match="float32 where uint8 or uint16 is wanted; set --range"):
+        decode(out.getvalue(), 1)
+    out = io.BytesIO()
+    Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(out, "PNG")
+    assert np.array_equal(decode(out.getvalue(), range=(0, 4095)), decode(out.getvalue()))
+
+
+def test_colours_of_16_bits_take_no_range():
+    """A PNG has colours of 16 bits, of which only the high byte is read | A range for it is refused, not applied."""
+    data = png_16(np.full((4, 4, 3), 4000))
+    assert decode(data).max() == 4000 >> 8
+    assert levels(data, range=(0, 65535)) == 1
+    with pytest.raises(BadImage, match=r"16-bit colours .* convert to \.npy"):
+        decode(data, range=(0, 4095))
+
+
+def test_scan_tells_which_values_are_used(ct, tmp_path, capsys):
+    """Images of 16 bits use a small part of their range | scan tells the values, and which range to set."""
+    run("scan", ct)
+    out = capsys.readouterr().out
+    assert ADVICE in out
+    assert "uint16 12: 0 to 40" in out
+    run("scan", ct, "--out", tmp_path / "index", "--range", 0, 4095)
+    out = capsys.readouterr().out
+    assert "of which 0 to 4095 are shown" in out
+    assert ADVICE not in out
+    index = open_source(tmp_path / "index")
+    assert index.range == (0, 4095)
+    assert pickle.loads(pickle.dumps(index)).range == index.take([1]).range == (0, 4095)
+    assert len(np.unique(index.decode(0, 1))) > 200
+    assert index.content_hash() != open_source(ct).content_hash() == open_source(ct).content_hash()
+    assert run("scan", ct, "--range", 4095, 0) == 2
+    assert "range 4095 0: two numbers, the smaller one first" in capsys.readouterr().err
+
+
+def test_floats_that_are_each_scaled_by_themselves_are_told(tmp_path, capsys):
+    """Float images are each scaled by their own minimum and maximum | scan says so, and names the range of the set."""
+    for i in range(3):
+        Image.fromarray(smooth(i) * 100 * (i + 1)).save(tmp_path / f"{i}.tif")
+    summary = troodon.scan(tmp_path)
+    assert "3 images of float32: each is scaled by its own values; set --range 0 " in summary["values"]["advice"]
+    for i in range(3):  # in [0, 1], all by one rule
+        Image.fromarray(smooth(i)).save(tmp_path / f"{i}.tif")
+    assert troodon.scan(tmp_path)["values"]["advice"] == ""
+
+
+def test_embeddings_follow_the_range_and_so_does_python(ct, net, tmp_path, capsys):
+    """Images of 12 bits are embedded | A line names the range to set; with it, all levels count, as in Python."""
+    run("embed", "--backbone", tmp_path / "net", "--data", ct, "--out", tmp_path / "plain", "--compute", "fp32")
+    assert ADVICE in capsys.readouterr().err
+    run(
+        "embed",
+        "--backbone",
+        tmp_path / "net",
+        "--data",
+        ct,
+        "--out",
+        tmp_path / "e",
+        "--compute",
+        "fp32",
+        "--range",
+        0,
+        4095,
+    )
+    assert "--range" not in capsys.readouterr().err
+    plain, vectors = np.load(tmp_path / "plain" / "embeddings.npy"), np.load(tmp_path / "e" / "embeddings.npy")
+    ranged = troodon.load(tmp_path / "net", range=(0, 4095))
+    cls = torch.nn.functional.normalize(ranged.features(sorted(ct.iterdir())).cls).numpy()
+    np.testing.assert_allclose(vectors, cls, atol=2e-3)
+    assert np.abs(vectors - plain).max() > 0.01
+    assert ranged.fingerprint != net.fingerprint
+    assert open_source(tmp_path / "e").range == (0, 4095)
+    assert capsys.readouterr().err == ""
+    net.features(sorted(ct.iterdir()))
+    assert ADVICE in capsys.readouterr().err
+    net.features([np.asarray(Image.open(path)) for path in sorted(ct.iterdir())])
+    assert ADVICE in capsys.readouterr().err
+
+
+def test_a_trained_backbone_keeps_the_range(ct, tmp_path, capsys):
+    """A network is trained with a range | Its backbone records it, and reads all images by it."""
+    settings = {"steps": 1, "range": [0, 4095]}
+    troodon.pretrain(TINY, ct, tmp_path / "run", settings=settings)
+    assert "--range" not in capsys.readouterr().err
+    backbone = troodon.load(tmp_path / "run")
+    assert backbone.preprocessing.range == (0, 4095)
+    assert len(np.unique(backbone._pixels(ct / "00.png"))) > 200
+    backbone.save(tmp_path / "copy")
+    assert Backbone.load(tmp_path / "copy").preprocessing.range == (0, 4095)
+    troodon.scan(ct, tmp_path / "index", range=(0, 4095))
+    troodon.pretrain(TINY, tmp_path / "index", tmp_path / "second", settings={"steps": 1})
+    assert troodon.load(tmp_path / "second").preprocessing.range == (0, 4095)
+    troodon.pretrain(TINY, ct, tmp_path / "third", settings={"steps": 1})
+    assert ADVICE in capsys.readouterr().err
+    assert "range" not in json.loads((tmp_path / "third" / "backbone" / "backbone.json").read_text())["preprocessing"]
+
+
+def test_ranges_that_differ_are_refused(ct, net, tmp_path):
+    """Two sets, or two backbones, have different ranges | One line asks for one range."""
+    for name, top in (("a", 4095), ("b", 1000)):
+        troodon.scan(ct, tmp_path / name, range=(0, top))
+    with pytest.raises(UsageError, match="the sets have different ranges"):
+        open_source(tmp_path / "a", tmp_path / "b")
+    backbones = [troodon.load(tmp_path / "net", range=(0, top)) for top in (4095, 1000)]
+    with pytest.raises(UsageError, match="the backbones have different ranges"):
+        troodon.evaluate("quick", backbones, ct, tmp_path / "scores")
+
+
+def test_a_pack_keeps_the_range(ct, tmp_path):
+    """Images with a range are packed, as they are or resized | The range goes with them."""
+    troodon.scan(ct, tmp_path / "index", range=(0, 4095))
+    wanted = open_source(tmp_path / "index").decode(3)
+    for name, settings in (("same", {}), ("png", {"encode": "png"})):
+        troodon.pack(tmp_path / "index", tmp_path / name, settings=settings)
+        assert np.array_equal(open_source(tmp_path / name).decode(3), wanted)

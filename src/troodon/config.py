@@ -12,6 +12,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 C = TypeVar("C")
+Range = tuple[float, float]  # values of pixels that become black and white
 
 
 class UsageError(ValueError):
@@ -41,6 +43,15 @@ def within(config: object, section: str, low: float, high: float | None = None, 
             if number is not None and not (low <= number and (high is None or number <= high)):
                 allowed = f"{low} or more" if high is None else f"from {low} to {high}"
                 raise UsageError(f"{section}{name} {number}: must be {allowed}")
+
+
+def check_range(range: Range | None) -> Range | None:
+    """The range; UsageError unless it is two finite numbers, the smaller one first."""
+    if range is not None and not (len(range) == 2 and -math.inf < range[0] < range[1] < math.inf):
+        raise UsageError(
+            f"range {' '.join(f'{n:g}' for n in range)}: two numbers, the smaller one first, such as 0 4095"
+        )
+    return range
 
 
 def pair(side: int | tuple[int, int]) -> tuple[int, int]:

@@ -19,10 +19,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from troodon.config import UsageError
+from troodon.config import Range, UsageError
 from troodon.text import plural
 
-Range = tuple[float, float]
 FEW_LEVELS = 64  # of 256: a set that uses no more is better shown with a range
 
 
@@ -43,13 +42,6 @@ class Used(NamedTuple):
     dtype: str
     low: float
     high: float
-
-
-def check_range(range: Range | None) -> Range | None:
-    """The range; UsageError unless it is two finite numbers, the smaller one first."""
-    if range is not None and not (len(range) == 2 and -math.inf < range[0] < range[1] < math.inf):
-        raise UsageError(f"range {' '.join(map(str, range))}: two numbers, the smaller one first, such as 0 4095")
-    return range
 
 
 def of_pillow(image: Image.Image, channels: int | None = 3, range: Range | None = None) -> np.ndarray:

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from troodon.config import UsageError
-from troodon.pixels import BadImage, Range, band_count, of_pillow, orientation, to_uint8, upright
+from troodon.config import Range, UsageError
+from troodon.pixels import BadImage, band_count, has_deep_colours, of_pillow, orientation, to_uint8, upright
 from troodon.pixels import to_grey as to_grey  # for those who decode
 
 try:
@@ -68,7 +68,8 @@ PngImagePlugin.MAX_TEXT_MEMORY = 4 * MAX_TEXT  # pyrefly: ignore[bad-assignment]
 class ImageHeader:
     """The header of an image: Pillow's names for format and mode; size in pixels, upright; number of channels.
 
-    For an array the format is "NPY", and the mode the number of channels and their type: "5 x uint8".
+    For an array the format is "NPY", and the mode the number of channels and their type: "5 x uint8". `is_deep` is
+    whether the values have more than 8 bits.
     """
 
     format: str
@@ -76,6 +77,7 @@ class ImageHeader:
     width: int
     height: int
     channels: int
+    is_deep: bool = False
 
 
 def decode(
@@ -157,9 +159,10 @@ def read_header(data: bytes) -> ImageHeader:
     with _as_bad_image(data):
         if data.startswith(NPY_MAGIC):
             (height, width, channels), dtype, *_ = _npy_header(data)
-            return ImageHeader("NPY", f"{channels} x {dtype.name}", width, height, channels)
+            return ImageHeader("NPY", f"{channels} x {dtype.name}", width, height, channels, dtype.itemsize > 1)
         with _open(data) as image:
-            return ImageHeader(image.format or "", image.mode, *_upright_size(image), band_count(image))
+            is_deep = image.mode == "F" or image.mode.startswith("I") or has_deep_colours(image)
+            return ImageHeader(image.format or "", image.mode, *_upright_size(image), band_count(image), is_deep)
 
 
 def _open(data: bytes) -> Image.Image:

@@ -30,10 +30,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from troodon.config import UsageError
+from troodon.config import Range, UsageError, check_range
 from troodon.images import containers, files
 from troodon.images.decode import decode
-from troodon.pixels import Range, check_range
 
 SCHEMA = pa.schema(
     [
@@ -45,6 +44,8 @@ SCHEMA = pa.schema(
         ("split", pa.string()),
     ]
 )
+MODIFIED = pa.field("modified", pa.int64())  # a further column: when the file was last changed, see scan.py
+UNKNOWN = -1  # a time of change that is not known
 MIN_MAPPED_IMAGES = 1_000_000  # a longer index is also saved for memory mapping
 MAPPED_BATCH_ROWS = 1 << 16  # rows of a record batch of the mapped file
 RANGE = b"range"  # name of the range in the metadata of a saved table
@@ -125,6 +126,32 @@ class Index:
             return table
         located = pa.array([self.located(c) for c in self.column("container")], pa.string())
         return table.set_column(table.schema.get_field_index("container"), "container", located)
+
+    def modification_times(self) -> np.ndarray:
+        """When the file of each image was last changed (N,), int64: see files.modified; UNKNOWN if not known."""
+        encoded = self.table["container"].combine_chunks().dictionary_encode()
+        encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
+        times = np.array(containers.modified([self.located(c) for c in encoded.dictionary.to_pylist()]), np.int64)
+        return times[encoded.indices.to_numpy()] if len(times) else times
+
+    def with_times(self) -> "Index":
+        """The same images in a table with full paths and the column `modified`: their times of change."""
+        table = self.located_table().append_column(MODIFIED, pa.array(self.modification_times()))
+        return replace(self, table=table, base="", mapped_path=None, fingerprint=None, mapping=None)
+
+    def first_changed(self, path: Path) -> str | None:
+        """The first file that has changed since a table of the same images with their times was saved; None for none.
+
+        A table of an earlier release does not have the times.
+        """
+        try:
+            recorded = pq.read_table(path, columns=[MODIFIED.name])[MODIFIED.name].to_numpy()
+        except (pa.ArrowInvalid, OSError, KeyError):
+            return None
+        now = self.modification_times()
+        changed = np.flatnonzero(recorded != now) if len(recorded) == len(now) else np.arange(len(now))
+        changed = changed[now[changed] != UNKNOWN]  # a server that does not answer says nothing
+        return self.file(int(changed[0])) if len(changed) else None
 
     def take(self, rows: Sequence[int] | np.ndarray) -> "Index":
         """An index of these rows, in this order."""

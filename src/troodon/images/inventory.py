@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from troodon.images.values import of_scan
 from troodon.text import plural, printable
 
 MAX_EXAMPLES = 10  # broken files, or groups, in the text
@@ -35,6 +36,7 @@ def summarise(table: pa.Table) -> dict:
             "height": _range(ok["height"]),
             "megapixels": _range(pc.divide(pc.multiply(ok["width"], ok["height"]).cast(pa.float64()), 1e6)),
         },
+        **({"values": values} if (values := of_scan(ok)) else {}),
         "labels": _counts(table["label"]),
         "splits": _counts(table["split"]),
         "identical": _summarise_duplicates(table, duplicate_groups(table, "sha256"), None),
@@ -130,6 +132,11 @@ def format_summary(summary: dict) -> str:
         ("modes", _counts_text(summary["modes"])),
         ("channels", _counts_text({f"{channels}:": count for channels, count in summary["channels"].items()})),
     ]
+    if values := summary.get("values"):
+        text = f"{_counts_text(values['types'])}: {values['min']:g} to {values['max']:g}"
+        low, high = values.get("range", (0, 0))
+        rows.append(("values", text + (f", of which {low:g} to {high:g} are shown" if low != high else "")))
+        rows += [("range", values["advice"])] if values.get("advice") else []
     for name, unit in (("width", "px"), ("height", "px"), ("megapixels", "MP")):
         if size := summary["sizes"][name]:
             low, median, high = (f"{size[key]:,.4g}" for key in ("min", "median", "max"))

@@ -30,8 +30,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from troodon import run
-from troodon.config import UsageError, fingerprint
-from troodon.images.changes import modification_times, other_files, times_fingerprint
+from troodon.config import Range, UsageError, fingerprint
+from troodon.images.changes import other_files, times_fingerprint
 from troodon.images.config import PackConfig
 from troodon.images.decode import BadImage, decode, read_header
 from troodon.images.index import SCHEMA, Index
@@ -39,7 +39,7 @@ from troodon.images.listing import IMAGE_EXTENSIONS
 from troodon.images.reading import map_ordered
 from troodon.images.scan import ProgressCallback
 from troodon.lock import one_at_a_time
-from troodon.text import plural
+from troodon.text import plural, with_prefix
 
 SAMPLE_SIZE = 64  # images from which the size of all is estimated
 MARGIN = 2  # a JPEG is decoded at no less than this many times the size that it is resized to
@@ -62,7 +62,7 @@ def pack(index: Index, out: Path, config: PackConfig, threads: int, progress: Pr
     Raises UsageError if `out` holds something else, or the disk is too full.
     """
     settings = asdict(config) | {"images": len(index), "contents": index.content_hash()[:12]}
-    identity, modified = fingerprint(settings, index.content_hash()), modification_times(index)
+    identity, modified = fingerprint(settings, index.content_hash()), index.modification_times()
     times = times_fingerprint(modified)
     if run.is_done(out, "index", identity, settings):
         summary = run.read_json(out / "summary.json")
@@ -110,7 +110,7 @@ def _plan(index: Index, out: Path, config: PackConfig, sample: Iterable[Encoded]
     done = sum(file.stat().st_size for file in out.with_name(f"{out.name}.parts").rglob("*.tar"))
     needed, free = mean * len(index) - done, shutil.disk_usage(existing).free
     if needed > free:
-        raise UsageError(f"{out}: needs about {needed / 1e9:,.1f} GB, and the disk has {free / 1e9:,.1f} GB free")
+        raise UsageError(f"{out}: needs about {with_prefix(needed)}B, and the disk has {with_prefix(free)}B free")
     return max(1, round(config.shard_mb * 1e6 / mean))
 
 
@@ -128,14 +128,14 @@ def _encode(index: Index, config: PackConfig, row: int) -> Encoded:
     """Read an image, and encode it as the settings say."""
     try:
         data = index.read(row)
-        return Encoded(row, _reencode(data, config), None)
+        return Encoded(row, _reencode(data, config, index.range), None)
     except BadImage as bad:
         return Encoded(row, b"", (bad.status, bad.reason))
     except OSError as error:
         return Encoded(row, b"", ("unreadable", error.strerror or str(error)))
 
 
-def _reencode(data: bytes, config: PackConfig) -> bytes:
+def _reencode(data: bytes, config: PackConfig, range: Range | None) -> bytes:
     """The same image, resized or in another format if the settings need it. Raises BadImage."""
     if not config.side and config.encode == "as-is":
         return data
@@ -147,11 +147,11 @@ def _reencode(data: bytes, config: PackConfig) -> bytes:
     def choose_reduction(height: int, width: int) -> int:
         return next((factor for factor in (8, 4, 2) if min(height, width) >= factor * MARGIN * config.side), 1)
 
-    pixels_HWC = decode(data, None, choose_reduction if is_resized else None)
+    pixels_HWC = decode(data, None, choose_reduction if is_resized else None, range)
     if is_resized:
         scale = config.side / min(header.width, header.height)
         size = (max(1, round(header.width * scale)), max(1, round(header.height * scale)))
-        pixels_HWC = np.stack([_resize(pixels_HWC[:, :, c], size) for c in range(pixels_HWC.shape[2])], axis=2)
+        pixels_HWC = np.stack([_resize(pixels_HWC[:, :, c], size) for c in np.arange(pixels_HWC.shape[2])], axis=2)
     out = io.BytesIO()
     if header.format == "NPY":
         np.save(out, pixels_HWC, allow_pickle=False)

@@ -9,6 +9,8 @@ That index is what later stages read. It has these columns in addition:
     sha256    of the bytes, in hexadecimal: equal for byte-identical files; null if unreadable
     pixels    the first half of the sha256 of height, width, channels and decoded pixels: equal for images that look the
               same, however they were saved; null if not ok
+    dtype, low, high    of images of more than 8 bits: their type, as "uint16", and the least and the greatest value;
+              else null
     modified  when the file that holds the image was last changed, in nanoseconds; for a URL, a number made of its
               ETag or Last-Modified; -1 if unknown
 
@@ -30,15 +32,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from troodon import config, run
-from troodon.config import UsageError
+from troodon.config import Range, UsageError
 from troodon.images import files
-from troodon.images.changes import MODIFIED, UNKNOWN, modification_times
-from troodon.images.decode import BadImage, decode, read_header
-from troodon.images.index import SCHEMA, Index
+from troodon.images.decode import BadImage, as_bytes, decode_values, read_header
+from troodon.images.index import MODIFIED, SCHEMA, UNKNOWN, Index
 from troodon.images.inventory import summarise
 from troodon.images.reading import map_ordered
 from troodon.images.sources import open_source
 from troodon.lock import one_at_a_time
+from troodon.pixels import used
 
 SCAN_SCHEMA = pa.schema(
     [
@@ -51,6 +53,9 @@ SCAN_SCHEMA = pa.schema(
         ("height", pa.int64()),
         ("sha256", pa.string()),
         ("pixels", pa.string()),
+        ("dtype", pa.string()),
+        ("low", pa.float64()),
+        ("high", pa.float64()),
     ]
 )
 IDENTITY = ["container", "offset", "length", "modified"]  # an image with equal values here has not changed
@@ -61,18 +66,25 @@ ProgressCallback = Callable[[int, int], None]
 
 
 @one_at_a_time
-def scan_to(paths: Sequence[str | Path], out: Path, threads: int, progress: ProgressCallback | None = None) -> dict:
-    """Scan these sources into the index artifact `out`, and return the summary.
+def scan_to(
+    paths: Sequence[str | Path],
+    out: Path,
+    threads: int,
+    progress: ProgressCallback | None = None,
+    range: Range | None = None,
+) -> dict:
+    """Scan these sources into the index artifact `out`, with a range of values, and return the summary.
 
     An existing index of the same sources is updated. Raises UsageError if a source cannot be opened, or if `out` holds
     something else.
     """
     start = time.monotonic()
-    index = open_source(*paths)
+    index = open_source(*paths).with_range(range)
     if index.datasets:
         raise UsageError(f"{next(iter(index.datasets))}: a file cannot list a Python dataset; pack it first")
     settings = {"sources": [str(p if files.REMOTE.match(str(p)) else Path(p).absolute()) for p in paths]}
-    modified = modification_times(index)
+    settings |= {"range": list(index.range)} if index.range else {}
+    modified = index.modification_times()
     fingerprint = config.fingerprint(settings, index.content_hash(), hashlib.sha256(modified.tobytes()).hexdigest())
     manifest = run.read_manifest(out)
     if manifest is None or manifest["kind"] != "index" or manifest["settings"] != settings:
@@ -105,7 +117,7 @@ def scan(
     with new results every SAVE_INTERVAL_S seconds, and at the end, also after an error. `progress(done, total)` is
     called after each chunk.
     """
-    modified = modification_times(index) if modified is None else modified
+    modified = index.modification_times() if modified is None else modified
     table = index.located_table().append_column(MODIFIED, pa.array(modified))
     complete = [part for part in previous if set(part.column_names) >= {*IDENTITY, *SCAN_SCHEMA.names}]
     known, rows = _reuse(table, complete)
@@ -140,7 +152,9 @@ def scan(
 def _join(table: pa.Table, results: pa.Table) -> pa.Table:
     """The columns of an index, the results for the same rows, and the time when each file was changed."""
     columns = [*table.select(SCHEMA.names).columns, *results.select(SCAN_SCHEMA.names).columns, table[MODIFIED.name]]
-    return pa.table(columns, schema=pa.schema([*SCHEMA, *SCAN_SCHEMA, MODIFIED])).combine_chunks()
+    return pa.table(
+        columns, schema=pa.schema([*SCHEMA, *SCAN_SCHEMA, MODIFIED], table.schema.metadata)
+    ).combine_chunks()
 
 
 def _reuse(table: pa.Table, previous: Sequence[pa.Table]) -> tuple[pa.Table, np.ndarray]:
@@ -165,21 +179,22 @@ def _of_known_files(table: pa.Table) -> pa.Table:
 
 def _examine(index: Index, row: int) -> tuple:
     """One row of SCAN_SCHEMA."""
-    no_header = (None, None, None, None, None)
+    no_header, no_values = (None, None, None, None, None), (None, None, None)
     try:
         data = index.read(row)
     except OSError as error:
-        return ("unreadable", error.strerror or str(error), *no_header, None, None)
+        return ("unreadable", error.strerror or str(error), *no_header, None, None, *no_values)
     sha256, header = hashlib.sha256(data).hexdigest(), no_header
     try:
         image = read_header(data)
         header = (image.format, image.mode, image.channels, image.width, image.height)
-        pixels = decode(data, channels=None)
+        values = decode_values(data, None, range=index.range)
+        pixels = as_bytes(values, data, None, index.range)
     except BadImage as bad:
-        return (bad.status, bad.reason, *header, sha256, None)
+        return (bad.status, bad.reason, *header, sha256, None, *no_values)
     digest = hashlib.sha256(np.array(pixels.shape, "<i8").tobytes())
     digest.update(pixels.data)
-    return ("ok", None, *header, sha256, digest.hexdigest()[:32])
+    return ("ok", None, *header, sha256, digest.hexdigest()[:32], *(used(values) or no_values))
 
 
 def _save_part(folder: Path, results: pa.Table) -> None:

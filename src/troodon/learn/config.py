@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from troodon.config import UsageError, pair, within
+from troodon.config import Range, UsageError, check_range, pair, within
 from troodon.learn.objective import ObjectiveConfig
 from troodon.learn.schedules import Schedules
 from troodon.model.config import HeadConfig, ViTConfig
@@ -31,7 +31,8 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How a step is laid over memory and devices: it changes what a step costs, not what it computes."""
+    """How a step is laid over memory and devices: it changes what a step costs, not what it computes, but for which
+    crops stochastic depth leaves out: each part of the images draws them by itself."""
 
     accumulate: int = 1
     """Parts into which a rank's images are cut, to go through the networks one after another and save memory."""
@@ -84,6 +85,8 @@ class PretrainConfig:
     seed: int = 0
     compute: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of matrix products; auto is bf16 where the processor is faster with it."""
+    range: Range | None = None
+    """Values of images of more than 8 bits that become black and white, such as 0 4095; by their type if left out."""
     weights: tuple[float, ...] = ()
     """How often each source of --data is shown, relative to the others; by its number of images if left out."""
     threads: int = 0
@@ -111,6 +114,7 @@ class PretrainConfig:
         within(self, "", 1, None, "steps", "log_every", "checkpoint_every", "keep")
         within(self, "", 0, None, "threads", "processes", "health_every", "probe_every", "keep_every", "seed")
         within(self, "", 0, 1, "max_broken")
+        check_range(self.range)
         if self.batch < 2:
             raise UsageError(f"batch {self.batch}: a step compares images, so it needs at least 2")
 

@@ -112,8 +112,8 @@ class Recorder:
         """Write the means over ranks and over the steps since the last record, with readings and other numbers."""
         since = torch.stack(self.since).mean(0)
         broken = since.new_tensor([len(self.loader.broken)])
-        *_, broken = sums = dist.sum_over_ranks(torch.cat([since, broken]))
-        mean = sums[:-1] / dist.world_size()
+        sums = dist.sum_over_ranks(torch.cat([since, broken]))
+        mean, broken = sums[:-1] / dist.world_size(), sums[-1]
         now = time.perf_counter()
         step, steps, seconds = self.progress.step - 1, len(self.since), now - self.last
         scheduled = self.config.schedules.at(step, self.config.steps)
@@ -253,4 +253,5 @@ def preprocessing(config: PretrainConfig) -> Preprocessing:
     The crop is that of `crops.global_px`, also of a run with mixed sizes.
     """
     crop = config.crops.global_px
-    return Preprocessing(round(min(pair(crop)) * 8 / 7), crop, config.photometric.mean, config.photometric.std)
+    colours = config.photometric
+    return Preprocessing(round(min(pair(crop)) * 8 / 7), crop, colours.mean, colours.std, config.range)

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from troodon.config import UsageError, to_dict, within
-from troodon.pixels import check_range
+from troodon.config import Range, UsageError, check_range, to_dict, within
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Preprocessing:
     """Pixels on a side of what the network sees; or its height and width."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    range: tuple[float, float] | None = None
+    range: Range | None = None
     """Values of images of more than 8 bits that become 0 and 255; None: by their type (troodon/pixels.py)."""
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from tyro.conf import arg
 
 from troodon import launch
-from troodon.config import UsageError, fingerprint, from_dict, from_yaml, to_yaml
+from troodon.config import Range, UsageError, fingerprint, from_dict, from_yaml, to_yaml
 from troodon.learn.config import PretrainConfig
 from troodon.recipes.lengths import for_steps
 from troodon.rendezvous import RENDEZVOUS
@@ -19,6 +19,7 @@ from troodon.run import say, write_bytes
 if TYPE_CHECKING:
     from numpy import ndarray
 
+    from troodon.images.index import Index
     from troodon.model.backbone import Backbone
 
 C = TypeVar("C")
@@ -31,7 +32,7 @@ class ReadImage:
     """Reads the values (H, W, C) of the image at a path, or in bytes, for a network of so many channels."""
 
     channels: int
-    range: tuple[float, float] | None = None
+    range: Range | None = None
 
     def __call__(self, image: str | Path | bytes) -> "ndarray":
         from troodon.images.decode import decode_values
@@ -40,7 +41,7 @@ class ReadImage:
         return decode_values(data, self.channels, range=self.range)
 
 
-def load(path: str | Path, *, range: tuple[float, float] | None = None) -> "Backbone":
+def load(path: str | Path, *, range: Range | None = None) -> "Backbone":
     """Load a backbone from a run, a backbone folder, released DINOv2 weights (.pth), or a Hugging Face folder.
 
     Its `features(images)` takes paths, bytes, uint8 (H, W, C) arrays, PIL images, or a prepared (B, C, H, W) tensor,
@@ -52,13 +53,32 @@ def load(path: str | Path, *, range: tuple[float, float] | None = None) -> "Back
     return with_range(load_weights(Path(path)), range)
 
 
-def with_range(backbone: "Backbone", range: tuple[float, float] | None) -> "Backbone":
+def with_range(backbone: "Backbone", range: Range | None) -> "Backbone":
     """The backbone, which reads paths, with this range of values; with its own if it is None."""
     preprocessing = backbone.preprocessing
     if range is not None and tuple(range) != preprocessing.range:
         preprocessing = replace(preprocessing, range=tuple(range))
         backbone = replace(backbone, preprocessing=preprocessing, fingerprint=fingerprint(backbone.fingerprint, range))
     return replace(backbone, read=ReadImage(backbone.channels, preprocessing.range))
+
+
+def open_images(data: Data, range: Range | None = None) -> "Index":
+    """The index of the images, with this range of values. It says where images lose much without one."""
+    from troodon.images.sources import open_source
+    from troodon.images.values import look_at
+
+    index = open_source(*as_list(data)).with_range(range)
+    if is_first() and (line := look_at(index)):
+        say(line)
+    return index
+
+
+def common_range(range: Range | None, *backbones: Any) -> Range | None:
+    """The range, or that of the backbones' own preprocessing. UsageError if they have different ones."""
+    own = {b.preprocessing.range for b in backbones if hasattr(b, "preprocessing") and b.preprocessing.range}
+    if range is None and len(own) > 1:
+        raise UsageError(f"the backbones have different ranges, {' and '.join(map(str, sorted(own)))}; set one --range")
+    return range if range is not None else next(iter(own), None)
 
 
 def resolve_config(
@@ -89,8 +109,11 @@ def _from_file(default: C, path: Path, steps: object) -> C:
 
 def _for_steps(config: Any, steps: object) -> Any:
     """The config of a training in so many steps; any other config as it is, and words that are no number of steps."""
-    training = isinstance(config, PretrainConfig) and str(steps).isdecimal()
-    return for_steps(config, int(str(steps))) if training else config
+    try:
+        number = int(str(steps))
+    except ValueError:
+        return config
+    return for_steps(config, number) if isinstance(config, PretrainConfig) else config
 
 
 def write_config(config: object, path: Path) -> str:
@@ -99,9 +122,11 @@ def write_config(config: object, path: Path) -> str:
     return str(path)
 
 
-def as_backbone(backbone: "str | Path | Backbone") -> "Backbone":
-    """A backbone, loaded where only its path is given."""
-    return load(backbone) if isinstance(backbone, str | Path) else backbone
+def as_backbone(backbone: "str | Path | Backbone", range: Range | None = None) -> "Backbone":
+    """A backbone, loaded where only its path is given, with this range of values; with its own if it is None."""
+    if isinstance(backbone, str | Path):
+        return load(backbone, range=range)
+    return backbone if range is None else with_range(backbone, range)
 
 
 def as_list(data: Data) -> list:
@@ -151,7 +176,12 @@ def progress_callback(verb: str) -> Callable[[int, int], None]:
     return show
 
 
+def is_first() -> bool:
+    """Whether this process speaks for a command: it is not one of several ranks, or the first of those of others."""
+    return RENDEZVOUS not in os.environ and os.environ.get("RANK", "0") == "0"
+
+
 def suggest_next(*commands: str) -> None:
     """Print which commands may follow: once, also where several ranks run."""
-    if RENDEZVOUS not in os.environ and os.environ.get("RANK", "0") == "0":
+    if is_first():
         say("next:" + "".join(f"\n  {command}" for command in commands))

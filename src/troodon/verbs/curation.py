@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional, arg
 
 from troodon import recipes
-from troodon.config import UsageError
+from troodon.config import Range, UsageError
 from troodon.curate.config import CurateConfig, SpaceKind, Tokens
-from troodon.verbs.common import Data, Paths, as_backbone, as_list, resolve_config, suggest_next
+from troodon.verbs.common import Data, Paths, as_backbone, common_range, open_images, resolve_config, suggest_next
 
 if TYPE_CHECKING:
     from troodon.model.backbone import Backbone
@@ -31,27 +31,30 @@ def curate(
     backend: str = "local",
     workers: int = 0,
     settings: dict | None = None,
+    range: Range | None = None,
 ) -> Path:
     """Select from the uncurated images, without copies, those that resemble the curated ones; returns the selection.
 
     No image is copied. Images that resemble one of `benchmark` are excluded. `copies` finds copies instead of the
     backbone: another one, or a copy descriptor as a TorchScript file. `backend` is "local", with `workers` processes
     (0: only this one), "ray", or a Ray cluster's address. Without curated images (None), the recipe must gather without
-    them.
+    them. `range` gives the values of images of more than 8 bits that become black and white, in place of the backbone's
+    own.
     """
     from troodon.curate.backends import create_backend
     from troodon.curate.pipeline import NO_IMAGES
     from troodon.curate.pipeline import curate as run_curation
-    from troodon.images.sources import open_source
 
     config = resolve_config(recipe, CurateConfig(), recipes.curate, settings)
     runner = create_backend(backend, workers)
-    wanted, excluded = (open_source(*as_list(data)) if data else NO_IMAGES for data in (curated, benchmark))
-    pool = open_source(*as_list(uncurated)).without_labels()
+    network = as_backbone(backbone, range)
     encoder = None if copies is None else _open_copy_encoder(copies)
+    range = common_range(range, network, encoder)
+    wanted, excluded = (open_images(data, range) if data else NO_IMAGES for data in (curated, benchmark))
+    pool = open_images(uncurated, range).without_labels()
     try:
         return run_curation(
-            config, wanted, pool, as_backbone(backbone), Path(out), benchmark=excluded, copies=encoder, backend=runner
+            config, wanted, pool, network, Path(out), benchmark=excluded, copies=encoder, backend=runner
         )
     finally:
         runner.close()
@@ -68,6 +71,7 @@ def calibrate(
     false_merges: float = CurateConfig.false_merges,
     strength: float = 0.5,
     seed: int = 0,
+    range: Range | None = None,
 ) -> dict:
     """Measure how near copies of these images lie by this backbone, and how near other images (curate/calibrate.py).
 
@@ -76,15 +80,15 @@ def calibrate(
     """
     from troodon.curate.encoder import CopyEncoder
     from troodon.curate.thresholds import calibrate_index
-    from troodon.images.sources import open_source
 
     if not 0 < strength <= 1:
         raise UsageError(f"strength {strength}: it lies in (0, 1]; 0.25 is mild, 1 is strong")
     config = CurateConfig(
         duplicate_space=space, tokens=tokens, calibration_images=images, false_merges=false_merges, seed=seed
     )  # fmt: skip
-    encoder = CopyEncoder.create(_open_copy_encoder(backbone), tokens, pixels)
-    return calibrate_index(config, open_source(*as_list(data)), encoder, strength).as_dict()
+    network = _open_copy_encoder(backbone)
+    encoder = CopyEncoder.create(network, tokens, pixels)
+    return calibrate_index(config, open_images(data, common_range(range, network)), encoder, strength).as_dict()
 
 
 def _open_copy_encoder(backbone: Any) -> Any:
@@ -120,12 +124,16 @@ class Curate:
     """Where workers run: local, ray (this machine, or its cluster), or a cluster's address, ray://HOST:PORT."""
     workers: int = 0
     """Processes of the backend local; 0 is this one only. They change the time, not the result."""
+    range: Range | None = None
+    """Values of images of more than 8 bits that become black and white, such as 0 4095; by the backbone's rule if left
+    out."""
     config: Annotated[CurateConfig, arg(name="")] = CurateConfig()
 
     def run(self) -> None:
         out = curate(
             self.config, self.curated, self.uncurated, self.backbone, self.out,
             benchmark=self.benchmark, copies=self.copies, backend=self.backend, workers=self.workers,
+            range=self.range,
         )  # fmt: skip
         summary = json.loads((out / "summary.json").read_text())
         for stage in summary["stages"]:
@@ -158,6 +166,9 @@ class Calibrate:
     """Strength of the attacks, up to 1."""
     seed: int = 0
     """Seed of all random draws."""
+    range: Range | None = None
+    """Values of images of more than 8 bits that become black and white, such as 0 4095; by the backbone's rule if left
+    out."""
     json: bool = False
     """Print all of it as JSON."""
 
@@ -165,6 +176,7 @@ class Calibrate:
         result = calibrate(
             self.backbone, self.data, space=self.space, tokens=self.tokens, pixels=self.pixels, images=self.images,
             false_merges=self.false_merges, strength=self.strength, seed=self.seed,
+            range=self.range,
         )  # fmt: skip
         if self.json:
             print(json.dumps(result, indent=1))

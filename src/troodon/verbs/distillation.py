@@ -4,7 +4,7 @@ import contextlib
 import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +22,7 @@ from troodon.verbs.common import (
     as_list,
     check_devices,
     launch_ranks,
+    open_images,
     require_paths,
     resolve_config,
     suggest_next,
@@ -69,13 +70,16 @@ def _distill(
 ) -> None:
     """Train the students, on ranks of this machine where there are several devices; or print their plans."""
     from troodon import dist
-    from troodon.images.sources import open_source
     from troodon.learn import distill as training
     from troodon.learn.engine import Task
     from troodon.views.attacks import random_attack
 
     ranks = dist.ranks_to_start(devices)
-    index = open_source(*as_list(data))
+    ranges = {config.range for config in configs.values()}
+    if len(ranges) > 1:
+        raise UsageError("students that train together see the same images: give all the same range")
+    index = open_images(data, next(iter(ranges), None))
+    configs = {name: replace(config, range=index.range) for name, config in configs.items()}
     teachers = [open_teacher(t) for t in as_list(teacher)]
     before = before_training(index, [t.vit for t in teachers])
     tasks = [

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from troodon.config import UsageError, nearest
+from troodon.config import Range, UsageError, nearest
 from troodon.evaluate.config import EvaluateConfig, get_suite
 from troodon.verbs.common import (
     Data,
@@ -19,6 +19,8 @@ from troodon.verbs.common import (
     as_backbone,
     as_list,
     check_devices,
+    common_range,
+    is_first,
     launch_ranks,
     require_some,
     resolve_config,
@@ -45,12 +47,14 @@ def evaluate(
     cache: str | Path | None = None,
     devices: str | int = "auto",
     compute: str = "fp32",
+    range: Range | None = None,
 ) -> list[dict]:
     """Measure frozen features by the ground truth that the data has (labels, masks, depths, pairs, ...).
 
     `backbone` may be a list. With `baselines`, a random network of each shape and descriptors without learning are
     measured too. `compute` is the precision of the networks' products, "fp32" or "bf16". It is never chosen
-    automatically, since only scores of the same precision are compared.
+    automatically, since only scores of the same precision are compared. `range` gives the values of images of more than
+    8 bits that become black and white, in place of the backbone's own.
 
     A place with ground truth in a known layout (see evaluate/sets/layouts.py) is one dataset, and so is a place with
     labels and its own split into training and test images; all other places together are one more dataset. `layout`
@@ -67,9 +71,10 @@ def evaluate(
     all_paths = all(isinstance(place, str | Path) for place in (*as_list(backbone), *as_list(data)))
     if all_paths and (ranks := dist.ranks_to_start(devices)) > 1:
         options = {"layout": layout, "threads": threads, "batch": batch, "cache": cache, "compute": compute}
+        options |= {"range": range}
         return _evaluate_on_ranks(ranks, config, backbone, data, out, options, baselines)
     with dist.process_group() if "RANK" in os.environ else contextlib.nullcontext():
-        return _evaluate(config, backbone, data, Path(out), baselines, layout, threads, batch, cache, compute)
+        return _evaluate(config, backbone, data, Path(out), baselines, layout, threads, batch, cache, compute, range)
 
 
 def _evaluate_on_ranks(
@@ -82,7 +87,12 @@ def _evaluate_on_ranks(
         words = ["evaluate", write_config(config, Path(folder) / "suite.yaml")]
         words += ["--backbone", *map(str, as_list(backbone)), "--data", *map(str, as_list(data))]
         words += ["--out", str(out), *([] if baselines else ["--no-baselines"])]
-        words += [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
+        words += [
+            word
+            for key, value in options.items()
+            if value is not None
+            for word in (f"--{key}", *map(str, as_list(value)))
+        ]
         launch_ranks(words, ranks)
     return read_json(Path(out) / "scores.json")
 
@@ -90,6 +100,7 @@ def _evaluate_on_ranks(
 def _evaluate(
     config: EvaluateConfig, backbone: "str | Path | Backbone | list", data: Data, out: Path, baselines: bool,
     layout: str | None, threads: int, batch: int, cache: str | Path | None, compute: str,
+    range: Range | None,
 ) -> list[dict]:  # fmt: skip
     """Evaluate on this process, which may be one of several ranks."""
     from troodon import dist
@@ -100,7 +111,8 @@ def _evaluate(
 
     benchmarks = open_benchmarks(data, layout)
     device = dist.device()
-    trained = [as_backbone(b).to(device) if isinstance(b, str | Path) else b for b in as_list(backbone)]
+    trained = [as_backbone(b, range).to(device if isinstance(b, str | Path) else b.device) for b in as_list(backbone)]
+    benchmarks = [with_values(benchmark, common_range(range, *trained)) for benchmark in benchmarks]
     first = trained[0]
     # Layer scale 1: at the small values that training starts from, a random network hardly mixes its patches.
     shapes: dict[tuple, str] = {}
@@ -150,6 +162,17 @@ def open_benchmarks(data: Data, layout: str | None = None) -> list:
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(f"two datasets are called {repeated}: rename the folder of one")
     return benchmarks
+
+
+def with_values(benchmark: Any, range: Range | None) -> Any:
+    """The dataset with this range of values of its images. It says where these lose much without one."""
+    from troodon.images.values import look_at
+    from troodon.run import say
+
+    images = benchmark.images.with_range(range)
+    if is_first() and (line := look_at(images)):
+        say(f"{benchmark.name}: {line}")
+    return replace(benchmark, images=images)
 
 
 def _is_items(data: Data) -> bool:
@@ -213,6 +236,9 @@ class Evaluate:
     """Threads that read images; 0 is one per processor."""
     compute: Literal["fp32", "bf16"] = "fp32"
     """Precision of the networks' products; scores of one are not compared with scores of the other."""
+    range: Range | None = None
+    """Values of images of more than 8 bits that become black and white, such as 0 4095; by the backbone's rule if left
+    out."""
     json: bool = False
     """Print the scores as JSON."""
     config: Annotated[EvaluateConfig, arg(name="")] = EvaluateConfig()
@@ -221,7 +247,7 @@ class Evaluate:
         scores = evaluate(
             self.config, list(require_some(self.backbone, "backbones")), self.data, self.out,
             baselines=self.baselines, layout=self.layout, batch=self.batch, cache=self.cache,
-            threads=self.threads, devices=self.devices, compute=self.compute,
+            threads=self.threads, devices=self.devices, compute=self.compute, range=self.range,
         )  # fmt: skip
         print(json.dumps(scores, indent=1) if self.json else scores_table(scores))
         suggest_next(f"troodon report {shlex.quote(self.out)}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import Positional, arg
 
 from troodon import recipes
-from troodon.config import UsageError, from_dict, nearest, to_dict
+from troodon.config import Range, UsageError, from_dict, nearest, to_dict
 from troodon.images.config import PackConfig
 from troodon.learn.config import PretrainConfig, fits
 from troodon.verbs.common import (
@@ -17,6 +17,8 @@ from troodon.verbs.common import (
     Paths,
     as_backbone,
     as_list,
+    common_range,
+    open_images,
     progress_callback,
     require_some,
     resolve_config,
@@ -28,11 +30,12 @@ if TYPE_CHECKING:
     from troodon.model.backbone import Backbone
 
 
-def scan(data: Data, out: str | Path | None = None, *, threads: int = 0) -> dict:
+def scan(data: Data, out: str | Path | None = None, *, threads: int = 0, range: Range | None = None) -> dict:
     """Read every image once: formats, sizes, broken files with the reason, exact duplicates, label conflicts.
 
     Returns the summary. With `out`, it also writes an index there, which other verbs take as data, and an HTML page; a
-    second scan reads only files that have changed.
+    second scan reads only files that have changed. `range` gives the values of images of more than 8 bits that become
+    black and white; the index keeps it, for the verbs that take it as data.
     """
     from troodon.images.inventory import summarise
     from troodon.images.scan import scan, scan_to
@@ -41,8 +44,8 @@ def scan(data: Data, out: str | Path | None = None, *, threads: int = 0) -> dict
 
     paths = as_list(data)
     if out is None:
-        return summarise(scan(open_source(*paths), threads, progress_callback("scan"))[0])
-    summary = scan_to(paths, Path(out), threads, progress_callback("scan"))
+        return summarise(scan(open_source(*paths).with_range(range), threads, progress_callback("scan"))[0])
+    summary = scan_to(paths, Path(out), threads, progress_callback("scan"), range)
     if not (page := Path(out) / "report.html").exists():
         report([Path(out)], page)
     return summary
@@ -58,13 +61,16 @@ class Scan:
     """A folder for the index and a page with pictures; without it, nothing is written."""
     threads: int = 0
     """Threads that read images; 0 is one per processor."""
+    range: Range | None = None
+    """Values of images of more than 8 bits that become black and white, such as 0 4095; by their type if left
+    out. The index keeps it."""
     json: bool = False
     """Print the summary as JSON."""
 
     def run(self) -> None:
         from troodon.images.inventory import format_summary
 
-        summary = scan(require_some(self.data, "images to scan"), self.out, threads=self.threads)
+        summary = scan(require_some(self.data, "images to scan"), self.out, threads=self.threads, range=self.range)
         print(json.dumps(summary, indent=1) if self.json else format_summary(summary))
         if self.out:
             if not self.json:
@@ -80,10 +86,9 @@ def pack(data: Data, out: str | Path, *, settings: dict | None = None, threads: 
     summary.
     """
     from troodon.images.pack import pack
-    from troodon.images.sources import open_source
 
     config = from_dict(PackConfig(), settings or {}, source="settings")
-    return pack(open_source(*as_list(data)), Path(out), config, threads, progress_callback("pack"))
+    return pack(open_images(data), Path(out), config, threads, progress_callback("pack"))
 
 
 @dataclass(frozen=True)
@@ -114,14 +119,13 @@ def show_crops(recipe: str | PretrainConfig, data: Data, out: str | Path, *, ima
 
     The images are the first of batch number `batch` in a run of that recipe. Returns the picture's path, a PNG.
     """
-    from troodon.images.sources import open_source
     from troodon.views.sheet import draw_crops
 
     if images < 1 or batch < 0:
         raise UsageError(f"images {images}, batch {batch}: at least 1 image, and batches are numbered from 0")
     config = resolve_config(recipe, PretrainConfig(), recipes.pretrain)
     fits(config, 1)
-    draw_crops(loader_of(config, open_source(*as_list(data))), Path(out), batch, images)
+    draw_crops(loader_of(config, open_images(data, config.range)), Path(out), batch, images)
     return Path(out)
 
 
@@ -155,20 +159,22 @@ def embed(
     threads: int = 0,
     compute: str = "auto",
     compile: bool = False,
+    range: Range | None = None,
 ) -> Path:
     """Write one vector per image: class tokens ("cls"), or these and mean patch tokens ("cls+mean").
 
-    `compute` is the precision of products: "bf16", "fp32", or the faster on this machine ("auto"), which is measured once
-    and then kept, also by a command that goes on. `compile` compiles the network first. Returns the folder.
+    `compute` is the precision of products: "bf16", "fp32", or the faster on this machine ("auto"), which is measured
+    once and then kept, also by a command that goes on. `compile` compiles the network first. `range` gives the values
+    of images of more than 8 bits that become black and white, in place of the backbone's own. Returns the folder.
     """
     from troodon.curate.embed import embed as write_embeddings
-    from troodon.images.sources import open_source
 
     if tokens not in ("cls", "cls+mean"):
         raise nearest("tokens", tokens, ("cls", "cls+mean"))
     if batch < 1:
         raise UsageError(f"batch {batch}: must be 1 or more")
-    index, backbone = open_source(*as_list(data)), as_backbone(backbone)
+    backbone = as_backbone(backbone, range)
+    index = open_images(data, common_range(range, backbone))
     faster = _optimized(backbone, Path(out), compute, compile)
     return write_embeddings(faster, index, Path(out), batch=batch, threads=threads, tokens=tokens)
 
@@ -207,9 +213,12 @@ class Embed:
     """Threads that read images; 0 is one per processor."""
     compute: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of products; auto measures once which is faster here. Vectors stay the same to a hundredth."""
+    range: Range | None = None
+    """Values of images of more than 8 bits that become black and white, such as 0 4095; by the backbone's rule if left
+    out."""
     compile: bool = False
     """Compile the network first (torch.compile): takes minutes, and pays off after hours."""
 
     def run(self) -> None:
-        options = {"tokens": self.tokens, "batch": self.batch, "threads": self.threads}
+        options = {"tokens": self.tokens, "batch": self.batch, "threads": self.threads, "range": self.range}
         print(embed(self.backbone, self.data, self.out, **options, compute=self.compute, compile=self.compile))

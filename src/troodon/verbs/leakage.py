@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
-from troodon.config import UsageError, from_dict, to_dict
+from troodon.config import Range, UsageError, from_dict, to_dict
 from troodon.curate.config import CurateConfig
 from troodon.evaluate.config import get_suite
 from troodon.lock import one_at_a_time
@@ -36,13 +36,15 @@ def leak(
     workers: int = 0,
     suite: str = "mine",
     settings: dict | None = None,
+    range: Range | None = None,
 ) -> dict:
     """Find images of `data` that are near-duplicates of a benchmark's, as `curate` does, and score with and without.
 
     Writes to `out`: `selection`, the images of `data` without those; `benchmark`, an index of the benchmark without the
     images that have leaked; leaks.json; and, where the benchmark has labels, the scores of `backbone` on the whole
     benchmark and on the rest: `scores`, `scores-without`. `settings` are those of CurateConfig, such as
-    benchmark_threshold. Returns the contents of leaks.json: the counts, and a pair of paths for every leak.
+    benchmark_threshold. `range`: see `curate`. Returns the contents of leaks.json: the counts, and a pair of paths for
+    every leak.
     """
     from troodon.images.sources import open_source
     from troodon.run import say, write_json
@@ -53,7 +55,15 @@ def leak(
     if "benchmark" not in config.steps:
         raise UsageError("steps: a search for leaks has the step benchmark")
     selection = curate(
-        config, None, data, backbone, out / "selection", benchmark=benchmark, copies=copies, workers=workers
+        config,
+        None,
+        data,
+        backbone,
+        out / "selection",
+        benchmark=benchmark,
+        copies=copies,
+        workers=workers,
+        range=range,
     )
     images, pairs = _leaked_pairs(selection)
     index, leaked = open_source(*as_list(benchmark)), {pair["benchmark"] for pair in pairs}
@@ -71,7 +81,7 @@ def leak(
         leaks["scores"] = {}
         for name, (dataset, folder) in datasets.items():
             try:
-                leaks["scores"][name] = evaluate(suite, backbone, dataset, out / folder, baselines=False)
+                leaks["scores"][name] = evaluate(suite, backbone, dataset, out / folder, baselines=False, range=range)
             except UsageError as error:  # the leaks are found all the same
                 say(f"alarm: {out / folder}: not measured: {error}")
     write_json(out / LEAKS_FILE, leaks)
@@ -97,15 +107,13 @@ def _leaked_pairs(selection: Path) -> tuple[int, list[dict]]:
 
 def _publish_remaining(index: "Index", remaining: list[int], benchmark: list, folder: Path) -> None:
     """Write an index of the benchmark's images that have not leaked, unless it is there."""
-    from troodon.images.changes import with_times
-    from troodon.images.index import Index
     from troodon.run import is_done, publish
 
     settings = {"benchmark": [str(place) for place in benchmark], "left": len(remaining)}
     fingerprint = f"{index.content_hash()[:12]}-{len(remaining)}"
     if not is_done(folder, "index", fingerprint, settings):
         with publish(folder, "index", fingerprint, settings) as partial:
-            Index(with_times(index.take(remaining))).save(partial / "images.parquet")
+            index.take(remaining).with_times().save(partial / "images.parquet")
 
 
 @dataclass(frozen=True)
@@ -126,6 +134,9 @@ class Leak:
     TorchScript file (.pt)."""
     workers: int = 0
     """Processes; 0 is this one only."""
+    range: Range | None = None
+    """Values of images of more than 8 bits that become black and white, such as 0 4095; by the backbone's rule if left
+    out."""
     suite: str = "mine"
     """The suite to score by, if the benchmark has labels; none for no scores."""
     json: bool = False
@@ -138,7 +149,7 @@ class Leak:
         suite = "" if self.suite == "none" else self.suite
         leaks = leak(
             self.backbone, self.data, self.benchmark, self.out, copies=self.copies, workers=self.workers, suite=suite,
-            settings=to_dict(self.config),
+            settings=to_dict(self.config), range=self.range,
         )  # fmt: skip
         if self.json:
             print(json.dumps(leaks, indent=1))

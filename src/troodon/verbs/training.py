@@ -26,6 +26,7 @@ from troodon.verbs.common import (
     check_devices,
     launch_ranks,
     load,
+    open_images,
     require_paths,
     resolve_config,
     suggest_next,
@@ -77,7 +78,6 @@ def _pretrain(
 ) -> Path:
     """Train, on ranks of this machine where there are several devices; returns the backbone's folder."""
     from troodon import dist
-    from troodon.images.sources import open_source
     from troodon.learn import checkpoint
     from troodon.learn import pretrain as training
     from troodon.views.attacks import random_attack
@@ -85,7 +85,8 @@ def _pretrain(
     ranks = dist.ranks_to_start(devices)
     if ranks > 1:
         require_paths(data=data, init=init)
-    index = open_source(*as_list(data))
+    index = open_images(data, config.range)
+    config = replace(config, range=index.range)
     start = None if init is None else as_backbone(init)
     training.check(config, index, start, max(ranks, int(os.environ.get("WORLD_SIZE", 1))))
     if ranks > 1:
