@@ -323,7 +323,7 @@ def test_unusable_tables_are_reported(tmp_path, capsys):
     photos = write_files(tmp_path / "p", ["cat/1.jpg", "dog/2.jpg"])
     (photos / "labels.csv").write_text("number,label\n1,7\n")
     assert open_source(photos).column("label") == ["cat", "dog"]
-    assert "p/labels.csv: has no columns `path` and `label` (or `split`), and is ignored; its columns: number, label" in (
+    assert "p/labels.csv: has no columns `path` and `label` (or `split`), but number, label, and is ignored\n" in (
         capsys.readouterr().err
     )
     (photos / "labels.csv").write_text("path,label\n/abs/cat/1.jpg,7\n")

@@ -123,6 +123,15 @@ def test_every_usual_format_is_known_by_its_first_bytes(tmp_path, format):
     assert paths(tmp_path / "d") == ["d/nameless"]
 
 
+@pytest.mark.parametrize("kind", ["tar", "zip", "parquet"])
+def test_images_with_the_name_of_a_container(tmp_path, capsys, kind):
+    """An image has the name of a tar, zip or Parquet file | A message says so, and asks to rename it."""
+    data = folder(tmp_path / "d", ["1.jpg", f"2.{kind}"])
+    assert f"2.{kind}: is an image, but has the name of a {kind}: rename it" in refused(data / f"2.{kind}")
+    assert paths(data) == ["d/1.jpg"]
+    assert f"leaves out: 1 container cannot be opened (2.{kind})" in capsys.readouterr().err
+
+
 def test_what_only_looks_like_an_image_is_left_out(tmp_path, capsys):
     """A text or a raw file of a camera begins a little like an image | It is left out, and counted."""
     data = folder(tmp_path / "d", ["1.jpg"])
@@ -360,7 +369,7 @@ def test_any_column_may_name_the_images(tmp_path, capsys):
     )
     (data / "labels.csv").write_text("rgb,depth,label\n0.jpg,1.jpg,a\n")  # which is meant?
     assert labels(data) == [None, None]
-    assert "is ignored; its columns: rgb, depth, label" in capsys.readouterr().err
+    assert "(or `split`), but rgb, depth, label, and is ignored" in capsys.readouterr().err
 
 
 def test_tables_that_name_images_twice_or_in_vain(tmp_path, capsys):
@@ -391,6 +400,10 @@ def test_broken_tables_are_named(tmp_path, capsys):
     assert "d/labels.csv: cannot be read as a table (line 3: unexpected end of data), and is ignored" in (
         capsys.readouterr().err
     )
+    (data / "labels.csv").write_text("path,label\n")
+    assert labels(data) == [None, None]
+    assert "d/labels.csv: has no row, and is ignored" in capsys.readouterr().err
+    assert "labels.csv: has no row below its first line, and names no image" in refused(data / "labels.csv")
     (data / "list.jsonl").write_text('{"image": "0.jpg"}\n{"image"\n')
     assert "list.jsonl: cannot be read as a list (line 2:" in refused(data / "list.jsonl")
 

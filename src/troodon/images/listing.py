@@ -274,9 +274,11 @@ def list_text_file(container: str, prefix: str, listing: Listing) -> None:
             named = list(dict.fromkeys(names)), parse_labels(container, names, {}, {})
     except ValueError as error:
         raise UsageError(f"{container}: cannot be read as a list ({error})") from None
+    if named is None and not columns:
+        raise UsageError(f"{container}: has no row below its first line, and names no image")
     if named is None:
-        has = f"; its columns: {', '.join(columns)}" if columns else ""
-        raise UsageError(f"{container}: has no column `path` or `url` that names images{has}")
+        has = ", ".join(columns)
+        raise UsageError(f"{container}: has no column `path` or `url` that names images; its columns: {has}")
     _add_list(container, prefix, *named, list(columns), listing)
 
 
@@ -360,8 +362,8 @@ def _add_table(listing: Listing, folder: str, name: str, read: Callable[[], byte
         if before is None or TABLE_NAMES.index(before.file.rpartition("/")[2].lower()) > rank:
             listing.tables[folder] = replace(table, file=file)
     elif rank < 2:
-        has = f"; its columns: {', '.join(columns)}" if columns else ""
-        run.say(f"{file}: has no columns `path` and `label` (or `split`), and is ignored{has}")
+        has = f"no columns `path` and `label` (or `split`), but {', '.join(columns)}" if columns else "no row"
+        run.say(f"{file}: has {has}, and is ignored")
     return table is not None
 
 

@@ -105,7 +105,7 @@ def _list_tar(container: str, is_hidden: Callable[[str], bool]) -> tuple[Members
                 is_intact = is_intact and file.read(512) == bytes(512)  # tarfile stops silently at damage
         except (tarfile.TarError, ValueError) as error:
             if not count:
-                refuse_compressed(container)
+                refuse_others(container)
                 raise UsageError(f"{container}: is not a tar ({error})") from None
             is_intact = False
     return members, count, is_intact
@@ -182,6 +182,7 @@ def _list_zip(container: str, is_hidden: Callable[[str], bool]) -> tuple[Members
     except UnicodeDecodeError as error:
         raise UsageError(f"{container}: has names that are not UTF-8, as they should be ({error.object!r})") from None
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        refuse_others(container)
         raise UsageError(f"{container}: is not a complete zip ({error}): the list of its files is at its end") from None
     return members, count, is_intact
 
@@ -211,6 +212,14 @@ def _clean_name(name: str) -> str:
     while name.startswith("../"):
         name = name[3:]
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def refuse_others(container: str) -> None:
+    """Raise UsageError if a file with the name of a container is compressed as a whole, or an image."""
+    refuse_compressed(container)
+    with files.open_file(container) as file:
+        if is_image(container, file.read(LOOK_BYTES)):
+            raise UsageError(f"{container}: is an image, but has the name of a {containers.kind(container)}: rename it")
 
 
 def refuse_compressed(path: str) -> None:
@@ -270,6 +279,7 @@ def read_columns(container: str, image_column: str | None = None) -> ParquetTabl
     except UsageError:
         raise
     except containers.PARQUET_DAMAGE as error:
+        refuse_others(container)
         raise UsageError(f"{container}: is not a Parquet table ({' '.join(str(error).split())[:200]})") from None
 
 
