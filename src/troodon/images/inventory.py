@@ -181,7 +181,7 @@ def _duplicates_text(duplicates: dict, description: str) -> str:
 
 def _counts_text(counts: dict[str, int]) -> str:
     first = ", ".join(f"{name} {n:,}" for name, n in list(counts.items())[:MAX_EXAMPLES])
-    return first + (f", {len(counts) - MAX_EXAMPLES} more" if len(counts) > MAX_EXAMPLES else "") or "none"
+    return first + (f", {len(counts) - MAX_EXAMPLES:,} more" if len(counts) > MAX_EXAMPLES else "") or "none"
 
 
 def _missing_text(summary: dict, name: str) -> str:
