@@ -238,6 +238,20 @@ def test_unfinished_work_on_other_images_is_not_continued(tmp_path, monkeypatch)
     assert np.array_equal(vectors, fresh)
 
 
+def test_a_run_that_goes_on_with_other_images_says_so(tmp_path, capsys):
+    """The images of a run have changed, and the same `pretrain` goes on | a warning names the first that has changed"""
+    from troodon.learn.config import PretrainConfig
+    from troodon.learn.folder import open_folder
+
+    write_container(tmp_path / "x.tar", [*range(COUNT)])
+    for _ in range(2):
+        open_folder(tmp_path / "run", PretrainConfig(), open_source(tmp_path / "x.tar"), None, [])
+    assert "changed" not in capsys.readouterr().err
+    write_container(tmp_path / "x.tar", [*range(COUNT)][::-1])
+    open_folder(tmp_path / "run", PretrainConfig(), open_source(tmp_path / "x.tar"), None, [])
+    assert f"warning: {tmp_path / 'x.tar'} has changed since this run began" in capsys.readouterr().err
+
+
 # ---- Files on servers
 
 

@@ -52,9 +52,9 @@ from troodon.curate.stage import (
     stage_seconds,
     unit_counts,
 )
-from troodon.images.changes import MODIFIED, modification_times, refuse_changed, times_fingerprint
+from troodon.images.changes import refuse_changed, times_fingerprint
 from troodon.images.decode import BadImage
-from troodon.images.index import SCHEMA, Index
+from troodon.images.index import MODIFIED, SCHEMA, Index
 from troodon.images.reading import read_batches
 from troodon.lock import one_at_a_time
 from troodon.model.backbone import Backbone
@@ -101,7 +101,7 @@ def embed(
     if run.is_done(out, "embeddings", fingerprint, settings):
         refuse_changed(out, index)
         return out
-    modified = modification_times(index)
+    modified = index.modification_times()
     networks = {MAIN_MATRIX: (without_reader(backbone), tokens)}
     if copies is not None:
         networks[COPY_MATRIX] = without_reader(copies), "cls"

@@ -30,8 +30,7 @@ from troodon.curate.context import CurationContext
 from troodon.curate.dedup import Verdict
 from troodon.curate.retrieve import Hits, best_hits
 from troodon.curate.scores import has_mark, image_marks
-from troodon.images.changes import MODIFIED
-from troodon.images.index import SCHEMA
+from troodon.images.index import MODIFIED, SCHEMA
 from troodon.search.exact import cosines
 
 STAGES = ("curated", "decode", "exact", "hash", "colour", "duplicate", "benchmark", "retrieve")

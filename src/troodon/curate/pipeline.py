@@ -34,8 +34,8 @@ from troodon.curate.encoder import CopyEncoder
 from troodon.curate.gather import gather
 from troodon.curate.leak import remove_leaks
 from troodon.curate.stage import Backend, stage_seconds
-from troodon.images.changes import MODIFIED, first_changed, refuse_changed, times_fingerprint
-from troodon.images.index import SCHEMA, Index
+from troodon.images.changes import refuse_changed, times_fingerprint
+from troodon.images.index import MODIFIED, SCHEMA, Index
 from troodon.lock import one_at_a_time
 from troodon.model.backbone import Backbone
 from troodon.text import set_aside
@@ -117,7 +117,7 @@ def _recorded(config: CurateConfig, backbone: Backbone, copies: Any) -> dict:
 
 def _remove_if_changed(embeddings: Path, index: Index) -> None:
     """Remove the embeddings of an unfinished selection whose files have changed: it is made anew."""
-    if first_changed(embeddings, index) is not None:
+    if index.first_changed(embeddings / "images.parquet") is not None:
         shutil.rmtree(embeddings)
 
 

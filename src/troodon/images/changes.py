@@ -7,10 +7,7 @@ an artifact is opened or would be used again: one call of stat for each, or for 
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,29 +17,17 @@ import pyarrow.parquet as pq
 from troodon import run
 from troodon.config import UsageError
 from troodon.images import containers, files
-from troodon.images.index import Index, join_path, usable_rows
+from troodon.images.index import MODIFIED, UNKNOWN, Index, join_path, usable_rows
 
-T = TypeVar("T")
-
-UNKNOWN = -1  # a time of change that is not known
-MODIFIED = pa.field("modified", pa.int64())
 MAX_CHECKED = 4096  # files of an artifact that are compared with the disk when it is opened; of more, a sample
 MAX_REMOTE_CHECKED = 64
 MAX_HASHED = 64  # images of packed shards
 
 
-def modification_times(index: Index) -> np.ndarray:
-    """When the file of each image was last changed (N,), int64: see files.modified; -1 if unknown."""
-    encoded = index.table["container"].combine_chunks().dictionary_encode()
-    encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
-    times = np.array(_times([index.located(name) for name in encoded.dictionary.to_pylist()]), np.int64)
-    return times[encoded.indices.to_numpy()] if len(times) else times
-
-
 def file_states(index: Index) -> dict[str, str]:
     """The length and the time of change of each file, in words, by container as listed, sorted; "gone" if unknown."""
     names = sorted(set(index.column("container")))
-    return dict(zip(names, _map(_state, [index.located(name) for name in names])))
+    return dict(zip(names, containers.map_files(_state, [index.located(name) for name in names])))
 
 
 def _state(container: str) -> str:
@@ -57,38 +42,18 @@ def _state(container: str) -> str:
 
 
 def times_fingerprint(times_N: np.ndarray) -> str:
-    """A fingerprint of what `modification_times` gives."""
+    """A fingerprint of what Index.modification_times gives."""
     return hashlib.sha256(times_N.tobytes()).hexdigest()[:16]
-
-
-def with_times(index: Index) -> pa.Table:
-    """The table of an index with full paths, and with the time when each file was last changed."""
-    return index.located_table().append_column(MODIFIED, pa.array(modification_times(index)))
 
 
 def refuse_changed(out: Path, index: Index) -> None:
     """Raise UsageError if the finished artifact `out` was made from files of `index` that have changed since."""
-    if (changed := first_changed(out, index)) is not None:
+    if (changed := index.first_changed(out / "images.parquet")) is not None:
         raise other_files(out, changed)
 
 
 def other_files(out: Path, changed: str) -> UsageError:
     return UsageError(f"{out}: was made from {changed}, which has changed since; choose a new --out, or remove it")
-
-
-def first_changed(out: Path, index: Index) -> str | None:
-    """The first file of the index that has changed since `out` was made; None if there is none.
-
-    The images.parquet of `out` has the same rows as the index. One of an earlier release does not know the times.
-    """
-    try:
-        recorded = pq.read_table(out / "images.parquet", columns=[MODIFIED.name])[MODIFIED.name].to_numpy()
-    except (pa.ArrowInvalid, OSError, KeyError):
-        return None
-    now = modification_times(index)
-    changed = np.flatnonzero(recorded != now) if len(recorded) == len(now) else np.arange(len(now))
-    changed = changed[now[changed] != UNKNOWN]  # a server that does not answer says nothing
-    return index.file(int(changed[0])) if len(changed) else None
 
 
 def check_opened(root: str, table: pa.Table) -> None:
@@ -109,7 +74,7 @@ def check_opened(root: str, table: pa.Table) -> None:
         return _check_packed(root, table)
     if MODIFIED.name in table.column_names:
         rows = pc.index_in(pa.array(local + remote, pa.string()), table["container"].combine_chunks())
-        before, now = table[MODIFIED.name].take(rows).to_pylist(), _times(local + remote)
+        before, now = table[MODIFIED.name].take(rows).to_pylist(), containers.modified(local + remote)
         unknown = (None, UNKNOWN)
         pairs = [(name, *times) for name, *times in zip(local + remote, before, now) if not {*times} & {*unknown}]
         changed = next((name for name, was, is_now in pairs if was != is_now), None)
@@ -171,15 +136,3 @@ def _sample(values: list, count: int) -> list:
     if len(values) <= count:
         return values
     return [values[i * (len(values) - 1) // (count - 1)] for i in range(count)]
-
-
-def _times(names: Sequence[str]) -> list[int]:
-    return _map(files.modified, [containers.file_of(name) for name in names])
-
-
-def _map(ask: Callable[[str], T], names: Sequence[str]) -> list[T]:
-    """`ask` for each path or URL; URLs by threads, since each waits for an answer."""
-    if not any(files.REMOTE.match(name) for name in names):
-        return list(map(ask, names))
-    with ThreadPoolExecutor(files.MAX_REMOTE_READS) as pool:
-        return list(pool.map(ask, names))

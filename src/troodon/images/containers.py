@@ -16,15 +16,17 @@ import threading
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
-from concurrent.futures import Future
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from troodon.images import files
+
+T = TypeVar("T")
 
 MAX_IMAGE_BYTES = 1 << 30  # a larger file only has the name of an image (arrays may be any size), and is not read
 CACHED_ROW_GROUPS = 8  # row groups of Parquet files kept decompressed
@@ -44,6 +46,19 @@ def file_of(container: str) -> str:
     """The path or URL of the file that is the container: without the column, if it is Parquet."""
     path = container.rpartition(COLUMN_SEPARATOR)[0]
     return path if kind(path) == "parquet" else container
+
+
+def modified(names: Sequence[str]) -> list[int]:
+    """When the files of these containers were last changed: see files.modified."""
+    return map_files(files.modified, [file_of(name) for name in names])
+
+
+def map_files(ask: Callable[[str], T], names: Sequence[str]) -> list[T]:
+    """`ask` for each path or URL; URLs by threads, since each waits for an answer."""
+    if not any(files.REMOTE.match(name) for name in names):
+        return list(map(ask, names))
+    with ThreadPoolExecutor(files.MAX_REMOTE_READS) as pool:
+        return list(pool.map(ask, names))
 
 
 def read(container: str, offset: int, length: int) -> bytes:

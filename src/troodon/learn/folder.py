@@ -15,6 +15,7 @@ from troodon.run import (
     article,
     environment,
     read_manifest,
+    say,
     write_bytes,
     write_json,
     write_manifest,
@@ -47,6 +48,8 @@ def open_folder(
             raise UsageError(f"{out}: a run with other settings ({'; '.join(changes)}); {_way_out(out, settings)}")
         if (out / CONFIG).read_text() != to_yaml(config):
             write_bytes(out / CONFIG, to_yaml(config).encode())
+        if (changed := index.first_changed(out / IMAGES)) is not None:
+            say(f"warning: {changed} has changed since this run began, and is read as it is now")
         return
     names = {path.name for path in out.iterdir()} if out.exists() else set()
     if manifest is None and names and not ({ENVIRONMENT} <= names <= {ENVIRONMENT, CONFIG, IMAGES}):
@@ -57,7 +60,7 @@ def open_folder(
     write_json(out / ENVIRONMENT, environment())
     write_bytes(out / CONFIG, to_yaml(config).encode())
     if index.mapped_path is None:
-        index.save(out / IMAGES)
+        index.with_times().save(out / IMAGES)
     write_manifest(out, "run", fingerprint(settings, data), settings)
 
 

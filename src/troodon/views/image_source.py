@@ -34,4 +34,8 @@ class ImageSource(Protocol):
 
     def thread_count(self, threads: int) -> int: ...  # that read images; 0 is as many as suit the source
 
+    def with_times(self) -> "ImageSource": ...  # the same, to be saved with the times when the files were changed
+
+    def first_changed(self, path: Path) -> str | None: ...  # a file that has changed since these were saved there
+
     def save(self, path: Path) -> None: ...
