@@ -13,6 +13,7 @@ from troodon.images.sources import open_source
 from troodon.learn.config import PretrainConfig, fits
 from troodon.learn.parallel import empty
 from troodon.learn.pretrain import pretrain
+from troodon.recipes.lengths import for_steps
 from troodon.run import MetricsFile
 from troodon.views.attacks import random_attack
 
@@ -123,7 +124,7 @@ def test_a_recipe_that_goes_on_needs_weights(name):
 def toy(config: PretrainConfig) -> PretrainConfig:
     """The same recipe on a network, crops and heads that two steps of a processor can bear."""
     vit = replace(config.vit, dim=32, depth=2, heads=2, patch=4, grid=4)
-    return replace(
+    config = replace(
         config,
         vit=vit,
         dino_head=replace(config.dino_head, prototypes=48, hidden=32, bottleneck=16),
@@ -131,9 +132,9 @@ def toy(config: PretrainConfig) -> PretrainConfig:
         objective=replace(config.objective, koleo_group=min(config.objective.koleo_group, 4)),
         crops=replace(config.crops, global_px=16, local_px=8),
         batch=8,
-        steps=2,
         threads=1,
     )
+    return for_steps(config, 2)
 
 
 @pytest.mark.parametrize("name", recipes.KNOWN["pretrain"])

@@ -182,16 +182,17 @@ class Recorder:
 
     def save(self) -> None:
         """Begin to write a checkpoint. If one cannot be written, the run goes on."""
-        broken = {
-            row: reason
-            for of_rank in dist.all_gather_objects(dict(self.loader.broken))
-            for row, reason in of_rank.items()
-        }
+        of_ranks = dist.all_gather_objects(dict(self.loader.broken))
+        broken = {row: reason for of_rank in of_ranks for row, reason in of_rank.items()}
         if broken and dist.rank() == 0:
-            rows = sorted(broken.items())
-            lines = [json.dumps({"path": self.loader.index.path(row), "reason": reason}) for row, reason in rows]
+            path = self.run / "quarantine.jsonl"
+            records = [
+                {"path": self.loader.index.path(row), "reason": reason} for row, reason in sorted(broken.items())
+            ]
+            now = {record["path"] for record in records}
+            records += [record for record in MetricsFile(path).read() if record["path"] not in now]  # before a resume
             with contextlib.suppress(OSError):  # a full disk; the file is written again with the next checkpoint
-                write_bytes(self.run / "quarantine.jsonl", "".join(f"{line}\n" for line in lines).encode())
+                write_bytes(path, "".join(f"{json.dumps(record)}\n" for record in records).encode())
         self._report(self.saver.save(self.progress, self.method, self.optimizer))
 
     def settle(self) -> str | None:
