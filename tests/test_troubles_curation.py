@@ -90,6 +90,35 @@ def test_a_leak_among_few_images_is_an_equal_one(count, backbone, tmp_path, caps
     assert "at least 32 are needed" in capsys.readouterr().err
 
 
+def test_a_benchmark_of_blank_pages_leaks_by_colour(backbone, tmp_path):
+    """A benchmark has blank pages only | leak finds those of the same colour."""
+    benchmark = fill(tmp_path / "b", {"page.png": Image.new("RGB", (60, 48), "white")})
+    pages = {"white.png": Image.new("RGB", (48, 48), "white"), "black.png": Image.new("RGB", (48, 48))}
+    data = fill(tmp_path / "d", {f"{i}.png": picture(i) for i in range(5)} | pages)
+    result = leak(backbone, data, benchmark, tmp_path / "out", suite="")
+    assert [pair["image"] for pair in result["pairs"]] == ["d/white.png"]
+
+
+@pytest.mark.parametrize("gather", ["balance", "cluster", "sample", "all"])
+@pytest.mark.parametrize("count", [1, 2, 20])
+def test_every_way_to_gather_takes_few_or_equal_images(gather, count, backbone, tmp_path):
+    """A pool has one image, or 20 equal ones, and clusters stay empty | Every way to gather keeps at least one."""
+    pool = fill(
+        tmp_path / "pool", {f"{i}.{'png' if i % 2 else 'bmp'}": picture(min(i, 20 - count)) for i in range(count)}
+    )
+    curated = None if gather in ("balance", "all") else fill(tmp_path / "curated", {"c.png": picture(50)})
+    settings = {"gather": gather, "levels": (5, 3), "clusters": 5, "more_than": 0}
+    out = curate("curate_small", curated, pool, backbone, tmp_path / "out", settings=settings)
+    assert read_json(out / "summary.json")["kept"] >= 1
+
+
+def test_calibration_on_equal_images_finds_nothing(backbone, tmp_path, capsys):
+    """calibrate is given 20 equal images | The threshold is 1, and an alarm says that it finds nothing."""
+    result = calibrate(backbone, fill(tmp_path / "pool", {f"{i}.png": picture(0) for i in range(20)}), images=20)
+    assert result["threshold"] == 1
+    assert "alarm: the calibrated threshold finds 0%" in capsys.readouterr().err
+
+
 def test_a_selection_of_nothing_is_not_suggested(backbone, tmp_path, capsys):
     """Curation keeps nothing | An alarm says so, and no training on it is suggested."""
     pool = fill(tmp_path / "pool", {"a.png": picture(0)})

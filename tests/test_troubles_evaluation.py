@@ -103,7 +103,7 @@ def test_labels_of_python_items_are_used(form, tmp_path):
         items = [{"image": image, "label": int(label)} for image, label in items]
     data = items if form == "list" else Pairs(items)
     if form == "names":
-        data.classes = ["cat", "dog"]
+        vars(data)["classes"] = ["cat", "dog"]
     assert "knn accuracy" in score(data, tmp_path / "out")
     (benchmark,) = open_benchmarks(data)
     assert set(benchmark.images.column("label")) == ({"cat", "dog"} if form == "names" else {"0", "1"})

@@ -160,7 +160,7 @@ def threshold_function(
     images, in a pool of this size. With several views of an image, the highest cosine of any view counts. The first of
     `others_MD` are the images themselves."""
     count = min(len(original_nD), len(others_MD))
-    if pool_size < 3 or count < 2:
+    if pool_size < 3 or count < 2 or not original_nD.any():  # all images are the same
         return lambda rate: 1.0
     score_nM = original_nD @ others_MD.T
     for view_nD in () if view_nVD is None else view_nVD.swapaxes(0, 1):

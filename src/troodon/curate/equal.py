@@ -33,14 +33,14 @@ def without_structure(context: CurationContext) -> ndarray:
 def single_colours(context: CurationContext, rows: ndarray) -> dict[int, ndarray]:
     """The colour (C,) float32 of those of these rows that show one colour only, by row."""
     colours, config = dict[int, ndarray](), context.config
-    batches = read_batches(context.index.take(rows), config.batch, _colours, channels=None, threads=config.threads)
+
+    def prepare(images: Sequence[ndarray]) -> Any:
+        return [single_colour(image) for image in images]
+
+    batches = read_batches(context.index.take(rows), config.batch, prepare, channels=None, threads=config.threads)
     for positions, found in batches:
-        colours |= {int(rows[p]): colour for p, colour in zip(positions, found, strict=True) if colour is not None}
+        colours.update((int(rows[p]), colour) for p, colour in zip(positions, found) if colour is not None)
     return colours
-
-
-def _colours(images: Sequence[ndarray]) -> list[ndarray | None]:
-    return [single_colour(image) for image in images]
 
 
 def single_colour(image_HWC: ndarray) -> ndarray | None:

@@ -165,7 +165,7 @@ def _draw(context: CurationContext, remaining: _Remaining, vectors: Path) -> nda
     if config.gather != "balance" or not len(rows):
         return rows[:0]
     levels = hierarchical_kmeans(np.load(vectors, mmap_mode="r")[remaining.candidates], config.levels, config.seed)
-    return sample_hierarchy(rows, levels, config.target or len(rows) // 2, config.seed)
+    return sample_hierarchy(rows, levels, config.target or max(1, len(rows) // 2), config.seed)
 
 
 def _write_clusters(context: CurationContext, sample: ClusterSample, path: Path) -> None:

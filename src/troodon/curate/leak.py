@@ -48,6 +48,7 @@ def remove_leaks(context: CurationContext, comparison: Path, duplicates: Path, e
         return duplicates
     names = ("benchmark_threshold", "benchmark_mode", "benchmark_false_merges")
     threshold = run.read_json(comparison / "threshold.json")["benchmark_threshold"]
+    threshold = 1.0 if threshold is None else threshold  # no benchmark image has any structure
     rows, verdict = np.load(comparison / "rows.npy"), pq.read_table(duplicates / "verdict.parquet")
     attacks = config.benchmark_attacks if encoder.channels in (1, 3) else 0
     inputs = (config.recorded(*names), duplicates.parent.name, attacks)

@@ -111,7 +111,9 @@ def calibrate_index(config: CurateConfig, index: Index, encoder: CopyEncoder, st
     def encode(images: Sequence[ndarray]) -> Any:
         return np.array([perceptual_hash(image) is not None for image in images]), encoder(images)
 
-    batches = read_batches(index.take(drawn), config.batch, encode, channels=encoder.channels, threads=config.threads)
+    batches: Any = read_batches(
+        index.take(drawn), config.batch, encode, channels=encoder.channels, threads=config.threads
+    )
     blank = 0
     for batch_rows, (structured_B, vectors) in batches:
         blank += int((~structured_B).sum())
@@ -123,7 +125,11 @@ def calibrate_index(config: CurateConfig, index: Index, encoder: CopyEncoder, st
     x_ND = np.concatenate(parts)
     fitted = space.fit(config.duplicate_space, x_ND)
     images = [_load_picture(index, row) for row in rows[: config.calibration_images]]
-    return _calibrate_images(config, images, random, fitted(x_ND), len(index) - blank, encoder, fitted, None, strength)
+    count = len(index) - blank
+    result = _calibrate_images(config, images, random, fitted(x_ND), count, encoder, fitted, None, strength)
+    for alarm in low_recall(result):
+        run.say(f"alarm: {alarm}")
+    return result
 
 
 def _calibrate_images(

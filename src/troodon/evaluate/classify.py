@@ -25,11 +25,13 @@ from troodon.evaluate.results import Result, likeness
 from troodon.evaluate.sets.benchmark import LABEL_SEPARATOR
 from troodon.evaluate.split import few_shot
 from troodon.images.index import Index
+from troodon.text import plural
 
 # Shape suffixes: N training images, M test images, A correct labels of an image, C classes, S seeds.
 
 MIN_BLOCKS = 4  # features are cached of at least this many last blocks, so that other settings can use the cache
 MAX_LEAVE_ONE_OUT = 5000  # maximum number of training images on which k is chosen
+FEW = 10  # test images, below which a line warns of their scores
 JACKKNIFE_GROUPS = 20  # groups of images of the jackknife interval of k-means
 
 
@@ -119,6 +121,8 @@ def notes(dataset: LabelledDataset) -> Iterator[str]:
             count, listed = sum(untrained.values()), ", ".join(f"{c} {n:,}" for c, n in untrained.most_common(5))
             text = f"{name}: {count:,} of {len(test):,} test images are of classes without training images"
             yield f"{'alarm: ' if 2 * count > len(test) else ''}{text}, and count as wrong: {listed}"
+        if len(test) < FEW:
+            yield f"{name}: only {plural(len(test), 'test image')}: such scores and intervals mean little"
         if len(set(test.column("label"))) == 1:
             yield f"{name}: all test images are of one class: k-means would agree with it always, and is not measured"
 

@@ -190,8 +190,7 @@ def _scores(
             for metric, mean_N in zip(names, mean_NK.T)
         }
         details = {}
-    if unreadable:
-        details["left out"] = unreadable
+    details: dict = details | ({"left out": unreadable} if unreadable else {})
     for metric, (value, low, high) in values.items():
         yield Result(protocol, benchmark.name, metric, value, low, high, settings, like, details)
         details = {}

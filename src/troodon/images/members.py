@@ -347,8 +347,9 @@ def item_labels(dataset: Any) -> list[str | None] | None:
             label = _label_beside_image(dataset[row])
         except Exception:  # foreign code may raise anything; the image of this item is broken, too
             label = None
-        is_code = isinstance(label, int) and isinstance(names, list | tuple) and 0 <= label < len(names)
-        labels.append(None if label is None else str(names[label] if is_code else label))
+        if isinstance(label, int) and isinstance(names, list | tuple) and 0 <= label < len(names):
+            label = names[label]
+        labels.append(None if label is None else str(label))
         if row + 1 == FIRST_ITEMS and not any(labels):
             return None
     return labels if any(label is not None for label in labels) else None

@@ -215,12 +215,12 @@ def open_benchmark(place: object, layout: str | None = None) -> Benchmark | None
     known = known_paths(tree)
     for name in [layout] if layout else [] if has_table(tree) else LAYOUTS:
         if layout or all(_exists(marker, known) for marker in LAYOUTS[name].markers):
-            missing = _missing_parts(name, known)
-            benchmark = _build(tree, name) if not missing else None
             counts_classes = not layout and not _exists(LAYOUTS[name].or_file, known)
-            missing = missing or _missing_content(benchmark, LAYOUTS[name].classes if counts_classes else 0)
-            if not missing:
-                return _say_taken(tree, benchmark, name)
+            if not (missing := _missing_parts(name, known)):
+                benchmark = _build(tree, name)
+                missing = _missing_content(benchmark, LAYOUTS[name].classes if counts_classes else 0)
+                if not missing:
+                    return _say_taken(tree, benchmark, name)
             text = f"{tree.root}: {name} without {', and '.join(missing)}; published at {LAYOUTS[name].source}"
             if layout:
                 raise UsageError(text)
