@@ -181,6 +181,17 @@ def test_one_bad_mask_is_one_broken_item(tmp_path, capsys):
     assert left_out.keys() == {"masks/m1.png", "masks/m9.png", "masks/3.png"}
 
 
+def test_a_mask_of_another_shape_is_a_broken_item(tmp_path, capsys):
+    """A mask has not the shape of its image, as if turned | It is named and left out; the others are used."""
+    data = write_masks(tmp_path / "masks")
+    for name in ("m2.png", "m8.png"):
+        Image.fromarray(np.ones((16, 32), np.uint8)).save(data / name)
+    score(data, tmp_path / "out", protocols=("segment",))
+    err = capsys.readouterr().err
+    assert "masks/m2.png (decode error: 32 x 16: another aspect than that of its image)" in err
+    assert "evaluate: 2 of 10 images are set aside: 2 without usable ground truth" in err
+
+
 def test_masks_that_are_all_bad_are_one_line(tmp_path):
     """No mask of the test images can be read | One line says so."""
     data = write_masks(tmp_path / "masks")

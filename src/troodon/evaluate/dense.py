@@ -24,6 +24,7 @@ from troodon.images.decode import BadImage
 # Shape suffixes: N images, W windows, B of a batch, C channels of the head, K bins, n cells on a side of a window,
 #                 H W pixels (of the ground truth, or of the resized image).
 
+MAX_STRETCH = 1.25  # between an image and its ground truth; more is the ground truth of another image, or turned
 CELLS_PER_PATCH = 4  # target cells of a patch along each side, in training
 MEAN_WEIGHT = 0.15  # weight of the squared mean error in the scale-invariant loss
 MIN_BIN_WEIGHT = 0.1  # added to the weight of each depth bin
@@ -111,7 +112,7 @@ def cell_targets(
     target, readable, last, target_HW = [], [], -1, None
     for window, (row, (top, left, height, width)) in enumerate(zip(rows_W, positions_W4)):
         if row != last:
-            last, target_HW = row, read_target(benchmark, task, int(row), broken)
+            last, target_HW = row, read_target(benchmark, task, int(row), broken, (height, width))
         if target_HW is None:
             continue
         middle = (np.arange(n) + 0.5) * maps.grid.side / n
@@ -122,16 +123,32 @@ def cell_targets(
     return np.stack(target) if target else np.zeros((0, n, n)), np.asarray(readable, np.int64)
 
 
-def read_target(benchmark: Benchmark, task: Task, row: int, broken: dict[str, str] | None = None) -> np.ndarray | None:
-    """Ground truth of an image in the format of the task; None if its file cannot be read. Then `broken` gets the path
-    of the file, and why."""
+def read_target(
+    benchmark: Benchmark,
+    task: Task,
+    row: int,
+    broken: dict[str, str] | None = None,
+    size: tuple[int, int] | None = None,
+) -> np.ndarray | None:
+    """Ground truth of an image in the format of the task; None if its file cannot be read, or does not have the aspect
+    of the image, of this `size` (height, width) at any scale. Then `broken` gets the path of the file, and why."""
     try:
-        return task.target(benchmark.target(row))
+        target_HW = task.target(benchmark.target(row))
+        if size is not None and not fits(target_HW.shape, size):
+            shape = f"{target_HW.shape[1]} x {target_HW.shape[0]}"
+            raise BadImage("decode error", f"{shape}: another aspect than that of its image")
+        return target_HW
     except (BadImage, OSError) as error:
         assert benchmark.ground_truth is not None
         if broken is not None:
             broken[benchmark.ground_truth.path(row)] = str(error)
         return None
+
+
+def fits(a: tuple[int, ...], b: tuple[int, int]) -> bool:
+    """Whether two heights and widths have about the same aspect."""
+    ratio = (a[0] / a[1]) / (b[0] / b[1])
+    return max(ratio, 1 / ratio) <= MAX_STRETCH
 
 
 def train_head(

@@ -1,7 +1,8 @@
 """Segmentation and depth protocols: heads on frozen patch tokens, measured on the pixels of the ground truth."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,8 @@ def evaluate_dense(backbone: Any, benchmark: Benchmark, config: EvaluateConfig, 
     target_Wnn, readable_W = cell_targets(train, task, train_maps, broken)
     if not len(readable_W):
         raise UsageError(f"{benchmark.name}: no training image has ground truth that can be read")
-    targets = _valid_targets(val, task, range(len(val.images)), broken)
+    shapes = {int(row): (int(h), int(w)) for row, (_, _, h, w) in zip(val_maps.rows_N, val_maps.positions_N4)}
+    targets = _valid_targets(val, task, range(len(val.images)), broken, shapes)
     _report_broken(broken, reader)
     sizes = {row: (t.shape[0], t.shape[1]) for row, t in targets.items()}
     images = dataset_fingerprint(benchmark.images, "split")
@@ -139,10 +141,15 @@ def evaluate_location_prior(benchmark: Benchmark, config: EvaluateConfig) -> Ite
 
 
 def _valid_targets(
-    benchmark: Benchmark, task: Task, rows: Iterable[int], broken: dict[str, str] | None = None
+    benchmark: Benchmark,
+    task: Task,
+    rows: Iterable[int],
+    broken: dict[str, str] | None = None,
+    shapes: Mapping[int, tuple[int, int]] = MappingProxyType({}),
 ) -> dict[int, np.ndarray]:
     """Ground truth by row, of the images that have a valid pixel. Raises UsageError if none has."""
-    targets = {row: target_HW for row in rows if (target_HW := read_target(benchmark, task, row, broken)) is not None}
+    read = {row: read_target(benchmark, task, row, broken, shapes.get(row)) for row in rows}
+    targets = {row: target_HW for row, target_HW in read.items() if target_HW is not None}
     valid = {row: target_HW for row, target_HW in targets.items() if (target_HW != task.ignore_value).any()}
     if not valid:
         raise UsageError(f"{benchmark.name}: no test image has ground truth that can be read, with a valid pixel")
