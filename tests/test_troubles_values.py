@@ -19,6 +19,7 @@ from troodon import cli
 from troodon.config import UsageError
 from troodon.images.decode import BadImage, decode, read_header
 from troodon.images.sources import open_source
+from troodon.images.values import look_at
 from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
 
@@ -426,3 +427,25 @@ def test_a_pack_keeps_the_range(ct, tmp_path):
     for name, settings in (("same", {}), ("png", {"encode": "png"})):
         troodon.pack(tmp_path / "index", tmp_path / name, settings=settings)
         assert np.array_equal(open_source(tmp_path / name).decode(3), wanted)
+
+
+def test_a_python_dataset_gives_the_same_values_as_files(ct):
+    """A Python dataset has PIL images of 16 bits | They are converted as the same files, by the same range."""
+    pictures = [Image.open(path) for path in sorted(ct.iterdir())]
+    for range in (None, (0, 4095)):
+        ours, files = (open_source(place).with_range(range) for place in (pictures, ct))
+        assert np.array_equal(ours.decode(5), files.decode(5))
+    assert "use 16 of 256 levels" in look_at(open_source(pictures))
+
+
+@pytest.mark.parametrize(("start", "magic", "name"), [(128, b"DICM", "pydicom"), (344, b"n+1\0", "nibabel")])
+def test_medical_files_are_named_with_a_remedy(start, magic, name):
+    """A file is DICOM or NIfTI | It is named, with the package that converts it."""
+    with pytest.raises(BadImage, match=rf"not an image: .*{name}.*--range"):
+        decode((b"\0" * start + magic).ljust(500, b"\0"))
+
+
+def test_a_vit_names_what_it_takes(net):
+    """A batch of images is given to Backbone.vit | One line says that it takes a list."""
+    with pytest.raises(UsageError, match=r"vit\(\[images\]\)"):
+        net.vit(torch.zeros(2, 3, 56, 56))

@@ -107,6 +107,8 @@ def advice(seen: Sequence[Used]) -> str:
     if not rules or rules == {"unchanged"}:
         return ""
     low, high = min(one.low for one in seen), max(one.high for one in seen)
+    if low == high:
+        return ""
     of = "16 bits" if {one.dtype for one in seen} == {"uint16"} else " and ".join(sorted({one.dtype for one in seen}))
     whole = low >= 0 and not any(one.dtype.startswith("f") for one in seen)
     remedy = f"set --range {f'0 {2 ** max(8, int(high).bit_length()) - 1}' if whole else f'{low:g} {high:g}'}"
@@ -114,7 +116,10 @@ def advice(seen: Sequence[Used]) -> str:
         return f"{plural(len(seen), 'image')} of {of}: each is scaled by its own values; {remedy} to scale all alike"
     step = 256 if rules == {"high byte"} else 1 / 255
     levels = int(high / step) - int(low / step) + 1
-    return f"{plural(len(seen), 'image')} of {of} use {levels} of 256 levels; {remedy}" * (levels <= FEW_LEVELS)
+    if levels > FEW_LEVELS:
+        return ""
+    use = "uses" if len(seen) == 1 else "use"
+    return f"{plural(len(seen), 'image')} of {of} {use} {levels} of 256 levels; {remedy}"
 
 
 def _rule(one: Used) -> str:

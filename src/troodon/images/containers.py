@@ -222,10 +222,18 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _to_npy(image: Any) -> bytes:
-    """The bytes of a .npy file of a Pillow image, an array (H, W) or (H, W, C), or a tensor (C, H, W)."""
-    if hasattr(image, "getbands"):
-        from troodon.images.decode import pillow_to_array
+    """The bytes of a .npy file of a Pillow image, an array (H, W) or (H, W, C), or a tensor (C, H, W).
 
+    A Pillow image of more than 8 bits gives the bytes of a TIFF.
+    """
+    if hasattr(image, "getbands"):
+        from PIL import Image
+
+        from troodon.images.decode import of_pillow, pillow_to_array
+
+        if image.mode == "F" or image.mode.startswith("I"):  # more than 8 bits, which become 8 where it is decoded
+            Image.fromarray(of_pillow(image)[:, :, 0]).save(out := io.BytesIO(), "TIFF")
+            return out.getvalue()
         array = pillow_to_array(image)
     else:
         array = image.cpu().numpy() if _is_tensor(image) else np.asarray(image)

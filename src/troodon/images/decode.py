@@ -268,6 +268,10 @@ def _too_large(pixels: int) -> BadImage:
 
 def _unidentified(data: bytes) -> BadImage:
     name, is_truncated = _identify(data)
+    if data[128:132] == b"DICM" or data[344:348] in (b"n+1\0", b"ni1\0"):
+        kind, package = ("DICOM", "pydicom") if data[128:132] == b"DICM" else ("NIfTI", "nibabel")
+        fix = f"convert its slices to 16-bit .png, .tif or .npy (with {package}), and set --range"
+        return BadImage("not an image", f"a {kind} file: {fix}")
     if name is None:
         return BadImage("not an image", f"no known format; it starts with {bytes(data[:12])!r}")
     hint = "; if it has bands that Pillow does not know, convert it to .npy" if name == "TIFF" else ""

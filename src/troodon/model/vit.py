@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from troodon.config import UsageError
 from troodon.model.config import ViTConfig
 from troodon.model.packing import KeptSequences, Layout, attend, draw_kept, pack, residual, unpack
 
@@ -181,6 +182,8 @@ class ViT(nn.Module):
         self, groups: list[Tensor], count: int, masks: list[Tensor | None] | None = None
     ) -> list[list[Tokens]]:
         """The tokens after each of the last `count` blocks, earliest first, each through the last norm."""
+        if isinstance(groups, Tensor):
+            raise UsageError("a ViT takes a list of tensors (B, C, H, W), one for each size: vit([images])")
         if not 1 <= count <= len(self.blocks):
             raise ValueError(f"blocks {count}: the network has {len(self.blocks)} blocks; take 1 to {len(self.blocks)}")
         x_TD, layout = pack([self.embed(x, m) for x, m in zip(groups, masks or [None] * len(groups), strict=True)])
