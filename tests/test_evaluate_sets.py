@@ -146,7 +146,7 @@ def test_versions_of_one_release_are_compared_and_of_others_not(tmp_path: Path, 
         "troodon": "0.0.3",
         "torch": "2",
     }
-    assert versions()["torch"] == torch.__version__
+    assert (versions()["torch"] or "").partition("+")[0] == torch.__version__.partition("+")[0]
     assert set(versions()) == set(used)
 
 

@@ -1,6 +1,6 @@
 """Records to other places than metrics.jsonl, which stays the truth: TensorBoard, Weights & Biases, Trackio.
 
-A place that fails is told once and left out; no run ends for want of its curves.
+A place that fails is reported once and not used again; it ends no run.
 """
 
 import importlib.util

@@ -56,13 +56,13 @@ class Plan:
         each = " on each" if self.ranks > 1 else ""
         lines = [
             ("on", f"{self.ranks} x {self.device}, {'bf16' if self.width == 2 else 'fp32'}"),
-            ("steps", f"{c.steps:,} of {c.batch:,} images: {with_prefix(seen)} in all{visits}"),
+            ("steps", f"{c.steps:,} of {c.batch:,} images: {with_prefix(seen).strip()} in all{visits}"),
             ("tokens", f"{with_prefix(self.tokens)} a step through the student"),
             ("parameters", summed(self.parameters)),
             ("products", f"{summed(self.flops, 'FLOP')} a step"),
             ("state", f"{summed(self.state, 'B')}{each}"),
             ("memory", f"about {with_prefix(total(self.memory))}B of tensors{each} {self.busiest}:"),
-            *((f"  {name}", f"{with_prefix(size)}B") for name, size in self.memory.items()),
+            *((f"  {name}", f"{with_prefix(size)}B") for name, size in self.memory.items() if size),
         ]
         peak = total(self.memory) - total(self.phases[self.busiest])
         others = [(name, parts) for name, parts in self.phases.items() if name != self.busiest]
