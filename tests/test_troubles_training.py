@@ -1,5 +1,6 @@
 """Trainings that learn nothing, go on with other settings, meet one another, or lose images: nothing is silent."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -7,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,8 +73,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("steps", [20, 250, 10_000])
 @pytest.mark.parametrize("name", [*recipes.KNOWN["pretrain"], *recipes.KNOWN["distill"]])
 def test_steps_reach_every_number_of_a_recipe(name, steps):
-    """A recipe is run for fewer steps than it was written for | Warm-ups, freezing, anchors and intervals of readings
-    and checkpoints keep their share of the run, so the network learns in it; an option that names one of them wins."""
+    """A recipe runs for fewer steps | warm-up, freezing and intervals keep their share; options still win"""
     verb = "pretrain" if name in recipes.KNOWN["pretrain"] else "distill"
     named = (lambda n: recipes.pretrain(n, lambda: START)) if verb == "pretrain" else recipes.distill
     whole, config = named(name), resolve_config(name, PretrainConfig(), named, {"steps": steps})
@@ -96,8 +96,7 @@ def test_steps_reach_every_number_of_a_recipe(name, steps):
 
 
 def test_steps_mean_the_same_wherever_they_are_written(tmp_path):
-    """The number of steps stands in a file, an option or a call | All three mean the same, and a file that was printed
-    by `troodon recipes` is the recipe itself."""
+    """The steps stand in a file, an option or a call | all mean the same, also on a file from `troodon recipes`"""
     file, whole = tmp_path / "mine.yaml", tmp_path / "whole.yaml"
     whole.write_text(to_yaml(recipes.pretrain("vits14")))
     words = ["--data", "d", "--out", "o"]
@@ -121,7 +120,7 @@ def test_steps_mean_the_same_wherever_they_are_written(tmp_path):
 
 @pytest.mark.parametrize("recipe", ["adapt", "heads"])
 def test_a_short_run_on_given_weights_changes_what_it_says(images, backbone, tmp_path, recipe):
-    """`adapt` or `heads` for a few steps only | `adapt` changes the backbone, and `heads` only the heads."""
+    """`adapt` or `heads` runs for a few steps | `adapt` changes the backbone, `heads` only the heads"""
     words = [recipe, "--init", str(backbone), "--data", str(images), "--out", str(tmp_path / "run"), "--steps", "8"]
     assert cli.run(["pretrain", *words, *TINY, "--objective.koleo-group", "0"]) == 0
     before, after = weights(backbone), weights(tmp_path / "run")
@@ -138,8 +137,7 @@ def test_a_short_run_on_given_weights_changes_what_it_says(images, backbone, tmp
     ],
 )
 def test_a_run_in_which_nothing_was_learned_fails(images, tmp_path, capsys, options, said):
-    """The rate is zero, or what is to learn is frozen all along | The run says which part did not change, and fails; a
-    number of steps that is longer than the run is named before it starts."""
+    """The rate is zero, or what should learn is frozen all along | the run names what did not change, and fails"""
     words = ["pretrain", "small", "--data", str(images), "--out", str(tmp_path / "run"), "--steps", "4", *TINY, *NEW]
     assert cli.run([*words, *options]) == launch.FAILED
     err = capsys.readouterr().err
@@ -149,6 +147,7 @@ def test_a_run_in_which_nothing_was_learned_fails(images, tmp_path, capsys, opti
 
 
 def test_numbers_that_are_longer_than_the_run_are_named():
+    """A warm-up or freezing is longer than the run | a line names it before the first step"""
     config = replace(recipes.pretrain("vitl14"), steps=1000)
     assert longer_than_run(config) == ["schedules.lr.warmup 100,000", "schedules.last_layer_frozen 1,250"]
     assert longer_than_run(recipes.pretrain("vitl14")) == []
@@ -166,8 +165,7 @@ FREE = {
 
 
 def test_settings_that_change_no_result_may_change_on_resume(images, tmp_path):
-    """A run goes on with other threads, loggers or intervals | It may, and its weights are to the bit those of a run
-    that was never changed; config.yaml has the latest settings."""
+    """A run goes on with other threads, loggers or intervals | it may, to the bit, and config.yaml has the latest"""
     index, run = open_source(images), tmp_path / "run"
     pretrain(CONFIG, index, tmp_path / "whole")
     pretrain(CONFIG, index, run)
@@ -190,8 +188,7 @@ def test_settings_that_change_no_result_may_change_on_resume(images, tmp_path):
      {"parallel": ParallelConfig(accumulate=2)}, {"guard": GuardConfig("skip")}, {"weights": (1.0,)}],
 )  # fmt: skip
 def test_settings_that_may_change_the_result_are_refused_with_the_way_out(images, tmp_path, change):
-    """A run goes on with other steps, another seed or batch | Refused with the differences, and the way out: a new
-    --out, or a new run that starts from it."""
+    """A run goes on with other steps, seed or batch | refused, with the differences and how to start from it"""
     config, run = (
         replace(CONFIG, steps=2, objective=replace(CONFIG.objective, terms=(("dino", 1.0),))),
         tmp_path / "run",
@@ -203,8 +200,7 @@ def test_settings_that_may_change_the_result_are_refused_with_the_way_out(images
 
 
 def test_a_run_that_failed_before_its_first_step_is_not_in_the_way(images, tmp_path, capsys):
-    """A run failed because no image could be read | Once the images are repaired, the same command works, also with
-    other settings: no folder is to be removed by hand."""
+    """No image could be read, and then they are repaired | the same command works, also with other settings"""
     bad = tmp_path / "bad"
     bad.mkdir()
     for i in range(16):
@@ -220,7 +216,7 @@ def test_a_run_that_failed_before_its_first_step_is_not_in_the_way(images, tmp_p
 
 
 def test_a_folder_that_only_looks_like_a_run_is_left_alone(images, tmp_path):
-    """--out is a folder of something else with a config.yaml or a manifest.json | Refused, and nothing is touched."""
+    """--out holds a config.yaml or manifest.json of something else | refused, and nothing is touched"""
     for name, text in (("config.yaml", "mine: 1"), ("manifest.json", '{"name": "an app"}')):
         other = tmp_path / name.partition(".")[0]
         other.mkdir()
@@ -231,8 +227,7 @@ def test_a_folder_that_only_looks_like_a_run_is_left_alone(images, tmp_path):
 
 
 def test_a_run_of_an_earlier_version_keeps_its_numbers_of_steps(images, tmp_path, capsys):
-    """A run was begun when recipes did not follow --steps | The same command goes on with the numbers it began with,
-    and says so."""
+    """A run began when recipes ignored --steps | the same command keeps the numbers it began with, and says so"""
     index, run = open_source(images), tmp_path / "run"
     begun = replace(CONFIG, schedules=replace(CONFIG.schedules, lr=replace(CONFIG.schedules.lr, warmup=5)))
     pretrain(begun, index, run)
@@ -254,23 +249,24 @@ def test_a_run_of_an_earlier_version_keeps_its_numbers_of_steps(images, tmp_path
 # ---- one command at a time
 
 
-def other_process(folder: Path, then: str = "time.sleep(60)") -> subprocess.Popen:
-    """A process that works on `folder`; returns once it does."""
+@contextlib.contextmanager
+def other_process(folder: Path, then: str = "time.sleep(60)") -> Iterator[subprocess.Popen]:
+    """A process that works on `folder`, until it is done or the block ends, when it is killed."""
     code = f"""
         import time; from pathlib import Path; from troodon import lock, run
         run.current_command[:] = ["troodon", "pretrain", "small"]
         with lock.alone(Path({str(folder)!r})):
             print("at work", flush=True); {then}
     """
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "at work\n"
-    return process
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "at work\n"
+        yield process
+        process.kill()
 
 
 def test_the_same_command_twice_at_once(images, backbone, tmp_path, capsys):
-    """The same command runs twice at once on one --out | The second says which process of which machine is at work, and
-    since when, and stops with exit code 2; nothing is mixed or overwritten."""
+    """A command starts twice at once on one --out | the second names the process at work, and stops (exit 2)"""
     out, data = str(tmp_path / "out"), str(images)
     commands = [
         ["pretrain", "small", "--data", data, "--out", out, "--steps", "2", *TINY, *NEW],
@@ -282,23 +278,18 @@ def test_the_same_command_twice_at_once(images, backbone, tmp_path, capsys):
         ["evaluate", "mine", "--backbone", str(backbone), "--data", data, "--out", out],
         ["demo", "--out", out],
     ]
-    process = other_process(tmp_path / "out")
-    try:
+    with other_process(tmp_path / "out") as process:
         for words in commands:
             code, err = cli.run(words), capsys.readouterr().err
             assert (code, f"process {process.pid} on " in err) == (launch.MISTAKE, True), err
             assert f"{out}: troodon pretrain small is at work on it (process" in err
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
     assert not Path(out).exists()
     assert cli.run(commands[0]) == launch.DONE  # the lock ended with the process that was killed
     assert not list(tmp_path.glob(".*"))
 
 
 def test_a_lock_knows_threads_ranks_and_who_started_them(tmp_path, monkeypatch):
-    """A thread may enter again, another thread not; a rank works under the lock of what launched it."""
+    """Two threads write one --out, or several ranks do | the second thread is refused, ranks work together"""
     out, caught = tmp_path / "out", []
 
     def enter():
@@ -315,51 +306,42 @@ def test_a_lock_knows_threads_ranks_and_who_started_them(tmp_path, monkeypatch):
         code = f"from pathlib import Path; from troodon.lock import alone\nwith alone(Path({str(out)!r})): pass"
         assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     assert f"process {os.getpid()} on " in caught[0]
-    process = other_process(out)
-    monkeypatch.setenv("RANK", "1")
-    with alone(out):
-        pass
-    process.kill()
-    process.wait()
-    process.stdout.close()
+    with other_process(out):
+        monkeypatch.setenv("RANK", "1")
+        with alone(out):
+            pass
 
 
 def test_a_filesystem_without_locks(tmp_path, monkeypatch):
-    """The filesystem has no locks | The file beside the folder names host and process, and counts while that lives."""
+    """The filesystem of --out has no locks | a file names the process at work, and counts while that lives"""
     import fcntl
-
-    process = other_process(tmp_path / "out")
 
     def no_locks(*_):
         raise OSError(95, "not supported")
 
-    monkeypatch.setattr(fcntl, "lockf", no_locks)
-    with pytest.raises(UsageError, match=f"process {process.pid} on "), alone(tmp_path / "out"):
-        pass
-    process.kill()
-    process.wait()
-    process.stdout.close()
+    with other_process(tmp_path / "out") as process:
+        monkeypatch.setattr(fcntl, "lockf", no_locks)
+        with pytest.raises(UsageError, match=f"process {process.pid} on "), alone(tmp_path / "out"):
+            pass
     assert (tmp_path / ".out.lock").exists()
     with alone(tmp_path / "out"):
         assert json.loads((tmp_path / ".out.lock").read_text())["process"] == os.getpid()
     assert not (tmp_path / ".out.lock").exists()
 
 
-def test_a_command_that_finds_all_done_is_waited_for(tmp_path):
-    process = other_process(tmp_path / "out", "time.sleep(0.1)")
-    start = time.monotonic()
-    with alone(tmp_path / "out"):
-        assert time.monotonic() - start < lock.WAIT_S
-    process.wait()
-    process.stdout.close()
+def test_a_command_that_finds_all_done_is_waited_for(tmp_path, monkeypatch):
+    """A command begins while another only finds that all is done | it waits half a second, and works"""
+    assert lock.WAIT_S == 0.5
+    monkeypatch.setattr(lock, "WAIT_S", 30)  # machines of tests are busy
+    with other_process(tmp_path / "out", "time.sleep(0.1)"), alone(tmp_path / "out"):
+        assert (tmp_path / ".out.lock").exists()
 
 
 # ---- folders of others
 
 
 def test_saving_deletes_nothing_of_others(backbone, tmp_path):
-    """A backbone or another artifact is saved into a folder that holds something else | Refused, and every file stays,
-    whether the folder is no artifact, one of another kind, or holds a file more."""
+    """An artifact is saved into a folder with other files | refused, and every file stays"""
     network, home = Backbone.load(backbone), tmp_path / "models"
     home.mkdir()
     (home / "thesis.txt").write_text("three years")
@@ -389,8 +371,7 @@ def test_saving_deletes_nothing_of_others(backbone, tmp_path):
 
 
 def test_unreadable_images_are_told(images, tmp_path, capsys):
-    """Some images of a training cannot be read | The console says so at the first, with its name, and at the end; from
-    a tenth of the images on it is an alarm; quarantine.jsonl has all of them with the reason."""
+    """Some images of a training cannot be read | a line at the first and at the end, an alarm when they are many"""
     for name in ("03.png", "05.png"):
         (images / name).write_bytes((images / name).read_bytes()[:60])
     words = ["pretrain", "small", "--data", str(images), "--out", str(tmp_path / "run"), "--steps", "3", *TINY, *NEW]
@@ -404,8 +385,7 @@ def test_unreadable_images_are_told(images, tmp_path, capsys):
 
 
 def test_a_training_on_few_readable_images_stops(images, tmp_path, capsys):
-    """Most images of a training cannot be read | It saves and stops above max_broken, half of the images tried by
-    default, instead of learning from the few that are left."""
+    """Most images of a training cannot be read | above max_broken (0.5 by default) it saves and stops"""
     for path in sorted(images.iterdir())[:-1]:
         path.write_bytes(path.read_bytes()[:60])
     words = ["pretrain", "small", "--data", str(images), "--out", str(tmp_path / "run"), "--steps", "9", *TINY, *NEW]

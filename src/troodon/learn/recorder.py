@@ -163,10 +163,10 @@ class Recorder:
         if broken and not self.broken:
             row, reason = next(iter(dict(self.loader.broken).items()), (None, ""))
             first = f": {self.loader.index.path(row)}: {reason}" if row is not None else ""
-            self.event("broken", step, f"an image cannot be read and is set aside, and so are others like it{first}")
+            say(f"  {self.label}step {step:,}: an image cannot be read and is set aside, as will be others{first}")
         if share > MANY and not self.many_broken:
             self.many_broken = True
-            self.event("broken", step, f"alarm: {share:.0%} of the images tried cannot be read: see quarantine.jsonl")
+            say(f"  {self.label}alarm: {share:.0%} of the images tried cannot be read: see quarantine.jsonl")
         self.broken = broken
 
     def event(self, name: str, step: int, message: str, **more: object) -> None:
