@@ -10,11 +10,14 @@ from troodon.learn.schedules import Schedule, Schedules
 def for_steps(config: PretrainConfig, steps: int) -> PretrainConfig:
     """The same training in so many steps: what is counted in steps keeps its share of the run.
 
-    Intervals of readings and checkpoints shrink to a quarter of a short run, and never grow.
+    Intervals of readings and checkpoints shrink to a quarter of a short run, at least `log_every`, and never grow.
     """
     if steps == config.steps:
         return config
-    shorter, quarter = replace(config, steps=steps), max(1, steps // 4)  # UsageError for no number of steps
+    shorter, quarter = (
+        replace(config, steps=steps),
+        max(config.log_every, steps // 4),
+    )  # UsageError for no number of steps
     return replace(
         shorter,
         schedules=scaled(config.schedules, steps, config.steps),
