@@ -1,7 +1,8 @@
 """Recipes of students: what they are, and how they learn from a teacher that no longer does (section 5 of
 https://arxiv.org/abs/2304.07193). They see no masks and have no stochastic depth.
 
-The student's heads are new, and end in as many prototypes as the teacher's; another number is an error that names the right one.
+The student's heads are new, and end in as many prototypes as the teacher's; another number is an error that names the
+right one.
 """
 
 from dataclasses import replace
