@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import platform
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ def alone(folder: Path) -> Iterator[None]:
     launched them. A thread may enter again.
     """
     folder, thread = Path(folder).resolve(), threading.get_ident()
-    if os.environ.get("RANK", "0") != "0" or _at_work.get(folder) == thread:
+    if _rank() or _at_work.get(folder) == thread:
         yield
         return
     if _at_work.setdefault(folder, thread) != thread:
@@ -57,6 +58,14 @@ def one_at_a_time(work: Callable[P, R]) -> Callable[P, R]:
             return work(*arguments, **named)
 
     return guarded
+
+
+def _rank() -> int:
+    """The rank of this process in its group, which its environment tells or torch, if it is loaded."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank()
+    return int(os.environ.get("RANK", "0"))
 
 
 def _lock(folder: Path, path: Path) -> IO[str] | None:
