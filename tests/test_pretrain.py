@@ -25,7 +25,7 @@ from tests.ranks import on_ranks
 from troodon import dist
 from troodon.config import UsageError, fingerprint
 from troodon.images.sources import open_source
-from troodon.learn import checkpoint, loop
+from troodon.learn import checkpoint, engine, loop
 from troodon.learn.config import GuardConfig, ObjectiveConfig, ParallelConfig, PretrainConfig
 from troodon.learn.engine import Interrupted
 from troodon.learn.parallel import prepare
@@ -509,7 +509,8 @@ def test_init_starts_from_given_weights(images, tmp_path):
     pretrain(CONFIG, index, tmp_path / "first")
     first = Backbone.load(tmp_path / "first" / "backbone")
     frozen = replace(CONFIG, steps=1, schedules=replace(CONFIG.schedules, lr=Schedule(peak=0.0, end=0.0)))
-    pretrain(frozen, index, tmp_path / "second", init=first)
+    with pytest.raises(engine.NothingLearned, match="did not change in 1 steps: see schedules.lr"):
+        pretrain(frozen, index, tmp_path / "second", init=first)
     for name, tensor in weights(tmp_path / "second").items():
         torch.testing.assert_close(tensor, first.vit.state_dict()[name])
     other = replace(CONFIG, vit=replace(CONFIG.vit, depth=3))

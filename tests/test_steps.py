@@ -298,5 +298,5 @@ def test_calibrate_measures_and_writes_nothing(tmp_path):
     assert result["recall"]["resave"] == 1
     assert 0 < result["threshold"] < 1
     assert [p.name for p in tmp_path.iterdir()] == ["photos"]
-    with pytest.raises(UsageError, match="only 0 of 1 can be read"):
+    with pytest.raises(UsageError, match="at least 16 images: 0 of 1 can be read"):
         verbs.calibrate(Pixels(), tmp_path / "photos" / "broken.png")
