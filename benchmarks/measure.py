@@ -88,7 +88,7 @@ def peak_memory(function: Callable[[], Any]) -> int:
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         function()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     allocated = peak = 0

@@ -509,7 +509,7 @@ def test_init_starts_from_given_weights(images, tmp_path):
     pretrain(CONFIG, index, tmp_path / "first")
     first = Backbone.load(tmp_path / "first" / "backbone")
     frozen = replace(CONFIG, steps=1, schedules=replace(CONFIG.schedules, lr=Schedule(peak=0.0, end=0.0)))
-    with pytest.raises(engine.NothingLearned, match="did not change in 1 steps: see schedules.lr"):
+    with pytest.raises(engine.NothingLearned, match=r"did not change in 1 steps: see schedules\.lr"):
         pretrain(frozen, index, tmp_path / "second", init=first)
     for name, tensor in weights(tmp_path / "second").items():
         torch.testing.assert_close(tensor, first.vit.state_dict()[name])

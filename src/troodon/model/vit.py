@@ -6,8 +6,7 @@ names of the released weights, so that these load unchanged.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +20,11 @@ from troodon.model.packing import KeptSequences, Layout, attend, draw_kept, pack
 #                                              h w rows and columns of patches.
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """Output tokens of one group of images of one size, after the last norm."""
+class Tokens(NamedTuple):
+    """Output tokens of one group of images of one size, after the last norm.
+
+    A tuple, in which FSDP finds the tensors whose gradients it waits for; torch 2.11 does not look into dataclasses.
+    """
 
     cls_BD: Tensor
     registers_BRD: Tensor
