@@ -50,8 +50,9 @@ class FakeBackbone:
         patches = images.unfold(2, 4, 4).unfold(3, 4, 4).mean((-2, -1)).permute(0, 2, 3, 1) - 0.5
         noise = images[:, :, :3].flatten(1)[:, :3]
         mean = patches.mean((1, 2))
-        per_block = [(self.sharpness * mean + noise * (3 - b) / 100, mean + b) for b in range(1, 4)]
-        return SimpleNamespace(cls=per_block[-1][0], patches=patches, blocks=per_block[-blocks:])
+        cls = [self.sharpness * mean + noise * (3 - b) / 100 for b in range(1, 4)]
+        per_block = [SimpleNamespace(cls=cls[b - 1], mean=mean + b) for b in range(1, 4)]
+        return SimpleNamespace(cls=cls[-1], patches=patches, blocks=per_block[-blocks:])
 
 
 def merge_splits(train: Index, val: Index, name: str) -> Benchmark:

@@ -67,7 +67,7 @@ def _forward(network: str, golden: dict[str, np.ndarray]) -> Iterator[Line]:
         count = len({name.split("/")[1] for name in golden if name.startswith("inter/")}) - 1
         images = torch.from_numpy(golden["inter/in"])
         side = images.shape[-1] // vit.config.patch
-        for i, (tokens,) in enumerate(vit.last_blocks([images], count)):
+        for i, (tokens,) in enumerate(vit.after_blocks([images], range(vit.config.depth - count, vit.config.depth))):
             patch_BDhw = tokens.patches_BPD.transpose(1, 2).unflatten(2, (-1, side))
             yield Line(f"{network} last blocks {i} patch", _largest(patch_BDhw, golden[f"inter/{i}/patch"]), 1e-5)
             yield Line(f"{network} last blocks {i} cls", _largest(tokens.cls_BD, golden[f"inter/{i}/cls"]), 1e-5)

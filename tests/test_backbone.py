@@ -1,6 +1,8 @@
 """A backbone: saved, loaded, and the released weights under their several names."""
 
+import copy
 import dataclasses
+import io
 import json
 import pickle
 import time
@@ -17,6 +19,8 @@ from troodon.model import inference
 from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
 from troodon.model.weights import load_weights
+from troodon.pixels import of_array
+from troodon.verbs.common import with_range
 
 CONFIG = ViTConfig(dim=128, depth=3, heads=2, patch=14, grid=4, registers=2, layer_scale=0.5)
 SIGHT = Preprocessing(resize=64, crop=56)
@@ -38,9 +42,9 @@ def test_features_have_their_shapes(backbone, images):
     assert f.cls.shape == (3, 128)
     assert f.patches.shape == (3, 4, 4, 128)
     assert f.registers.shape == (3, 2, 128)
-    assert [(c.shape, m.shape) for c, m in f.blocks] == [((3, 128), (3, 128))] * 2
-    torch.testing.assert_close(f.blocks[-1][0], f.cls)
-    torch.testing.assert_close(f.blocks[-1][1], f.patches.mean((1, 2)))
+    assert [(b.cls.shape, b.mean.shape) for b in f.blocks] == [((3, 128), (3, 128))] * 2
+    torch.testing.assert_close(f.blocks[-1].cls, f.cls)
+    torch.testing.assert_close(f.blocks[-1].mean, f.patches.mean((1, 2)))
     wide = backbone.features(torch.randn(2, 3, 28, 70))
     assert wide.patches.shape == (2, 2, 5, 128)
 
@@ -173,7 +177,8 @@ def test_a_faster_backbone_says_the_same(config, images, tmp_path, monkeypatch):
         got = quick.features(images, blocks=2)
         assert got.patches.shape == exact.patches.shape
         pairs = [(got.cls, exact.cls), (got.patches, exact.patches), (got.registers, exact.registers)]
-        pairs += [pair for a, b in zip(got.blocks, exact.blocks, strict=True) for pair in zip(a, b, strict=True)]
+        for a, b in zip(got.blocks, exact.blocks, strict=True):
+            pairs += [(a.cls, b.cls), (a.mean, b.mean), (a.patches, b.patches)]
         for a, b in pairs:
             assert a.dtype == torch.float32
             assert (a - b).norm() <= tolerance * b.norm()
@@ -194,3 +199,239 @@ def test_the_precision_that_wins_is_chosen(slow, expected, monkeypatch):
 
     monkeypatch.setattr(inference, "autocast", autocast)
     assert inference.fastest_dtype(Backbone.random(CONFIG, SIGHT).vit, (28, 28)) == expected
+
+
+# ---- Forms, sizes, blocks and attention
+
+
+def forms(image: np.ndarray) -> list:
+    """One picture as an array, a PIL image, the bytes of a file, and a tensor (C, H, W)."""
+    data = io.BytesIO()
+    Image.fromarray(image).save(data, "png")
+    return [image, Image.fromarray(image), data.getvalue(), torch.from_numpy(image).permute(2, 0, 1)]
+
+
+def test_a_list_mixes_every_form_of_a_picture(backbone, images, tmp_path):
+    loaded = with_range(backbone, None)
+    Image.fromarray(images[0]).save(tmp_path / "a.png")
+    mixed = [tmp_path / "a.png", str(tmp_path / "a.png"), *forms(images[0]), backbone.prepare(images[0])[0]]
+    expected = loaded.features([images[0]])
+    for f in (loaded.features(mixed), *map(loaded.features, mixed)):
+        for got, one in ((f.cls, expected.cls), (f.patches, expected.patches)):
+            torch.testing.assert_close(got, one.expand_as(got))
+        assert f.rows == list(range(len(f.cls)))
+    grey = np.zeros((9, 9), np.uint8)
+    one, other = torch.from_numpy(grey)[None], torch.from_numpy(np.stack([grey] * 3))
+    assert torch.equal(backbone.features(one).cls, backbone.features(grey).cls)
+    assert torch.equal(backbone.features(torch.stack([other, other])).cls, backbone.features([grey, grey]).cls)
+    with pytest.raises(UsageError, match=r"image 1 is prepared in another size .*\(28 x 28 and 56 x 56"):
+        backbone.features([images[0], torch.zeros(3, 28, 28)])
+    with pytest.raises(UsageError, match=r"image 0, a tensor of shape \(1, 3, 56, 56\): in a list"):
+        backbone.features([torch.zeros(1, 3, 56, 56)])
+
+
+def test_many_pictures_are_read_a_few_at_a_time(backbone, images, monkeypatch):
+    expected, read, most = backbone.features(images * 3), [], []
+    monkeypatch.setattr(inference, "TOKENS_AT_ONCE", 40)  # two images
+    monkeypatch.setattr(Backbone, "_values", lambda self, picture: read.append(0) or of_array(picture))
+    monkeypatch.setattr(Backbone, "_moved", lambda self, x: most.append((len(x), len(read))) or x)
+    torch.testing.assert_close(backbone.features(images * 3).cls, expected.cls)
+    assert most == [(2, 2), (2, 4), (2, 6), (2, 8), (1, 9)]
+
+
+@pytest.mark.parametrize(("size", "grid"), [(28, (2, 2)), ((28, 70), (2, 5)), (84, (6, 6)), ([14, 14], (1, 1))])
+def test_size_is_what_the_network_sees(backbone, images, size, grid):
+    f = backbone.features(images, size=size)
+    assert f.patches.shape == (3, *grid, 128)
+    assert torch.equal(backbone.features(backbone.prepare(images, size=size)).cls, f.cls)
+    assert backbone.features([], size=size).patches.shape == (0, *grid, 128)
+    assert backbone.attention(images, size=size).shape == (3, 2, 3, *grid)
+
+
+def test_size_scales_the_resize_along(backbone):
+    image = np.zeros((640, 640, 3), np.uint8)
+    image[:, :40] = 255  # a sixteenth: what the crop of 56 in 64 cuts off
+    for size in (56, 112, 224):
+        x = backbone.prepare(image, size=size) - backbone.prepare(np.zeros_like(image), size=size)
+        assert x[..., size // 16 :].abs().max() < 0.05
+
+
+@pytest.mark.parametrize("size", [0, -14, (28, 28, 28), "28", 2.5, True and (28,)])
+def test_what_is_no_size_is_refused(backbone, images, size):
+    with pytest.raises(UsageError, match="pixels of a side, or"):
+        backbone.features(images, size=size)
+
+
+def test_a_size_that_does_not_divide_names_the_nearest(backbone, images):
+    with pytest.raises(UsageError, match=r"size of 30 x 50 pixels .* patches of 14; the nearest is 28 x 56"):
+        backbone.features(images, size=(30, 50))
+
+
+def test_whole_images_keep_their_aspect(backbone, images):
+    pictures = [*images, images[0].swapaxes(0, 1), images[0]]
+    f = backbone.features(pictures, keep_aspect=True, blocks=[0, -1])
+    # 70 x 90 -> 56 x 72; one pixel -> 56 x 56; 8 x 900: the longer side has four times as much, the shorter one patch
+    assert [tuple(p.shape) for p in f.patches] == [(4, 5, 128), (4, 4, 128), (1, 16, 128), (5, 4, 128), (4, 5, 128)]
+    assert f.cls.shape == f.mean.shape == (5, 128)
+    assert f.rows == list(range(5))
+    for i, picture in enumerate(pictures):
+        alone = backbone.features([picture], keep_aspect=True, blocks=[0, -1])
+        torch.testing.assert_close(alone.patches[0], f.patches[i])
+        torch.testing.assert_close(alone.blocks[0].patches[0], f.blocks[0].patches[i])
+        torch.testing.assert_close(alone.cls[0], f.cls[i])
+        torch.testing.assert_close(f.mean[i], f.patches[i].mean((0, 1)))
+    maps = backbone.attention(pictures, keep_aspect=True)
+    assert [tuple(m.shape) for m in maps] == [(2, 3, *p.shape[:2]) for p in f.patches]
+    torch.testing.assert_close(maps[2], backbone.attention(pictures[2], keep_aspect=True)[0])
+    tensors = [torch.randn(3, 28, 70), torch.randn(3, 56, 14)]
+    assert [tuple(p.shape[:2]) for p in backbone.features(tensors, keep_aspect=True).patches] == [(2, 5), (4, 1)]
+    nothing = backbone.features([], keep_aspect=True)
+    assert (nothing.patches, nothing.mean.shape, nothing.blocks[0].mean.shape) == ([], (0, 128), (0, 128))
+
+
+def test_nothing_of_a_whole_image_is_cut_off(backbone):
+    image = np.zeros((64, 640, 3), np.uint8)
+    image[:, -20:] = 255
+    (x,) = (x for _, x in backbone._batches([image, image * 0], SIGHT, True, "raise"))
+    assert x.shape == (2, 3, 28, 224)
+    assert (x[0] - x[1])[..., -4:].min() > 1
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_blocks_are_chosen_by_number(backbone, images, norm):
+    f = backbone.features(images, blocks=[2, 0, -2], norm=norm)
+    x = backbone.prepare(images)
+    expected = [tokens for (tokens,) in backbone.vit.after_blocks([x], range(3), norm=norm)]
+    for block, number in zip(f.blocks, (2, 0, 1), strict=True):
+        assert block.patches.shape == (3, 4, 4, 128)
+        torch.testing.assert_close(block.patches.flatten(1, 2), expected[number].patches_BPD)
+        torch.testing.assert_close(block.cls, expected[number].cls_BD)
+        torch.testing.assert_close(block.registers, expected[number].registers_BRD)
+        torch.testing.assert_close(block.mean, expected[number].patches_BPD.mean(1))
+    torch.testing.assert_close(f.cls, expected[2].cls_BD)
+    torch.testing.assert_close(backbone.features(images, blocks=[], norm=norm).cls, f.cls)
+    last_two = backbone.features(images, blocks=2, norm=norm)
+    assert torch.equal(last_two.blocks[0].patches, f.blocks[2].patches)
+    if not norm:
+        normed = backbone.vit.norm(f.blocks[1].patches)
+        torch.testing.assert_close(normed, backbone.features(images, blocks=[0]).blocks[0].patches)
+
+
+@pytest.mark.parametrize("blocks", [0, 4, [3], [-4], [0.5], ["1"]])
+def test_a_block_that_is_not_there_is_refused(backbone, images, blocks):
+    with pytest.raises(UsageError, match=r"this network has (3|the blocks 0 to 2)"):
+        backbone.features(images, blocks=blocks)
+
+
+@pytest.mark.parametrize("block", [-1, 0, 1])
+def test_attention_is_that_of_the_network(backbone, images, block, monkeypatch):
+    """The attention, with the values, gives what the block's own attention gives for class token and registers."""
+    monkeypatch.setattr(inference, "TOKENS_AT_ONCE", 40)
+    attention, x = backbone.attention(images, block=block), backbone.prepare(images)
+    assert attention.shape == (3, 2, 3, 4, 4)
+    seen = []
+    attn = backbone.vit.blocks[block].attn
+    hook = attn.register_forward_hook(lambda module, given, out: seen.append((given[0], out)))
+    backbone.vit([x])
+    hook.remove()
+    ((tokens, out),) = seen
+    q, k, v = (t.unflatten(0, (3, -1)).transpose(1, 2) for t in attn.qkv(tokens).unflatten(-1, (3, 2, 64)).unbind(1))
+    full = (q @ k.transpose(2, 3) / 8).softmax(-1)
+    torch.testing.assert_close(attn.proj((full @ v).transpose(1, 2).flatten(2)).flatten(0, 1), out)
+    torch.testing.assert_close(attention.flatten(3), full[:, :, :3, 3:])
+    assert (attention.sum((3, 4)) < 1).all()
+    assert backbone.attention([]).shape == (0, 2, 3, 4, 4)
+    with pytest.raises(UsageError, match="block 3: this network has the blocks 0 to 2"):
+        backbone.attention(images, block=3)
+
+
+# ---- An ordinary object: its precision is told, it goes anywhere, and others learn on it
+
+
+def test_weights_of_another_precision_give_features_of_it(backbone, images):
+    low = copy.deepcopy(backbone)
+    low.vit.bfloat16()
+    assert (backbone.dtype, low.dtype) == (torch.float32, torch.bfloat16)
+    f = low.features(images, blocks=2)
+    assert {f.cls.dtype, f.patches.dtype, f.blocks[0].cls.dtype} == {torch.bfloat16}
+    assert low.features([]).cls.dtype == torch.bfloat16
+    exact = backbone.features(images).cls
+    assert (f.cls - exact).norm() < 0.05 * exact.norm()
+    assert low.attention(images).dtype == torch.float32
+    assert "torch.bfloat16" in repr(low)
+    assert len(repr(low)) < 200
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # of torch, by its compiler
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_faster_backbone_is_copied_and_sent(backbone, images, compile):
+    quick = backbone.optimized("fp32", compile=compile)
+    for other in (pickle.loads(pickle.dumps(quick)), copy.deepcopy(quick)):
+        assert other.compute == quick.compute
+        assert {p.data_ptr() for p in other.vit.parameters()}.isdisjoint(p.data_ptr() for p in quick.vit.parameters())
+        if not compile:
+            assert torch.equal(other.features(images).cls, quick.features(images).cls)
+
+
+def test_a_head_learns_on_features_in_plain_torch(backbone):
+    images = [np.full((60, 60, 3), 40 * i, np.uint8) for i in range(6)]
+    labels = torch.tensor([0, 0, 0, 1, 1, 1])
+    f = backbone.features(images, blocks=[0, 1, 2])
+    x = torch.cat([block.mean for block in f.blocks], 1)
+    head = torch.nn.Linear(x.shape[1], 2)
+    optimizer = torch.optim.AdamW(head.parameters(), 1e-2)
+    for _ in range(30):
+        loss = torch.nn.functional.cross_entropy(head(x), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.3
+    assert all(p.grad is None for p in backbone.vit.parameters())
+
+
+class Adapted(torch.nn.Module):
+    """A layer with an adapter, as packages for low-rank adaptation make it: its weight is that of the layer."""
+
+    def __init__(self, layer: torch.nn.Module):
+        super().__init__()
+        self.layer, self.weight, self.bias = layer, layer.weight, layer.bias
+        self.shift = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return self.layer(x) + self.shift
+
+
+@pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(CONFIG, mlp="swiglu")])
+def test_every_layer_can_have_an_adapter(config, images):
+    backbone = Backbone.random(config, SIGHT)
+    x, vit = backbone.prepare(images), copy.deepcopy(backbone.vit)
+    for module in list(vit.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.Linear | torch.nn.Conv2d) and not isinstance(module, Adapted):
+                setattr(module, name, Adapted(child))
+    adapters = [m.shift for m in vit.modules() if isinstance(m, Adapted)]
+    (tokens,) = vit([x])
+    torch.testing.assert_close(tokens.cls_BD, backbone.features(x).cls)
+    tokens.cls_BD.square().mul(torch.randn(128)).sum().backward()
+    assert len(adapters) == 1 + 3 * 4
+    assert all(shift.grad is not None and shift.grad != 0 for shift in adapters)
+
+
+def test_low_rank_adapters_of_peft_learn(backbone, images):
+    peft = pytest.importorskip("peft", reason="peft is not installed", exc_type=ImportError)
+    vit, x = copy.deepcopy(backbone.vit), backbone.prepare(images)
+    lora = peft.LoraConfig(r=4, target_modules=["qkv", "proj", "fc1", "fc2"])
+    model = peft.get_peft_model(vit, lora)
+    head, labels = torch.nn.Linear(128, 3), torch.arange(3)
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW([*learnt, *head.parameters()], 1e-2)
+    for _ in range(15):
+        loss = torch.nn.functional.cross_entropy(head(model(x)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.5
+    assert all(p.grad.abs().sum() > 0 for p in learnt)
+    merged = dataclasses.replace(backbone, vit=model.merge_and_unload())
+    assert (merged.features(x).cls - backbone.features(x).cls).norm() > 0.1
+    torch.testing.assert_close(merged.features(x).cls, model(x).detach(), rtol=1e-3, atol=1e-3)

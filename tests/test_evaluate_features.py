@@ -24,8 +24,8 @@ def test_rows_match_the_index(tmp_path: Path) -> None:
     assert extracted.cls_NLD.shape == extracted.mean_NLD.shape == (12, 2, 3)
     for row in (0, 7, 11):
         alone = fake.features(fake.prepare([decode(index.read(row))]), blocks=2)
-        assert extracted.cls_NLD[row] == pytest.approx(torch.stack([c[0] for c, _ in alone.blocks]).numpy())
-        assert extracted.mean_NLD[row] == pytest.approx(torch.stack([m[0] for _, m in alone.blocks]).numpy())
+        assert extracted.cls_NLD[row] == pytest.approx(torch.stack([block.cls[0] for block in alone.blocks]).numpy())
+        assert extracted.mean_NLD[row] == pytest.approx(torch.stack([block.mean[0] for block in alone.blocks]).numpy())
     assert (extracted.final_ND == extracted.cls_NLD[:, 1]).all()
 
 

@@ -25,8 +25,12 @@ class DescriptorFeatures:
     cls: Tensor
 
     @property
-    def blocks(self) -> list[tuple[Tensor, Tensor]]:
-        return [(self.cls, self.cls[:, :0])]
+    def mean(self) -> Tensor:
+        return self.cls[:, :0]
+
+    @property
+    def blocks(self) -> list["DescriptorFeatures"]:
+        return [self]
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ class PatchColours:
     def device(self) -> torch.device:
         return torch.device("cpu")
 
-    def tokens(self, x_BCHW: Tensor, blocks: int) -> Iterator[list[Any]]:
+    def tokens(self, x_BCHW: Tensor, blocks: Sequence[int]) -> Iterator[list[Any]]:
         """The output of `Backbone.tokens`: patch tokens (B, P, D), and their mean instead of the class token."""
         x_BChwpp = x_BCHW.unfold(2, self.patch, self.patch).unfold(3, self.patch, self.patch)
         x_BDhw = torch.cat([x_BChwpp.mean((-2, -1)), x_BChwpp.std((-2, -1), unbiased=False)], 1)

@@ -137,8 +137,7 @@ def extract_maps(backbone: Any, index: Index, grid: WindowGrid, blocks: tuple[in
 def tokens(backbone: Any, x_BCSS: Tensor, blocks: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Patch tokens (B, L, h, w, D) and class tokens (B, L, D) of normalised windows after these blocks, on the CPU."""
     width, patches, cls = x_BCSS.shape[-1] // backbone.config.patch, [], []
-    for block_outputs in backbone.tokens(x_BCSS.to(backbone.device), backbone.config.depth - blocks[0]):
-        chosen = [block_outputs[b - blocks[0]] for b in blocks]
+    for chosen in backbone.tokens(x_BCSS.to(backbone.device), blocks):
         patches.append(torch.stack([c.patches_BPD.unflatten(1, (-1, width)) for c in chosen], 1).cpu())
         cls.append(torch.stack([c.cls_BD for c in chosen], 1).float().cpu())
     return torch.cat(patches), torch.cat(cls)

@@ -35,7 +35,7 @@ PART_SIZE = 4096  # images
 
 
 class Extractor(Protocol):
-    """The interface of a backbone or a baseline descriptor. `features` returns an object with `.blocks`."""
+    """The interface of a backbone or a baseline descriptor. Each of its `features().blocks` has `.cls` and `.mean`."""
 
     @property
     def name(self) -> str: ...
@@ -218,8 +218,8 @@ def _extract(
         with torch.inference_mode():
             per_block = backbone.features(backbone.prepare(images), blocks=blocks).blocks
         rows += rows_B
-        cls.append(torch.stack([c for c, _ in per_block], dim=1).float().cpu())
-        means.append(torch.stack([m for _, m in per_block], dim=1).float().cpu())
+        cls.append(torch.stack([block.cls for block in per_block], dim=1).float().cpu())
+        means.append(torch.stack([block.mean for block in per_block], dim=1).float().cpu())
     unreadable = {index.path(row): str(broken[row]) for row in sorted(broken)}
     assert len(rows) + len(broken) == len(part), "an image is neither read nor reported as broken"
     if not rows:
@@ -236,7 +236,8 @@ def _empty_features(backbone: Extractor, blocks: int) -> tuple[np.ndarray, np.nd
     with torch.inference_mode():
         grey = backbone.prepare([np.zeros((32, 32, backbone.channels), np.uint8)])
         per_block = backbone.features(grey, blocks=blocks).blocks
-    cls, mean = (torch.stack([b[i] for b in per_block], 1)[:0].float().cpu().numpy() for i in (0, 1))
+    both = [block.cls for block in per_block], [block.mean for block in per_block]
+    cls, mean = (torch.stack(tokens, 1)[:0].float().cpu().numpy() for tokens in both)
     return cls, mean
 
 

@@ -12,32 +12,42 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from troodon.config import UsageError, nearest, pair
 from troodon.model import inference
 from troodon.model.config import Preprocessing, ViTConfig
+from troodon.model.preprocess import check_divides, crop, whole, with_size
 from troodon.model.saved import SavedViT
 from troodon.model.vit import Tokens, ViT
 from troodon.pixels import BadImage, advice, band_count, of_array, of_pillow, to_uint8, used
 from troodon.run import say
 
-# Shape suffixes: B images, C colours, H W pixels, D channels, R registers, h w rows and columns of patches.
+# Shape suffixes: B images, C colours, H W pixels, D channels, N heads, R registers, h w rows and columns of patches.
 
-Picture = Any  # a path, bytes, a PIL image, or an array (H, W) or (H, W, C)
-LONGEST = 4  # an image side longer than this many times what the crop needs is cut before resizing: it is never shown
+Picture = Any  # a path, bytes, a PIL image, an array (H, W) or (H, W, C), or a tensor (C, H, W)
+Size = int | Sequence[int] | None  # of crops: pixels of a side, or (height, width); None: that of the preprocessing
 
 
 @dataclass(frozen=True)
 class Features:
-    """Frozen features of B images: tensors of their own, which can be trained on and changed."""
+    """Frozen features of B images, or those after one block: ordinary tensors, which a head can be trained on.
 
-    cls: Tensor  # (B, D) class token after the last norm
-    patches: Tensor  # (B, h, w, D)
+    With `keep_aspect` each image has a grid of its own: then `patches` is a list of tensors (h, w, D).
+    """
+
+    cls: Tensor  # (B, D) class token
+    patches: Any  # Tensor (B, h, w, D)
     registers: Tensor  # (B, R, D)
-    blocks: list[tuple[Tensor, Tensor]]  # class token (B, D) and mean patch (B, D) of the last blocks, earliest first
+    blocks: list["Features"] = dataclasses.field(default_factory=list)  # after each chosen block, in order
     rows: list[int] = dataclasses.field(default_factory=list)  # which of the given images: without those left out
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean patch token (B, D)."""
+        if isinstance(self.patches, Tensor):
+            return self.patches.mean((1, 2))
+        return torch.stack([hwD.mean((0, 1)) for hwD in self.patches]) if self.patches else torch.zeros_like(self.cls)
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,16 @@ class Backbone(SavedViT):
     read: Callable[[Any], np.ndarray] | None = None
     compute: torch.dtype = torch.float32
     network: ViT | None = None  # the copy of `vit` that `optimized` made for inference
+
+    def __repr__(self) -> str:
+        c, size = self.config, " x ".join(map(str, pair(self.preprocessing.crop)))
+        shape = f"depth {c.depth}, dim {c.dim}, patch {c.patch}, images of {size} pixels"
+        return f"Backbone({self.name!r}, {shape}, {self.dtype}, computes in {self.compute}, on {self.device})"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The data type of the weights, and of features."""
+        return self.vit.cls_token.dtype
 
     def to(self, device: str | torch.device) -> "Backbone":
         """The same backbone on a device, without what `optimized` did, which depends on the device.
@@ -80,63 +100,156 @@ class Backbone(SavedViT):
         )
         return dataclasses.replace(self, compute=dtype, network=inference.optimized(self.vit, dtype, compile=compile))
 
-    def prepare(self, images: Picture | Sequence[Picture]) -> Tensor:
+    def prepare(self, images: Picture | Sequence[Picture], *, size: Size = None) -> Tensor:
         """Pictures of any sizes, as `features` takes them -> (B, C, *crop), resized, cropped and normalised."""
-        return self._prepare(images, "raise")[0]
+        p = with_size(self.preprocessing, size, self.config.patch)
+        batches = [x_BCHW for _, x_BCHW in self._batches(images, p, False, "raise")]
+        return torch.cat(batches) if batches else torch.zeros(0, self.channels, *pair(p.crop))
 
     @torch.no_grad()
     def features(
         self,
         images: Tensor | Picture | Sequence[Picture],
         *,
-        blocks: int = 1,
+        size: Size = None,
+        blocks: int | Sequence[int] = 1,
+        norm: bool = True,
+        keep_aspect: bool = False,
         on_error: Literal["raise", "skip"] = "raise",
     ) -> Features:
-        """Features of images: paths, bytes, arrays, PIL images, or a prepared (B, C, H, W) tensor; of one or a list.
+        """Features of images: paths, bytes, PIL images, arrays and tensors; one alone, or a list in which they mix.
 
         The same picture gives the same features in every form (troodon/pixels.py): PIL images are treated as files,
-        arrays (H, W, C) are uint8, uint16, bool, or floats in [0, 1], and C is the network's number of channels; (H, W)
-        is grey. A prepared tensor has floats, and any height and width that the patch size divides. `blocks` is the
-        number of last blocks of which class and mean patch tokens are returned.
+        arrays (H, W, C) and tensors (C, H, W) of integers are uint8, uint16 or bool, arrays of floats are in [0, 1],
+        and C is the network's number of channels; (H, W) is grey. A tensor of floats, (C, H, W) or (B, C, H, W), is
+        prepared already (`prepare`): any height and width that the patch size divides.
+
+        `size` is that of the crops, in pixels: a side, or (height, width). With `keep_aspect` nothing is cut off: each
+        image keeps its aspect, with a shorter side of that size, and `patches` is a list of tensors (h, w, D).
+
+        The features are those after the last block. `blocks` adds some after other blocks, as `Features` in `.blocks`:
+        a number means that many last blocks, a list the blocks of these numbers, from 0, where -1 is the last. `norm`
+        says whether the last norm is applied, to all of them.
 
         An image that cannot be read is a UsageError that names it; with `on_error` "skip" it is left out, and
         `rows` tells which images the features are of. UsageError for whatever this network cannot take.
         """
         if on_error not in ("raise", "skip"):
             raise nearest("on_error", on_error, ("raise", "skip"))
-        if not 1 <= blocks <= self.config.depth:
-            raise UsageError(f"blocks {blocks}: this network has {self.config.depth}; take 1 to {self.config.depth}")
-        if isinstance(images, Tensor):
-            images = self._check(images)
-            rows = list(range(len(images)))
-        else:
-            images, rows = self._prepare(images, on_error)
-        if self.device.type == "cuda" and images.device.type == "cpu":
-            images = images.pin_memory()  # the copy overlaps with work of the device
-        images, width = images.to(self.device, non_blocking=True), images.shape[-1] // self.config.patch
-        parts = []
-        for per_block in self.tokens(images, blocks) if rows else []:
-            means = [(t.cls_BD, t.patches_BPD.mean(1)) for t in per_block]
-            patches_BhwD = per_block[-1].patches_BPD.unflatten(1, (-1, width))
-            parts.append(Features(per_block[-1].cls_BD, patches_BhwD, per_block[-1].registers_BRD, means))
-        return dataclasses.replace(_concatenated(parts or [self._none(images, blocks)]), rows=rows)
+        wanted, last = self._block_numbers(blocks), self.config.depth - 1
+        run = sorted({*wanted, last})  # the order in which blocks compute
+        p, rows, parts = with_size(self.preprocessing, size, self.config.patch), [], []
+        for batch_rows, x_BCHW in self._batches(images, p, keep_aspect, on_error):
+            rows += batch_rows
+            width = x_BCHW.shape[-1] // self.config.patch
+            parts += [
+                [(t.cls_BD, t.patches_BPD.unflatten(1, (-1, width)), t.registers_BRD) for t in per_block]
+                for per_block in self.tokens(self._moved(x_BCHW), run, norm)
+            ]
+        empty = self._none(images, p)
+        order = sorted(range(len(rows)), key=rows.__getitem__)
+        computed = [_joined([part[i] for part in parts] or [empty], order, keep_aspect) for i in range(len(run))]
+        return dataclasses.replace(
+            computed[-1], blocks=[computed[run.index(number)] for number in wanted], rows=[rows[i] for i in order]
+        )
 
-    def tokens(self, images_BCHW: Tensor, blocks: int) -> Iterator[list[Tokens]]:
-        """Tokens after each of the last blocks, earliest first, of a few images at a time."""
+    @torch.no_grad()
+    def attention(
+        self,
+        images: Tensor | Picture | Sequence[Picture],
+        *,
+        size: Size = None,
+        block: int = -1,
+        keep_aspect: bool = False,
+    ) -> Any:
+        """What the class token and the registers attend to, in a block: (B, N, 1 + R, h, w), the class token first.
+
+        Probabilities over all tokens, of which those of the patches are returned; so they sum to less than one. Images
+        and sizes as in `features`; with `keep_aspect` a list of tensors (N, 1 + R, h, w).
+        """
+        (block,) = self._block_numbers([block])
+        p, rows, parts = with_size(self.preprocessing, size, self.config.patch), [], []
+        for batch_rows, x_BCHW in self._batches(images, p, keep_aspect, "raise"):
+            rows += batch_rows
+            for minibatch_BCHW in inference.minibatches(self._moved(x_BCHW), self.vit):
+                parts += inference.attention(self.vit, minibatch_BCHW, block)
+        maps = [parts[i] for i in sorted(range(len(rows)), key=rows.__getitem__)]
+        if keep_aspect:
+            return maps
+        grid = self._none(images, p)[1].shape[1:3]
+        shape = 0, self.config.heads, 1 + self.config.registers, *grid
+        return torch.stack(maps) if maps else torch.zeros(shape, device=self.device)
+
+    def tokens(self, images_BCHW: Tensor, blocks: Sequence[int], norm: bool = True) -> Iterator[list[Tokens]]:
+        """Tokens after each of these blocks, numbered from 0 and ascending, of a few prepared images at a time."""
         for minibatch_BCHW in inference.minibatches(images_BCHW, self.vit):
             with torch.no_grad(), inference.autocast(self.device, self.compute):
-                per_block = (self.network or self.vit).last_blocks([minibatch_BCHW], blocks)
+                per_block = (self.network or self.vit).after_blocks([minibatch_BCHW], blocks, norm=norm)
             yield [tokens for (tokens,) in per_block]
 
-    def _prepare(self, images: Picture | Sequence[Picture], on_error: str) -> tuple[Tensor, list[int]]:
-        """Prepared images, and which of the given ones they are."""
-        if len(self.preprocessing.mean) != self.channels:
-            counts = f"its preprocessing has {len(self.preprocessing.mean)} means for {self.channels} channels"
+    def _block_numbers(self, blocks: int | Sequence[int]) -> list[int]:
+        """The numbers, from 0, of so many last blocks, or of those in a list, in its order."""
+        depth = self.config.depth
+        if isinstance(blocks, int):
+            if not 1 <= blocks <= depth:
+                raise UsageError(f"blocks {blocks}: this network has {depth}; take 1 to {depth}, or a list of numbers")
+            return list(range(depth - blocks, depth))
+        for number in blocks:
+            if not (isinstance(number, int) and -depth <= number < depth):
+                raise UsageError(f"block {number}: this network has the blocks 0 to {depth - 1}; -1 is the last")
+        return [number % depth for number in blocks]
+
+    def _moved(self, x_BCHW: Tensor) -> Tensor:
+        """Prepared images on this device, in the data type of the weights."""
+        if self.device.type == "cuda" and x_BCHW.device.type == "cpu":
+            x_BCHW = x_BCHW.pin_memory()  # the copy overlaps with work of the device
+        return x_BCHW.to(self.device, self.dtype, non_blocking=True)
+
+    def _batches(
+        self, images: Tensor | Picture | Sequence[Picture], p: Preprocessing, keep_aspect: bool, on_error: str
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Prepared images (B, C, H, W) of one size each, and which of the given images they are.
+
+        Pictures are read a few at a time, so that any number of them fits into memory.
+        """
+        if isinstance(images, Tensor) and images.is_floating_point():
+            if len(x_BCHW := self._check(images)):
+                yield list(range(len(x_BCHW))), x_BCHW
+            return
+        if len(p.mean) != self.channels:
+            counts = f"its preprocessing has {len(p.mean)} means for {self.channels} channels"
             raise UsageError(f"{self.name}: {counts}; give it prepared tensors")
-        is_one = isinstance(images, str | Path | bytes | bytearray) or hasattr(images, "convert")
-        pictures = [images] if is_one or (isinstance(images, np.ndarray) and images.ndim < 4) else list(images)
-        prepared, rows, seen, broken = [], [], [], []
+        waiting: dict[torch.Size, list[tuple[int, Tensor]]] = {}
+        for row, x_CHW in self._prepared(images, p, keep_aspect, on_error):
+            of_size = waiting.setdefault(x_CHW.shape, [])
+            of_size.append((row, x_CHW))
+            if len(waiting) > 1 and not keep_aspect:
+                a, b = (" x ".join(map(str, shape[1:])) for shape in list(waiting)[:2])
+                raise UsageError(
+                    f"image {row} is prepared in another size than those before ({b} and {a} pixels); "
+                    "keep_aspect=True takes images of any sizes"
+                )
+            if len(of_size) >= inference.images_at_once(self.vit, x_CHW.shape[1:]):
+                yield [row for row, _ in of_size], torch.stack([x for _, x in of_size])
+                of_size.clear()
+        for of_size in waiting.values():
+            if of_size:
+                yield [row for row, _ in of_size], torch.stack([x for _, x in of_size])
+
+    def _prepared(
+        self, images: Picture | Sequence[Picture], p: Preprocessing, keep_aspect: bool, on_error: str
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Each readable picture as a tensor (C, H, W), with its number. It says which are left out, and why."""
+        pictures, seen, broken = _as_list(images), [], []
         for row, picture in enumerate(pictures):
+            if isinstance(picture, Tensor) and picture.is_floating_point():
+                if picture.ndim != 3:
+                    raise UsageError(
+                        f"image {row}, a tensor of shape {tuple(picture.shape)}: in a list each is one "
+                        f"image ({self.channels}, height, width)"
+                    )
+                yield row, self._check(picture)[0].cpu()
+                continue
             try:
                 values = self._values(picture)
             except (BadImage, OSError) as error:
@@ -145,15 +258,13 @@ class Backbone(SavedViT):
                 if on_error == "raise":
                     raise UsageError(f"{broken[0]}; on_error='skip' leaves it out") from None
                 continue
-            seen += [] if self.preprocessing.range or (one := used(values)) is None else [one]
-            prepared.append(_prepare(self._to_uint8(values), self.preprocessing))
-            rows.append(row)
+            seen += [] if p.range or (one := used(values)) is None else [one]
+            pixels_HWC = self._to_uint8(values)
+            yield row, whole(pixels_HWC, p, self.config.patch) if keep_aspect else crop(pixels_HWC, p)
         if broken:
             say(f"features: {len(broken)} of {len(pictures)} images left out: {'; '.join(broken)}"[:500])
         if seen and (line := advice(seen)):
             say(f"features: {line} (troodon.load(..., range=...))")
-        empty = torch.zeros(0, self.channels, *pair(self.preprocessing.crop))
-        return torch.stack(prepared) if prepared else empty, rows
 
     def _pixels(self, picture: Picture) -> np.ndarray:
         """uint8 (H, W, C) of a picture, as the network sees it before it is resized."""
@@ -170,6 +281,9 @@ class Backbone(SavedViT):
             if self.channels not in (1, 3, bands := band_count(picture)):
                 raise UsageError(f"an image of {bands} channels ({picture.mode}): this network takes {self.channels}")
             return of_pillow(picture, self.channels, self.preprocessing.range)
+        if isinstance(picture, Tensor):  # (C, H, W), as others read files
+            picture = picture.cpu().numpy()
+            picture = picture[0] if len(picture) == 1 else np.moveaxis(picture, 0, -1)
         values = of_array(np.asarray(picture), self.preprocessing.range)
         if values.shape[2] != self.channels and not (np.ndim(picture) == 2 and self.channels == 3):
             expected = f"this network takes (height, width, {self.channels})"
@@ -185,21 +299,18 @@ class Backbone(SavedViT):
         if x_BCHW.ndim != 4 or x_BCHW.shape[1] != self.channels:
             wanted = f"(batch, {self.channels}, height, width)"
             raise UsageError(f"a tensor of shape {tuple(images.shape)}: this network takes {wanted}")
-        if not x_BCHW.is_floating_point():
-            fix = f"give pictures as arrays (height, width, {self.channels})"
-            raise UsageError(f"a tensor of {str(images.dtype)[6:]}: a prepared tensor has normalised floats; {fix}")
-        if x_BCHW.shape[2] % patch or x_BCHW.shape[3] % patch or not x_BCHW.shape[2] * x_BCHW.shape[3]:
-            near = " x ".join(str(max(1, round(side / patch)) * patch) for side in x_BCHW.shape[2:])
-            size = f"{x_BCHW.shape[2]} x {x_BCHW.shape[3]} pixels"
-            raise UsageError(f"a tensor of {size} does not divide into patches of {patch}; the nearest is {near}")
+        check_divides(x_BCHW.shape[2:], patch, "a tensor")
         return x_BCHW.float()
 
-    def _none(self, images_BCHW: Tensor, blocks: int) -> Features:
-        """Features of no image, with the shapes of those of some."""
-        grid = [side // self.config.patch for side in images_BCHW.shape[2:]]
+    def _none(self, images: Any, p: Preprocessing) -> tuple[Tensor, Tensor, Tensor]:
+        """Class tokens, patches and registers of no image, with the shapes of those of some."""
+        is_prepared = isinstance(images, Tensor) and images.is_floating_point()
+        grid = [side // self.config.patch for side in (images.shape[-2:] if is_prepared else pair(p.crop))]
         shapes = (), grid, [self.config.registers]
-        cls, patches, registers = (torch.zeros(0, *s, self.config.dim, device=self.device) for s in shapes)
-        return Features(cls, patches, registers, [(cls, cls)] * blocks)
+        cls, patches, registers = (
+            torch.zeros(0, *shape, self.config.dim, device=self.device, dtype=self.dtype) for shape in shapes
+        )
+        return cls, patches, registers
 
     @staticmethod
     def of(saved: SavedViT) -> "Backbone":
@@ -216,30 +327,18 @@ class Backbone(SavedViT):
         return Backbone.from_state_dict(vit.state_dict(), config, preprocessing, name="random")
 
 
-def _concatenated(parts: list[Features]) -> Features:
-    per_block = zip(*(f.blocks for f in parts), strict=True)
-    return Features(
-        torch.cat([f.cls for f in parts]),
-        torch.cat([f.patches for f in parts]),
-        torch.cat([f.registers for f in parts]),
-        [(torch.cat([cls for cls, _ in block]), torch.cat([mean for _, mean in block])) for block in per_block],
-    )
+def _as_list(images: Picture | Sequence[Picture]) -> list[Picture]:
+    """The pictures, also where there is one."""
+    if isinstance(images, str | Path | bytes | bytearray) or hasattr(images, "convert"):
+        return [images]
+    is_one = isinstance(images, np.ndarray | Tensor) and images.ndim < 4
+    return [images] if is_one else list(images)
 
 
-def _prepare(image_HWC: np.ndarray, p: Preprocessing) -> Tensor:
-    crop_h, crop_w = pair(p.crop)
-    height, width = image_HWC.shape[:2]
-    tallest, widest = max(1, LONGEST * width * crop_h // crop_w), max(1, LONGEST * height * crop_w // crop_h)
-    top, left = max(0, height - tallest) // 2, max(0, width - widest) // 2
-    image_HWC = image_HWC[top : top + tallest, left : left + widest]
-    height, width = image_HWC.shape[:2]
-    cover = [side * p.resize / min(crop_h, crop_w) for side in (crop_h, crop_w)]
-    scale = max(cover[0] / height, cover[1] / width)
-    size = [max(round(cover[0]), round(height * scale)), max(round(cover[1]), round(width * scale))]
-    x_CHW = torch.from_numpy(np.array(image_HWC)).permute(2, 0, 1)  # a copy: some are read-only
-    if size != [height, width]:
-        x_CHW = F.interpolate(x_CHW[None], size=size, mode="bicubic", antialias=True)[0]
-    top, left = (size[0] - crop_h) // 2, (size[1] - crop_w) // 2
-    x_CHW = x_CHW[:, top : top + crop_h, left : left + crop_w].float() / 255.0
-    mean, std = (torch.tensor(v)[:, None, None] for v in (p.mean, p.std))
-    return (x_CHW - mean) / std
+def _joined(parts: list[tuple[Tensor, Tensor, Tensor]], order: list[int], keep_aspect: bool) -> Features:
+    """Class tokens, patches and registers of batches, put together in the order of the given images."""
+    cls, registers = (torch.cat([part[i] for part in parts]) for i in (0, 2))
+    if keep_aspect:
+        patches = [hwD for _, patches_BhwD, _ in parts for hwD in patches_BhwD.clone()]
+        return Features(cls[order], [patches[i] for i in order], registers[order])
+    return Features(cls, torch.cat([patches for _, patches, _ in parts]), registers)

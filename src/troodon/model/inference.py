@@ -2,17 +2,20 @@
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from troodon.model.packing import pack
 from troodon.model.vit import Mlp, ViT
 
-# Shape suffixes: B images, C colours, H W pixels.
+# Shape suffixes: B images, C colours, H W pixels, T tokens of the pack, D channels, N heads, Q tokens that attend,
+#                 L tokens of an image, R registers, h w rows and columns of patches.
 
 TOKENS_AT_ONCE = 4096  # on a CPU: larger batches only use more memory
+TOKENS_ON_DEVICE = 2**16  # of pictures that are read here; prepared images go through an accelerator as they come
 CAN_PACK = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 SPEEDUP = 1.1  # bf16 is chosen if it is at least this many times as fast as fp32: else its rounding is not worth it
 
@@ -35,7 +38,7 @@ def optimized(vit: ViT, compute: torch.dtype, *, compile: bool = False) -> ViT:
             if isinstance(layer, nn.Linear):
                 layer.to(compute)
         if compile:
-            block.forward = torch.compile(block.forward, dynamic=False)
+            block.compile(dynamic=False)  # copies, and those in other processes, are not compiled
         elif vit.cls_token.device.type == "cpu" and CAN_PACK:
             attn, mlp = block.attn, block.mlp
             attn.qkv, attn.proj = Packed(attn.qkv), Packed(attn.proj)
@@ -71,14 +74,27 @@ def autocast(device: torch.device, compute: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, compute, enabled=compute != torch.float32)
 
 
+def images_at_once(vit: ViT, size: Sequence[int]) -> int:
+    """How many images of this height and width go through the network together."""
+    patch, limit = vit.config.patch, TOKENS_AT_ONCE if vit.cls_token.device.type == "cpu" else TOKENS_ON_DEVICE
+    return max(1, limit // (1 + vit.config.registers + size[0] // patch * (size[1] // patch)))
+
+
 def minibatches(images_BCHW: Tensor, vit: ViT) -> Iterator[Tensor]:
     """The batch as it goes through the network: whole on an accelerator, a few images at a time on a CPU."""
-    if vit.cls_token.device.type != "cpu":
-        yield images_BCHW
-        return
-    patch = vit.config.patch
-    tokens = 1 + vit.config.registers + images_BCHW.shape[2] // patch * (images_BCHW.shape[3] // patch)
-    yield from images_BCHW.split(max(1, TOKENS_AT_ONCE // tokens))
+    is_cpu = vit.cls_token.device.type == "cpu"
+    yield from images_BCHW.split(images_at_once(vit, images_BCHW.shape[2:])) if is_cpu else [images_BCHW]
+
+
+def attention(vit: ViT, images_BCHW: Tensor, block: int) -> Tensor:
+    """The attention of class token and registers to the patches in the block of this number: (B, N, 1 + R, h, w)."""
+    x_TD, layout = pack([vit.embed(images_BCHW, None)])
+    blocks: Any = vit.blocks
+    for earlier in blocks[:block]:
+        x_TD = earlier(x_TD, layout)
+    first = 1 + vit.config.registers
+    (weights_BNQL,) = blocks[block].attn.weights(blocks[block].norm1(x_TD), layout, first)
+    return weights_BNQL[..., first:].unflatten(-1, (-1, images_BCHW.shape[3] // vit.config.patch))
 
 
 @torch.inference_mode()

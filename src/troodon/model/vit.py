@@ -47,13 +47,25 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.dim, config.dim)
 
     def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
-        q_TNH, k_TNH, v_TNH = self.qkv(x_TD).unflatten(-1, (3, self.heads, -1)).unbind(1)
-        return self.proj(attend(q_TNH, k_TNH, v_TNH, layout).flatten(1))
+        return self.proj(attend(*self.heads_of(x_TD), layout).flatten(1))
+
+    def heads_of(self, x_TD: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values (T, N, H) of the tokens."""
+        return self.qkv(x_TD).unflatten(-1, (3, self.heads, -1)).unbind(1)
+
+    def weights(self, x_TD: Tensor, layout: Layout, first: int) -> list[Tensor]:
+        """The attention of the first tokens of each sequence to all of its tokens: (B, N, first, L) for each group."""
+        queries_keys = (unpack(x_TNH.float(), layout) for x_TNH in self.heads_of(x_TD)[:2])
+        return [
+            (q.transpose(1, 2)[:, :, :first] @ k.permute(0, 2, 3, 1) * q.shape[-1] ** -0.5).softmax(-1)
+            for q, k in zip(*queries_keys, strict=True)
+        ]
 
 
 def activated_linear(activation: Callable[[Tensor], Tensor], x: Tensor, linear: nn.Linear) -> Tensor:
     """linear(activation(x)). Only x is saved for the backward pass, which computes the activation again."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler decides by itself what to save
+    is_plain = type(linear) is nn.Linear  # an adapter around it is more than its weight and bias
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not is_plain:  # a compiler decides what to save
         return linear(activation(x))
     return _ActivatedLinear.apply(x, linear.weight, linear.bias, activation)
 
@@ -140,6 +152,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, h * w, D), row by row. A matrix product, as patches do not overlap."""
+        if type(self.proj) is not nn.Conv2d:  # an adapter around it
+            return self.proj(images_BCHW).flatten(2).transpose(1, 2)
         p = self.patch
         x_BhwCpp = images_BCHW.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5)
         return F.linear(x_BhwCpp.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
@@ -177,23 +191,25 @@ class ViT(nn.Module):
 
     def forward(self, groups: list[Tensor], masks: list[Tensor | None] | None = None) -> list[Tokens]:
         """Tokens of one (B, C, H, W) tensor for each crop size. A mask (B, P) replaces patches by the mask token."""
-        return self.last_blocks(groups, 1, masks)[0]
+        return self.after_blocks(groups, [len(self.blocks) - 1], masks)[0]
 
-    def last_blocks(
-        self, groups: list[Tensor], count: int, masks: list[Tensor | None] | None = None
+    def after_blocks(
+        self, groups: list[Tensor], blocks: Sequence[int], masks: list[Tensor | None] | None = None, norm: bool = True
     ) -> list[list[Tokens]]:
-        """The tokens after each of the last `count` blocks, earliest first, each through the last norm."""
+        """The tokens after each of these blocks, numbered from 0 and ascending: through the last norm, or as they are.
+
+        Blocks after the last of these do not run.
+        """
         if isinstance(groups, Tensor):
             raise UsageError("a ViT takes a list of tensors (B, C, H, W), one for each size: vit([images])")
-        if not 1 <= count <= len(self.blocks):
-            raise ValueError(f"blocks {count}: the network has {len(self.blocks)} blocks; take 1 to {len(self.blocks)}")
         x_TD, layout = pack([self.embed(x, m) for x, m in zip(groups, masks or [None] * len(groups), strict=True)])
         drop, branches, outputs = self.config.drop_path if self.training else 0.0, 2 * len(self.blocks), []
         kept = draw_kept(layout, drop, branches, x_TD.device) if drop else [None] * branches
-        for done, block in enumerate(self.blocks, start=1):
-            x_TD = block(x_TD, layout, kept[2 * done - 2 : 2 * done])
-            if done > len(self.blocks) - count:
-                outputs.append([self.split(x_BLD) for x_BLD in unpack(self.norm(x_TD), layout)])
+        for number, block in zip(range(blocks[-1] + 1), self.blocks):
+            x_TD = block(x_TD, layout, kept[2 * number : 2 * number + 2])
+            if number in blocks:
+                output_TD = self.norm(x_TD) if norm else x_TD
+                outputs.append([self.split(x_BLD) for x_BLD in unpack(output_TD, layout)])
         return outputs
 
     def embed(self, images_BCHW: Tensor, mask_BP: Tensor | None) -> Tensor:
