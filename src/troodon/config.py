@@ -16,11 +16,12 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar
 
 C = TypeVar("C")
-Range = tuple[float, float]  # values of pixels that become black and white
+Range = tuple[float | str, ...]  # values of pixels that become black and white; two for all channels, or for each
 
 
 class UsageError(ValueError):
@@ -46,12 +47,42 @@ def within(config: object, section: str, low: float, high: float | None = None, 
 
 
 def check_range(range: Range | None) -> Range | None:
-    """The range; UsageError unless it is two finite numbers, the smaller one first."""
-    if range is not None and not (len(range) == 2 and -math.inf < range[0] < range[1] < math.inf):
-        raise UsageError(
-            f"range {' '.join(f'{n:g}' for n in range)}: two numbers, the smaller one first, such as 0 4095"
-        )
-    return range
+    """The range; UsageError unless it is finite numbers, the smaller one first: two, or two for each channel.
+
+    The error for percentiles (see `percentiles`) says how they become numbers.
+    """
+    if range is None or _is_pairs(range):
+        return range
+    text = range_text(range)
+    if percentiles(range):
+        fix = f"`troodon scan DATA --out index --range {text}`, then `--data index`"
+        raise UsageError(f"range {text}: only scan measures percentiles, and its index keeps them as numbers: {fix}")
+    raise UsageError(f"range {text}: two numbers, the smaller one first, such as 0 4095; or two for each channel")
+
+
+def _is_pairs(range: Range) -> bool:
+    numbers = [float(n) for n in range if isinstance(n, Real) and math.isfinite(n)]
+    is_whole = len(numbers) == len(range) and bool(numbers) and len(numbers) % 2 == 0
+    return is_whole and all(low < high for low, high in zip(numbers[::2], numbers[1::2]))
+
+
+def percentiles(range: Range | None) -> tuple[float, float] | None:
+    """The numbers of a range such as ("1%", "99%"), which stands for percentiles of the values of a set; else None.
+
+    UsageError for percentiles that do not lie in 0 to 100, the smaller one first.
+    """
+    if range is None or not any(isinstance(n, str) and n.endswith("%") for n in range):
+        return None
+    with contextlib.suppress(ValueError):
+        low, high = (float(str(n).removesuffix("%")) if str(n).endswith("%") else math.nan for n in range)
+        if 0 <= low < high <= 100:
+            return low, high
+    raise UsageError(f"range {range_text(range)}: two percentiles, the smaller one first, such as 1% 99%")
+
+
+def range_text(range: Range) -> str:
+    """A range as on a command line."""
+    return " ".join(f"{n:.10g}" if isinstance(n, Real) else str(n) for n in range)
 
 
 def pair(side: int | tuple[int, int]) -> tuple[int, int]:
@@ -144,8 +175,24 @@ def _note(message: str) -> None:
 
 
 def to_dict(config: Any) -> dict:
-    """Plain dictionaries, lists, numbers and strings, as YAML and JSON write them."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """Plain dictionaries, lists, numbers and strings, as YAML and JSON write them.
+
+    A config names in `LATER` the fields that it did not always have: they are written only where they differ from their
+    defaults, so that what was recorded before, and its fingerprint, stay as they are.
+    """
+    return json.loads(json.dumps(_plain(config)))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {name: _plain(v) for name, v in value.items()}
+    if not dataclasses.is_dataclass(value):
+        return value
+    later = {f.name: f.default for f in dataclasses.fields(value) if f.name in getattr(value, "LATER", ())}
+    items = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    return {name: _plain(v) for name, v in items.items() if not (name in later and v == later[name])}
 
 
 def from_dict(default: C, changes: dict, *, source: str) -> C:

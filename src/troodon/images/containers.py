@@ -229,7 +229,8 @@ def _to_npy(image: Any) -> bytes:
     if hasattr(image, "getbands"):
         from PIL import Image
 
-        from troodon.images.decode import of_pillow, pillow_to_array
+        from troodon.images.decode import pillow_to_array
+        from troodon.pillow import of_pillow
 
         if image.mode == "F" or image.mode.startswith("I"):  # more than 8 bits, which become 8 where it is decoded
             Image.fromarray(of_pillow(image)[:, :, 0]).save(out := io.BytesIO(), "TIFF")

@@ -25,7 +25,8 @@ import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from troodon.config import Range, UsageError
-from troodon.pixels import BadImage, band_count, has_deep_colours, of_pillow, orientation, to_uint8, upright
+from troodon.pillow import band_count, has_deep_colours, of_pillow, orientation, upright
+from troodon.pixels import BadImage, Values, to_uint8
 from troodon.pixels import to_grey as to_grey  # for those who decode
 
 try:
@@ -34,6 +35,7 @@ except ImportError:
     simplejpeg = None
 HAS_SIMPLEJPEG = simplejpeg is not None
 
+MEDICAL = ("DICOM", "NIfTI")  # formats whose files say which values are shown
 MAX_PIXELS = 100_000_000
 LIMIT = "TROODON_MAX_MEGAPIXELS"  # environment variable: another limit, in millions of pixels
 MAX_TEXT = 1 << 26  # bytes of one text in a PNG, and a quarter of all: microscopes write megabytes
@@ -104,26 +106,27 @@ def decode_values(
     channels: int | None = 3,
     reduction: Callable[[int, int], int] | None = None,
     range: Range | None = None,
-) -> np.ndarray:
-    """What `decode` makes 8 bits of: values (H, W, C) as the file has them, upright."""
+) -> Values:
+    """What `decode` makes 8 bits of: the values (H, W, C) as the file has them, upright."""
     with _as_bad_image(data):
         if data.startswith(NPY_MAGIC):
             array = _decode_npy(data, channels, range)
             if reduction is not None:
                 reduction(*array.shape[:2])
-            return array
+            return Values(array)
         with _open(data) as image:
             if reduction is not None:
                 factor = reduction(*_upright_size(image)[::-1])
                 if factor > 1 and image.format == "JPEG":
                     image.draft(None, (image.width // factor, image.height // factor))
             fast = _decode_jpeg(data, image) if channels in (1, 3, None) else None
-            return of_pillow(image, channels, range) if fast is None else upright(fast, orientation(image))
+            return Values(of_pillow(image, channels, range) if fast is None else upright(fast, orientation(image)))
 
 
-def as_bytes(values_HWC: np.ndarray, data: bytes, channels: int | None = 3, range: Range | None = None) -> np.ndarray:
+def as_bytes(values: Values, data: bytes, channels: int | None = 3, range: Range | None = None) -> np.ndarray:
     """uint8 (H, W, channels), writable, of what `decode_values` has read from `data`."""
-    return to_uint8(values_HWC, 3 if channels is None and not data.startswith(NPY_MAGIC) else channels, range)
+    channels = 3 if channels is None and not data.startswith(NPY_MAGIC) else channels
+    return to_uint8(values.array, channels, range or values.window)
 
 
 def pillow_to_array(image: Image.Image) -> np.ndarray:
@@ -205,7 +208,9 @@ def _decode_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
 
 def _decode_npy(data: bytes, channels: int | None, range: Range | None) -> np.ndarray:
     """The values (H, W, C) of a .npy file."""
-    shape, dtype, is_fortran, start = _npy_header(data, range)
+    shape, dtype, is_fortran, start = _npy_header(data)
+    if dtype.name not in ("uint8", "uint16") and range is None:
+        raise BadImage("decode error", f"an array of {dtype.name} where uint8 or uint16 is wanted; set --range")
     if shape[2] != (channels or shape[2]):
         raise BadImage("decode error", f"channels: {shape[2]}, wanted: {channels}")
     count = math.prod(shape)
@@ -215,7 +220,7 @@ def _decode_npy(data: bytes, channels: int | None, range: Range | None) -> np.nd
     return np.array(pixels, order="C")
 
 
-def _npy_header(data: bytes, range: Range | None = None) -> tuple[tuple[int, int, int], np.dtype, bool, int]:
+def _npy_header(data: bytes) -> tuple[tuple[int, int, int], np.dtype, bool, int]:
     """The header of a .npy file: (H, W, C), data type, whether in Fortran order, and offset of the data."""
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
@@ -223,9 +228,8 @@ def _npy_header(data: bytes, range: Range | None = None) -> tuple[tuple[int, int
         raise BadImage("decode error", f"a .npy file of version {version[0]}.{version[1]}; 1.0 and 2.0 can be read")
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, is_fortran, dtype = read(file, max_header_size=MAX_NPY_HEADER)
-    if dtype.name not in ("uint8", "uint16") and (range is None or dtype.kind not in "iuf"):
-        hint = "; set --range, or convert it" if dtype.kind in "iuf" else ""
-        raise BadImage("decode error", f"an array of {dtype.name} where uint8 or uint16 is wanted{hint}")
+    if dtype.kind not in "iuf":
+        raise BadImage("decode error", f"an array of {dtype.name} where uint8 or uint16 is wanted")
     if len(shape) not in (2, 3) or min(shape) < 1:
         raise BadImage("decode error", f"an array of shape {shape} where (H, W) or (H, W, C) is wanted")
     height, width, channels = (*shape, 1)[:3]

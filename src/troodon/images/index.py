@@ -168,9 +168,9 @@ class Index:
         """The same images with this range of values, which is saved with them; None changes nothing."""
         if check_range(range) is None or range == self.range:
             return self
-        low, high = map(float, range or ())
-        metadata = (self.table.schema.metadata or {}) | {RANGE: json.dumps([low, high]).encode()}
-        return replace(self, table=self.table.replace_schema_metadata(metadata), range=(low, high))
+        numbers = tuple(float(n) for n in range or ())
+        metadata = (self.table.schema.metadata or {}) | {RANGE: json.dumps(numbers).encode()}
+        return replace(self, table=self.table.replace_schema_metadata(metadata), range=numbers)
 
     def content_hash(self) -> str:
         """A hash of the table: names, locations, lengths, labels and splits; and of the range. No image is read."""
@@ -238,10 +238,7 @@ class Index:
 def saved_range(table: pa.Table) -> Range | None:
     """The range that a saved table has."""
     text = (table.schema.metadata or {}).get(RANGE)
-    if not text:
-        return None
-    low, high = json.loads(text)
-    return low, high
+    return tuple(json.loads(text)) if text else None
 
 
 def usable_rows(table: pa.Table) -> pa.Table:

@@ -134,8 +134,9 @@ def format_summary(summary: dict) -> str:
     ]
     if values := summary.get("values"):
         text = f"{_counts_text(values['types'])}: {values['min']:g} to {values['max']:g}"
-        low, high = values.get("range", (0, 0))
-        rows.append(("values", text + (f", of which {low:g} to {high:g} are shown" if low != high else "")))
+        pairs = list(zip(*[iter(values.get("range", ()))] * 2))
+        shown = ", ".join(f"{low:g} to {high:g}" for low, high in pairs) + " by channel" * (len(pairs) > 1)
+        rows.append(("values", text + (f", of which {shown} are shown" if pairs else "")))
         rows += [("range", values["advice"])] if values.get("advice") else []
     for name, unit in (("width", "px"), ("height", "px"), ("megapixels", "MP")):
         if size := summary["sizes"][name]:

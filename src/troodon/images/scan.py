@@ -32,13 +32,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from troodon import config, run
-from troodon.config import Range, UsageError
+from troodon.config import Range, UsageError, percentiles
 from troodon.images import files
 from troodon.images.decode import BadImage, as_bytes, decode_values, read_header
-from troodon.images.index import MODIFIED, SCHEMA, UNKNOWN, Index
+from troodon.images.index import MODIFIED, SCHEMA, UNKNOWN, Index, saved_range
 from troodon.images.inventory import summarise
 from troodon.images.reading import map_ordered
 from troodon.images.sources import open_source
+from troodon.images.values import measured
 from troodon.lock import one_at_a_time
 from troodon.pixels import used
 
@@ -75,15 +76,18 @@ def scan_to(
 ) -> dict:
     """Scan these sources into the index artifact `out`, with a range of values, and return the summary.
 
-    An existing index of the same sources is updated. Raises UsageError if a source cannot be opened, or if `out` holds
+    Percentiles as a range are measured, unless `out` has been made with them from the same files. An existing index of
+    the same sources is updated. Raises UsageError if a source cannot be opened, or if `out` holds
     something else.
     """
     start = time.monotonic()
-    index = open_source(*paths).with_range(range)
+    index = open_source(*paths)
+    shares = percentiles(range)
+    index = index if shares else index.with_range(range)
     if index.datasets:
         raise UsageError(f"{next(iter(index.datasets))}: a file cannot list a Python dataset; pack it first")
     settings = {"sources": [str(p if files.REMOTE.match(str(p)) else Path(p).absolute()) for p in paths]}
-    settings |= {"range": list(index.range)} if index.range else {}
+    settings |= {"range": list(range or ())} if shares else {"range": list(index.range)} if index.range else {}
     modified = index.modification_times()
     fingerprint = config.fingerprint(settings, index.content_hash(), hashlib.sha256(modified.tobytes()).hexdigest())
     manifest = run.read_manifest(out)
@@ -92,8 +96,11 @@ def scan_to(
     elif manifest["fingerprint"] == fingerprint and (modified != UNKNOWN).all():
         return run.read_json(out / "summary.json")
     parts = out.with_name(f"{out.name}.parts")
+    if shares:
+        index = index.with_range(measured(index, range, threads))
     previous = [_of_known_files(pq.read_table(out / "images.parquet"))] if manifest else []
     previous += [pq.read_table(path) for path in sorted(parts.glob("*.parquet"))]
+    previous = [part for part in previous if saved_range(part) == index.range]
     table, read = scan(index, threads, progress, modified, previous, functools.partial(_save_part, parts))
     with run.publish(out, "index", fingerprint, settings) as folder:
         Index(table).save(folder / "images.parquet")
@@ -194,7 +201,7 @@ def _examine(index: Index, row: int) -> tuple:
         return (bad.status, bad.reason, *header, sha256, None, *no_values)
     digest = hashlib.sha256(np.array(pixels.shape, "<i8").tobytes())
     digest.update(pixels.data)
-    return ("ok", None, *header, sha256, digest.hexdigest()[:32], *(used(values) or no_values))
+    return ("ok", None, *header, sha256, digest.hexdigest()[:32], *(used(values.array) or no_values)[:3])
 
 
 def _save_part(folder: Path, results: pa.Table) -> None:

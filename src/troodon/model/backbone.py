@@ -20,7 +20,8 @@ from troodon.model.config import Preprocessing, ViTConfig
 from troodon.model.preprocess import check_divides, crop, whole, with_size
 from troodon.model.saved import SavedViT
 from troodon.model.vit import Tokens, ViT
-from troodon.pixels import BadImage, advice, band_count, of_array, of_pillow, to_uint8, used
+from troodon.pillow import band_count, of_pillow
+from troodon.pixels import BadImage, advice, of_array, to_uint8, used
 from troodon.run import say
 
 # Shape suffixes: B images, C colours, H W pixels, D channels, N heads, R registers, h w rows and columns of patches.

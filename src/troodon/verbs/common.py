@@ -35,10 +35,11 @@ class ReadImage:
     range: Range | None = None
 
     def __call__(self, image: str | Path | bytes) -> "ndarray":
-        from troodon.images.decode import decode_values
+        from troodon.images.decode import as_bytes, decode_values
 
         data = bytes(image) if isinstance(image, bytes | bytearray) else Path(image).expanduser().read_bytes()
-        return decode_values(data, self.channels, range=self.range)
+        values = decode_values(data, self.channels, range=self.range)
+        return values.array if self.range or not values.window else as_bytes(values, data, self.channels)
 
 
 def load(path: str | Path, *, range: Range | None = None) -> "Backbone":

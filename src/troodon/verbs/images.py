@@ -35,16 +35,20 @@ def scan(data: Data, out: str | Path | None = None, *, threads: int = 0, range: 
 
     Returns the summary. With `out`, it also writes an index there, which other verbs take as data, and an HTML page; a
     second scan reads only files that have changed. `range` gives the values of images of more than 8 bits that become
-    black and white; the index keeps it, for the verbs that take it as data.
+    black and white: two numbers, two for each channel, or percentiles of the values of all images, ("1%", "99%"). The
+    index keeps it as numbers, for the verbs that take it as data.
     """
     from troodon.images.inventory import summarise
     from troodon.images.scan import scan, scan_to
     from troodon.images.sources import open_source
+    from troodon.images.values import measured
     from troodon.report.page import report
 
     paths = as_list(data)
     if out is None:
-        return summarise(scan(open_source(*paths).with_range(range), threads, progress_callback("scan"))[0])
+        index = open_source(*paths)
+        index = index.with_range(measured(index, range, threads))
+        return summarise(scan(index, threads, progress_callback("scan"))[0])
     summary = scan_to(paths, Path(out), threads, progress_callback("scan"), range)
     if not (page := Path(out) / "report.html").exists():
         report([Path(out)], page)
@@ -62,8 +66,8 @@ class Scan:
     threads: int = 0
     """Threads that read images; 0 is one per processor."""
     range: Range | None = None
-    """Values of images of more than 8 bits that become black and white, such as 0 4095; by their type if left
-    out. The index keeps it."""
+    """Values of images of more than 8 bits that become black and white, such as 0 4095, or two for each channel; or
+    percentiles, such as 1% 99%, which are measured. By their type if left out. The index keeps the numbers."""
     json: bool = False
     """Print the summary as JSON."""
 
