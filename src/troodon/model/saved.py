@@ -96,13 +96,27 @@ class SavedViT:
         """A network from weights that fit the config exactly. UsageError, with what does not fit, otherwise."""
         with torch.device("meta"):
             vit = ViT(dataclasses.replace(config, drop_path=0.0))
-        try:
-            vit.load_state_dict(state, strict=True, assign=True)
-        except RuntimeError as error:
-            raise UsageError(f"{name}: weights do not fit the network: {' '.join(str(error).split())}") from None
+        if wrong := _misfits(state, vit.state_dict()):
+            raise UsageError(f"{name}: weights do not fit the network: {'; '.join(wrong)}")
+        vit.load_state_dict(state, strict=True, assign=True)
         description = {"network": to_dict(config), "preprocessing": preprocessing.as_dict(), "name": name}
         digest = digest or _fingerprint(state, description)
         return cls(vit.requires_grad_(False).eval(), preprocessing, name, digest)
+
+
+def _misfits(state: dict[str, Tensor], network: dict[str, Tensor]) -> list[str]:
+    """In words, the tensors that are missing, that the network has not, and those of another shape."""
+    kinds = {
+        "without": [name for name in network if name not in state],
+        "with the unknown": [name for name in state if name not in network],
+        "of another shape": [
+            f"{name} {tuple(state[name].shape)} instead of {tuple(network[name].shape)}"
+            for name in network
+            if name in state and state[name].shape != network[name].shape
+        ],
+    }
+    rest = {kind: f" and {len(names) - 3} more" * (len(names) > 3) for kind, names in kinds.items()}
+    return [f"{kind} {', '.join(names[:3])}{rest[kind]}" for kind, names in kinds.items() if names]
 
 
 def _check_replaceable(folder: Path) -> None:

@@ -1,104 +1,121 @@
-"""Weights that people have: a run, a backbone folder, released DINOv2 weights (.pth), a Hugging Face folder."""
+"""Weights that people have, as a backbone: a run, a backbone folder, or files of DINOv2, DINOv3, transformers or timm.
 
-import json
+files.py reads tensors, layouts.py finds the network among them, described.py reads what stands beside them.
+"""
+
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from troodon.config import UsageError
 from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
-from troodon.run import read_manifest
-
-HEAD_CHANNELS = 64  # channels of an attention head, in every released model
-
-
-def load_weights(path: Path) -> Backbone:
-    """A backbone folder, a run (its backbone), released DINOv2 weights (.pth), or a Hugging Face folder."""
-    if path.is_dir():
-        if (path / "backbone.json").exists():
-            return Backbone.load(path)
-        if (path / "backbone").is_dir():
-            return Backbone.load(path / "backbone")
-        if (path / "config.json").exists():
-            return _hugging_face(path)
-        if (read_manifest(path) or {}).get("kind") == "run":
-            raise UsageError(f"{path}: a run without a checkpoint, so it has no backbone yet; let it train until one")
-        raise UsageError(f"{path}: neither a run, a backbone folder nor a Hugging Face folder")
-    if path.suffix in (".pth", ".pt") and path.exists():
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return _released(state.get("teacher", state), path.stem)
-    if path.exists():
-        raise UsageError(f"{path}: not weights; expected a folder or a .pth file")
-    raise UsageError(f"{path}: no such run, backbone folder or weights")
+from troodon.model.described import Described, read_config, read_preprocessing
+from troodon.model.files import IMAGES, SHARDS, read_shards, read_tensors
+from troodon.model.layouts import OURS, Layout, complete, find_network, foreign
+from troodon.model.vit import ViT
+from troodon.run import read_manifest, say
 
 
-def config_from_weights(state: dict[str, Tensor], *, heads: int) -> ViTConfig:
+def load_weights(path: str | Path) -> Backbone:
+    """The backbone in a run, a backbone folder, a file of weights, or a folder of Hugging Face or timm.
+
+    A line says what of a file is left, and what it is without. UsageError, with the remedy, for anything else.
+    """
+    place, path = str(path), Path(path)
+    if not path.exists() and re.match(r"\w+:/+\w", place):
+        raise UsageError(f"{place}: an address; download the file first, and give its path")
+    if not path.exists():
+        raise UsageError(f"{path}: no such run, backbone folder or weights")
+    if not path.is_dir():
+        return _backbone(read_tensors(path), None, Preprocessing(), path.stem, path)
+    if (path / "backbone.json").exists():
+        return Backbone.load(path)
+    if (path / "backbone").is_dir():
+        return Backbone.load(path / "backbone")
+    if (described := read_config(path)) is not None:
+        preprocessing = read_preprocessing(path, described)
+        return _backbone(read_shards(path), described, preprocessing, path.resolve().name, path)
+    raise UsageError(f"{path}: {_no_weights(path)}")
+
+
+def config_from_weights(state: dict[str, Tensor], *, heads: int, norm_eps: float = 1e-6) -> ViTConfig:
     """The config of the network that these weights, under released names, belong to. They do not tell `heads`."""
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
     dim, channels, patch, _ = state["patch_embed.proj.weight"].shape
-    return ViTConfig(
+    gated = "blocks.0.mlp.w12.weight" in state
+    config = ViTConfig(
         dim=dim,
         depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
         heads=heads,
         patch=patch,
         grid=round((state["pos_embed"].shape[1] - 1) ** 0.5),
         registers=registers,
-        mlp="swiglu" if "blocks.0.mlp.w12.weight" in state else "gelu",
+        mlp="swiglu" if gated else "gelu",
         position_offset=0.0 if registers else 0.1,
         position_antialias=bool(registers),
         channels=channels,
+        norm_eps=norm_eps,
     )
+    second = state.get("blocks.0.mlp.w3.weight" if gated else "blocks.0.mlp.fc2.weight")
+    width = config.mlp_hidden if second is None else second.shape[1]
+    return config if width == config.mlp_hidden else replace(config, mlp_width=width)
 
 
-def _released(state: dict[str, Tensor], name: str) -> Backbone:
-    state = {re.sub(r"^(module\.)?(backbone\.)?", "", k): v.float() for k, v in state.items() if "head" not in k}
-    state = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in state.items()}  # blocks in chunks
-    if "cls_token" not in state or "pos_embed" not in state:
-        raise UsageError(f"{name}: these are not DINOv2 weights (no cls_token and pos_embed)")
-    config = config_from_weights(state, heads=state["cls_token"].shape[-1] // HEAD_CHANNELS)
-    return Backbone.from_state_dict(state, config, Preprocessing(), name=name)
+def _backbone(
+    tensors: dict[str, Tensor], described: Described | None, preprocessing: Preprocessing, name: str, place: Path
+) -> Backbone:
+    layout = find_network(tensors, place)
+    complete(layout, place)
+    config = _config(layout, described, place)
+    with torch.device("meta"):
+        unknown = layout.state.keys() - ViT(config).state_dict().keys()
+    if unknown and (what := foreign(unknown)).startswith("its tensors seem"):
+        raise UsageError(f"{place}: {what}")
+    backbone = Backbone.from_state_dict(layout.state, config, preprocessing, name=name)
+    if layout.notes:
+        say(f"{place}: {'; '.join(layout.notes)}")
+    return backbone
 
 
-HUGGING_FACE = [  # their name -> ours, applied in order; query, key and value are concatenated as well
-    (r"^(dinov2\w*\.)?embeddings\.(cls_token|mask_token|register_tokens)$", r"\2"),
-    (r"^(dinov2\w*\.)?embeddings\.position_embeddings$", "pos_embed"),
-    (r"^(dinov2\w*\.)?embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^(dinov2\w*\.)?encoder\.layer\.(\d+)\.", r"blocks.\2."),
-    (r"^(dinov2\w*\.)?layernorm\.", "norm."),
-    (r"\.attention\.attention\.", ".attn."),
-    (r"\.attention\.output\.dense\.", ".attn.proj."),
-    (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
-    (r"\.mlp\.weights_in\.", ".mlp.w12."),
-    (r"\.mlp\.weights_out\.", ".mlp.w3."),
-]
+def _config(layout: Layout, described: Described | None, place: Path) -> ViTConfig:
+    """The config of a network, with the rule by which the library that wrote it resizes positions."""
+    heads = described.heads if described and described.heads else layout.heads
+    if not heads or layout.dim % heads:
+        rule = f"{heads} heads" if heads else "64, those of a head"
+        raise UsageError(f"{place}: {layout.dim} channels are not a multiple of {rule}; {OURS}")
+    config = config_from_weights(layout.state, heads=heads, norm_eps=described.norm_eps if described else 1e-6)
+    if layout.library == "transformers":
+        config = replace(config, **(described.positions if described else {"position_offset": 0.0}))
+    elif layout.library == "timm":
+        config = replace(config, position_offset=0.0, position_antialias=True)
+    if described:
+        described.check(config)
+    return config
 
 
-def _hugging_face(folder: Path) -> Backbone:
-    description = json.loads((folder / "config.json").read_text())
-    if not str(description.get("model_type", "")).startswith("dinov2"):
-        raise UsageError(f"{folder}: a Hugging Face model of type {description.get('model_type')!r}, not dinov2")
-    state = {}
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        for pattern, ours in HUGGING_FACE:
-            name = re.sub(pattern, ours, name)
-        state[name] = tensor.float()
-    for name in [n for n in state if ".attn.query." in n]:
-        parts = [state.pop(name.replace("query", part)) for part in ("query", "key", "value")]
-        state[name.replace("query", "qkv")] = torch.cat(parts)
-    state = {n: t for n, t in state.items() if not n.startswith("classifier")}
-    config = config_from_weights(state, heads=description["num_attention_heads"])
-    preprocessing = Preprocessing()
-    if (folder / "preprocessor_config.json").exists():
-        p = json.loads((folder / "preprocessor_config.json").read_text())
-        height, width = (p.get("crop_size", {}).get(side, preprocessing.crop) for side in ("height", "width"))
-        preprocessing = Preprocessing(
-            resize=p.get("size", {}).get("shortest_edge", preprocessing.resize),
-            crop=height if height == width else (height, width),
-            mean=tuple(p.get("image_mean", preprocessing.mean)),
-            std=tuple(p.get("image_std", preprocessing.std)),
-        )
-    return Backbone.from_state_dict(state, config, preprocessing, name=folder.resolve().name)
+def _no_weights(folder: Path) -> str:
+    """What a folder without a network seems to be, and the remedy."""
+    names = sorted(path.name for path in folder.iterdir())
+    if (read_manifest(folder) or {}).get("kind") == "run":
+        return "a run without a checkpoint, so it has no backbone yet; let it train until one"
+    wanted = "neither a run, a backbone folder nor a Hugging Face folder"
+    if not names:
+        return f"{wanted}, but empty"
+    if snapshots := sorted(folder.glob("snapshots/*/config.json")):
+        return f"{wanted}, but a cache of the hub; give {snapshots[-1].parent}"
+    if any(name.endswith(".distcp") for name in names):
+        return f"{wanted}, but a sharded checkpoint: python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
+    if "adapter_config.json" in names:
+        return f"{wanted}, but an adapter (LoRA) without its network; merge it into its network, and save that"
+    if "saved_model.pb" in names:
+        return f"{wanted}, but a TensorFlow model; {OURS}"
+    if files := [name for name in names if name.endswith((".pth", ".pt", ".bin", ".safetensors"))]:
+        lacks = " (without its config.json)" if set(files) & set(SHARDS) else ""
+        return f"{wanted}{lacks}; give a file of it: {folder / files[0]}"
+    if any(name.lower().endswith(IMAGES) for name in names):
+        return f"{wanted}, but a folder of images; give it to --data"
+    return f"{wanted}; it holds {', '.join(names[:3])}"

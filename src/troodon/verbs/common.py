@@ -51,7 +51,7 @@ def load(path: str | Path, *, range: Range | None = None) -> "Backbone":
     """
     from troodon.model.weights import load_weights
 
-    return with_range(load_weights(Path(path)), range)
+    return with_range(load_weights(path), range)
 
 
 def with_range(backbone: "Backbone", range: Range | None) -> "Backbone":
