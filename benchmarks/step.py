@@ -49,7 +49,7 @@ class Step:
         learner = Learner(self.method, self.optimizer, self.config.schedules, self.config.optim, self._after_step)
         train(
             [learner], iter([self.batch]), first_step=self.step, steps=self.config.steps,
-            accumulate=self.config.parallel.accumulate, seed=0, rank=0, stop_requested=lambda: True,
+            accumulate=self.config.parallel.accumulate, stop_requested=lambda: True,
         )  # fmt: skip
 
     def _after_step(self, step: int, batch: Batch, terms: dict) -> None:

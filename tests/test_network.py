@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from troodon.model.config import BASE, GIANT, LARGE, SMALL, ViTConfig, flops
+from troodon.dist import Share
+from troodon.model.config import BASE, GIANT, LARGE, SMALL, ViTConfig, depth_group, flops
 from troodon.model.head import Prototypes
 from troodon.model.packing import Layout, attend, by_group, by_kernel, draw_kept, layout_of, pack, residual, unpack
 from troodon.model.vit import Mlp, SwiGLU, ViT, gated, resize_positions
@@ -98,6 +99,42 @@ def test_stochastic_depth_has_the_expectation_and_the_gradients_of_its_masked_fo
             for a, b in zip(gradients(ours), gradients(masked), strict=True):
                 torch.testing.assert_close(a, b)
     torch.testing.assert_close(mean, (x + branch(x, layout)).detach(), atol=0.06, rtol=0.0)
+
+
+def kept_crops(share: Share, views: tuple[int, ...], branches: int) -> list[set[tuple[int, int, int]]]:
+    """Which (size, view, image of the step) each branch keeps of crops of one and of two tokens, and so on."""
+    layout = Layout(tuple((count * len(share.images), length) for length, count in enumerate(views, start=1)))
+    owner = [
+        (size, view, image)
+        for size, (count, length) in enumerate(zip(views, range(1, 9)))
+        for view in range(count)
+        for image in share.images
+        for _ in range(length)
+    ]
+    drawn = draw_kept(layout, 0.4, branches, torch.device("cpu"), share)
+    for kept in drawn:
+        assert len(kept.tokens_T) == sum(n * length for n, length in kept.layout.groups)
+    return [{owner[token] for token in kept.tokens_T.tolist()} for kept in drawn]
+
+
+def test_stochastic_depth_is_drawn_by_image_whatever_rank_has_it():
+    """Each rank and each part of one draws what the whole batch draws for its images."""
+    whole = Share(7, 3, 96, range(96))  # in groups of 12
+    drawn = kept_crops(whole, (2, 5), 6)
+    assert len({frozenset(kept) for kept in drawn}) == 6
+    for kept in drawn:
+        for first in range(0, 96, 12):
+            of_group = [size for size, _, image in kept if first <= image < first + 12]
+            assert [of_group.count(0), of_group.count(1)] == [14, 36]  # int(24 * 0.6), 60 * 0.6
+    for count in (2, 8, 12, 96):  # of which the last two cut groups
+        parts = [kept_crops(share, (2, 5), 6) for share in whole.chunk(count)]
+        assert [set().union(*of_branch) for of_branch in zip(*parts)] == drawn
+    assert kept_crops(whole._replace(batch=4), (2, 5), 6) != drawn != kept_crops(whole._replace(seed=8), (2, 5), 6)
+
+
+@pytest.mark.parametrize(("batch", "group"), [(2048, 16), (3072, 12), (64, 16), (24, 12), (22, 22), (6, 6), (45, 45)])
+def test_groups_of_stochastic_depth_suit_powers_of_two(batch, group):
+    assert depth_group(batch) == group
 
 
 def test_drop_path_is_for_training_only():

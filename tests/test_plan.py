@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from troodon import recipes, verbs
 from troodon.config import UsageError
+from troodon.dist import Share
 from troodon.learn import cost, optim, prototypes
 from troodon.learn.config import ObjectiveConfig, ParallelConfig, PretrainConfig
 from troodon.learn.loop import Learner, train
@@ -69,9 +70,8 @@ def batch(config: PretrainConfig) -> Batch:
     masks = torch.zeros(2 * images, (wide[0] // config.vit.patch) * (wide[1] // config.vit.patch), dtype=torch.bool)
     masked = round(masks.shape[1] * sum(config.masks.ratio) / 2)
     masks[: int(len(masks) * config.masks.share), :masked] = True
-    return Batch(
-        torch.randn(2, images, channels, *wide), torch.randn(config.crops.locals, images, channels, *narrow), masks
-    )
+    crops = torch.randn(2, images, channels, *wide), torch.randn(config.crops.locals, images, channels, *narrow)
+    return Batch(*crops, masks, share=Share(0, 0, images, range(images)))
 
 
 def method_of(config: PretrainConfig, compute: torch.dtype) -> Method:
@@ -87,7 +87,7 @@ def take_steps(config: PretrainConfig, compute: torch.dtype, steps: int) -> None
     learner = Learner(method, optimizer, config.schedules, config.optim, after_step=lambda *_: None)
     train(
         [learner], iter([seen] * steps), first_step=config.steps - steps, steps=config.steps,
-        accumulate=config.parallel.accumulate, seed=0, rank=0, stop_requested=lambda: False,
+        accumulate=config.parallel.accumulate, stop_requested=lambda: False,
     )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def steps(method: Method, config: PretrainConfig, seen: Batch, count: int) -> li
     optimizer = optim.adamw(method.student, config.vit.depth, config.optim)
     learner = Learner(method, optimizer, config.schedules, config.optim, lambda step, batch, seen: terms.append(seen))
     train(
-        [learner], iter([seen] * count), first_step=50, steps=50 + count, accumulate=1, seed=0, rank=0,
+        [learner], iter([seen] * count), first_step=50, steps=50 + count, accumulate=1,
         stop_requested=lambda: False,
     )  # fmt: skip
     return terms
@@ -68,7 +68,7 @@ def test_a_broken_step_changes_nothing(monkeypatch):
     learner = Learner(method, optimizer, CONFIG.schedules, CONFIG.optim, lambda *_: None)
 
     def take(first: int) -> list[torch.Tensor]:
-        how = {"accumulate": 1, "seed": 0, "rank": 0, "stop_requested": lambda: False}
+        how = {"accumulate": 1, "stop_requested": lambda: False}
         train([learner], iter([seen]), first_step=first, steps=first + 1, **how)
         moments = [value for state in optimizer.state.values() for value in state.values()]
         return [x.detach().clone() for x in (*method.student.parameters(), *method.ema.parameters(), *moments)]
@@ -120,7 +120,8 @@ def test_a_step_asks_the_device_for_one_thing_only(objective, monkeypatch):
             config.objective, student, average, ranks=Ranks(total, lambda x: x, lambda x: x),
             anchor=anchor.backbone if objective.weight("gram") else None, compute=torch.bfloat16,
         )  # fmt: skip
-        fake = Batch(mode.from_tensor(seen.globals_GBCHW), mode.from_tensor(seen.locals_VBCHW), seen.masks_NP)
+        crops = mode.from_tensor(seen.globals_GBCHW), mode.from_tensor(seen.locals_VBCHW)
+        fake = Batch(*crops, seen.masks_NP, share=seen.share)
         terms = steps(method, config, fake, 3)
         with pytest.raises(DataDependentOutputException):  # it would be noticed
             terms[-1]["ibot"].item()

@@ -17,12 +17,13 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.ranks import on_ranks
 from tests.test_pretrain import CONFIG
 from troodon import cli, launch, lock, recipes, verbs
 from troodon.config import UsageError, fingerprint, to_dict, to_yaml
 from troodon.images.sources import open_source
 from troodon.learn import engine
-from troodon.learn.config import GuardConfig, ParallelConfig, PretrainConfig
+from troodon.learn.config import GuardConfig, ParallelConfig, PretrainConfig, shapes_change
 from troodon.learn.pretrain import pretrain
 from troodon.lock import alone
 from troodon.model.backbone import Backbone
@@ -405,3 +406,48 @@ def test_the_share_of_unreadable_images_is_of_those_tried(images):
     assert [loader.broken_share(batches) for batches in (1, 100)] == [3 / 15, 3 / 16]
     assert to_dict(config)["max_broken"] == 0.5
     assert verbs.pretrain
+
+
+# ---- stochastic depth
+
+
+def test_stochastic_depth_is_the_same_on_any_number_of_ranks(images, tmp_path):
+    """A run with vit.drop_path goes to another number of devices | each image skips the same branches as before"""
+    config = replace(CONFIG, vit=replace(CONFIG.vit, drop_path=0.4), seed=5)
+    pretrain(config, open_source(images), tmp_path / "one")
+    on_ranks(2, pretrain, config, open_source(images), tmp_path / "two")
+    other = replace(config, vit=replace(CONFIG.vit, drop_path=0.0))
+    pretrain(other, open_source(images), tmp_path / "other")
+    one, two, plain = (weights(tmp_path / run) for run in ("one", "two", "other"))
+    of_ranks, of_drawing = (max((one[n] - x[n]).abs().max().item() for n in one) for x in (two, plain))
+    assert 20 * of_ranks < of_drawing
+
+
+def test_a_run_whose_ranks_drew_by_themselves_is_told(images, tmp_path, capsys):
+    """A run with vit.drop_path that an earlier version began goes on | it goes on, and says that other crops skip"""
+    config, index, run = replace(CONFIG, vit=replace(CONFIG.vit, drop_path=0.4)), open_source(images), tmp_path / "run"
+    pretrain(config, index, run)
+    shutil.rmtree(run / "checkpoints" / "000006")
+    pretrain(config, index, run)
+    assert "drop_path" not in capsys.readouterr().err
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["settings"].pop("drop_path") == "by image"
+    manifest["fingerprint"] = fingerprint(
+        manifest["settings"], fingerprint(index.column("path"), index.column("length"))
+    )
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    shutil.rmtree(run / "checkpoints" / "000006")
+    pretrain(config, index, run)
+    assert "warning: this run began when each rank drew by itself" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=r"other settings \(config.seed: 0 -> 1\)"):
+        pretrain(replace(config, seed=1), index, run)
+
+
+def test_compiled_blocks_with_changing_shapes_are_told():
+    """parallel.compile with vit.drop_path and few images on a device | a warning says why it helps little"""
+    config = replace(
+        PretrainConfig(), batch=48, vit=replace(SMALL, drop_path=0.1), parallel=ParallelConfig(compile=True)
+    )
+    assert [shapes_change(config, ranks) is None for ranks in (1, 2, 4, 3)] == [True, True, True, False]
+    assert "whole groups of 12 images go through them at once, and here 16 do" in (shapes_change(config, 3) or "")
+    assert shapes_change(replace(config, vit=SMALL), 3) is None

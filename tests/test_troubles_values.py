@@ -8,6 +8,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -17,11 +18,12 @@ import troodon
 from tests.test_pretrain import CONFIG as TINY
 from troodon import cli
 from troodon.config import UsageError
-from troodon.images.decode import BadImage, decode, read_header
+from troodon.images.decode import BadImage, decode, decode_values, read_header
 from troodon.images.sources import open_source
 from troodon.images.values import look_at
 from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
+from troodon.pillow import of_pillow, upright
 
 VIT = ViTConfig(dim=64, depth=2, heads=1, patch=14, grid=4, registers=2, layer_scale=1.0)
 SIGHT = Preprocessing(64, 56)
@@ -318,13 +320,133 @@ def test_a_range_keeps_the_levels_of_images_of_more_than_8_bits():
     assert np.array_equal(decode(out.getvalue(), range=(0, 4095)), decode(out.getvalue()))
 
 
-def test_colours_of_16_bits_take_no_range():
-    """A PNG has colours of 16 bits, of which only the high byte is read | A range for it is refused, not applied."""
-    data = png_16(np.full((4, 4, 3), 4000))
-    assert decode(data).max() == 4000 >> 8
-    assert levels(data, range=(0, 65535)) == 1
-    with pytest.raises(BadImage, match=r"16-bit colours .* convert to \.npy"):
-        decode(data, range=(0, 4095))
+def opencv(values: np.ndarray, suffix: str) -> bytes:
+    """A file that OpenCV writes; of colours, with blue first."""
+    return cv2.imencode(suffix, values[:, :, [2, 1, 0, 3][: values.shape[2]]])[1].tobytes()
+
+
+def colours_16(channels: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 4096, (5, 7, channels)).astype(np.uint16)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_colours_of_16_bits_are_read_whole(suffix, tmp_path, net):
+    """A PNG or TIFF has colours of 16 bits | All bits are read: a range keeps the levels, and scan tells the values."""
+    values = colours_16(3)
+    data = opencv(values, suffix)
+    assert np.array_equal(decode(data), values >> 8)
+    assert np.array_equal(decode(data, range=(0, 4095)), (values / 4095 * 255).round())
+    (tmp_path / f"a{suffix}").write_bytes(data)
+    used = troodon.scan(tmp_path / f"a{suffix}")["values"]
+    assert (used["types"], used["max"]) == ({"uint16": 1}, values.max())
+    assert "use 16 of 256 levels; set --range 0 4095" in used["advice"].replace("uses", "use")
+    with Image.open(tmp_path / f"a{suffix}") as image:
+        same(net.features([image]), net.features([tmp_path / f"a{suffix}"]))
+
+
+def test_colours_of_16_bits_are_turned_once_and_composited():
+    """Colours of 16 bits are transparent, or turned by EXIF | They are composited on white, and turned once."""
+    values = colours_16(4)
+    values[:, :, 3] = 65535
+    values[2, 3, 3], values[1, 1, 3] = 0, 13107
+    got = decode(opencv(values, ".png"), range=(0, 65535))
+    assert got[2, 3].tolist() == [255, 255, 255]
+    assert np.abs(got[1, 1] - (values[1, 1, :3] * 0.2 + 65535 * 0.8) / 257).max() <= 1
+    assert np.array_equal(got[0, 0], (values[0, 0, :3] / 257).round())
+    assert np.array_equal(decode(opencv(values, ".png"), 4, range=(0, 65535)), (values / 257).round())
+    for turn in range(1, 9):
+        wanted = upright(colours_16(3), turn)
+        for data in (tiff_of(colours_16(3), turn), with_exif(opencv(colours_16(3), ".png"), turn)):
+            assert np.array_equal(decode_values(data).array, wanted)
+            header = read_header(data)
+            assert (header.height, header.width, header.is_deep) == (*wanted.shape[:2], True)
+
+
+def with_exif(png: bytes, turn: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    body = exif.tobytes()[6:]
+    chunk = struct.pack(">I", len(body)) + b"eXIf" + body + struct.pack(">I", zlib.crc32(b"eXIf" + body))
+    return png[:33] + chunk + png[33:]
+
+
+def tiff_of(values: np.ndarray, turn: int = 1, planar: bool = False, order: str = "<") -> bytes:
+    """An uncompressed TIFF of colours, or of channels one after the other."""
+    height, width, channels = values.shape
+    bits, kind = 8 * values.dtype.itemsize, "uif".index(values.dtype.kind) + 1
+    layout = values.transpose(2, 0, 1) if planar else values
+    pixels = layout.astype(values.dtype.newbyteorder(order)).tobytes()
+    parts = channels if planar else 1
+    size = len(pixels) // parts
+    lists = [[bits] * channels, [400 + i * size for i in range(parts)], [size] * parts, [0] * max(0, channels - 3)]
+    tags = [(256, 4, [width]), (257, 4, [height]), (258, 3, lists[0]), (259, 3, [1]), (262, 3, [2]), (273, 4, lists[1])]
+    tags += [(274, 3, [turn]), (277, 3, [channels]), (278, 4, [height]), (279, 4, lists[2]), (284, 3, [1 + planar])]
+    tags += [(338, 3, lists[3])] * (channels > 3) + [(339, 3, [kind] * channels)]
+    data = bytearray(struct.pack(f"{order}2sHIH", b"II" if order == "<" else b"MM", 42, 8, len(tags)).ljust(400, b"\0"))
+    for number, (tag, type, numbers) in enumerate(tags):
+        packed = struct.pack(f"{order}{len(numbers)}{'H' if type == 3 else 'I'}", *numbers)
+        at = 10 + 12 * number
+        struct.pack_into(f"{order}HHI", data, at, tag, type, len(numbers))
+        if len(packed) > 4:
+            where = {258: 210, 273: 240, 279: 290, 338: 340, 339: 360}[tag]
+            struct.pack_into(f"{order}I", data, at + 8, where)
+            data[where : where + len(packed)] = packed
+        else:
+            data[at + 8 : at + 8 + len(packed)] = packed
+    return bytes(data) + pixels
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int16])
+def test_tiffs_of_floats_in_colours_are_read(dtype):
+    """A TIFF has three or four channels of floats or signed numbers | OpenCV reads it, and a range applies."""
+    for channels in (3, 4):
+        values = (colours_16(channels).astype(np.float64) - 100).astype(dtype)
+        data = tiff_of(values)
+        assert np.array_equal(decode_values(data, None).array, values)
+        header = read_header(data)
+        assert (header.mode, header.channels, header.is_deep) == (f"{channels} x {np.dtype(dtype)}", channels, True)
+        got = decode(data, channels, range=(-100, 3995))
+        assert np.abs(got - colours_16(channels) / 4095 * 255).max() <= 0.51
+    assert decode(tiff_of(np.full((2, 2, 3), 0.5, np.float32))).tolist() == [[[128] * 3] * 2] * 2
+
+
+def test_tiffs_that_would_be_read_wrong_are_broken_images():
+    """A TIFF has 16-bit channels one after the other, or more than four | It is broken, and the reason says why."""
+    for data, said in (
+        (tiff_of(colours_16(3), planar=True), "PlanarConfiguration 2"),
+        (tiff_of(colours_16(3).astype(np.float32), planar=True), "PlanarConfiguration 2"),
+        (tiff_of(colours_16(5)), r"a TIFF of 5 channels of uint16: convert it to \.npy"),
+    ):
+        for range in (None, (0, 4095)):
+            with pytest.raises(BadImage, match=f"decode error: .*{said}"):
+                decode(data, range=range)
+    assert np.array_equal(decode(tiff_of(colours_16(3).astype(np.uint8), planar=True)), colours_16(3).astype(np.uint8))
+
+
+def test_compressed_tiffs_of_the_other_byte_order_keep_their_values():
+    """A grey TIFF of signed numbers or floats is compressed and big-endian | Its values are those of the file."""
+    for array in (smooth(0).astype(np.float32) * 100, (smooth(0) * 3000).astype(np.int16)):
+        assert np.array_equal(decode_values(big_endian(array), 1).array[:, :, 0], array)
+
+
+def big_endian(array: np.ndarray) -> bytes:
+    """A big-endian grey TIFF, deflated."""
+    data = bytearray(tiff_of(np.repeat(array[:, :, None], 1, 2), order=">"))
+    pixels = zlib.compress(bytes(data[400:]))
+    changed = {259: ("H", 8), 262: ("H", 1), 279: ("I", len(pixels))}
+    for at in range(10, 10 + 12 * 12, 12):
+        (tag,) = struct.unpack_from(">H", data, at)
+        if tag in changed:
+            struct.pack_into(f">{changed[tag][0]}", data, at + 8, changed[tag][1])
+    return bytes(data[:400]) + pixels
+
+
+def test_colours_of_16_bits_in_memory_take_no_range():
+    """A PIL image or PPM has colours of 16 bits, of which Pillow keeps 8 | A range is refused, with what to give."""
+    with pytest.raises(BadImage, match=r"keeps the high byte .* path or the bytes of a PNG or TIFF"):
+        decode(b"P6 2 1 4095\n" + np.arange(6).astype(">u2").tobytes(), range=(0, 4095))
+    with pytest.raises(BadImage, match="keeps the high byte"), Image.open(io.BytesIO(png_16(colours_16(3)))) as image:
+        of_pillow(image, 3, (0, 4095))
 
 
 def test_scan_tells_which_values_are_used(ct, tmp_path, capsys):

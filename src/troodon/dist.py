@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,23 @@ from torch.distributed.tensor import DTensor
 
 from troodon.config import UsageError
 from troodon.rendezvous import RENDEZVOUS, claim_first_failure, stop_with_parent
+
+
+class Share(NamedTuple):
+    """The images of a step that go through a network at once.
+
+    What is drawn for them depends on their places in the step, and not on the rank, or the part of one, that has them.
+    """
+
+    seed: int  # of the run
+    batch: int  # number of the batch
+    size: int  # images of the batch, over all ranks
+    images: range  # these images among them
+
+    def chunk(self, count: int) -> list["Share"]:
+        """Equal parts of the images."""
+        size = len(self.images) // count
+        return [self._replace(images=self.images[i * size : (i + 1) * size]) for i in range(count)]
 
 
 def rank() -> int:

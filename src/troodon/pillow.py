@@ -14,7 +14,8 @@ def of_pillow(image: Image.Image, channels: int | None = 3, range: Range | None 
     """
     is_deep = has_deep_colours(image)
     if is_deep and range not in (None, (0, 65535)):
-        raise BadImage("decode error", "of 16-bit colours only the high byte is read; for a range, convert to .npy")
+        fix = "for a range, give the path or the bytes of a PNG or TIFF, or an array"
+        raise BadImage("decode error", f"Pillow keeps the high byte of colours of more than 8 bits; {fix}")
     image.load()
     if channels not in (1, 3, None):
         values = _four_bands(image, channels)

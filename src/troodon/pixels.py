@@ -2,7 +2,7 @@
 
 8 bits          unchanged; bool: 0 and 255
 16 bits         the high byte; PGM, PPM and JPEG 2000 of 9 to 16 bits are scaled to 16 bits first, by the maximum that
-                the file declares
+                the file declares; of colours in other files than PNG and TIFF, no more than the high byte is read
 32-bit grey     integers in [0, 255] unchanged, in [0, 65535] as 16-bit; floats in [0, 1] times 255;
                 any other range of a file is scaled from its minimum and maximum; of an array in memory: refused
 with a range    values of more than 8 bits: (low, high) becomes (0, 255), and what lies outside is cut off; a range may

@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from troodon.config import Range, UsageError
+from troodon.images import deep
 from troodon.pillow import band_count, has_deep_colours, of_pillow, orientation, upright
 from troodon.pixels import BadImage, Values, to_uint8
 from troodon.pixels import to_grey as to_grey  # for those who decode
@@ -114,11 +115,18 @@ def decode_values(
             if reduction is not None:
                 reduction(*array.shape[:2])
             return Values(array)
-        with _open(data) as image:
+        opened = _open(data)
+        if isinstance(opened, deep.TiffHeader):
+            if reduction is not None:
+                reduction(opened.height, opened.width)
+            return Values(deep.read_tiff(data, opened, channels))
+        with opened as image:
             if reduction is not None:
                 factor = reduction(*_upright_size(image)[::-1])
                 if factor > 1 and image.format == "JPEG":
                     image.draft(None, (image.width // factor, image.height // factor))
+            if (values := deep.read(data, image, channels)) is not None:
+                return Values(values)
             fast = _decode_jpeg(data, image) if channels in (1, 3, None) else None
             return Values(of_pillow(image, channels, range) if fast is None else upright(fast, orientation(image)))
 
@@ -144,9 +152,12 @@ def decode_single_channel(data: bytes) -> np.ndarray:
         if data.startswith(NPY_MAGIC):
             values = np.load(io.BytesIO(data), allow_pickle=False, max_header_size=MAX_NPY_HEADER)
         else:
-            with _open(data) as image:
-                image.load()
-                values = np.asarray(image)
+            opened = _open(data)
+            if isinstance(opened, deep.TiffHeader):
+                values = deep.read_tiff(data, opened, None).squeeze(2)
+            else:
+                opened.load()
+                values = np.asarray(opened)
         if values.ndim != 2 or values.dtype.kind not in "buif":
             raise BadImage("decode error", f"an array of {values.dtype} {values.shape}, not one value per pixel")
         return values
@@ -163,17 +174,30 @@ def read_header(data: bytes) -> ImageHeader:
         if data.startswith(NPY_MAGIC):
             (height, width, channels), dtype, *_ = _npy_header(data)
             return ImageHeader("NPY", f"{channels} x {dtype.name}", width, height, channels, dtype.itemsize > 1)
-        with _open(data) as image:
+        opened = _open(data)
+        if isinstance(opened, deep.TiffHeader):
+            width, height, channels, dtype, _ = opened
+            return ImageHeader("TIFF", f"{channels} x {dtype}", width, height, channels, not dtype.endswith("int8"))
+        with opened as image:
             is_deep = image.mode == "F" or image.mode.startswith("I") or has_deep_colours(image)
             return ImageHeader(image.format or "", image.mode, *_upright_size(image), band_count(image), is_deep)
 
 
-def _open(data: bytes) -> Image.Image:
-    limit = max_pixels()
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
-    if image.width * image.height > limit:
-        raise _too_large(image.width * image.height)
-    return image
+def _open(data: bytes) -> Image.Image | deep.TiffHeader:
+    """The image, opened by Pillow; or the header of a TIFF that only OpenCV may read."""
+    limit, opened = max_pixels(), None
+    try:
+        opened = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        with contextlib.suppress(struct.error, KeyError):
+            opened = deep.tiff_header(data) if data.startswith(deep.TIFF_STARTS) else None
+        if opened is None:
+            raise
+    if isinstance(opened, Image.Image) and opened.format == "TIFF":
+        deep.check_layout(opened)
+    if opened.width * opened.height > limit:
+        raise _too_large(opened.width * opened.height)
+    return opened
 
 
 def max_pixels() -> int:

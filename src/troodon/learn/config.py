@@ -6,7 +6,7 @@ from typing import Literal
 from troodon.config import Range, UsageError, check_range, pair, within
 from troodon.learn.objective import ObjectiveConfig
 from troodon.learn.schedules import Schedules
-from troodon.model.config import HeadConfig, ViTConfig
+from troodon.model.config import HeadConfig, ViTConfig, depth_group
 from troodon.views.config import CropsConfig, MasksConfig, PhotometricConfig
 
 
@@ -31,8 +31,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How a step is laid over memory and devices: it changes what a step costs, not what it computes, but for which
-    crops stochastic depth leaves out: each part of the images draws them by itself."""
+    """How a step is laid over memory and devices: it changes what a step costs, not what it computes."""
 
     accumulate: int = 1
     """Parts into which a rank's images are cut, to go through the networks one after another and save memory."""
@@ -160,3 +159,14 @@ def fits(config: PretrainConfig, ranks: int) -> None:
             f"objective.koleo_group {group} looks for neighbours beyond the {part} images that parallel.accumulate "
             f"{parts} leaves in memory at once; the nearest that can be exact is {part}"
         )
+
+
+def shapes_change(config: PretrainConfig, ranks: int) -> str | None:
+    """Why compiled blocks help little, if stochastic depth keeps another number of crops at each step; else None."""
+    images, group = config.batch // ranks // config.parallel.accumulate, depth_group(config.batch)
+    if not config.vit.drop_path or not config.parallel.compile or images % group == 0:
+        return None
+    return (
+        f"parallel.compile helps little: with vit.drop_path, blocks have one shape only where whole groups of {group} "
+        f"images go through them at once, and here {images} do"
+    )

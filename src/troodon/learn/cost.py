@@ -13,7 +13,7 @@ from itertools import pairwise
 from troodon.learn.chunks import CACHED, chunk_size
 from troodon.learn.config import PretrainConfig
 from troodon.learn.objective import ANCHOR, CLS_TARGETS, VISIBLE_TARGETS
-from troodon.model.config import HeadConfig, ViTConfig, flops
+from troodon.model.config import HeadConfig, ViTConfig, depth_group, depth_kept, flops
 
 FP32 = 4
 SHORT = 512  # tokens up to which a CPU keeps attention's whole matrix in bf16: that of model/packing.py
@@ -93,9 +93,9 @@ class Cost:
         return 1 + self.config.vit.registers + grid[0] * grid[1]
 
     def kept(self, crops: int) -> int:
-        """Crops that go through a residual branch under stochastic depth (model/packing.py)."""
-        drop = self.config.vit.drop_path
-        return max(int(crops * (1.0 - drop)), min(crops, 1)) if drop else crops
+        """Crops that go through a residual branch under stochastic depth (model/packing.py), on average."""
+        drop, group = self.config.vit.drop_path, depth_group(self.config.batch)
+        return round(depth_kept(crops // self.images * group, drop) * self.images / group) if drop else crops
 
     @cached_property
     def tokens(self) -> int:

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from troodon import dist
 from troodon.learn import checkpoint, guard, optim
 from troodon.learn.checkpoint import Saver, TrainingProgress
-from troodon.learn.config import PretrainConfig
+from troodon.learn.config import PretrainConfig, shapes_change
 from troodon.learn.folder import open_folder
 from troodon.learn.loop import Learner, NotFinite, train
 from troodon.learn.losses import Ranks
@@ -103,6 +103,8 @@ def run(
             open_folder(task.out, task.config, index, task.init, [teacher.backbone for teacher in teachers])
             if len(tasks) > 1:
                 say(f"  {task.out.name}:")
+            if uneven := shapes_change(task.config, dist.world_size()):
+                say(f"warning: {uneven}")
             if task.before is not None:
                 task.before(task.config, task.out)
     dist.barrier()
@@ -162,8 +164,6 @@ def _train(students: Sequence[Student], loader: Loader, progress: TrainingProgre
                         first_step=progress.step,
                         steps=config.steps,
                         accumulate=config.parallel.accumulate,
-                        seed=config.seed,
-                        rank=dist.rank(),
                         stop_requested=lambda: bool(requests) or broken_share() > config.max_broken,
                     )
                 progress = students[0].recorder.progress

@@ -43,8 +43,6 @@ def train(
     first_step: int,
     steps: int,
     accumulate: int,
-    seed: int,
-    rank: int,
     stop_requested: Callable[[], bool],
 ) -> int:
     """Take steps `first_step` to `steps`, or until a rank gets a request to stop; returns how many steps are done.
@@ -56,7 +54,6 @@ def train(
         parts, scheduled = batch.chunk(accumulate), [learner.schedules.at(step, steps) for learner in learners]
         terms = []
         for learner, values in zip(learners, scheduled, strict=True):
-            torch.manual_seed(hash((seed, step, rank)))  # stochastic depth: the only randomness inside a step
             terms.append(_backward(learner, parts, values))
 
         broken = ~torch.stack([term for of_learner in terms for term in of_learner.values()]).isfinite().all()

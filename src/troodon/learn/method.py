@@ -65,7 +65,7 @@ class Method:
         crops = [batch.globals_GBCHW.flatten(0, 1)] + [batch.locals_VBCHW.flatten(0, 1)] * (len(batch.locals_VBCHW) > 0)
         masks = [None if self.teachers else batch.masks_NP.to(crops[0].device, non_blocking=True), None]
         with self.autocast():
-            of_globals, *of_locals = self.student.backbone(crops, masks[: len(crops)])
+            of_globals, *of_locals = self.student.backbone(crops, masks[: len(crops)], batch.share)
             tokens, mapped = {}, {}
             if CLS_TARGETS in self.config.needs:
                 tokens["cls"] = torch.cat([of_globals.cls_BD, *(x.cls_BD for x in of_locals)])

@@ -33,16 +33,10 @@ class ViTConfig:
     """Antialias when positions are resized: no in the released models without registers."""
     channels: int = 3
     """Colours of an image."""
-    mlp_width: int | None = None
-    """Channels inside the MLP; 4 times the outside if left out, and two thirds of that, rounded up to 8, if gated."""
-    norm_eps: float = 1e-6
-    """Added to the variance in LayerNorm."""
-
-    LATER = ("mlp_width", "norm_eps")
 
     def __post_init__(self) -> None:
-        within(self, "vit.", 1, None, "dim", "depth", "heads", "patch", "grid", "channels", "mlp_width")
-        within(self, "vit.", 0, None, "registers", "layer_scale", "position_offset", "norm_eps")
+        within(self, "vit.", 1, None, "dim", "depth", "heads", "patch", "grid", "channels")
+        within(self, "vit.", 0, None, "registers", "layer_scale", "position_offset")
         if self.dim % self.heads:
             near = max(1, round(self.dim / self.heads)) * self.heads
             raise UsageError(f"vit.dim {self.dim} is not a multiple of vit.heads {self.heads}; the nearest is {near}")
@@ -51,9 +45,7 @@ class ViTConfig:
 
     @property
     def mlp_hidden(self) -> int:
-        """Channels inside the MLP."""
-        if self.mlp_width is not None:
-            return self.mlp_width
+        """Channels inside the MLP: 4 times the outside; two thirds of that, rounded up to 8, when it is gated."""
         return 4 * self.dim if self.mlp == "gelu" else (int(4 * self.dim * 2 / 3) + 7) // 8 * 8
 
 
@@ -96,6 +88,21 @@ SMALL = ViTConfig(dim=384, depth=12, heads=6)
 BASE = ViTConfig(dim=768, depth=12, heads=12)
 LARGE = ViTConfig(dim=1024, depth=24, heads=16)
 GIANT = ViTConfig(dim=1536, depth=40, heads=24, mlp="swiglu")
+
+
+def depth_group(images: int) -> int:
+    """The images of a step among which stochastic depth chooses: all of them, halved as long as at least 12 are left.
+
+    So 1, 2, 4, ... ranks or parts with whole groups each have as many sequences at every step.
+    """
+    while images % 2 == 0 and images >= 24:
+        images //= 2
+    return images
+
+
+def depth_kept(crops: int, drop: float) -> int:
+    """How many of a group's crops go through a branch."""
+    return max(int(crops * (1.0 - drop)), min(crops, 1))
 
 
 def flops(config: ViTConfig, grid: tuple[int, int], kept: float = 1.0) -> float:

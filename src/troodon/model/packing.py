@@ -9,14 +9,20 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from troodon.dist import Share
+from troodon.model.config import depth_group, depth_kept
+
 # Shape suffixes: T tokens in the pack, D channels, N heads, H channels per head,
-#                 B images in a group, L tokens per image of a group; K images kept of it by each of N branches.
+#                 B images in a group, L tokens per image of a group; with stochastic depth N branches,
+#                 S sequences of the pack, V views of each of B images, C crops of images that are chosen from together.
 
 
+DEPTH_STREAM = 2**64 - 3  # random numbers of stochastic depth, in place of an image's: see views.crops.generator
 SHORT = 512  # tokens of a sequence up to which attention on a CPU makes its whole matrix
 
 
@@ -103,24 +109,59 @@ class KeptSequences(NamedTuple):
     scales: tuple[float, ...]  # of each group: factor of the branch's output
 
 
-def draw_kept(layout: Layout, drop: float, branches: int, device: torch.device) -> list[KeptSequences]:
+def draw_kept(
+    layout: Layout, drop: float, branches: int, device: torch.device, share: Share | None = None
+) -> list[KeptSequences]:
     """Stochastic depth: the sequences that go through each of `branches` branches (https://arxiv.org/abs/2304.07193,
     section 5).
 
-    Of the b sequences of each group, k = max(int(b (1 - drop)), 1) chosen at random go through a branch. Its output is
-    scaled by b / k, so that the expectation is that of dropping with rate `drop`. The number is constant: shapes stay.
+    Of the c crops of one size of `depth_group` neighbouring images of the step, k = max(int(c (1 - drop)), 1) go
+    through a branch. Its output is scaled by c / k, so that the expectation is that of dropping with rate `drop`. The
+    choice is a function of what `share` says of these images; so it is the same on any number of ranks. Where they are
+    whole groups, the number kept is constant, and shapes stay. Without a `share`, torch's generator gives the seed, and
+    each sequence is of an image of its own.
+
+    Drawn on the host, and sent at once: the device is not waited for.
     """
-    tokens, groups, scales, start = [], [], [], 0
-    for count, length in layout.groups:
-        keep = max(int(count * (1.0 - drop)), min(count, 1))
-        chosen_NK = torch.rand(branches, count, device=device).argsort(1)[:, :keep]
-        tokens_NKL = start + chosen_NK[:, :, None] * length + torch.arange(length, device=device)
-        tokens.append(tokens_NKL.flatten(1))
-        groups.append((keep, length))
-        scales.append(count / max(keep, 1))
-        start += count * length
-    inner = layout_of(tuple(groups), device)
-    return [KeptSequences(tokens_T, inner, tuple(scales)) for tokens_T in torch.cat(tokens, 1).unbind()]
+    seed = 0 if share is not None else int(torch.randint(2**62, ()))
+    chosen, scales = [], []
+    for number, (count, _) in enumerate(layout.groups):
+        kept_NS, scale = _choose(share or Share(seed, 0, count, range(count)), number, count, drop, branches)
+        chosen.append(kept_NS)
+        scales.append(scale)
+    counts = np.stack([kept_NS.sum(1) for kept_NS in chosen], 1).tolist()
+    _, sequence_K = np.concatenate(chosen, 1).nonzero()  # branch after branch
+    lengths_S = np.array(layout.lengths)
+    length_K, start_K = lengths_S[sequence_K], (lengths_S.cumsum() - lengths_S)[sequence_K]
+    sent_2K = torch.from_numpy(np.stack([start_K - (length_K.cumsum() - length_K), length_K]))
+    shift_K, length_K = (sent_2K.pin_memory() if device.type == "cuda" else sent_2K).to(device, non_blocking=True)
+    inner = [tuple((n, length) for n, (_, length) in zip(kept, layout.groups)) for kept in counts]
+    sizes = [sum(n * length for n, length in groups) for groups in inner]
+    tokens_T = shift_K.repeat_interleave(length_K, output_size=sum(sizes)) + torch.arange(sum(sizes), device=device)
+    return [
+        KeptSequences(of_branch_T, layout_of(groups, device), tuple(scales))
+        for of_branch_T, groups in zip(tokens_T.split(sizes), inner)
+    ]
+
+
+def _choose(share: Share, kind: int, count: int, drop: float, branches: int) -> tuple[np.ndarray, float]:
+    """Which of the `count` crops, of the size number `kind`, of a step's images each branch keeps: bool (N, V * B); and
+    the factor of its output."""
+    group, images = depth_group(share.size), share.images
+    if not images:
+        return np.zeros((branches, 0), bool), 1.0
+    views, first = count // len(images), images.start // group
+    crops = views * group
+    keep = depth_kept(crops, drop)
+    key, parts_NVB = np.array([share.seed & (2**64 - 1), DEPTH_STREAM], np.uint64), []
+    for number in range(first, (images.stop - 1) // group + 1):
+        counter = np.array([0, kind, number, share.batch], np.uint64)
+        random = np.random.Generator(np.random.Philox(key=key, counter=counter))
+        first_NK = random.random((branches, crops)).argpartition(keep - 1, 1)[:, :keep]
+        np.put_along_axis(kept_NC := np.zeros((branches, crops), bool), first_NK, True, 1)
+        parts_NVB.append(kept_NC.reshape(branches, views, group))
+    skipped = images.start - first * group
+    return np.concatenate(parts_NVB, 2)[:, :, skipped : skipped + len(images)].reshape(branches, count), crops / keep
 
 
 def residual(x_TD: Tensor, branch: Branch, layout: Layout, kept: KeptSequences | None) -> Tensor:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from troodon.config import UsageError
+from troodon.dist import Share
 from troodon.model.config import ViTConfig
 from troodon.model.packing import KeptSequences, Layout, attend, draw_kept, pack, residual, unpack
 
@@ -131,10 +132,10 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
-        self.norm1 = LayerNorm(config.dim, eps=config.norm_eps)
+        self.norm1 = LayerNorm(config.dim, eps=1e-6)
         self.attn = Attention(config)
         self.ls1 = LayerScale(config)
-        self.norm2 = LayerNorm(config.dim, eps=config.norm_eps)
+        self.norm2 = LayerNorm(config.dim, eps=1e-6)
         self.mlp = {"gelu": Mlp, "swiglu": SwiGLU}[config.mlp](config)
         self.ls2 = LayerScale(config)
 
@@ -170,7 +171,7 @@ class ViT(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, config.dim))
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.norm = LayerNorm(config.dim, eps=config.norm_eps)
+        self.norm = LayerNorm(config.dim, eps=1e-6)
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -189,12 +190,22 @@ class ViT(nn.Module):
             nn.init.normal_(self.register_tokens, std=1e-6)
         nn.init.zeros_(self.mask_token)
 
-    def forward(self, groups: list[Tensor], masks: list[Tensor | None] | None = None) -> list[Tokens]:
-        """Tokens of one (B, C, H, W) tensor for each crop size. A mask (B, P) replaces patches by the mask token."""
-        return self.after_blocks(groups, [len(self.blocks) - 1], masks)[0]
+    def forward(
+        self, groups: list[Tensor], masks: list[Tensor | None] | None = None, share: Share | None = None
+    ) -> list[Tokens]:
+        """Tokens of one (B, C, H, W) tensor for each crop size. A mask (B, P) replaces patches by the mask token.
+
+        `share` says which images of a step these are, for stochastic depth.
+        """
+        return self.after_blocks(groups, [len(self.blocks) - 1], masks, share=share)[0]
 
     def after_blocks(
-        self, groups: list[Tensor], blocks: Sequence[int], masks: list[Tensor | None] | None = None, norm: bool = True
+        self,
+        groups: list[Tensor],
+        blocks: Sequence[int],
+        masks: list[Tensor | None] | None = None,
+        norm: bool = True,
+        share: Share | None = None,
     ) -> list[list[Tokens]]:
         """The tokens after each of these blocks, numbered from 0 and ascending: through the last norm, or as they are.
 
@@ -204,7 +215,7 @@ class ViT(nn.Module):
             raise UsageError("a ViT takes a list of tensors (B, C, H, W), one for each size: vit([images])")
         x_TD, layout = pack([self.embed(x, m) for x, m in zip(groups, masks or [None] * len(groups), strict=True)])
         drop, branches, outputs = self.config.drop_path if self.training else 0.0, 2 * len(self.blocks), []
-        kept = draw_kept(layout, drop, branches, x_TD.device) if drop else [None] * branches
+        kept = draw_kept(layout, drop, branches, x_TD.device, share) if drop else [None] * branches
         for number, block in zip(range(blocks[-1] + 1), self.blocks):
             x_TD = block(x_TD, layout, kept[2 * number : 2 * number + 2])
             if number in blocks:

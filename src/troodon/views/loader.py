@@ -22,6 +22,7 @@ import torch.multiprocessing
 from torch import Tensor
 
 from troodon.config import UsageError
+from troodon.dist import Share
 from troodon.pixels import BadImage
 from troodon.views import masks, photometric
 from troodon.views.batch import Batch
@@ -231,7 +232,9 @@ class Loader:
         masks_NP = masks.draw_masks(2 * self.batch_size, (height, width), self.masks, random)
         masks_GBP = masks_NP.unflatten(0, (2, self.world_size, -1))[:, self.rank, : views.globals_GBCHW.shape[1]]
         globals_GBCHW, locals_VBCHW = finished
-        return Batch(globals_GBCHW, locals_VBCHW, masks_GBP.flatten(0, 1), views.images_B2)
+        first, count = self.rank * (self.batch_size // self.world_size), views.globals_GBCHW.shape[1]
+        share = Share(self.seed, batch, self.batch_size, range(first, first + count))
+        return Batch(globals_GBCHW, locals_VBCHW, masks_GBP.flatten(0, 1), views.images_B2, share)
 
 
 _worker_loader: list[Loader] = []  # the loader of a worker process
