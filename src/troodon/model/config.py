@@ -33,10 +33,16 @@ class ViTConfig:
     """Antialias when positions are resized: no in the released models without registers."""
     channels: int = 3
     """Colours of an image."""
+    mlp_width: int | None = None
+    """Channels inside the MLP; 4 times the outside if left out, and two thirds of that, rounded up to 8, if gated."""
+    norm_eps: float = 1e-6
+    """Added to the variance in LayerNorm."""
+
+    LATER = ("mlp_width", "norm_eps")
 
     def __post_init__(self) -> None:
-        within(self, "vit.", 1, None, "dim", "depth", "heads", "patch", "grid", "channels")
-        within(self, "vit.", 0, None, "registers", "layer_scale", "position_offset")
+        within(self, "vit.", 1, None, "dim", "depth", "heads", "patch", "grid", "channels", "mlp_width")
+        within(self, "vit.", 0, None, "registers", "layer_scale", "position_offset", "norm_eps")
         if self.dim % self.heads:
             near = max(1, round(self.dim / self.heads)) * self.heads
             raise UsageError(f"vit.dim {self.dim} is not a multiple of vit.heads {self.heads}; the nearest is {near}")
@@ -45,7 +51,9 @@ class ViTConfig:
 
     @property
     def mlp_hidden(self) -> int:
-        """Channels inside the MLP: 4 times the outside; two thirds of that, rounded up to 8, when it is gated."""
+        """Channels inside the MLP."""
+        if self.mlp_width is not None:
+            return self.mlp_width
         return 4 * self.dim if self.mlp == "gelu" else (int(4 * self.dim * 2 / 3) + 7) // 8 * 8
 
 

@@ -132,10 +132,10 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
-        self.norm1 = LayerNorm(config.dim, eps=1e-6)
+        self.norm1 = LayerNorm(config.dim, eps=config.norm_eps)
         self.attn = Attention(config)
         self.ls1 = LayerScale(config)
-        self.norm2 = LayerNorm(config.dim, eps=1e-6)
+        self.norm2 = LayerNorm(config.dim, eps=config.norm_eps)
         self.mlp = {"gelu": Mlp, "swiglu": SwiGLU}[config.mlp](config)
         self.ls2 = LayerScale(config)
 
@@ -171,7 +171,7 @@ class ViT(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, config.dim))
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.norm = LayerNorm(config.dim, eps=1e-6)
+        self.norm = LayerNorm(config.dim, eps=config.norm_eps)
 
     @torch.no_grad()
     def initialize(self) -> None:
