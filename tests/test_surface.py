@@ -13,8 +13,8 @@ import pytest
 import troodon
 
 VERBS = {
-    "calibrate", "compare", "curate", "demo", "distill", "embed", "evaluate", "leak", "load", "pack", "pretrain",
-    "report", "scan", "show_crops",
+    "calibrate", "compare", "curate", "demo", "distill", "embed", "evaluate", "export", "leak", "load", "pack",
+    "pretrain", "report", "scan", "show_crops",
 }  # fmt: skip
 TYPES = {"Backbone", "Features", "Interrupted", "UsageError"}
 SCRIPT = """\

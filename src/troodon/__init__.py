@@ -11,8 +11,8 @@
 Each function is a verb, and `troodon VERB` does the same on the command line. `scan` looks at images, `pack` writes tar
 shards, `show_crops` draws what a network is shown, `embed` writes one vector per image. `curate` selects images,
 `calibrate` measures near-duplicates. `pretrain` and `distill` train. `load` gives a `Backbone`, which turns images into
-`Features`. `evaluate` measures these, `leak` looks for a benchmark's images in training data, `compare` and `report`
-show results. `demo` does all of it on a small embedded world.
+`Features`, and `export` writes it for other libraries. `evaluate` measures features, `leak` looks for a benchmark's
+images in training data, `compare` and `report` show results. `demo` does all of it on a small embedded world.
 
 A mistake in an argument raises `UsageError`; a run that a signal stopped has saved everything and raises `Interrupted`.
 """
@@ -25,8 +25,8 @@ import types
 MODULES = {
     "Backbone": "model.backbone", "Features": "model.backbone", "Interrupted": "run", "UsageError": "config",
     "calibrate": "verbs", "compare": "verbs", "curate": "verbs", "demo": "demo", "distill": "verbs", "embed": "verbs",
-    "evaluate": "verbs", "leak": "verbs", "load": "verbs", "pack": "verbs", "pretrain": "verbs", "report": "verbs",
-    "scan": "verbs", "show_crops": "verbs",
+    "evaluate": "verbs", "export": "verbs", "leak": "verbs", "load": "verbs", "pack": "verbs", "pretrain": "verbs",
+    "report": "verbs", "scan": "verbs", "show_crops": "verbs",
 }  # fmt: skip
 __all__ = list(MODULES)
 

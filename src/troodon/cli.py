@@ -26,6 +26,7 @@ from troodon.verbs.common import resolve_config
 from troodon.verbs.curation import Calibrate, Curate
 from troodon.verbs.distillation import Distill, recipes_by_name
 from troodon.verbs.evaluation import Compare, Evaluate
+from troodon.verbs.export import Export
 from troodon.verbs.images import Embed, Pack, Scan, ShowCrops
 from troodon.verbs.leakage import Leak
 from troodon.verbs.training import Pretrain, pretrain_recipes
@@ -33,7 +34,7 @@ from troodon.verbs.training import Pretrain, pretrain_recipes
 VERBS: dict[str, type] = {
     "doctor": Doctor, "demo": Demo, "scan": Scan, "pack": Pack, "show crops": ShowCrops, "embed": Embed,
     "curate": Curate, "curate calibrate": Calibrate, "pretrain": Pretrain, "distill": Distill, "evaluate": Evaluate,
-    "compare": Compare, "leak": Leak, "report": Report, "recipes": Recipes,
+    "compare": Compare, "leak": Leak, "export": Export, "report": Report, "recipes": Recipes,
 }  # fmt: skip
 # Verbs whose config starts from a name: the config of a name, what --help shows without a name, and the names.
 CONFIGURED: dict[str, tuple[Callable[[str], Any], Any, Iterable[str]]] = {

@@ -32,6 +32,7 @@ class Layout:
 
     groups: tuple[tuple[int, int], ...]  # (count, length), known on the host: no device sync
     offsets: Tensor | None = field(default=None, compare=False)  # where each sequence starts, for the GPU kernel
+    rotation: Tensor | None = field(default=None, compare=False)  # of every token, with rotary positions: rotary.py
 
     @property
     def lengths(self) -> list[int]:
@@ -49,13 +50,21 @@ def layout_of(groups: tuple[tuple[int, int], ...], device: torch.device) -> Layo
         return Layout(groups, starts.to(device))
 
 
+def makes_graph() -> bool:
+    """Whether this call is not computed but recorded, by torch.compile, torch.export or a trace."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 Branch = Callable[[Tensor, Layout], Tensor]
 
 
 def pack(groups: list[Tensor]) -> tuple[Tensor, Layout]:
     """[(B, L, D), ...] -> (T, D), and the layout that `unpack` takes."""
     x_TD = torch.cat([x_BLD.flatten(0, 1) for x_BLD in groups])
-    return x_TD, layout_of(tuple((x.shape[0], x.shape[1]) for x in groups), x_TD.device)
+    shapes = tuple((x.shape[0], x.shape[1]) for x in groups)
+    if makes_graph():  # shapes are symbols, which no cache and no kernel knows
+        return x_TD, Layout(shapes)
+    return x_TD, layout_of(shapes, x_TD.device)
 
 
 def unpack(x_TD: Tensor, layout: Layout) -> list[Tensor]:
@@ -69,7 +78,7 @@ def attend(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, layout: Layout) -> Tenso
 
     On a GPU in half precision by the variable-length kernel; elsewhere group by group.
     """
-    kernel = q_TNH.is_cuda and q_TNH.dtype in (torch.bfloat16, torch.float16)
+    kernel = layout.offsets is not None and q_TNH.dtype in (torch.bfloat16, torch.float16)
     return (by_kernel if kernel else by_group)(q_TNH, k_TNH, v_TNH, layout)
 
 
@@ -168,7 +177,10 @@ def residual(x_TD: Tensor, branch: Branch, layout: Layout, kept: KeptSequences |
     """x + branch(x). The branch computes only the kept sequences."""
     if kept is None:
         return x_TD + branch(x_TD, layout)
-    output_TD = branch(x_TD.index_select(0, kept.tokens_T), kept.layout).to(x_TD.dtype)
+    inner = kept.layout
+    if layout.rotation is not None:
+        inner = Layout(inner.groups, inner.offsets, layout.rotation.index_select(0, kept.tokens_T))
+    output_TD = branch(x_TD.index_select(0, kept.tokens_T), inner).to(x_TD.dtype)
     return _ScaledAdd.apply(x_TD, output_TD, kept)
 
 

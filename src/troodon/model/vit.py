@@ -6,7 +6,7 @@ names of the released weights, so that these load unchanged.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from troodon.config import UsageError
 from troodon.dist import Share
 from troodon.model.config import ViTConfig
-from troodon.model.packing import KeptSequences, Layout, attend, draw_kept, pack, residual, unpack
+from troodon.model.packing import KeptSequences, Layout, attend, draw_kept, makes_graph, pack, residual, unpack
+from troodon.model.positions import resize_by_products
 
 # Shape suffixes, besides those of packing.py: B images, C colours, P patches, R registers,
 #                                              h w rows and columns of patches.
@@ -50,9 +51,10 @@ class Attention(nn.Module):
     def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
         return self.proj(attend(*self.heads_of(x_TD), layout).flatten(1))
 
-    def heads_of(self, x_TD: Tensor) -> tuple[Tensor, ...]:
+    def heads_of(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (T, N, H) of the tokens."""
-        return self.qkv(x_TD).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        q_TNH, k_TNH, v_TNH = self.qkv(x_TD).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        return q_TNH, k_TNH, v_TNH
 
     def weights(self, x_TD: Tensor, layout: Layout, first: int) -> list[Tensor]:
         """The attention of the first tokens of each sequence to all of its tokens: (B, N, first, L) for each group."""
@@ -66,7 +68,7 @@ class Attention(nn.Module):
 def activated_linear(activation: Callable[[Tensor], Tensor], x: Tensor, linear: nn.Linear) -> Tensor:
     """linear(activation(x)). Only x is saved for the backward pass, which computes the activation again."""
     is_plain = type(linear) is nn.Linear  # an adapter around it is more than its weight and bias
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not is_plain:  # a compiler decides what to save
+    if makes_graph() or not torch.is_grad_enabled() or not is_plain:  # a compiler decides what to save
         return linear(activation(x))
     return _ActivatedLinear.apply(x, linear.weight, linear.bias, activation)
 
@@ -156,7 +158,7 @@ class PatchEmbed(nn.Module):
         if type(self.proj) is not nn.Conv2d:  # an adapter around it
             return self.proj(images_BCHW).flatten(2).transpose(1, 2)
         p = self.patch
-        x_BhwCpp = images_BCHW.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5)
+        x_BhwCpp = images_BCHW.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)
         return F.linear(x_BhwCpp.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
 
 
@@ -190,14 +192,25 @@ class ViT(nn.Module):
             nn.init.normal_(self.register_tokens, std=1e-6)
         nn.init.zeros_(self.mask_token)
 
-    def forward(
-        self, groups: list[Tensor], masks: list[Tensor | None] | None = None, share: Share | None = None
-    ) -> list[Tokens]:
-        """Tokens of one (B, C, H, W) tensor for each crop size. A mask (B, P) replaces patches by the mask token.
+    @overload
+    def forward(self, images: Tensor) -> Tensor: ...
 
-        `share` says which images of a step these are, for stochastic depth.
+    @overload
+    def forward(
+        self, images: list[Tensor], masks: list[Tensor | None] | None = None, share: Share | None = None
+    ) -> list[Tokens]: ...
+
+    def forward(self, images, masks=None, share=None):  # pyrefly: ignore[bad-override]
+        """Class tokens (B, D) of a tensor (B, C, H, W); of a list of tensors, one for each crop size, all tokens.
+
+        In a list, a mask (B, P) replaces patches by the mask token, and `share` says which images of a step these are,
+        for stochastic depth.
         """
-        return self.after_blocks(groups, [len(self.blocks) - 1], masks, share=share)[0]
+        if isinstance(images, Tensor):
+            cls_BD = self.after_blocks([images], [len(self.blocks) - 1])[0][0].cls_BD
+            waits = torch.is_grad_enabled() and self.mask_token.requires_grad  # DDP waits for every gradient
+            return cls_BD + 0.0 * self.mask_token.sum() if waits else cls_BD
+        return self.after_blocks(images, [len(self.blocks) - 1], masks, share=share)[0]
 
     def after_blocks(
         self,
@@ -235,7 +248,7 @@ class ViT(nn.Module):
         prefix = self.cls_token + cls
         if self.config.registers:  # registers have no position
             prefix = torch.cat([prefix, self.register_tokens], dim=1)
-        return torch.cat([prefix.expand(len(x_BPD), -1, -1), x_BPD + positions], dim=1)
+        return torch.cat([prefix.expand(x_BPD.shape[0], -1, -1), x_BPD + positions], dim=1)
 
     def split(self, x_BLD: Tensor) -> Tokens:
         registers = self.config.registers
@@ -250,6 +263,10 @@ def resize_positions(positions: Tensor, grid: tuple[int, int], config: ViTConfig
     one (facebookresearch/dino issue 8); `position_offset` reproduces it to the last bit.
     """
     cls, learned = positions[:, :1], positions[:, 1:]
+    if makes_graph():  # sizes are not known yet
+        square = learned[0].float().unflatten(0, (config.grid, config.grid))
+        resized = resize_by_products(square, grid, config.position_offset, config.position_antialias)
+        return cls, resized.flatten(0, 1)[None].to(positions.dtype)
     if grid == (config.grid, config.grid):
         return cls, learned
     image = learned.float().unflatten(1, (config.grid, config.grid)).permute(0, 3, 1, 2)

@@ -9,6 +9,7 @@ from troodon.verbs.common import load
 from troodon.verbs.curation import calibrate, curate
 from troodon.verbs.distillation import distill
 from troodon.verbs.evaluation import compare, evaluate
+from troodon.verbs.export import export
 from troodon.verbs.images import embed, pack, scan, show_crops
 from troodon.verbs.leakage import leak
 from troodon.verbs.training import pretrain, submit
@@ -20,6 +21,7 @@ __all__ = [
     "distill",
     "embed",
     "evaluate",
+    "export",
     "leak",
     "load",
     "pack",
