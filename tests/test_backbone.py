@@ -395,10 +395,10 @@ class Adapted(torch.nn.Module):
     def __init__(self, layer: torch.nn.Module):
         super().__init__()
         self.layer, self.weight, self.bias = layer, layer.weight, layer.bias
-        self.shift = torch.nn.Parameter(torch.zeros(()))
+        self.scale = torch.nn.Parameter(torch.ones(()))
 
     def forward(self, x):
-        return self.layer(x) + self.shift
+        return self.layer(x) * self.scale
 
 
 @pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(CONFIG, mlp="swiglu")])
@@ -409,12 +409,12 @@ def test_every_layer_can_have_an_adapter(config, images):
         for name, child in module.named_children():
             if isinstance(child, torch.nn.Linear | torch.nn.Conv2d) and not isinstance(module, Adapted):
                 setattr(module, name, Adapted(child))
-    adapters = [m.shift for m in vit.modules() if isinstance(m, Adapted)]
+    adapters = [m.scale for m in vit.modules() if isinstance(m, Adapted)]
     (tokens,) = vit([x])
     torch.testing.assert_close(tokens.cls_BD, backbone.features(x).cls)
     tokens.cls_BD.square().mul(torch.randn(128)).sum().backward()
     assert len(adapters) == 1 + 3 * 4
-    assert all(shift.grad is not None and shift.grad != 0 for shift in adapters)
+    assert all(scale.grad is not None and scale.grad != 0 for scale in adapters)
 
 
 def test_low_rank_adapters_of_peft_learn(backbone, images):

@@ -9,10 +9,10 @@ from troodon.verbs.common import load as load
 from troodon.verbs.curation import calibrate as calibrate
 from troodon.verbs.curation import curate as curate
 from troodon.verbs.distillation import distill as distill
+from troodon.verbs.embedding import embed as embed
 from troodon.verbs.evaluation import compare as compare
 from troodon.verbs.evaluation import evaluate as evaluate
 from troodon.verbs.export import export as export
-from troodon.verbs.images import embed as embed
 from troodon.verbs.images import pack as pack
 from troodon.verbs.images import scan as scan
 from troodon.verbs.images import show_crops as show_crops

@@ -25,9 +25,10 @@ from troodon.verbs.about import Recipes, Report
 from troodon.verbs.common import resolve_config
 from troodon.verbs.curation import Calibrate, Curate
 from troodon.verbs.distillation import Distill, recipes_by_name
+from troodon.verbs.embedding import Embed
 from troodon.verbs.evaluation import Compare, Evaluate
 from troodon.verbs.export import Export
-from troodon.verbs.images import Embed, Pack, Scan, ShowCrops
+from troodon.verbs.images import Pack, Scan, ShowCrops
 from troodon.verbs.leakage import Leak
 from troodon.verbs.training import Pretrain, pretrain_recipes
 

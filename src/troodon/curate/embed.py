@@ -1,6 +1,6 @@
 """Compute embeddings: one float16 matrix, in the order of the index. Each image is read and decoded once.
 
-    embeddings.npy    (N, D); row i is image i; zeros if it cannot be read
+    embeddings.npy    (N, D); row i is image i; zeros if it cannot be read; or .parquet, .arrow (embedding_files.py)
     copies.npy        the same by a second backbone, if another one finds copies
     pixels.npy        the same by the pixel backbone, if pixels are used to find copies (encoder.py)
     images.parquet    the index, and the metadata of each image:
@@ -13,10 +13,11 @@
 Until all images are done, every `partition_size` images are a unit of the stage "embed", so a killed run loses minutes.
 """
 
+import functools
 import hashlib
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from troodon import config, run
 from troodon.config import UsageError
 from troodon.curate.backends import SingleProcess
 from troodon.curate.context import row_ranges
+from troodon.curate.embedding_files import compute_tokens, images_of_a_unit, write_table
 from troodon.curate.encoder import (
     COPY_MATRIX,
     MAIN_MATRIX,
@@ -62,6 +64,7 @@ from troodon.model.backbone import Backbone
 # Shape suffixes: N images, B images of one batch, D channels of an embedding.
 
 PARTITION_SIZE = 20_000  # images per unit
+_Encoder = tuple[Any, Callable[[Any], ndarray]]  # a network, and the function from what it prepares to vectors
 
 
 @one_at_a_time
@@ -78,35 +81,33 @@ def embed(
     marks: Sequence[str] = (),
     partition_size: int = PARTITION_SIZE,
     backend: Backend | None = None,
+    blocks: Sequence[int] = (),
+    file_format: str = "npy",
 ) -> Path:
     """Compute the embeddings of all images of an index and publish them in the folder `out`, unless they exist.
 
-    `tokens` is "cls" or "cls+mean": the class token, or this and the mean patch token, each of unit length. `copies`
-    encodes every image too, by its class token only; `pixels` stores pixels as well. `marks` name the scores to compute
-    (see scores.py). Raises UsageError if `out` holds something else, or if the two backbones take different channels.
+    `tokens` is "cls", "mean" or "cls+mean": the class token, the mean patch token or both, each of unit length; or
+    "patches", all patch tokens. They are those after these `blocks`, numbered from 0; the last one if there is none.
+    `copies` encodes every image too, by its class token only; `pixels` stores pixels as well. `marks` name the scores
+    to compute (see scores.py), and `file_format` is "npy", "parquet" or "arrow". Raises UsageError if `out` holds
+    something else, or if the two backbones take different channels.
     """
-    settings: dict[str, Any] = {"backbone": backbone.name, "weights": backbone.fingerprint, "tokens": tokens}
-    if (compute := str(getattr(backbone, "compute", torch.float32))) != str(torch.float32):
-        settings["compute"] = compute.removeprefix("torch.")  # such vectors are close, not equal
-    if copies is not None:
-        settings["copies"] = copies.fingerprint
-        if copies.channels != backbone.channels:
-            raise UsageError(f"{copies.name} takes {copies.channels} channels, {backbone.name} {backbone.channels}")
-    if pixels:
-        settings["pixels"] = PixelBackbone.fingerprint
     scores = load_scores(marks)
-    if scores:
-        settings["scores"] = sorted(scores)
+    settings = _settings(backbone, copies)
+    # What was not always a setting is recorded only where it is not the default, so that earlier results stay valid.
+    later = {"pixels": PixelBackbone.fingerprint if pixels else "", "scores": sorted(scores), "blocks": list(blocks)}
+    later["format"] = file_format if file_format != "npy" else ""
+    settings |= {"tokens": tokens} | {name: value for name, value in later.items() if value}
     fingerprint = config.fingerprint(settings, index.content_hash())
     if run.is_done(out, "embeddings", fingerprint, settings):
         refuse_changed(out, index)
         return out
     modified = index.modification_times()
-    networks = {MAIN_MATRIX: (without_reader(backbone), tokens)}
-    if copies is not None:
-        networks[COPY_MATRIX] = without_reader(copies), "cls"
-    if pixels:
-        networks[PIXEL_MATRIX] = PixelBackbone(backbone.channels), "cls"
+    networks = {MAIN_MATRIX: encoder(backbone, tokens, blocks)}
+    networks |= {} if copies is None else {COPY_MATRIX: encoder(copies, "cls")}
+    networks |= {PIXEL_MATRIX: encoder(PixelBackbone(backbone.channels), "cls")} if pixels else {}
+    if tokens == "patches":
+        partition_size = min(partition_size, images_of_a_unit(*networks[MAIN_MATRIX]))
     # The batches can change the last bit of a vector, so partial results depend on them.
     inputs = (fingerprint, times_fingerprint(modified), partition_size, batch)
     stage_name = config.fingerprint(*inputs, code_fingerprint())
@@ -116,7 +117,10 @@ def embed(
     parts = run_stage(stage, root, backend or SingleProcess())
     with run.publish(out, "embeddings", fingerprint, settings) as partial:
         for matrix in networks:
-            concatenate_matrices(parts, partial / f"{matrix}.npy")
+            if matrix == MAIN_MATRIX and file_format != "npy":
+                write_table(parts, partial / f"{matrix}.{file_format}")
+            else:
+                concatenate_matrices(parts, partial / f"{matrix}.npy")
         tables = [pq.read_table(part / "images.parquet") for part in parts]
         table = pa.concat_tables(tables).combine_chunks() if tables else SCHEMA.empty_table()
         table = table.append_column(MODIFIED, pa.array(modified))
@@ -124,6 +128,26 @@ def embed(
         run.write_json(partial / "timings.json", stage_seconds(parts))
     shutil.rmtree(root, ignore_errors=True)
     return out
+
+
+def _settings(backbone: Backbone, copies: Backbone | None) -> dict[str, Any]:
+    """What is recorded of the networks. UsageError if they take different channels."""
+    settings: dict[str, Any] = {"backbone": backbone.name, "weights": backbone.fingerprint}
+    if (compute := str(getattr(backbone, "compute", torch.float32))) != str(torch.float32):
+        settings["compute"] = compute.removeprefix("torch.")  # such vectors are close, not equal
+    if copies is not None:
+        settings["copies"] = copies.fingerprint
+        if copies.channels != backbone.channels:
+            raise UsageError(f"{copies.name} takes {copies.channels} channels, {backbone.name} {backbone.channels}")
+    return settings
+
+
+def encoder(network: Any, tokens: str, blocks: Sequence[int] = ()) -> _Encoder:
+    """A network without its reader, and the function from what it prepares to vectors."""
+    network = without_reader(network)
+    if blocks or tokens not in ("cls", "cls+mean"):
+        return network, functools.partial(compute_tokens, network, tokens, tuple(blocks))
+    return network, functools.partial(compute_vectors, network, tokens)
 
 
 def parts_folder(out: Path) -> Path:
@@ -155,7 +179,7 @@ class _HashingIndex(Index):
 class _EmbedUnit:
     """Reads and embeds rows (first, last) of the index."""
 
-    networks: Mapping[str, tuple[Any, str]]  # network and tokens by matrix
+    networks: Mapping[str, _Encoder]  # by matrix
     index: Index
     scores: Mapping[str, Score]
     batch: int
@@ -180,13 +204,13 @@ class _EmbedUnit:
         batches = read_batches(index, self.batch, prepare, channels=channels, threads=self.threads, broken=broken)
         for rows, (batch_metadata, inputs) in batches:
             metadata.update(zip(rows, batch_metadata, strict=True))
-            for (name, network), prepared in zip(self.networks.items(), inputs, strict=True):
-                vectors = compute_vectors(*network, prepared).astype(np.float16)
+            for (name, (_, encode)), prepared in zip(self.networks.items(), inputs, strict=True):
+                vectors = encode(prepared).astype(np.float16)
                 matrices[name].update(zip(rows, vectors, strict=True))
             progress.add(len(rows))
 
         for name, vectors in matrices.items():
-            x_ND = np.zeros((len(index), len(next(iter(vectors.values()), ()))), np.float16)
+            x_ND = np.zeros((len(index), *next(iter(vectors.values()), np.zeros(0)).shape), np.float16)
             for row, vector in vectors.items():
                 x_ND[row] = vector
             np.save(folder / f"{name}.npy", x_ND)

@@ -122,15 +122,15 @@ def stage_seconds(folders: Sequence[Path]) -> dict[str, float]:
 
 
 def concatenate_matrices(parts: Sequence[Path], path: Path) -> None:
-    """Concatenate the matrices of this file name in all parts into one file. Rows without columns become zeros."""
+    """Concatenate the arrays of this file name in all parts into one file. Rows without columns become zeros."""
     matrices = [np.load(part / path.name, mmap_mode="r") for part in parts]
-    rows, channels = sum(map(len, matrices)), max((m.shape[1] for m in matrices), default=0)
+    rows, shape = sum(map(len, matrices)), max((m.shape[1:] for m in matrices), default=(0,))
     dtype = matrices[0].dtype if matrices else np.dtype(np.float16)
     with open(path, "wb") as file:
-        header = {"descr": dtype.str, "fortran_order": False, "shape": (rows, channels)}
+        header = {"descr": dtype.str, "fortran_order": False, "shape": (rows, *shape)}
         np.lib.format.write_array_header_1_0(file, header)
         for matrix in matrices:
-            file.write((matrix if matrix.shape[1] else np.zeros((len(matrix), channels), dtype)).tobytes())
+            file.write((matrix if matrix.shape[1] else np.zeros((len(matrix), *shape), dtype)).tobytes())
 
 
 def _fsync(folder: Path) -> None:

@@ -137,7 +137,7 @@ class Backbone(SavedViT):
         """
         if on_error not in ("raise", "skip"):
             raise nearest("on_error", on_error, ("raise", "skip"))
-        wanted, last = self._block_numbers(blocks), self.config.depth - 1
+        wanted, last = self.block_numbers(blocks), self.config.depth - 1
         run = sorted({*wanted, last})  # the order in which blocks compute
         p, rows, parts = with_size(self.preprocessing, size, self.config.patch), [], []
         for batch_rows, x_BCHW in self._batches(images, p, keep_aspect, on_error):
@@ -168,7 +168,7 @@ class Backbone(SavedViT):
         Probabilities over all tokens, of which those of the patches are returned; so they sum to less than one. Images
         and sizes as in `features`; with `keep_aspect` a list of tensors (N, 1 + R, h, w).
         """
-        (block,) = self._block_numbers([block])
+        (block,) = self.block_numbers([block])
         p, rows, parts = with_size(self.preprocessing, size, self.config.patch), [], []
         for batch_rows, x_BCHW in self._batches(images, p, keep_aspect, "raise"):
             rows += batch_rows
@@ -188,7 +188,7 @@ class Backbone(SavedViT):
                 per_block = (self.network or self.vit).after_blocks([minibatch_BCHW], blocks, norm=norm)
             yield [tokens for (tokens,) in per_block]
 
-    def _block_numbers(self, blocks: int | Sequence[int]) -> list[int]:
+    def block_numbers(self, blocks: int | Sequence[int]) -> list[int]:
         """The numbers, from 0, of so many last blocks, or of those in a list, in its order."""
         depth = self.config.depth
         if isinstance(blocks, int):

@@ -8,9 +8,10 @@ from troodon.verbs.about import report
 from troodon.verbs.common import load
 from troodon.verbs.curation import calibrate, curate
 from troodon.verbs.distillation import distill
+from troodon.verbs.embedding import embed
 from troodon.verbs.evaluation import compare, evaluate
 from troodon.verbs.export import export
-from troodon.verbs.images import embed, pack, scan, show_crops
+from troodon.verbs.images import pack, scan, show_crops
 from troodon.verbs.leakage import leak
 from troodon.verbs.training import pretrain, submit
 

@@ -1,23 +1,21 @@
-"""The verbs on images: `scan`, `pack`, `show_crops` and `embed`."""
+"""The verbs on images: `scan`, `pack` and `show_crops`."""
 
 import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
 from troodon import recipes
-from troodon.config import Range, UsageError, from_dict, nearest, to_dict
+from troodon.config import Range, UsageError, from_dict, to_dict
 from troodon.images.config import PackConfig
 from troodon.learn.config import PretrainConfig, fits
 from troodon.verbs.common import (
     Data,
     Paths,
-    as_backbone,
     as_list,
-    common_range,
     open_images,
     progress_callback,
     require_some,
@@ -27,7 +25,7 @@ from troodon.verbs.common import (
 from troodon.verbs.plans import loader_of
 
 if TYPE_CHECKING:
-    from troodon.model.backbone import Backbone
+    pass
 
 
 def scan(data: Data, out: str | Path | None = None, *, threads: int = 0, range: Range | None = None) -> dict:
@@ -151,78 +149,3 @@ class ShowCrops:
 
     def run(self) -> None:
         print(show_crops(self.config, self.data, self.out, images=self.images, batch=self.at))
-
-
-def embed(
-    backbone: "str | Path | Backbone",
-    data: Data,
-    out: str | Path,
-    *,
-    tokens: str = "cls",
-    batch: int = 64,
-    threads: int = 0,
-    compute: str = "auto",
-    compile: bool = False,
-    range: Range | None = None,
-) -> Path:
-    """Write one vector per image: class tokens ("cls"), or these and mean patch tokens ("cls+mean").
-
-    `compute` is the precision of products: "bf16", "fp32", or the faster on this machine ("auto"), which is measured
-    once and then kept, also by a command that goes on. `compile` compiles the network first. `range` gives the values
-    of images of more than 8 bits that become black and white, in place of the backbone's own. Returns the folder.
-    """
-    from troodon.curate.embed import embed as write_embeddings
-
-    if tokens not in ("cls", "cls+mean"):
-        raise nearest("tokens", tokens, ("cls", "cls+mean"))
-    if batch < 1:
-        raise UsageError(f"batch {batch}: must be 1 or more")
-    backbone = as_backbone(backbone, range)
-    index = open_images(data, common_range(range, backbone))
-    faster = _optimized(backbone, Path(out), compute, compile)
-    return write_embeddings(faster, index, Path(out), batch=batch, threads=threads, tokens=tokens)
-
-
-def _optimized(backbone: "Backbone", out: Path, compute: str, compile: bool) -> "Backbone":
-    """The backbone in this precision; for "auto" in that of the embeddings in `out`, finished or begun, if any are."""
-    from troodon.curate.embed import parts_folder
-    from troodon.run import read_manifest, write_bytes
-
-    names, recorded = {"float32": "fp32", "bfloat16": "bf16"}, parts_folder(out) / "compute"
-    if compute == "auto" and (manifest := read_manifest(out)) and manifest["kind"] == "embeddings":
-        return backbone.optimized(names[manifest["settings"].get("compute", "float32")], compile=compile)
-    if compute == "auto" and recorded.is_file() and recorded.read_text() in names:
-        return backbone.optimized(names[recorded.read_text()], compile=compile)
-    faster = backbone.optimized(compute, compile=compile)
-    if compute == "auto" and not out.exists():
-        write_bytes(recorded, str(faster.compute).removeprefix("torch.").encode())
-    return faster
-
-
-@dataclass(frozen=True)
-class Embed:
-    """One vector per image, by a backbone: embeddings.npy beside the list of images."""
-
-    backbone: str
-    """A run, a backbone folder, released weights (.pth), or a Hugging Face folder."""
-    data: Paths
-    """Folders, tars, paths inside tars, or images."""
-    out: str
-    """A new folder."""
-    tokens: str = "cls"
-    """cls: class tokens; cls+mean: these and mean patch tokens."""
-    batch: int = 64
-    """Images that go through the network together."""
-    threads: int = 0
-    """Threads that read images; 0 is one per processor."""
-    compute: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of products; auto measures once which is faster here. Vectors stay the same to a hundredth."""
-    range: Range | None = None
-    """Values of images of more than 8 bits that become black and white, such as 0 4095; by the backbone's rule if left
-    out."""
-    compile: bool = False
-    """Compile the network first (torch.compile): takes minutes, and pays off after hours."""
-
-    def run(self) -> None:
-        options = {"tokens": self.tokens, "batch": self.batch, "threads": self.threads, "range": self.range}
-        print(embed(self.backbone, self.data, self.out, **options, compute=self.compute, compile=self.compile))
