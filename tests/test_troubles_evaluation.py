@@ -1,17 +1,20 @@
 """Troubles of evaluation: little or odd data, layouts, labels and ground truth."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.layout_world import LAYOUT_BUILDERS, A, write_classes, write_image, write_text
 from troodon import evaluate
 from troodon.config import UsageError
 from troodon.evaluate.config import DenseConfig, EvaluateConfig, LinearConfig, LogisticConfig
+from troodon.evaluate.sets.layouts import open_benchmark
 from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
-from troodon.run import read_json
+from troodon.run import read_json, write_manifest
 from troodon.verbs.evaluation import open_benchmarks
 
 QUICK = EvaluateConfig(
@@ -236,3 +239,91 @@ def test_images_set_aside_are_counted_at_the_end(tmp_path, capsys):
     score(data, tmp_path / "out")
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last == "evaluate: alarm: 10 of 16 images are set aside: 8 empty, 2 not an image"
+
+
+# Lists of publishers
+
+
+BAD_LINES = [
+    ("cub200", "images", "CUB_200_2011/images.txt", "5"),
+    ("cub200", "classes", "CUB_200_2011/image_class_labels.txt", "no numbers in this line"),
+    ("places205", "no file", "trainvalsplit/train_places205.csv", "17"),
+    ("aircraft", "no class", "data/images_variant_test.txt", "9009"),
+    ("food101", "no folder", "meta/train.txt", "alone"),
+    ("voc2007", "presence", "VOCdevkit/VOC2007/ImageSets/Main/dog_test.txt", "000009 maybe"),
+    ("voc2007", "words", "VOCdevkit/VOC2007/ImageSets/Main/dog_test.txt", "000009"),
+]
+
+
+@pytest.mark.parametrize(("layout", "what", "file", "line"), BAD_LINES, ids=[f"{row[0]}-{row[1]}" for row in BAD_LINES])
+def test_a_bad_line_of_a_list_is_one_bad_row(layout, what, file, line, tmp_path, capsys):
+    """One line of a publisher's list cannot be read | it is set aside, counted and named; the others are read"""
+    LAYOUT_BUILDERS[layout](tmp_path / "data")
+    whole = open_benchmark(tmp_path / "data", layout)
+    with open(tmp_path / "data" / file, "a") as listed:
+        listed.write(line + "\n")
+    capsys.readouterr()
+    benchmark = open_benchmark(tmp_path / "data", layout)
+    said = capsys.readouterr().err
+    assert f"1 of {3 if layout != 'cub200' else 5} rows cannot be read, number" in said
+    assert repr(line) in said
+    assert whole is not None
+    assert benchmark is not None
+    for column in ("path", "label", "split"):
+        assert benchmark.images.column(column) == whole.images.column(column)
+
+
+def test_a_list_of_bad_lines_is_refused(tmp_path):
+    """Most lines of a publisher's list cannot be read | it is refused, with the number and the first"""
+    LAYOUT_BUILDERS["places205"](tmp_path)
+    write_text(tmp_path / "trainvalsplit" / "train_places205.csv", "a/abbey/train0.jpg 0\n1\n2\n3\n")
+    with pytest.raises(UsageError, match="3 of 4 rows cannot be read, number 2, '1', among them"):
+        open_benchmark(tmp_path, "places205")
+
+
+def test_a_line_of_voc_that_cannot_be_read_leaves_a_class_unknown(tmp_path):
+    """A list of PASCAL VOC lost an image's line | whether the image shows the class is unknown, and does not count"""
+    LAYOUT_BUILDERS["voc2007"](tmp_path)
+    lists = tmp_path / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main"
+    write_text(lists / "car_test.txt", "000001\n000002 -1\n")
+    benchmark = open_benchmark(tmp_path)
+    assert benchmark is not None
+    labels = {Path(p).stem: tags for p, tags in zip(benchmark.images.column("path"), benchmark.images.column("label"))}
+    assert labels == {
+        "000005": "car|person", "000007": "?dog|person", "000001": "person|?car", "000002": "?dog|person"
+    }  # fmt: skip
+
+
+def test_tables_with_rows_without_an_answer_lose_these_rows(tmp_path, capsys):
+    """Tables of ImageNet (Kaggle) or iNaturalist have rows without a class | these are set aside and counted"""
+    write_classes(tmp_path / "in", "ILSVRC/Data/CLS-LOC/train/{0}/{0}_{1}.JPEG")
+    for i in (1, 2, 3):
+        write_image(tmp_path / "in" / f"ILSVRC/Data/CLS-LOC/val/ILSVRC2012_val_0000000{i}.JPEG")
+    answers = "".join(f"ILSVRC2012_val_0000000{i},{answer}\n" for i, answer in enumerate((f"{A} 1 2 3 4", "", A), 1))
+    write_text(tmp_path / "in" / "LOC_val_solution.csv", "ImageId,PredictionString\n" + answers)
+    benchmark = open_benchmark(tmp_path / "in")
+    assert benchmark is not None
+    assert [s for s in benchmark.images.column("split") if s == "val"] == ["val"] * 2
+    assert "1 of 3 rows cannot be read, number 2" in capsys.readouterr().err
+
+    LAYOUT_BUILDERS["inaturalist"](tmp_path / "nature")
+    table = tmp_path / "nature" / "train2018.json"
+    table.write_text(table.read_text().replace('"image_id": 1', '"image_id": 88'))
+    benchmark = open_benchmark(tmp_path / "nature", "inaturalist")
+    assert benchmark is not None
+    assert len(benchmark.images) == 3
+    assert "1 of 2 rows cannot be read, number 2" in capsys.readouterr().err
+
+
+def test_artifacts_in_a_dataset_are_not_its_images(tmp_path):
+    """Scores or selections lie in the folder of a published dataset | their pictures are not taken as its images"""
+    LAYOUT_BUILDERS["copydays"](tmp_path / "data")
+    whole = open_benchmark(tmp_path / "data")
+    place = tmp_path / "data" / "scores"
+    write_image(place / "pictures" / "original" / "200000.jpg")
+    write_manifest(place, "scores", "0" * 16, {})
+    shutil.copytree(place, tmp_path / "data" / "runs" / "deep")
+    benchmark = open_benchmark(tmp_path / "data")
+    assert whole is not None
+    assert benchmark is not None
+    assert benchmark.images.column("path") == whole.images.column("path")

@@ -111,7 +111,7 @@ def _start_of(path: str) -> bytes:
         return b""
 
 
-def _is_ours(folder: str, names: set[str]) -> bool:
+def is_ours(folder: str, names: set[str]) -> bool:
     """Whether a folder with these files was made by Troodon: an artifact, or one that is being made, holds no data."""
     if folder.endswith(".partial") or {"config.yaml", "metrics.jsonl"} <= names:
         return True
@@ -149,7 +149,7 @@ def _walk(root: str, listing: Listing) -> Iterator[tuple[str, str, int]]:
                 raise
             listing.left_out.add_reason("folder", "cannot be read", path.rstrip("/"))
             continue
-        if path and _is_ours(folder, {entry.name for entry in entries}):
+        if path and is_ours(folder, {entry.name for entry in entries}):
             listing.left_out.add_reason("folder", "are made by Troodon", path.rstrip("/"))
             continue
         for entry in entries:
@@ -184,7 +184,7 @@ def _walk_remote(url: str, listing: Listing) -> Iterator[tuple[str, str, int]]:
     for path in entries:
         folder, _, name = path.rpartition("/")
         names.setdefault(folder, set()).add(name)
-    ours = {f"{f}/" for f in names if len(f) > len(top) and _is_ours(fs.unstrip_protocol(f), names[f])}
+    ours = {f"{f}/" for f in names if len(f) > len(top) and is_ours(fs.unstrip_protocol(f), names[f])}
     for folder in sorted(ours):
         listing.left_out.add_reason("folder", "are made by Troodon", folder[len(top) : -1])
     for path, info in sorted(entries.items()):

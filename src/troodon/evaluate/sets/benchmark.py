@@ -26,7 +26,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +37,7 @@ from troodon.images import containers, listing, members
 from troodon.images.decode import BadImage, decode_single_channel
 from troodon.images.index import SCHEMA, Index
 from troodon.images.labels import parse_csv, parse_split
+from troodon.text import plural
 
 # Shape suffixes: N images, Q queries.
 
@@ -45,6 +46,7 @@ IGNORE = 255  # the class of ignored pixels
 NO_CLASS = re.compile(r"unlabel|void|ignore", re.IGNORECASE)
 LABEL_SEPARATOR = "|"  # between the alternative correct labels of an image, and between its tags
 UNCERTAIN = "?"  # before a tag that is ignored
+Parsed = TypeVar("Parsed")
 Relevance = list[tuple[np.ndarray, np.ndarray]]  # for each query: relevant rows and ignored rows
 
 
@@ -93,12 +95,15 @@ class Tree:
 
     @staticmethod
     def open(place: str | Path) -> "Tree | None":
-        """List the files. None for anything but a folder, tar or zip on this machine."""
+        """List the files, without those in artifacts of Troodon. None for anything but a folder, tar or zip here."""
         root = str(Path(place).expanduser().absolute())
         if Path(root).is_dir():
             entries = {}
-            for folder, _, names in os.walk(root, followlinks=True):
+            for folder, inner, names in os.walk(root, followlinks=True):
                 inside = os.path.relpath(folder, root)
+                if inside != "." and listing.is_ours(folder, {*inner, *names}):
+                    inner.clear()
+                    continue
                 for name in (n for n in names if not listing.is_hidden(n)):
                     path = os.path.join(folder, name)
                     entries[posixpath.normpath(posixpath.join(inside, name))] = (path, 0, os.stat(path).st_size)
@@ -117,6 +122,24 @@ class Tree:
 
     def lines(self, name: str) -> list[str]:
         return [line for line in self.read(name).decode("utf-8-sig").splitlines() if line.strip()]
+
+    def parse(self, name: str, rows: Sequence[Any], read: Callable[[Any], Parsed]) -> list[Parsed]:
+        """What `read` makes of each row of a file. Rows of which it makes nothing (ValueError, LookupError, TypeError)
+        are set aside, counted, and the first is named. Raises UsageError if these are more than half."""
+        parsed, bad = [], []
+        for number, row in enumerate(rows, start=1):
+            try:
+                parsed.append(read(row))
+            except (ValueError, LookupError, TypeError):
+                bad.append(f"number {number}, {str(row)[:80]!r}")
+        if bad:
+            text = (
+                f"{self.root}/{name}: {len(bad):,} of {plural(len(rows), 'row')} cannot be read, {bad[0]}, among them"
+            )
+            if 2 * len(bad) > len(rows):
+                raise UsageError(text)
+            run.say(f"{text}; they are set aside")
+        return parsed
 
     def table(self, name: str) -> dict[str, list]:
         """The columns of a CSV file. Empty if the file does not exist or cannot be parsed."""

@@ -33,7 +33,7 @@ def from_patterns(tree: Tree, splits: dict[str, str], train_benchmark: str | Non
     return labelled(tree, rows, train_benchmark)
 
 
-Parse = Callable[[str], tuple[str, str]]  # a line -> file, class
+Parse = Callable[[str], tuple[str, str]]  # a line -> file, class; ValueError or LookupError if it has none
 
 
 def from_lists(tree: Tree, lists: dict[str, str], parse: Parse, form: str = "{}") -> Benchmark:
@@ -41,7 +41,7 @@ def from_lists(tree: Tree, lists: dict[str, str], parse: Parse, form: str = "{}"
     listed = []
     for split, pattern in lists.items():
         for name, _ in tree.find(pattern):
-            parsed = (parse(line.strip()) for line in tree.lines(name))
+            parsed = tree.parse(name, tree.lines(name), lambda line: parse(line.strip()))
             listed += [(form.format(file.lstrip("/")), label, split) for file, label in parsed]
     by_suffix = tree.by_suffix({file.count("/") + 1 for file, _, _ in listed})
     return labelled(tree, [(by_suffix.get(file, file), label, split) for file, label, split in dict.fromkeys(listed)])
@@ -49,19 +49,25 @@ def from_lists(tree: Tree, lists: dict[str, str], parse: Parse, form: str = "{}"
 
 def folder_label(line: str) -> tuple[str, str]:
     """The label is the folder."""
-    return line, str(PurePosixPath(line).parent).strip("/")
+    return line, _filled("/".join(PurePosixPath(line.strip("/")).parts[:-1]))
 
 
 def last_word_label(line: str) -> tuple[str, str]:
     """The label is the last word."""
     file, _, label = line.rpartition(" ")
-    return file, label
+    return _filled(file), label
 
 
 def first_word_label(line: str) -> tuple[str, str]:
     """The file is the first word, and the label is the rest."""
     file, _, label = line.partition(" ")
-    return file, label
+    return file, _filled(label)
+
+
+def _filled(word: str) -> str:
+    if not word:
+        raise ValueError("a file or its class is missing")
+    return word
 
 
 def breed_label(line: str) -> tuple[str, str]:
@@ -75,9 +81,12 @@ def imagenet(tree: Tree) -> Benchmark:
     rows: list[Row] = [(name, m[2], m[1]) for name, m in tree.find(r"(train|val)/(n\d{8})/[^/]+")]
     flat = {PurePosixPath(name).stem: name for name, _ in tree.find(r"val/[^/]+\.JPEG")}
     if flat:
-        table = tree.table(tree.find_one(r"LOC_val_solution\.csv"))
-        listed = zip(table["ImageId"], table["PredictionString"])
-        rows += [(flat[image], words.split()[0], "val") for image, words in listed if image in flat]
+        name = tree.find_one(r"LOC_val_solution\.csv")
+        table = tree.table(name)
+        listed = tree.parse(
+            name, [*zip(table["ImageId"], table["PredictionString"])], lambda row: (row[0], row[1].split()[0])
+        )
+        rows += [(flat[image], label, "val") for image, label in listed if image in flat]
     return labelled(tree, rows)
 
 
@@ -97,7 +106,8 @@ def inaturalist(tree: Tree) -> Benchmark:
         listed = json.loads(tree.read(name))
         label = {a["image_id"]: str(a["category_id"]) for a in listed["annotations"]}
         root = name.rpartition("/")[0]
-        rows += [(f"{root}/{i['file_name']}".lstrip("/"), label[i["id"]], match[1]) for i in listed["images"]]
+        found = tree.parse(name, listed["images"], lambda image, label=label: (image["file_name"], label[image["id"]]))
+        rows += [(f"{root}/{file}".lstrip("/"), label_of_file, match[1]) for file, label_of_file in found]
     return labelled(tree, rows)
 
 
@@ -129,15 +139,20 @@ def flowers(tree: Tree) -> Benchmark:
 
 
 def cub(tree: Tree) -> Benchmark:
-    files, classes, in_train = (
-        dict(line.split() for line in tree.lines(tree.find_one(rf"{name}\.txt")))
-        for name in ("images", "image_class_labels", "train_test_split")
-    )
-    root = tree.find_one(r"images\.txt").rpartition("/")[0]
-    return labelled(tree, [
-        (f"{root}/images/{file}".lstrip("/"), classes[i], "train" if in_train[i] == "1" else "test")
-        for i, file in files.items()
-    ])  # fmt: skip
+    tables = [tree.find_one(rf"{name}\.txt") for name in ("image_class_labels", "train_test_split", "images")]
+    classes, in_train, files = (dict(tree.parse(name, tree.lines(name), _two_words)) for name in tables)
+    root = tables[-1].rpartition("/")[0]
+
+    def row(numbered: tuple[str, str]) -> Row:
+        number, file = numbered
+        return f"{root}/images/{file}".lstrip("/"), classes[number], "train" if in_train[number] == "1" else "test"
+
+    return labelled(tree, tree.parse(tables[-1], [*files.items()], row))
+
+
+def _two_words(line: str) -> tuple[str, str]:
+    first, second = line.split()
+    return first, second
 
 
 def voc2007(tree: Tree) -> Benchmark:
@@ -147,10 +162,19 @@ def voc2007(tree: Tree) -> Benchmark:
     """
     root = tree.find_one(r"ImageSets/Main/[a-z]+_test\.txt").rpartition("ImageSets/")[0]
     tags: dict[tuple[str, str], list[str]] = {}
+    listed: dict[tuple[str, str], set[str]] = {}  # by class and split
     for name, match in tree.find(r"ImageSets/Main/([a-z]+)_(trainval|test)\.txt"):
-        for image, presence in (line.split() for line in tree.lines(name) if name.startswith(root)):
-            names = tags.setdefault((f"{root}JPEGImages/{image}.jpg", match[2]), [])
-            names += {"1": [match[1]], "0": [UNCERTAIN + match[1]], "-1": []}[presence]
+        present = {"1": [match[1]], "0": [UNCERTAIN + match[1]], "-1": []}
+
+        def row(line: str, present: dict[str, list[str]] = present) -> tuple[str, list[str]]:
+            image, presence = line.split()
+            return image, present[presence]
+
+        for image, named in tree.parse(name, tree.lines(name) if name.startswith(root) else [], row):
+            tags.setdefault((f"{root}JPEGImages/{image}.jpg", match[2]), []).extend(named)
+            listed.setdefault((match[1], match[2]), set()).add(f"{root}JPEGImages/{image}.jpg")
+    for (image, part), names in tags.items():  # what a line that cannot be read would have said is unknown
+        names += [UNCERTAIN + name for (name, of), images in listed.items() if of == part and image not in images]
     splits = ["train" if part == "trainval" else part for _, part in tags]
     joined = [LABEL_SEPARATOR.join(names) for names in tags.values()]
     benchmark = tag_benchmark(tree, [image for image, _ in tags], joined, splits)
