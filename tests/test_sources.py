@@ -19,7 +19,8 @@ from troodon import run
 from troodon.config import UsageError
 from troodon.images import decode
 from troodon.images.index import SCHEMA, Index
-from troodon.images.sources import IMAGE_EXTENSIONS, open_source
+from troodon.images.formats import RASTER_EXTENSIONS
+from troodon.images.sources import open_source
 
 MEMBERS = ["a/1.jpg", "a/2.PNG", "b/3.jpg", "b/c/4.webp", "notes.txt"]
 
@@ -210,7 +211,7 @@ def test_a_relative_path_is_the_same_source(tmp_path, monkeypatch):
 def test_every_extension_is_of_a_format_that_is_decoded():
     Image.init()
     known = {ending.lstrip("."): name for ending, name in Image.registered_extensions().items()}
-    formats = {ending: known[ending] for ending in IMAGE_EXTENSIONS - {"npy"}}  # an array, which Pillow has no part in
+    formats = {ending: known[ending] for ending in RASTER_EXTENSIONS - {"npy"}}  # an array, which Pillow has no part in
     assert set(formats.values()) - {"MPO"} <= set(decode.FORMATS)  # an MPO is opened as the JPEG it starts with
     assert {f for f in decode.FORMATS if f not in formats.values()} == set()
 

@@ -85,14 +85,14 @@ def publish(place: Path, kind: str, names: Sequence[str]) -> Path:
 def test_what_is_left_out_is_counted(tmp_path, capsys):
     """Some files of a source are not read | Every verb says in one line how many, by their ending or by the reason."""
     data = folder(tmp_path / "d", ["1.jpg"])
-    odd = ["LICENSE", "a.json", "b.json", "scan.dcm", "v.nii.gz", "more.tar.gz", "x.tgz", "n.q-r", ".a.jpg", ".git"]
+    odd = ["LICENSE", "a.json", "b.json", "scan.mha", "v.mnc.gz", "more.tar.gz", "x.tgz", "n.q-r", ".a.jpg", ".git"]
     folder(data, odd, b"no image")
     write_zip(data / "in.zip", {"2.jpg": picture(2), "nested.zip": b"PK\x03\x04", "readme.md": b"text"})
     (data / "dead.jpg").symlink_to("nowhere")
     assert paths(data) == ["d/1.jpg", "d/in.zip/2.jpg"]
     assert capsys.readouterr().err == (
-        f"{data}: leaves out 1 .nii.gz (compressed), 1 .tar.gz (to be unpacked first), 1 .tgz (to be unpacked first), "
-        "1 .zip inside an archive, 1 with an odd ending, 1 without ending, 2 .json, 1 .dcm, 2 with 2 other endings; "
+        f"{data}: leaves out 1 .mnc.gz (compressed), 1 .tar.gz (to be unpacked first), 1 .tgz (to be unpacked first), "
+        "1 .zip inside an archive, 1 with an odd ending, 1 without ending, 2 .json, 1 .md, 2 with 2 other endings; "
         "1 link is broken (dead.jpg)\n"
     )
     folder(tmp_path / "plain", ["1.jpg", ".git/x", ".DS_Store", "._1.jpg"])

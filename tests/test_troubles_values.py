@@ -559,13 +559,6 @@ def test_a_python_dataset_gives_the_same_values_as_files(ct):
     assert "use 16 of 256 levels" in look_at(open_source(pictures))
 
 
-@pytest.mark.parametrize(("start", "magic", "name"), [(128, b"DICM", "pydicom"), (344, b"n+1\0", "nibabel")])
-def test_medical_files_are_named_with_a_remedy(start, magic, name):
-    """A file is DICOM or NIfTI | It is named, with the package that converts it."""
-    with pytest.raises(BadImage, match=rf"not an image: .*{name}.*--range"):
-        decode((b"\0" * start + magic).ljust(500, b"\0"))
-
-
 def test_a_vit_names_what_it_takes(net):
     """A batch of images is given to Backbone.vit | One line says that it takes a list."""
     with pytest.raises(UsageError, match=r"vit\(\[images\]\)"):

@@ -49,11 +49,15 @@ class Used(NamedTuple):
 
 
 class Values(NamedTuple):
-    """The values (H, W, C) of an image as its file has them, upright; and those that become black and white if no
-    range says otherwise, where its file has such a window."""
+    """The values (H, W, C) of an image as its file has them, upright.
+
+    `window` has the values that become black and white without a range, if the file says so; `is_array` is whether it
+    is an array of any number of channels, not an image.
+    """
 
     array: np.ndarray
     window: Range | None = None
+    is_array: bool = False
 
 
 def of_array(values: np.ndarray, range: Range | None = None) -> np.ndarray:

@@ -5,12 +5,15 @@ these numbers.
 
     tar       uncompressed; the bytes are returned unchanged
     zip       stored or deflated members, whose checksums are compared; the offset is that of the local header
+    volumes   NIfTI and DICOM of several frames (volumes.py); the offset is the number of an image. Those used last stay
+              in memory
     Parquet   a column of bytes, or of structs with a field `bytes`; the offset is the row number. A row group is
               decompressed whole: the last few are cached, which makes sequential reading fast
 """
 
 import io
 import math
+import os
 import struct
 import threading
 import zipfile
@@ -24,12 +27,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from troodon.images import files
+from troodon.images import files, volumes
 
 T = TypeVar("T")
 
 MAX_IMAGE_BYTES = 1 << 30  # a larger file only has the name of an image (arrays may be any size), and is not read
 CACHED_ROW_GROUPS = 8  # row groups of Parquet files kept decompressed
+CACHED_VOLUME_BYTES = 1 << 30  # of volumes kept decompressed
+OPEN_VOLUME_BYTES = 1 << 22  # that each one counts in addition
 ZIP_HEADER = struct.Struct("<4s5H3L2H")  # the local header of a zip member (APPNOTE.TXT, 4.3.7)
 ZIP_DESCRIPTOR_FLAG = 1 << 3  # checksum and lengths are behind the data (APPNOTE.TXT, 4.4.4)
 PARQUET_DAMAGE = (pa.ArrowException, LookupError, TypeError, ValueError)  # what reading a damaged file may raise
@@ -45,7 +50,7 @@ def kind(path: str) -> str | None:
 def file_of(container: str) -> str:
     """The path or URL of the file that is the container: without the column, if it is Parquet."""
     path = container.rpartition(COLUMN_SEPARATOR)[0]
-    return path if kind(path) == "parquet" else container
+    return path if kind(path) == "parquet" or container.endswith(volumes.MEMBER) else container
 
 
 def modified(names: Sequence[str]) -> list[int]:
@@ -66,6 +71,8 @@ def read(container: str, offset: int, length: int) -> bytes:
     if length > MAX_IMAGE_BYTES:
         raise OSError(f"{length:,} bytes are more than the limit of {MAX_IMAGE_BYTES:,}")
     path = file_of(container)
+    if container.endswith(volumes.MEMBER):
+        return _read_slice(path, offset)
     if path != container:
         return _read_cell(path, container[len(path) + 1 :], offset)
     if kind(container) == "zip":
@@ -73,6 +80,26 @@ def read(container: str, offset: int, length: int) -> bytes:
     if kind(container) != "tar" and not files.REMOTE.match(container):
         offset, length = 0, -1  # if the file has changed since it was listed, its present content is read
     return files.read(container, offset, length)
+
+
+def read_path(path: str) -> bytes:
+    """Read the image file at a local path, or one image of a file of several: `brain.nii.gz#12`. Raises OSError."""
+    whole, separator, number = path.rpartition(volumes.SEPARATOR)
+    if separator and number.isdecimal() and not os.path.exists(path):
+        return _read_slice(whole, int(number))
+    if volumes.NIFTI_NAME.search(path):
+        count = _volume(path).count
+        raise OSError(f"holds {count:,} images: name one, as {path}{volumes.SEPARATOR}{count // 2}")
+    return files.read(path)
+
+
+def _read_slice(path: str, number: int) -> bytes:
+    return volumes.to_bytes(_volume(path), number)
+
+
+def _volume(path: str) -> volumes.Volume:
+    files.require_file(path)
+    return _volumes.get((path, files.modified(path)), lambda: volumes.open_volume(path))
 
 
 def _read_zip_member(container: str, offset: int, length: int) -> bytes:
@@ -140,29 +167,41 @@ class _ParquetColumn:
 
 
 class _Cache:
-    """The results of the last few calls. A result that another thread is computing is waited for."""
+    """The results of the last few calls, which together cost at most so much, or the last one alone. A result that
+    another thread is computing is waited for."""
 
-    def __init__(self, limit: int):
-        self.limit, self.lock, self.futures = limit, threading.Lock(), OrderedDict[Any, Future]()
+    def __init__(self, limit: int, cost: Callable[[Any], int] = lambda _: 1):
+        self.limit, self.cost, self.lock, self.futures = limit, cost, threading.Lock(), OrderedDict[Any, Future]()
 
     def get(self, key: Any, compute: Callable[[], Any]) -> Any:
         with self.lock:
             is_new = key not in self.futures
             future = self.futures.setdefault(key, Future())
             self.futures.move_to_end(key)
-            while len(self.futures) > self.limit:
-                self.futures.popitem(last=False)
+            self._shorten()
         if is_new:
             try:
                 future.set_result(compute())
+                with self.lock:
+                    self._shorten()
             except BaseException as error:
                 with self.lock:
                     self.futures.pop(key, None)
                 future.set_exception(error)
         return future.result()
 
+    def _shorten(self) -> None:
+        costs = [self.cost(f.result()) if f.done() and not f.exception() else 1 for f in self.futures.values()]
+        total = sum(costs)
+        for cost in costs[:-1]:
+            if total <= self.limit:
+                break
+            total -= cost
+            self.futures.popitem(last=False)
+
 
 _columns, _groups = _Cache(256), _Cache(CACHED_ROW_GROUPS)
+_volumes = _Cache(CACHED_VOLUME_BYTES, lambda volume: volume.size + OPEN_VOLUME_BYTES)
 
 
 def _read_cell(path: str, column_name: str, row: int) -> bytes:

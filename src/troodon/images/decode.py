@@ -6,6 +6,8 @@ infrared); NumPy's .npy gives any number of channels: uint8 or uint16, (H, W, C)
 numbers. No channel is added or dropped, except between grey and colour images. An animation gives its first frame. What
 else changes pixels is decided in troodon/pixels.py, in the same way for files and for pictures in memory.
 
+DICOM is read by dicom.py, and colours of 16 bits by deep.py.
+
 JPEGs are decoded by simplejpeg if it is installed (extra `fast`): the same pixels, 1.2 to 1.9 times the images per
 second. It is as strict as Pillow about truncated files, and Pillow decodes what it refuses.
 """
@@ -25,7 +27,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from troodon.config import Range, UsageError
-from troodon.images import deep
+from troodon.images import deep, dicom, volumes
 from troodon.pillow import band_count, has_deep_colours, of_pillow, orientation, upright
 from troodon.pixels import BadImage, Values, to_uint8
 from troodon.pixels import to_grey as to_grey  # for those who decode
@@ -99,7 +101,7 @@ def decode(
     A JPEG is then decoded at that size, much faster, from fewer of its frequencies, with sides rounded up; images of
     other formats keep their size.
     """
-    return as_bytes(decode_values(data, channels, reduction, range), data, channels, range)
+    return as_bytes(decode_values(data, channels, reduction, range), channels, range)
 
 
 def decode_values(
@@ -111,10 +113,12 @@ def decode_values(
     """What `decode` makes 8 bits of: the values (H, W, C) as the file has them, upright."""
     with _as_bad_image(data):
         if data.startswith(NPY_MAGIC):
-            array = _decode_npy(data, channels, range)
+            values = _decode_npy(data, channels, range)
             if reduction is not None:
-                reduction(*array.shape[:2])
-            return Values(array)
+                reduction(*values.array.shape[:2])
+            return values
+        if dicom.is_dicom(data):
+            return _decode_dicom(data, channels, reduction)
         opened = _open(data)
         if isinstance(opened, deep.TiffHeader):
             if reduction is not None:
@@ -131,10 +135,9 @@ def decode_values(
             return Values(of_pillow(image, channels, range) if fast is None else upright(fast, orientation(image)))
 
 
-def as_bytes(values: Values, data: bytes, channels: int | None = 3, range: Range | None = None) -> np.ndarray:
-    """uint8 (H, W, channels), writable, of what `decode_values` has read from `data`."""
-    channels = 3 if channels is None and not data.startswith(NPY_MAGIC) else channels
-    return to_uint8(values.array, channels, range or values.window)
+def as_bytes(values: Values, channels: int | None = 3, range: Range | None = None) -> np.ndarray:
+    """uint8 (H, W, channels), writable, of what `decode_values` has read."""
+    return to_uint8(values.array, 3 if channels is None and not values.is_array else channels, range or values.window)
 
 
 def pillow_to_array(image: Image.Image) -> np.ndarray:
@@ -172,8 +175,12 @@ def read_header(data: bytes) -> ImageHeader:
     """Read format, mode and size from the header only: the file may still fail to decode. Raises BadImage."""
     with _as_bad_image(data):
         if data.startswith(NPY_MAGIC):
-            (height, width, channels), dtype, *_ = _npy_header(data)
-            return ImageHeader("NPY", f"{channels} x {dtype.name}", width, height, channels, dtype.itemsize > 1)
+            shape, dtype, _, start = _npy_header(data)
+            medical = volumes.trailer(data[start + math.prod(shape) * dtype.itemsize :])
+            (height, width, channels), format = shape, medical[0] if medical else "NPY"
+            return ImageHeader(format, f"{channels} x {dtype.name}", width, height, channels, dtype.itemsize > 1)
+        if dicom.is_dicom(data):
+            return ImageHeader("DICOM", *dicom.describe(data))
         opened = _open(data)
         if isinstance(opened, deep.TiffHeader):
             width, height, channels, dtype, _ = opened
@@ -230,18 +237,31 @@ def _decode_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
     return pixels if pixels.shape == (image.height, image.width, 3) else None
 
 
-def _decode_npy(data: bytes, channels: int | None, range: Range | None) -> np.ndarray:
+def _decode_dicom(data: bytes, channels: int | None, reduction: Callable[[int, int], int] | None) -> Values:
+    """The values of a DICOM file of one frame."""
+    _, width, height, bands, _ = dicom.describe(data)
+    if width * height > max_pixels():
+        raise _too_large(width * height)
+    if channels not in (1, 3, None):
+        raise BadImage("decode error", f"channels: {bands} (DICOM), wanted: {channels}")
+    if reduction is not None:
+        reduction(height, width)
+    return dicom.decode_one(data)
+
+
+def _decode_npy(data: bytes, channels: int | None, range: Range | None) -> Values:
     """The values (H, W, C) of a .npy file."""
     shape, dtype, is_fortran, start = _npy_header(data)
-    if dtype.name not in ("uint8", "uint16") and range is None:
+    end = start + math.prod(shape) * dtype.itemsize
+    medical = volumes.trailer(data[end:])
+    if dtype.name not in ("uint8", "uint16") and range is None and medical is None:
         raise BadImage("decode error", f"an array of {dtype.name} where uint8 or uint16 is wanted; set --range")
-    if shape[2] != (channels or shape[2]):
+    if shape[2] != (channels or shape[2]) and not (medical and channels in (1, 3)):
         raise BadImage("decode error", f"channels: {shape[2]}, wanted: {channels}")
-    count = math.prod(shape)
-    if (missing := start + count * dtype.itemsize - len(data)) > 0:
-        raise BadImage("truncated", f"the last {missing:,} bytes of an array of {count * dtype.itemsize:,} are missing")
-    pixels = np.frombuffer(data, dtype, count, start).reshape(shape, order="F" if is_fortran else "C")
-    return np.array(pixels, order="C")
+    if (missing := end - len(data)) > 0:
+        raise BadImage("truncated", f"the last {missing:,} bytes of an array of {end - start:,} are missing")
+    pixels = np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape, order="F" if is_fortran else "C")
+    return Values(np.array(pixels, order="C"), medical[1] if medical else None, medical is None)
 
 
 def _npy_header(data: bytes) -> tuple[tuple[int, int, int], np.dtype, bool, int]:
@@ -296,10 +316,9 @@ def _too_large(pixels: int) -> BadImage:
 
 def _unidentified(data: bytes) -> BadImage:
     name, is_truncated = _identify(data)
-    if data[128:132] == b"DICM" or data[344:348] in (b"n+1\0", b"ni1\0"):
-        kind, package = ("DICOM", "pydicom") if data[128:132] == b"DICM" else ("NIfTI", "nibabel")
-        fix = f"convert its slices to 16-bit .png, .tif or .npy (with {package}), and set --range"
-        return BadImage("not an image", f"a {kind} file: {fix}")
+    if data[344:348] in (b"n+1\0", b"ni1\0") or data.startswith(b"\x1f\x8b"):
+        fix = f"{dicom.INSTALL} reads NIfTI files in folders, each slice as an image"
+        return BadImage("not an image", f"a volume or a compressed file: {fix}")
     if name is None:
         return BadImage("not an image", f"no known format; it starts with {bytes(data[:12])!r}")
     hint = "; if it has bands that Pillow does not know, convert it to .npy" if name == "TIFF" else ""

@@ -1,25 +1,34 @@
 """Which files may be images: by their names, and by their first bytes where the name does not say it.
 
+Medical images are among them where the extra `medical` is installed: DICOM (dicom.py) and NIfTI (volumes.py).
+
 Files that are not read are counted in `LeftOut`, which says in one line how many, by ending or by reason.
 """
 
+import importlib.util
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from troodon.images.dicom import INSTALL, is_dicom
+from troodon.images.volumes import NIFTI_NAME
 from troodon.text import plural, printable
 
 T = TypeVar("T")
 
+HAS_PYDICOM, HAS_NIBABEL = (importlib.util.find_spec(name) is not None for name in ("pydicom", "nibabel"))
+DICOM_EXTENSIONS = frozenset(("dcm", "dicom"))
+
 # File name extensions of the formats that decode.py reads, and of some image formats that it does not.
 # fmt: off
-IMAGE_EXTENSIONS = frozenset((
+RASTER_EXTENSIONS = frozenset((
     "jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "gif", "tif", "tiff", "bmp", "dib", "avif",
     "jp2", "j2k", "jpc", "j2c", "jpf", "jpx", "ppm", "pgm", "pbm", "pnm", "pfm",
     "qoi", "tga", "ico", "icns", "psd", "dds", "pcx", "sgi", "npy",
 ))
+IMAGE_EXTENSIONS = RASTER_EXTENSIONS | (DICOM_EXTENSIONS if HAS_PYDICOM else frozenset())
 UNSUPPORTED_EXTENSIONS = frozenset((
     "heic", "heif", "jxl", "svg", "eps", "dng", "cr2", "cr3", "nef", "nrw", "arw", "orf", "rw2", "raf", "raw", "pef",
     "srw", "3fr", "iiq",
@@ -29,7 +38,7 @@ COMPRESSIONS = frozenset(("gz", "bz2", "xz", "zst", "lz4", "z"))
 # fmt: on
 LIST_EXTENSIONS = ("txt", "csv", "tsv", "jsonl")
 
-LOOK_BYTES = 32  # of a file whose name does not say what it is
+LOOK_BYTES = 132  # of a file whose name does not say what it is
 LOOKS = 1000  # files of one ending that are looked at; if none of them is an image, the others are not looked at
 MAX_ENDINGS = 8  # endings that a message names
 
@@ -58,9 +67,18 @@ def extensions_hint() -> str:
 
 def is_image(name: str, start: bytes) -> bool:
     """Whether a file that begins with these LOOK_BYTES is an image, whatever its name says."""
+    if is_dicom(start):
+        return HAS_PYDICOM and name.rpartition("/")[2].upper() != "DICOMDIR"
     if start.startswith(_TIFF):
         return extension(name) not in UNSUPPORTED_EXTENSIONS
     return _MAGIC.match(start) is not None
+
+
+def has_image_name(path: str, is_remote: bool = False) -> bool:
+    """Whether the name of a file is that of an image, or of a local volume of images."""
+    if extension(path) in IMAGE_EXTENSIONS:
+        return True
+    return HAS_NIBABEL and not is_remote and NIFTI_NAME.search(path) is not None
 
 
 def find_images(candidates: Iterable[tuple[str, T]], look: Callable[[T], bytes]) -> set[str]:
@@ -131,6 +149,11 @@ class LeftOut:
 def _describe(name: str, in_archive: bool) -> str:
     """The ending of a file that is not read, and why it is not where it may hold images."""
     suffix = extension(name)
+    if NIFTI_NAME.search(name):
+        of = "inside an archive" if in_archive else "at a URL" if HAS_NIBABEL else INSTALL
+        return f".nii{'' if suffix == 'nii' else '.gz'} ({of})"
+    if suffix in DICOM_EXTENSIONS:
+        return f".{suffix} ({INSTALL})"
     if suffix in COMPRESSIONS:
         inner = extension(name[: -len(suffix) - 1])
         if inner == "tar":

@@ -1,8 +1,8 @@
 """The index: a table with one row per image, which says where its bytes are. No image is copied.
 
     path       the name of the image inside its source, with / between folders
-    container  the file that holds it: the image file itself, or a tar, zip or Parquet file; a local path or a URL
-    offset     where its bytes start in the container; in Parquet, its row
+    container  the file that holds it: the image file itself, or a tar, zip, Parquet or NIfTI file; a local path or URL
+    offset     where its bytes start in the container; in Parquet its row, in NIfTI the number of the slice
     length     number of stored bytes; -1 if that is not known before it is read
     label      the class, if the source gives one; else null
     split      "train", "val" or "test", if the source gives one; else null
@@ -80,7 +80,8 @@ class Index:
 
     @property
     def packing_helps(self) -> bool:
-        """Whether `pack` would make single images faster to read: they are remote, or in the row groups of Parquet."""
+        """Whether `pack` would make single images faster to read: they are remote, or in the row groups of Parquet or
+        in volumes."""
         return self.is_remote or containers.COLUMN_SEPARATOR in str(self.table["container"][0])
 
     def thread_count(self, threads: int) -> int:

@@ -26,6 +26,7 @@ from typing import Any
 from troodon import run
 from troodon.images import files
 from troodon.images.formats import IMAGE_EXTENSIONS, extension
+from troodon.images.volumes import SEPARATOR
 from troodon.text import plural
 
 # In this order: the first with labels or splits is used. The last two are those of Hugging Face's imagefolder.
@@ -268,15 +269,19 @@ def assign_labels(
     split_of = {folder: _split_of(folder) for folder in table_of}
 
     labels, splits, used = [], [], {home: 0 for home in table_of.values() if home is not None}
+    previous = None
     for path, folder in zip(paths, folders):
         label, split = classes.get(folder), split_of[folder]
         if (home := table_of[folder]) is not None:
             table, name = tables[home], path[len(home) :]
+            if name not in table.names:  # an image of a file of several has what is said of the file
+                name = name.rpartition(SEPARATOR)[0] or name
             if table.labels is not None:
                 label = table.labels.get(name)
             if table.splits is not None:
                 split = table.splits.get(name)
-            used[home] += name in table.names
+            used[home] += name in table.names and (home, name) != previous
+            previous = home, name
         labels.append(label)
         splits.append(split)
     for home in sorted(used):
@@ -284,7 +289,8 @@ def assign_labels(
             first = min(tables[home].names, default="none")
             say(f"{home}: the table of labels here names none of the images; the first that it names: {first}")
         elif tables[home].file and used[home] < len(tables[home].names):
-            _say_missing(tables[home], {path[len(home) :] for path in paths if path.startswith(home)}, say)
+            here = [path[len(home) :] for path in paths if path.startswith(home)]
+            _say_missing(tables[home], {*here, *(name.rpartition(SEPARATOR)[0] for name in here)}, say)
     return labels, splits
 
 

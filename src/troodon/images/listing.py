@@ -1,6 +1,6 @@
 """List the images of a source: files of a folder, members of a tar or zip, rows of a table, lines of a list.
 
-Each function adds what it finds to a `Listing`, from which sources.py makes an index.
+Each function adds what it finds to a `Listing` (entries.py), from which sources.py makes an index.
 """
 
 import difflib
@@ -10,19 +10,20 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from troodon import run
 from troodon.config import UsageError
-from troodon.images import containers, files
+from troodon.images import containers, files, formats, volumes
+from troodon.images.entries import Listing
 from troodon.images.formats import (
     IMAGE_EXTENSIONS,
     LOOK_BYTES,
-    LeftOut,
     extension,
     extensions_hint,
     find_images,
+    has_image_name,
     is_hidden,
     is_image,
 )
@@ -43,31 +44,13 @@ LARGE_GROUP = 64 << 20  # bytes of a row group, all read for one image; above th
 LISTING_THREADS = 8  # for tars, zips and Parquet files
 
 
-@dataclass
-class Listing:
-    """The images of one source, as columns, and its other files."""
-
-    paths: list[str] = field(default_factory=list)
-    containers: list[str] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    tables: dict[str, LabelTable] = field(default_factory=dict)  # by folder: see labels.assign_labels
-    left_out: LeftOut = field(default_factory=LeftOut)
-
-    def add(self, path: str, container: str, offset: int, length: int) -> None:
-        self.paths.append(path)
-        self.containers.append(container)
-        self.offsets.append(offset)
-        self.lengths.append(length)
-
-
 def list_folder(root: str, prefix: str, listing: Listing) -> None:
     """List all images below a folder, also in the containers that it holds."""
     is_remote = files.REMOTE.match(root) is not None
     inner, others = [], dict[str, tuple[str, int]]()
     for path, location, size in _walk_remote(root, listing) if is_remote else _walk(root, listing):
-        if extension(path) in IMAGE_EXTENSIONS:
-            listing.add(prefix + path, location, 0, size)
+        if has_image_name(path, is_remote):
+            listing.add_file(prefix + path, location, size)
         elif containers.kind(path):
             inner.append((location, f"{prefix}{path}/"))
         else:
@@ -76,7 +59,9 @@ def list_folder(root: str, prefix: str, listing: Listing) -> None:
     for path, (location, size) in others.items():
         name = path.rpartition("/")[2]
         if path in images:
-            listing.add(prefix + path, location, 0, size)
+            listing.add_file(prefix + path, location, size)
+        elif not is_remote and not formats.HAS_PYDICOM and formats.is_dicom(_start_of(location)):
+            listing.left_out.add_reason("file", f"are DICOM ({formats.INSTALL})", path)
         elif not _add_table(listing, prefix + path[: -len(name)], name, lambda: files.read(location)):  # noqa: B023
             listing.left_out.add(path)
 
@@ -300,7 +285,7 @@ def _add_named_images(container: str, prefix: str, names: list[str], listing: Li
     for name in names:
         if (
             files.REMOTE.match(name)
-            or extension(name) in IMAGE_EXTENSIONS
+            or has_image_name(name, is_remote)
             or (not is_remote and is_image(name, _start_of(join_path(folder, name))))
         ):
             images.append((prefix + name.lstrip("/"), name))
@@ -319,7 +304,7 @@ def _add_places(container: str, listing: Listing, images: list[tuple[str, str]])
                 length = os.stat(location).st_size
             except OSError:
                 missing.append(name)
-        listing.add(path, location, 0, length)
+        listing.add_file(path, location, length)
     if missing and len(missing) == len(listing.paths):
         raise UsageError(
             f"{container}: none of the {plural(len(missing), 'file')} that it names exists; the first: {missing[0]}"
@@ -331,6 +316,10 @@ def _add_places(container: str, listing: Listing, images: list[tuple[str, str]])
 def list_file(root: str, name: str, listing: Listing) -> None:
     """List a single image file. Raises UsageError if it is another kind of file."""
     if not files.REMOTE.match(root):
+        if has_image_name(name, False) and extension(name) not in formats.RASTER_EXTENSIONS:
+            return listing.add_file(name, root, files.size(root))
+        if extension(name) in formats.DICOM_EXTENSIONS or volumes.NIFTI_NAME.search(name):
+            raise UsageError(f"{root}: is a medical image; {formats.INSTALL} reads it")
         refuse_compressed(root)
         with open(root, "rb") as file:
             start = file.read(512)
@@ -341,7 +330,7 @@ def list_file(root: str, name: str, listing: Listing) -> None:
             raise UsageError(f"{root}: does not have the name or the content of an image; {extensions_hint()}")
     elif extension(name) not in IMAGE_EXTENSIONS:
         raise UsageError(f"{root}: does not have the name of an image; {extensions_hint()}")
-    listing.add(name, root, 0, files.size(root))
+    listing.add_file(name, root, files.size(root))
 
 
 def _add_table(listing: Listing, folder: str, name: str, read: Callable[[], bytes]) -> bool:

@@ -33,7 +33,7 @@ from troodon import run
 from troodon.config import Range, UsageError, fingerprint
 from troodon.images.changes import other_files, times_fingerprint
 from troodon.images.config import PackConfig
-from troodon.images.decode import BadImage, decode, read_header
+from troodon.images.decode import NPY_MAGIC, BadImage, decode, read_header
 from troodon.images.index import SCHEMA, Index
 from troodon.images.listing import IMAGE_EXTENSIONS
 from troodon.images.reading import map_ordered
@@ -43,8 +43,12 @@ from troodon.text import plural, with_prefix
 
 SAMPLE_SIZE = 64  # images from which the size of all is estimated
 MARGIN = 2  # a JPEG is decoded at no less than this many times the size that it is resized to
-LOSSLESS = frozenset(("PNG", "BMP", "TIFF", "GIF", "PPM", "DIB", "QOI", "TGA", "ICO", "ICNS", "PSD", "PCX", "SGI"))
-EXTENSION = {"JPEG": "jpg", "JPEG2000": "jp2", "TIFF": "tif"}  # for formats whose extension is not their name
+# fmt: off
+LOSSLESS = frozenset((
+    "PNG", "BMP", "TIFF", "GIF", "PPM", "DIB", "QOI", "TGA", "ICO", "ICNS", "PSD", "PCX", "SGI", "DICOM", "NIfTI",
+))
+# fmt: on
+EXTENSION = {"JPEG": "jpg", "JPEG2000": "jp2", "TIFF": "tif", "DICOM": "dcm"}  # where it is not the format's name
 
 
 class Encoded(NamedTuple):
@@ -212,7 +216,7 @@ def _member_name(path: str, image: Encoded, used: set[str]) -> str:
         stem, extension = last, "bin"
     with contextlib.suppress(BadImage):
         format = read_header(image.data).format
-        extension = EXTENSION.get(format, format.lower())
+        extension = "npy" if image.data.startswith(NPY_MAGIC) else EXTENSION.get(format, format.lower())
     folders = [part for part in folders if part not in ("", ".", "..")]
     key = "/".join([*folders, stem.replace(".", "_")])
     if key in used:

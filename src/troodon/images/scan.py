@@ -196,7 +196,7 @@ def _examine(index: Index, row: int) -> tuple:
         image = read_header(data)
         header = (image.format, image.mode, image.channels, image.width, image.height)
         values = decode_values(data, None, range=index.range)
-        pixels = as_bytes(values, data, None, index.range)
+        pixels = as_bytes(values, None, index.range)
     except BadImage as bad:
         return (bad.status, bad.reason, *header, sha256, None, *no_values)
     digest = hashlib.sha256(np.array(pixels.shape, "<i8").tobytes())

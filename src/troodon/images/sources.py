@@ -9,6 +9,7 @@
                 may have the path of a file instead
     list        .txt: a path or URL per line; .csv, .tsv, .jsonl and Parquet: a column `path`, `url` ..., optionally
                 `label` and `split`. Paths are relative to the list
+    volume      NIfTI, and DICOM of several frames, in a folder: each slice is an image, `brain.nii.gz#012` (volumes.py)
     artifact    an index or embeddings: the rows that could be read; a selection: the rows that it kept. It is refused
                 if its files have changed (changes.py)
     dataset     a Python object with len() and [row], whose items are or contain an image
@@ -35,10 +36,10 @@ import pyarrow.parquet as pq
 from troodon import run
 from troodon.config import UsageError
 from troodon.images import changes, containers, files, listing
+from troodon.images.entries import Listing
 from troodon.images.formats import IMAGE_EXTENSIONS, LIST_EXTENSIONS, extension, extensions_hint, is_hidden
 from troodon.images.index import SCHEMA, Index, join_path, saved_range, usable_rows
 from troodon.images.labels import assign_labels
-from troodon.images.listing import Listing
 from troodon.images.members import dataset_labels
 from troodon.text import plural
 

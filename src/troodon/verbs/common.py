@@ -35,11 +35,13 @@ class ReadImage:
     range: Range | None = None
 
     def __call__(self, image: str | Path | bytes) -> "ndarray":
+        from troodon.images.containers import read_path
         from troodon.images.decode import as_bytes, decode_values
 
-        data = bytes(image) if isinstance(image, bytes | bytearray) else Path(image).expanduser().read_bytes()
+        is_bytes = isinstance(image, bytes | bytearray)
+        data = bytes(image) if is_bytes else read_path(str(Path(image).expanduser()))
         values = decode_values(data, self.channels, range=self.range)
-        return values.array if self.range or not values.window else as_bytes(values, data, self.channels)
+        return values.array if self.range or not values.window else as_bytes(values, self.channels)
 
 
 def load(path: str | Path, *, range: Range | None = None) -> "Backbone":
