@@ -18,8 +18,8 @@ from troodon.model.positions import resize_by_products
 from troodon.model.vit import ViT
 
 PLAIN = ViTConfig(dim=64, depth=2, heads=2, patch=14, grid=4, layer_scale=0.5)
-RELEASED = dataclasses.replace(PLAIN, position_offset=0.1, position_antialias=False)
-GATED = dataclasses.replace(PLAIN, mlp="swiglu", registers=2, channels=1)
+RELEASED = dataclasses.replace(PLAIN, depth=1, position_offset=0.1, position_antialias=False)
+GATED = dataclasses.replace(PLAIN, depth=1, mlp="swiglu", registers=2, channels=1)
 NETWORKS = pytest.mark.parametrize("config", [PLAIN, RELEASED, GATED], ids=["plain", "released", "gated"])
 SIZES = ((2, 28, 42), (1, 28, 42), (3, 56, 56), (2, 42, 28), (5, 28, 140))
 

@@ -93,8 +93,11 @@ def about(backbone: Backbone, network: Network, dtype: str) -> dict[str, Any]:
             "cls": "class token (B, D) after the last norm",
             "patches": "(B, rows, columns, D) after the last norm",
             "registers": "(B, R, D) after the last norm",
-            **{f"block_{n}_cls": f"class token after block {n}, counted from 0, {norm}" for n in network.blocks},
-            **{f"block_{n}_patches": f"patches after block {n}, counted from 0, {norm}" for n in network.blocks},
+            **{
+                f"block_{number}_{tokens}": f"{what} after block {number}, counted from 0, {norm}"
+                for number in network.blocks
+                for tokens, what in (("cls", "class token"), ("patches", "patches"))
+            },
         },
     }
 

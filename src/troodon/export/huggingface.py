@@ -18,7 +18,7 @@ from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
 from troodon.run import version, write_json
 
-CHANNELS = (1, 3, 4)  # of images that its processor can resize
+CHANNELS = (1, 3)  # of images that its processor resizes: of four, it takes the last for transparency
 LEVELS = 1.0  # of 255: mean difference between images that its processor prepares and ours, where sizes round alike
 
 
@@ -79,16 +79,14 @@ def _description(config: ViTConfig) -> dict:
     }
 
 
-def _mlp_ratio(config: ViTConfig) -> int | float:
-    """The ratio that gives the width of the MLP. UsageError if none does: transformers rounds gated ones up to 8."""
-    hidden, dim = config.mlp_hidden, config.dim
-    wide = hidden if config.mlp == "gelu" else hidden * 3 / 2
-    for ratio in (4, round(wide / dim, 6), wide / dim, (wide + 0.5) / dim):
-        if config.mlp == "gelu" and int(dim * ratio) == hidden:
+def _mlp_ratio(config: ViTConfig) -> int:
+    """The ratio that gives the width of the MLP. UsageError if none does: transformers 5 takes whole numbers."""
+    for ratio in range(1, 4 * config.mlp_hidden // config.dim + 2):
+        hidden = ratio * config.dim
+        if config.mlp_hidden == (hidden if config.mlp == "gelu" else (int(hidden * 2 / 3) + 7) // 8 * 8):
             return ratio
-        if config.mlp == "swiglu" and (int(int(dim * ratio) * 2 / 3) + 7) // 8 * 8 == hidden:
-            return ratio
-    raise UsageError(f"an MLP of {hidden} channels: that of transformers is a multiple of 8; --to torch or onnx can")
+    width = f"an MLP of {config.mlp_hidden} channels"
+    raise UsageError(f"{width}: transformers has those of a whole ratio to {config.dim}; --to torch or onnx can")
 
 
 def _processor(preprocessing: Preprocessing, channels: int) -> dict:
@@ -116,7 +114,7 @@ def _no_processor(preprocessing: Preprocessing, channels: int) -> str:
     if isinstance(preprocessing.crop, tuple):
         return f"its crop of {preprocessing.crop[0]} x {preprocessing.crop[1]} is not square, which they do not cover"
     if channels not in CHANNELS or len(preprocessing.mean) != channels:
-        return f"its images have {channels} channels, and the processors of transformers take {CHANNELS}"
+        return f"its images have {channels} channels, and the processors of transformers take 1 or 3"
     return ""
 
 
@@ -149,7 +147,7 @@ def _compare_processor(backbone: Backbone, folder: Path) -> dict:
     for height, width in ((240, 320), (333, 500), (160, 96), (64, 64)):
         noise = random.integers(0, 255, (height // 16, width // 16, backbone.channels), dtype=np.uint8)
         bands = [Image.fromarray(noise[..., c]).resize((width, height), 3) for c in range(backbone.channels)]
-        picture = bands[0] if len(bands) == 1 else Image.merge("RGB" if len(bands) == 3 else "RGBA", bands)
+        picture = bands[0] if len(bands) == 1 else Image.merge("RGB", bands)
         theirs = processor(picture, return_tensors="pt")["pixel_values"]
         ours = backbone.prepare(np.asarray(picture).reshape(height, width, -1))
         apart = ((theirs - ours).abs().mean(dim=(0, 2, 3)) * torch.tensor(p.std)).mean().item() * 255
