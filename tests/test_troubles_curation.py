@@ -10,7 +10,7 @@ from PIL import Image
 
 from troodon import calibrate, cli, curate, embed, launch, leak
 from troodon.config import UsageError
-from troodon.curate import backends
+from troodon.curate import backends, pipeline
 from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
 from troodon.run import read_json
@@ -186,3 +186,19 @@ def test_a_timing_does_not_refuse_what_an_earlier_one_chose(begun, backbone, tmp
     assert not (tmp_path / "out.parts").exists()
     with pytest.raises(UsageError, match="compute"):
         embed(backbone, pool, tmp_path / "out", compute="fp32")
+
+
+def test_a_timing_does_not_refuse_an_unfinished_selection(backbone, tmp_path, monkeypatch):
+    """curate with backbone.optimized("auto") is killed, and timed anew | it goes on in the precision it began with"""
+    pool = fill(tmp_path / "pool", {f"p{i:02d}.png": picture(i) for i in range(24)})
+    network = Backbone.load(backbone)
+    settings = {"gather": "all", "calibration_images": 16}
+    curate("curate_small", None, pool, network.optimized("bf16"), tmp_path / "whole", settings=settings)
+    monkeypatch.setattr(pipeline, "remove_duplicates", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        curate("curate_small", None, pool, network.optimized("bf16"), tmp_path / "out", settings=settings)
+    monkeypatch.undo()
+    curate("curate_small", None, pool, network.optimized("fp32"), tmp_path / "out", settings=settings)
+    for name in ("images.parquet", "embeddings/embeddings.npy"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert read_json(tmp_path / "out" / "summary.json") == read_json(tmp_path / "whole" / "summary.json")

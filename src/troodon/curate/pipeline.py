@@ -21,6 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from troodon import run
 from troodon.config import UsageError, fingerprint
@@ -42,6 +43,7 @@ from troodon.text import set_aside
 
 SPEED_SETTINGS = ("batch", "threads", "part")  # as recorded; they change the speed, not the result
 PAPER_THRESHOLDS = (0.6, 0.45)  # they hold for the copy descriptor of the paper, and for no other network
+PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}  # as recorded of embeddings, and as `optimized` takes them
 NO_IMAGES = Index(SCHEMA.empty_table())
 
 
@@ -63,9 +65,7 @@ def curate(
     UsageError if no curated image is readable and gathering needs one, if `out` was made with other settings or from
     other images, and if a backbone that takes neither RGB nor grey images has no threshold.
     """
-    copy_network = backbone if copies is None else copies
-    _check_settings(config, curated, benchmark, copy_network)
-    encoder = CopyEncoder.create(copy_network, config.tokens if copies is None else "cls", config.pixels)
+    _check_settings(config, curated, benchmark, backbone if copies is None else copies)
     settings = _recorded(config, backbone, copies)
     name = fingerprint(settings, *(index.content_hash() for index in (curated, uncurated, benchmark)))
     root = out.with_name(f"{out.name}.work")
@@ -77,6 +77,9 @@ def curate(
         return out
 
     _remove_if_changed(root / "embeddings", index)
+    backbone = _as_begun(root / "embeddings", backbone)
+    finds_copies, tokens = (backbone, config.tokens) if copies is None else (copies, "cls")
+    encoder = CopyEncoder.create(finds_copies, tokens, config.pixels)
     embeddings = embed(
         backbone, index, root / "embeddings", batch=config.batch, threads=config.threads, tokens=config.tokens,
         copies=copies, pixels=encoder.pixels, marks=config.marks, partition_size=config.partition_size, backend=backend,
@@ -96,7 +99,7 @@ def curate(
     start = time.monotonic()
     decisions = ledger.combine_decisions(context, pq.read_table(verdicts / "verdict.parquet"), gathered)
     summary = ledger.summarise(context, decisions) | run.read_json(duplicates / "threshold.json")
-    summary |= {"backbone": backbone.name, "finds_copies": copy_network.name}
+    summary |= {"backbone": backbone.name, "finds_copies": finds_copies.name}
     with run.publish(out, "selection", name, settings) as partial:
         ledger.write_ledger(context, decisions, partial / "images.parquet")
         _copy_results(partial, embeddings, duplicates, gathered)
@@ -119,6 +122,17 @@ def _remove_if_changed(embeddings: Path, index: Index) -> None:
     """Remove the embeddings of an unfinished selection whose files have changed: it is made anew."""
     if index.first_changed(embeddings / "images.parquet") is not None:
         shutil.rmtree(embeddings)
+
+
+def _as_begun(embeddings: Path, backbone: Backbone) -> Backbone:
+    """The backbone in the precision of the finished embeddings of an unfinished selection: about `optimized("auto")` a
+    timing decides, which may decide otherwise the next time."""
+    if (manifest := run.read_manifest(embeddings)) is None or manifest["settings"]["weights"] != backbone.fingerprint:
+        return backbone
+    begun = manifest["settings"].get("compute", "float32")
+    if begun not in PRECISIONS or str(getattr(backbone, "compute", torch.float32)) == f"torch.{begun}":
+        return backbone
+    return backbone.optimized(PRECISIONS[begun])
 
 
 def _identify(embeddings: Path) -> str:
