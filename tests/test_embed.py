@@ -1,7 +1,10 @@
 """The verb `embed`: which tokens, in which files, read by other programs; what is nearest to a query."""
 
+import importlib.util
 import io
 import json
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -266,3 +269,35 @@ def test_python_refuses_unknown_names(world, net, tmp_path):
     for options, said in (({"format": "csv"}, "unknown format 'csv'"), ({"tokens": "clss"}, "did you mean 'cls'")):
         with pytest.raises(UsageError, match=said):
             troodon.embed(net, world / "photos", tmp_path / "e", **options)
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "features.md").read_text()
+
+
+def page_blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.+?)^```", PAGE, re.MULTILINE | re.DOTALL)
+
+
+def test_the_page_on_features_runs(world, tmp_path, capsys, monkeypatch):
+    """Its commands, its Python and its SQL, one after the other; of packages that are not installed, none."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").symlink_to(world / "photos")
+    deep = ViTConfig(dim=32, depth=12, heads=2, patch=8, grid=2, registers=1)
+    Backbone.random(deep, SIGHT).save(tmp_path / "runs" / "first" / "backbone")
+    for name in ("a", "b", "new", "other"):
+        Image.open(world / "query.png").save(tmp_path / f"{name}.jpg")
+    lines = [line for block in page_blocks("bash") for line in block.splitlines()]
+    assert len(lines) == 6
+    for line in lines:
+        code, out, err = run(*shlex.split(line, comments=True)[1:], capsys=capsys)
+        assert (code, bool(out)) == (0, True), err
+    names = {"images": torch.zeros(2, 3, 16, 16)}
+    for block in page_blocks("python"):
+        if "import peft" not in block or importlib.util.find_spec("peft"):
+            exec(block, names)
+    assert troodon.load("tuned").dtype == torch.float32
+    if importlib.util.find_spec("duckdb"):
+        import duckdb
+
+        (statement,) = page_blocks("sql")
+        assert len(duckdb.sql(statement).fetchall()) == 10
