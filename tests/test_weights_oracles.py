@@ -195,3 +195,127 @@ def test_dinov2_of_timm(name, size, grid, timm, tmp_path):
     with torch.no_grad():
         expected = model.forward_features(images(size))
     assert_same_tokens(troodon.load(tmp_path / "a.pth"), expected, images(size))
+
+
+DINOV3 = {  # as released: S, S+ and H+ (gated, six times as wide), 7B (gated, three times as wide, 128 channels a head)
+    "plain": {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 512},
+    "gated": {
+        "hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 768, "use_gated_mlp": True,
+        "hidden_act": "silu",
+    },
+    "wide heads": {
+        "hidden_size": 256, "num_attention_heads": 2, "intermediate_size": 768, "use_gated_mlp": True,
+        "hidden_act": "silu",
+    },
+}  # fmt: skip
+
+
+def dinov3(transformers: ModuleType, kind: str, **changes: Any) -> Any:
+    numbers = DINOV3[kind] | {"num_hidden_layers": 2, "num_register_tokens": 4} | changes
+    return made(transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**numbers)))
+
+
+@pytest.mark.parametrize("kind", DINOV3)
+def test_dinov3_of_transformers(kind, transformers, tmp_path, capsys):
+    model = dinov3(transformers, kind)
+    model.save_pretrained(tmp_path)
+    capsys.readouterr()
+    backbone = troodon.load(tmp_path)
+    assert "DINOv3's weights have a licence of their own, https://" in capsys.readouterr().err
+    assert (backbone.config.positions, backbone.config.norm_eps, backbone.config.patch) == ("rope", 1e-5, 16)
+    for size in ((224, 224), (96, 160), (32, 400)):
+        with torch.no_grad():
+            assert_same_tokens(backbone, model(images(size, 2)).last_hidden_state, images(size, 2))
+    masks = torch.rand(2, 60, generator=torch.Generator().manual_seed(3)) < 0.3
+    assert_same_gradients(backbone, model, images((96, 160), 2), masks)
+    backbone.save(tmp_path / "own")
+    own = troodon.load(tmp_path / "own")
+    assert torch.equal(own.features(images((64, 48))).cls, backbone.features(images((64, 48))).cls)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rope_theta": 30.0}, {"layer_norm_eps": 1e-3}, {"query_bias": False, "proj_bias": False}, {"mlp_bias": False},
+     {"num_register_tokens": 0}, {"patch_size": 8}, {"pos_embed_rescale": None, "layerscale_value": 0.1}],
+    ids=lambda changes: ",".join(changes),
+)  # fmt: skip
+def test_fields_of_a_config_of_dinov3_are_followed(changes, transformers, tmp_path):
+    model = dinov3(transformers, "gated", **changes)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(images((96, 160))).last_hidden_state
+    assert_same_tokens(troodon.load(tmp_path), expected, images((96, 160)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hidden_act": "gelu_new"}, "hidden_act 'gelu_new', but the network's is gelu"),
+        ({"intermediate_size": 100}, "intermediate_size 100, but the tensors have 512"),
+        ({"use_gated_mlp": True}, "use_gated_mlp True, but MLPs in the tensors are gelu"),
+    ],
+)
+def test_fields_of_dinov3_that_cannot_be_followed_are_refused(changes, said, transformers, tmp_path):
+    dinov3(transformers, "plain").save_pretrained(tmp_path)
+    description = json.loads((tmp_path / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(description))
+    with pytest.raises(UsageError, match=said):
+        troodon.load(tmp_path)
+
+
+def test_a_bias_of_keys_which_no_released_weights_have_is_refused(transformers, tmp_path):
+    dinov3(transformers, "plain", key_bias=True).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="has a bias of keys"):
+        troodon.load(tmp_path)
+
+
+def released(model: Any) -> dict[str, Tensor]:
+    """The tensors of a DINOv3 of transformers under the names of the released .pth files."""
+    state, gated = {}, model.config.use_gated_mlp
+    plain = {"up_proj": "w2" if gated else "fc1", "down_proj": "w3" if gated else "fc2", "gate_proj": "w1"}
+    for name, tensor in model.state_dict().items():
+        for theirs, ours in {
+            "embeddings.register_tokens": "storage_tokens", "embeddings.patch_embeddings.": "patch_embed.proj.",
+            "embeddings.": "", "model.layer.": "blocks.", "attention.o_proj": "attn.proj", "layer_scale1.lambda1":
+            "ls1.gamma", "layer_scale2.lambda1": "ls2.gamma", **plain,
+        }.items():  # fmt: skip
+            name = name.replace(theirs, ours)
+        state[name] = tensor
+    for block in range(model.config.num_hidden_layers):
+        of = f"blocks.{block}.attention."
+        q, k, v = (state.pop(f"{of}{part}_proj.weight") for part in "qkv")
+        state[f"blocks.{block}.attn.qkv.weight"] = torch.cat([q, k, v])
+        biases = [state.pop(f"{of}{part}_proj.bias", torch.full((len(k),), float("nan"))) for part in "qkv"]
+        state[f"blocks.{block}.attn.qkv.bias"] = torch.cat(biases)
+        mask = torch.cat([torch.ones(len(q)), torch.zeros(len(k)), torch.ones(len(v))])
+        state[f"blocks.{block}.attn.qkv.bias_mask"] = mask
+    heads = model.config.num_attention_heads
+    quarter = model.config.hidden_size // heads // 4
+    state["rope_embed.periods"] = 100.0 ** (torch.arange(quarter) / quarter)
+    return state | {"mask_token": state["mask_token"][0]}
+
+
+@pytest.mark.parametrize("kind", DINOV3)
+def test_released_files_of_dinov3(kind, transformers, tmp_path, capsys):
+    model = dinov3(transformers, kind)
+    torch.save(released(model) | {"local_cls_norm.weight": torch.ones(128)}, tmp_path / "dinov3.pth")
+    with torch.no_grad():
+        expected = model(images((96, 160))).last_hidden_state
+    backbone = troodon.load(tmp_path / "dinov3.pth")
+    assert_same_tokens(backbone, expected, images((96, 160)))
+    assert "leaves local_cls_norm; DINOv3's weights have a licence of their own" in capsys.readouterr().err
+    rounded = released(model) | {"rope_embed.periods": released(model)["rope_embed.periods"].bfloat16()}
+    torch.save(rounded, tmp_path / "dinov3_vitl16_pretrain_sat493m.pth")
+    satellite = troodon.load(tmp_path / "dinov3_vitl16_pretrain_sat493m.pth")
+    assert torch.equal(satellite.vit.rope_embed.periods, rounded["rope_embed.periods"].float())
+    assert satellite.preprocessing.mean == (0.43, 0.411, 0.296)
+
+
+@pytest.mark.parametrize("size", [(224, 224), (96, 160), (256, 256)])
+@pytest.mark.parametrize("name", ["small_patch16_dinov3", "small_patch16_dinov3_qkvb", "small_plus_patch16_dinov3"])
+def test_dinov3_of_timm(name, size, timm, tmp_path):
+    model = made(timm.create_model(f"vit_{name}", depth=2, dynamic_img_size=True))
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    with torch.no_grad():
+        expected = model.forward_features(images(size))
+    assert_same_tokens(troodon.load(tmp_path / "a.pth"), expected, images(size))

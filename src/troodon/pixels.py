@@ -21,21 +21,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from troodon.bad_image import BadImage as BadImage
 from troodon.config import Range, UsageError
 from troodon.text import plural
 
 FEW_LEVELS = 64  # of 256: a set that uses no more is better shown with a range
-
-
-class BadImage(Exception):
-    """Bytes that cannot be decoded. `status` is "empty", "not an image", "truncated", "too large" or "decode error"."""
-
-    def __init__(self, status: str, reason: str):
-        super().__init__(status, reason)
-        self.status, self.reason = status, reason
-
-    def __str__(self) -> str:
-        return f"{self.status}: {self.reason}"
 
 
 class Used(NamedTuple):

@@ -22,7 +22,8 @@ Grid = tuple[int, int]  # rows and columns of patches
 
 
 def backbone_parameters(vit: ViTConfig) -> int:
-    embedding = vit.dim * (vit.channels * vit.patch**2 + 1) + vit.dim * (3 + vit.grid**2 + vit.registers)
+    positions = 1 + vit.grid**2 if vit.positions == "learned" else 0
+    embedding = vit.dim * (vit.channels * vit.patch**2 + 1) + vit.dim * (2 + positions + vit.registers)
     return embedding + vit.depth * block_parameters(vit) + 2 * vit.dim
 
 

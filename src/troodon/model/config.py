@@ -37,8 +37,10 @@ class ViTConfig:
     """Channels inside the MLP; 4 times the outside if left out, and two thirds of that, rounded up to 8, if gated."""
     norm_eps: float = 1e-6
     """Added to the variance in LayerNorm."""
+    positions: Literal["learned", "rope"] = "learned"
+    """Learned, and resized to the grid; or rotary, as in DINOv3 (https://arxiv.org/abs/2508.10104), without `grid`."""
 
-    LATER = ("mlp_width", "norm_eps")
+    LATER = ("mlp_width", "norm_eps", "positions")
 
     def __post_init__(self) -> None:
         within(self, "vit.", 1, None, "dim", "depth", "heads", "patch", "grid", "channels", "mlp_width")
@@ -46,6 +48,9 @@ class ViTConfig:
         if self.dim % self.heads:
             near = max(1, round(self.dim / self.heads)) * self.heads
             raise UsageError(f"vit.dim {self.dim} is not a multiple of vit.heads {self.heads}; the nearest is {near}")
+        if self.positions == "rope" and self.dim // self.heads % 4:
+            near = f"vit.dim {max(1, round(self.dim / self.heads / 4)) * 4 * self.heads}"
+            raise UsageError(f"vit.positions rope: {self.dim // self.heads} channels a head do not divide by 4; {near}")
         if not 0.0 <= self.drop_path < 1.0:
             raise UsageError(f"vit.drop_path {self.drop_path} is not in [0, 1)")
 

@@ -26,21 +26,17 @@ class Described:
     def heads(self) -> int | None:
         return self.fields.get("num_attention_heads")
 
+    def norm_eps(self, default: float) -> float:
+        return self.fields.get("layer_norm_eps", default)
+
     @property
-    def norm_eps(self) -> float:
-        return self.fields.get("layer_norm_eps", 1e-5 if self.is_dinov3 else 1e-6)
+    def rope_base(self) -> float:
+        return self.fields.get("rope_theta", 100.0)
 
     @property
     def positions(self) -> dict[str, Any]:
-        """How positions are resized: as the class of transformers does, or otherwise if `troodon export` says so."""
-        antialias = self.fields.get("model_type") == "dinov2_with_registers"
-        rule = {"position_offset": 0.0, "position_antialias": antialias}
-        return {name: self.fields.get(name, value) for name, value in rule.items()}
-
-    @property
-    def base(self) -> float:
-        """Of rotary positions."""
-        return self.fields.get("rope_theta", 100.0)
+        """How positions are resized, if it says so."""
+        return {name: v for name, v in self.fields.items() if name in ("position_offset", "position_antialias")}
 
     @property
     def is_dinov3(self) -> bool:

@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from troodon.model.packing import pack
 from troodon.model.vit import Mlp, ViT
 
 # Shape suffixes: B images, C colours, H W pixels, T tokens of the pack, D channels, N heads, Q tokens that attend,
@@ -88,7 +87,7 @@ def minibatches(images_BCHW: Tensor, vit: ViT) -> Iterator[Tensor]:
 
 def attention(vit: ViT, images_BCHW: Tensor, block: int) -> Tensor:
     """The attention of class token and registers to the patches in the block of this number: (B, N, 1 + R, h, w)."""
-    x_TD, layout = pack([vit.embed(images_BCHW, None)])
+    x_TD, layout = vit.packed([images_BCHW])
     blocks: Any = vit.blocks
     for earlier in blocks[:block]:
         x_TD = earlier(x_TD, layout)

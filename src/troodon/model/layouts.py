@@ -40,6 +40,7 @@ RENAMED = [  # theirs -> ours, applied in order; then parts are joined (`complet
     (r"^reg_token$", "register_tokens"),
     (r"\.mlp\.fc1_g\.", ".mlp.w1."),
     (r"\.mlp\.fc1_x\.", ".mlp.w2."),
+    (r"\.gamma_([12])$", r".ls\1.gamma"),
     # DINOv3; and the trainers of DINOv2, which keep blocks in chunks
     (r"^storage_tokens$", "register_tokens"),
     (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),
@@ -79,7 +80,9 @@ class Layout:
 
     @property
     def is_rotary(self) -> bool:
-        return "pos_embed" not in self.state
+        """Whether its positions are rotary, which transformers and timm do not keep in files."""
+        is_known = "rope_embed.periods" in self.state or self.library != "original"
+        return "pos_embed" not in self.state and is_known
 
     @property
     def heads(self) -> int:
@@ -134,6 +137,9 @@ def complete(layout: Layout, place: object) -> None:
     blocks = sorted({m[0] for m in (re.match(r"blocks\.\d+\.", name) for name in state) if m})
     for block in blocks:
         _join(state, [f"{block}attn.{part}" for part in ("query", "key", "value")], f"{block}attn.qkv")
+        if layout.is_rotary and f"{block}attn.q_bias" in state:
+            q, v = (state.pop(f"{block}attn.{part}_bias") for part in "qv")
+            state[f"{block}attn.qkv.bias"] = torch.cat([q, torch.zeros(dim), v])
         _mlp(state, f"{block}mlp.")
         _mask_bias(state, f"{block}attn.qkv", dim if layout.is_rotary else 0, place)
     if "mask_token" not in state:
@@ -149,7 +155,7 @@ def complete(layout: Layout, place: object) -> None:
             raise UsageError(f"{place}: a ViT without layer scale of {dim} channels: its number of heads is not known")
         layout.notes.append("has no layer scale, as DINO's first version: ones")
         state |= {f"{block}{ls}.gamma": torch.ones(dim) for block in blocks for ls in ("ls1", "ls2")}
-    if not layout.is_rotary and round(state["pos_embed"].shape[1] ** 0.5) ** 2 == state["pos_embed"].shape[1]:
+    if "pos_embed" in state and round(state["pos_embed"].shape[1] ** 0.5) ** 2 == state["pos_embed"].shape[1]:
         state["pos_embed"] = torch.cat([torch.zeros(1, 1, dim), state["pos_embed"]], dim=1)  # it is in the class token
     if "register_tokens" in state and not state["register_tokens"].shape[1]:
         del state["register_tokens"]

@@ -17,6 +17,7 @@ from troodon.dist import Share
 from troodon.model.config import ViTConfig
 from troodon.model.packing import KeptSequences, Layout, attend, draw_kept, makes_graph, pack, residual, unpack
 from troodon.model.positions import resize_by_products
+from troodon.model.rotary import RotaryPositions, turned
 
 # Shape suffixes, besides those of packing.py: B images, C colours, P patches, R registers,
 #                                              h w rows and columns of patches.
@@ -41,24 +42,34 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
 
 
+class KeysWithoutBias(nn.Linear):
+    """Queries, keys and values, of which keys have no bias: a third of it stays zero, as in DINOv3's weights."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        queries, keys, values = self.bias.chunk(3)
+        return F.linear(input, self.weight, torch.cat([queries, torch.zeros_like(keys), values]))
+
+
 class Attention(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.heads = config.heads
-        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.qkv = (nn.Linear if config.positions == "learned" else KeysWithoutBias)(config.dim, 3 * config.dim)
         self.proj = nn.Linear(config.dim, config.dim)
 
     def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
-        return self.proj(attend(*self.heads_of(x_TD), layout).flatten(1))
+        return self.proj(attend(*self.heads_of(x_TD, layout), layout).flatten(1))
 
-    def heads_of(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads_of(self, x_TD: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (T, N, H) of the tokens."""
         q_TNH, k_TNH, v_TNH = self.qkv(x_TD).unflatten(-1, (3, self.heads, -1)).unbind(1)
-        return q_TNH, k_TNH, v_TNH
+        if layout.rotation is None:
+            return q_TNH, k_TNH, v_TNH
+        return turned(q_TNH, layout.rotation), turned(k_TNH, layout.rotation), v_TNH
 
     def weights(self, x_TD: Tensor, layout: Layout, first: int) -> list[Tensor]:
         """The attention of the first tokens of each sequence to all of its tokens: (B, N, first, L) for each group."""
-        queries_keys = (unpack(x_TNH.float(), layout) for x_TNH in self.heads_of(x_TD)[:2])
+        queries_keys = (unpack(x_TNH.float(), layout) for x_TNH in self.heads_of(x_TD, layout)[:2])
         return [
             (q.transpose(1, 2)[:, :, :first] @ k.permute(0, 2, 3, 1) * q.shape[-1] ** -0.5).softmax(-1)
             for q, k in zip(*queries_keys, strict=True)
@@ -167,7 +178,10 @@ class ViT(nn.Module):
         super().__init__()
         self.config = config
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.grid**2, config.dim))
+        if config.positions == "learned":
+            self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.grid**2, config.dim))
+        else:
+            self.rope_embed = RotaryPositions(config)
         if config.registers:
             self.register_tokens = nn.Parameter(torch.empty(1, config.registers, config.dim))
         self.mask_token = nn.Parameter(torch.empty(1, config.dim))
@@ -186,7 +200,10 @@ class ViT(nn.Module):
                 module.reset_parameters()
             elif isinstance(module, LayerScale):
                 module.gamma.fill_(module.initial)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if self.config.positions == "learned":
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        else:
+            self.rope_embed.initialize()
         nn.init.normal_(self.cls_token, std=1e-6)
         if self.config.registers:
             nn.init.normal_(self.register_tokens, std=1e-6)
@@ -226,7 +243,7 @@ class ViT(nn.Module):
         """
         if isinstance(groups, Tensor):
             raise UsageError("a ViT takes a list of tensors (B, C, H, W), one for each size: vit([images])")
-        x_TD, layout = pack([self.embed(x, m) for x, m in zip(groups, masks or [None] * len(groups), strict=True)])
+        x_TD, layout = self.packed(groups, masks)
         drop, branches, outputs = self.config.drop_path if self.training else 0.0, 2 * len(self.blocks), []
         kept = draw_kept(layout, drop, branches, x_TD.device, share) if drop else [None] * branches
         for number, block in zip(range(blocks[-1] + 1), self.blocks):
@@ -236,6 +253,18 @@ class ViT(nn.Module):
                 outputs.append([self.split(x_BLD) for x_BLD in unpack(output_TD, layout)])
         return outputs
 
+    def packed(self, groups: list[Tensor], masks: list[Tensor | None] | None = None) -> tuple[Tensor, Layout]:
+        """The tokens of all images before the first block (T, D), and their layout."""
+        x_TD, layout = pack([self.embed(x, m) for x, m in zip(groups, masks or [None] * len(groups), strict=True)])
+        if self.config.positions == "learned":
+            return x_TD, layout
+        others, rotations = 1 + self.config.registers, []
+        for images_BCHW in groups:
+            count, _, height, width = images_BCHW.shape
+            rotation_L2F = self.rope_embed((height // self.config.patch, width // self.config.patch), others)
+            rotations.append(rotation_L2F[None].expand(count, -1, -1, -1).flatten(0, 1))
+        return x_TD, Layout(layout.groups, layout.offsets, torch.cat(rotations))
+
     def embed(self, images_BCHW: Tensor, mask_BP: Tensor | None) -> Tensor:
         """Class token, registers and patches of each image before the first block: (B, 1 + R + P, D)."""
         patch, (height, width) = self.config.patch, images_BCHW.shape[-2:]
@@ -244,11 +273,13 @@ class ViT(nn.Module):
         x_BPD = self.patch_embed(images_BCHW)
         if mask_BP is not None:
             x_BPD = torch.where(mask_BP[..., None], self.mask_token.to(x_BPD.dtype), x_BPD)
-        cls, positions = resize_positions(self.pos_embed, (height // patch, width // patch), self.config)
-        prefix = self.cls_token + cls
+        prefix = self.cls_token
+        if self.config.positions == "learned":
+            cls, positions = resize_positions(self.pos_embed, (height // patch, width // patch), self.config)
+            prefix, x_BPD = prefix + cls, x_BPD + positions
         if self.config.registers:  # registers have no position
             prefix = torch.cat([prefix, self.register_tokens], dim=1)
-        return torch.cat([prefix.expand(x_BPD.shape[0], -1, -1), x_BPD + positions], dim=1)
+        return torch.cat([prefix.expand(x_BPD.shape[0], -1, -1), x_BPD], dim=1)
 
     def split(self, x_BLD: Tensor) -> Tokens:
         registers = self.config.registers
@@ -279,6 +310,8 @@ def resize_positions(positions: Tensor, grid: tuple[int, int], config: ViTConfig
 
 
 def regrid(state: dict[str, Tensor], config: ViTConfig, grid: int) -> dict[str, Tensor]:
-    """The weights with positions resized from the grid of `config` to `grid` x `grid` patches."""
+    """The weights with learned positions resized from the grid of `config` to `grid` x `grid` patches."""
+    if config.positions != "learned":
+        return state
     cls, patches = resize_positions(state["pos_embed"], (grid, grid), config)
     return state | {"pos_embed": torch.cat([cls, patches], dim=1)}

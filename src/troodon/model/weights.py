@@ -16,8 +16,13 @@ from troodon.model.config import Preprocessing, ViTConfig
 from troodon.model.described import Described, read_config, read_preprocessing
 from troodon.model.files import IMAGES, SHARDS, read_shards, read_tensors
 from troodon.model.layouts import OURS, Layout, complete, find_network, foreign
+from troodon.model.rotary import BASE, periods
 from troodon.model.vit import ViT
 from troodon.run import read_manifest, say
+
+LICENCE = "https://ai.meta.com/resources/models-and-libraries/dinov3-license"
+NORM_EPS = {False: 1e-6, True: 1e-5}  # of DINOv2, and of DINOv3, which has rotary positions
+SATELLITE = ((0.43, 0.411, 0.296), (0.213, 0.156, 0.143))  # mean and deviation of DINOv3's images from above
 
 
 def load_weights(path: str | Path) -> Backbone:
@@ -31,7 +36,8 @@ def load_weights(path: str | Path) -> Backbone:
     if not path.exists():
         raise UsageError(f"{path}: no such run, backbone folder or weights")
     if not path.is_dir():
-        return _backbone(read_tensors(path), None, Preprocessing(), path.stem, path)
+        sight = Preprocessing(mean=SATELLITE[0], std=SATELLITE[1]) if "sat493m" in path.name else Preprocessing()
+        return _backbone(read_tensors(path), None, sight, path.stem, path)
     if (path / "backbone.json").exists():
         return Backbone.load(path)
     if (path / "backbone").is_dir():
@@ -47,18 +53,20 @@ def config_from_weights(state: dict[str, Tensor], *, heads: int, norm_eps: float
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
     dim, channels, patch, _ = state["patch_embed.proj.weight"].shape
     gated = "blocks.0.mlp.w12.weight" in state
+    is_rotary = "pos_embed" not in state
     config = ViTConfig(
         dim=dim,
         depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
         heads=heads,
         patch=patch,
-        grid=round((state["pos_embed"].shape[1] - 1) ** 0.5),
+        grid=ViTConfig.grid if is_rotary else round((state["pos_embed"].shape[1] - 1) ** 0.5),
         registers=registers,
         mlp="swiglu" if gated else "gelu",
-        position_offset=0.0 if registers else 0.1,
-        position_antialias=bool(registers),
+        position_offset=0.0 if registers or is_rotary else 0.1,
+        position_antialias=bool(registers) or is_rotary,
         channels=channels,
         norm_eps=norm_eps,
+        positions="rope" if is_rotary else "learned",
     )
     second = state.get("blocks.0.mlp.w3.weight" if gated else "blocks.0.mlp.fc2.weight")
     width = config.mlp_hidden if second is None else second.shape[1]
@@ -76,6 +84,8 @@ def _backbone(
     if unknown and (what := foreign(unknown)).startswith("its tensors seem"):
         raise UsageError(f"{place}: {what}")
     backbone = Backbone.from_state_dict(layout.state, config, preprocessing, name=name)
+    if layout.is_rotary:
+        layout.notes.append(f"DINOv3's weights have a licence of their own, {LICENCE}")
     if layout.notes:
         say(f"{place}: {'; '.join(layout.notes)}")
     return backbone
@@ -87,11 +97,16 @@ def _config(layout: Layout, described: Described | None, place: Path) -> ViTConf
     if not heads or layout.dim % heads:
         rule = f"{heads} heads" if heads else "64, those of a head"
         raise UsageError(f"{place}: {layout.dim} channels are not a multiple of {rule}; {OURS}")
-    config = config_from_weights(layout.state, heads=heads, norm_eps=described.norm_eps if described else 1e-6)
-    if layout.library == "transformers":
-        config = replace(config, **(described.positions if described else {"position_offset": 0.0}))
-    elif layout.library == "timm":
-        config = replace(config, position_offset=0.0, position_antialias=True)
+    if layout.is_rotary and "rope_embed.periods" not in layout.state:
+        base = described.rope_base if described else BASE
+        layout.state["rope_embed.periods"] = periods(layout.dim // heads // 4, base)
+    norm_eps = NORM_EPS[layout.is_rotary] if described is None else described.norm_eps(NORM_EPS[layout.is_rotary])
+    config = config_from_weights(layout.state, heads=heads, norm_eps=norm_eps)
+    if layout.library != "original" and not layout.is_rotary:  # timm always antialiases, transformers with registers
+        antialias = layout.library == "timm" or bool(config.registers)
+        config = replace(config, position_offset=0.0, position_antialias=antialias)
+    if described and layout.library == "transformers":  # an export of ours says more than transformers reads
+        config = replace(config, **described.positions)
     if described:
         described.check(config)
     return config

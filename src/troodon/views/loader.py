@@ -21,9 +21,9 @@ import torch
 import torch.multiprocessing
 from torch import Tensor
 
+from troodon.bad_image import BadImage
 from troodon.config import UsageError
 from troodon.dist import Share
-from troodon.pixels import BadImage
 from troodon.views import masks, photometric
 from troodon.views.batch import Batch
 from troodon.views.config import CropsConfig, MasksConfig, PhotometricConfig
