@@ -28,7 +28,7 @@ from troodon.evaluate.sets.benchmark import Benchmark
 from troodon.evaluate.split import describe_split, labelled, split
 from troodon.images.index import Index
 from troodon.lock import one_at_a_time
-from troodon.text import set_aside
+from troodon.text import plural, set_aside
 
 ProtocolFunction = Callable[[Any, Benchmark, EvaluateConfig, Reader], Iterator[Result]]
 # For each kind of dataset except "label": protocol, function, and whether the function needs patch tokens.
@@ -76,7 +76,8 @@ def evaluate(
     scores, details, packages = [], [], versions()
     report = run.say if dist.rank() == 0 else lambda message: None
     count = sum(len(b.images) for b in benchmarks)
-    report(f"suite {config.suite}: {len(by_name)} backbones, {len(benchmarks)} datasets, {count:,} images")
+    counts = (plural(len(by_name), "backbone"), plural(len(benchmarks), "dataset"), plural(count, "image"))
+    report(f"suite {config.suite}: {', '.join(counts)}")
     for note in _notes(benchmarks, datasets, config):
         report(note)
     for name, backbone in by_name.items():

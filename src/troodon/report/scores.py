@@ -38,6 +38,7 @@ METRICS = {"accuracy": "accuracy", "miou": "mean IoU", "pixel_accuracy": "pixel 
            "rmse_log": "RMSE of logarithms"}  # fmt: skip
 ERRORS = {"absrel", "abs_rel", "rmse", "rmse_log", "error", "loss"}  # lower is better, and not a share of anything
 TO = "\N{EN DASH}"
+WORDS = {"rounds": "k-means iterations"}  # of settings whose names on disk are earlier ones
 BASELINES = re.compile(r"random|histogram|pixel|chance|untrained|prior|patch-colours|mean colour", re.IGNORECASE)
 SECONDARY = re.compile(r"pixel_accuracy|rmse|rmse_log|delta\d|p@\d+")  # shown only among all metrics
 PICTURES = {
@@ -240,7 +241,7 @@ def _settings(entries: list[dict]) -> Content:
         settings = e.get("settings")
         if isinstance(settings, dict):  # these two are long, and in the fingerprint
             settings = {name: value for name, value in settings.items() if name not in ("protocol", "versions")}
-        text = ", ".join(f"{name} {value}" for name, value in flatten(settings))
+        text = ", ".join(f"{WORDS.get(name, name)} {value}" for name, value in flatten(settings))
         if text:
             rows.append((e["backbone"], _protocol_name(e["protocol"]), e["dataset"], text))
     rows = list(dict.fromkeys(rows))  # metrics of one protocol have the same settings
