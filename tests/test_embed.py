@@ -86,6 +86,7 @@ def test_a_matrix_of_any_tokens_and_blocks(world, net, tmp_path, tokens, blocks)
 @pytest.mark.parametrize("tokens", ["cls+mean", "patches"])
 def test_a_table_has_the_vectors_of_the_matrix(world, net, tmp_path, suffix, tokens, monkeypatch):
     monkeypatch.setattr(embedding_files, "CHUNK_VALUES", 300)  # few images at once
+    monkeypatch.setitem(embedding.embed.__wrapped__.__kwdefaults__, "partition_size", 5)
     options = {"tokens": tokens, "blocks": [1, -1], "compute": "fp32"}
     x, images = embedding.load_embeddings(troodon.embed(net, world / "photos", tmp_path / "npy", **options))
     out = troodon.embed(net, world / "photos", tmp_path / "table", format=suffix, **options)
@@ -192,14 +193,14 @@ def test_arrays_of_parts_without_a_readable_image_become_zeros(tmp_path):
 def test_the_nearest_images_of_queries(world, net, tmp_path, capsys, suffix, monkeypatch):
     monkeypatch.setattr(embedding_files, "CHUNK_VALUES", 96)  # three images at once
     words = ["embed", "--backbone", world / "net", "--out", tmp_path / "e"]
-    made = [*words, "--data", world / "photos", "--tokens", "cls+mean", "--format", suffix, "--blocks", "2"]
+    made = [*words, "--data", world / "photos", "--tokens", "cls+mean", "--format", suffix, "--blocks", "1"]
     queries = ["--query", world / "query.png", world / "photos" / "cats" / "00.png"]
     queries += ["--query", world / "photos" / "dogs" / "03.png"]
     code, out, _ = run(*made, *queries, "--k", "4", "--json", capsys=capsys)
     assert code == 0
     found = json.loads(out)
     assert [entry["query"] for entry in found] == [str(q) for q in queries if q != "--query"]
-    names, x = expected_vectors(net, world, "cls+mean", [2])
+    names, x = expected_vectors(net, world, "cls+mean", [1])
     x = l2_normalise(x)
     for entry, row in zip(found, (names.index(n) for n in ("11.png", "00.png", "03.png")), strict=True):
         best = np.argsort(-(x[row] @ x.T), kind="stable")[:4]

@@ -26,7 +26,7 @@ from troodon.search.exact import l2_normalise, top_k
 
 TOKENS = ("cls", "mean", "cls+mean", "patches")
 FORMATS = ("npy", "parquet", "arrow")
-UNIT_BYTES = 2**28  # of patches in one unit, which is in memory twice
+UNIT_BYTES = 2**27  # of patches in one unit, which is in memory twice
 CHUNK_VALUES = 2**24  # that are converted or searched at once
 
 
