@@ -3,6 +3,7 @@
 import contextlib
 import io
 import tarfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,14 @@ from troodon.model.backbone import Backbone
 pydicom = pytest.importorskip("pydicom", reason="needs the extra `medical`")
 nibabel = pytest.importorskip("nibabel", reason="needs the extra `medical`")
 
-CT, MR, US_FRAMES = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.3.1"
+
+@pytest.fixture(autouse=True)
+def warnings_as_for_users() -> None:
+    """The module filters warnings once, at import; pytest then puts its own filters before these."""
+    warnings.filterwarnings("ignore", module=r"pydicom\b")
+
+
+CT, US_FRAMES = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.3.1"
 LITTLE, RLE, LOSSLESS, JPEG_LS = (
     "1.2.840.10008.1.2.1",
     "1.2.840.10008.1.2.5",

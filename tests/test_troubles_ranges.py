@@ -1,15 +1,18 @@
 """Ranges of values: by percentiles of a set, and with a pair for each channel."""
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
 import troodon
-from tests.test_troubles_values import run, smooth
-from troodon.config import UsageError, check_range
+from tests.test_pretrain import CONFIG as TINY
+from tests.test_troubles_values import SIGHT, VIT, run, smooth
+from troodon.config import UsageError, check_range, from_dict
 from troodon.images import values
 from troodon.images.decode import BadImage, decode
 from troodon.images.sources import open_source
+from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing
 
 PERCENT = ("1%", "99%")
@@ -146,3 +149,73 @@ def test_percentiles_of_nothing_are_refused(tmp_path):
     Image.fromarray(np.full((8, 8), 7, np.uint16)).save(tmp_path / "a.png")
     with pytest.raises(UsageError, match="both are 7; choose percentiles further apart"):
         troodon.scan(tmp_path, range=PERCENT)
+
+
+# ---- every verb
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """Two classes of 12-bit images in PNG, TIFF and 16-bit colours, with a split."""
+    for split, count in (("train", 6), ("val", 3)):
+        for c in range(2):
+            (folder := tmp_path / "data" / split / f"c{c}").mkdir(parents=True)
+            for i in range(count):
+                array = (smooth(100 * c + 10 * i + count) * (2000 + 2000 * c)).astype(np.uint16)
+                Image.fromarray(array).save(folder / f"{i}.{'png' if i % 2 else 'tif'}")
+            cv2.imwrite(str(folder / "colour.png"), np.dstack([array, array[::-1], array.T]))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def net(tmp_path):
+    Backbone.random(VIT, SIGHT).save(tmp_path / "net")
+    return tmp_path / "net"
+
+
+def test_calibrate_and_crops_follow_the_range(labelled, net, tmp_path):
+    """calibrate or show crops gets images of 12 bits | A range changes what is measured and drawn, so it is used."""
+    plain, ranged = (
+        troodon.verbs.calibrate(net, labelled, images=8, space="plain", range=range)["table"]
+        for range in (None, (0, 4095))
+    )
+    assert plain != ranged
+    for name, range in (("plain", None), ("ranged", [0, 4095])):
+        config = from_dict(TINY, {"range": range} if range else {}, source="test")
+        troodon.verbs.show_crops(config, labelled, tmp_path / f"{name}.png", images=2)
+    means = [np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")).mean() for name in ("plain", "ranged")]
+    assert means[1] > means[0] + 20
+
+
+def test_a_picture_of_crops_is_not_put_among_the_images(labelled, tmp_path):
+    """show crops writes its picture into the folder of its images | It is refused: the picture would count as one."""
+    with pytest.raises(UsageError, match=r"crops\.png: would lie in .*data and count as an image there"):
+        troodon.verbs.show_crops(TINY, labelled, labelled / "train" / "crops.png")
+    assert not list(labelled.rglob("crops.png"))
+
+
+def test_leaks_and_scores_follow_the_range(labelled, net, tmp_path):
+    """leak or evaluate gets images of 12 bits | They use the range, and the indexes that leak writes keep it."""
+    leaks = troodon.verbs.leak(
+        net, labelled / "train", labelled / "val", tmp_path / "leak", suite="quick", range=(0, 4095)
+    )
+    assert set(leaks["scores"]) == {"all", "without"}
+    for name in ("selection", "benchmark"):
+        assert open_source(tmp_path / "leak" / name).range == (0, 4095)
+    scores = [
+        troodon.evaluate("quick", net, labelled, tmp_path / f"s{top}", baselines=False, range=(0, top))
+        for top in (100, 4095)
+    ]
+    assert [s["value"] for s in scores[0]] != [s["value"] for s in scores[1]]
+
+
+def test_students_and_later_runs_inherit_the_range(labelled, tmp_path, capsys):
+    """A run begins with a network that has a range, or learns from one | It has that range, unless it is given one."""
+    troodon.pretrain(TINY, labelled, tmp_path / "first", settings={"steps": 1, "range": [0, 4095]})
+    one = {"steps": 1}
+    for _ in range(2):  # the second time, it is finished
+        troodon.pretrain(TINY, labelled, tmp_path / "second", init=tmp_path / "first", settings=one)
+    troodon.distill(TINY, tmp_path / "first", labelled, tmp_path / "student", settings=one)
+    ranges = {name: troodon.load(tmp_path / name).preprocessing.range for name in ("second", "student")}
+    assert ranges == {"second": (0, 4095), "student": (0, 4095)}
+    assert "--range" not in capsys.readouterr().err

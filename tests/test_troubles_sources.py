@@ -100,6 +100,19 @@ def test_what_is_left_out_is_counted(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_splits_of_other_names_are_told(tmp_path, capsys):
+    """A split in a table is none of train, val and test | One line names it; these images have no split."""
+    data = folder(tmp_path / "d", [f"{i}.jpg" for i in range(5)])
+    splits = ("Training", "dev", "dev", "holdout", "")
+    (data / "labels.csv").write_text("path,split\n" + "".join(f"{i}.jpg,{s}\n" for i, s in enumerate(splits)))
+    assert open_source(data).column("split") == ["train", None, None, None, None]
+    said = "3 rows have a split that is none of train, val and test, and is left out ('dev', 'holdout')"
+    assert said in capsys.readouterr().err
+    (data / "labels.csv").write_text("path,split\n0.jpg,valid\n1.jpg,test\n")
+    open_source(data)
+    assert capsys.readouterr().err == ""
+
+
 def test_content_counts_where_the_name_says_nothing(tmp_path, capsys):
     """Images have no ending, an odd one, or that of another format | Their first bytes are looked at; they are read."""
     names = ["0b1c2d3e4f", "x.jpg_large", "y.jpg?w=640", "IMG_1.HEIC", "z.dat", "a b.c d", "deep/er/20", "v1.2"]

@@ -27,6 +27,10 @@ MAGIC, MAGIC_AT = b"DICM", 128
 INSTALL = 'pip install "troodon[medical]"'
 MAX_BYTES = 1 << 31  # of all frames of a file, decoded
 
+# pydicom warns about what this module decides, and logs it. Filters cannot be changed safely while threads decode.
+warnings.filterwarnings("ignore", module=r"pydicom\b")
+logging.getLogger("pydicom").addHandler(logging.NullHandler())
+
 # What decodes a transfer syntax that pydicom needs others for, by the last part of its identifier.
 # fmt: off
 DECODERS = {
@@ -50,17 +54,13 @@ def _pydicom() -> Any:
         import pydicom.pixels
     except ImportError:
         raise BadImage("not an image", f"a DICOM file: {INSTALL} reads it") from None
-    warnings.filterwarnings("ignore", module=r"pydicom\b")  # of what this module decides
-    logging.getLogger("pydicom").addHandler(logging.NullHandler())
     return pydicom
 
 
 def open_dicom(file: Any, header_only: bool = False) -> Any:
     """The data set of a file, given by its path or open. BadImage if it has no pixels."""
     pydicom = _pydicom()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dataset = pydicom.dcmread(file, stop_before_pixels=header_only)
+    dataset = pydicom.dcmread(file, stop_before_pixels=header_only)
     if "Rows" not in dataset or "Columns" not in dataset:
         kind = getattr(dataset.get("SOPClassUID"), "name", None) or "of unknown kind"
         raise BadImage("not an image", f"a DICOM file without pixels ({kind})")
@@ -115,9 +115,7 @@ def frames(dataset: Any) -> list[Values]:
 def _decoded(dataset: Any) -> np.ndarray:
     syntax = dataset.file_meta.TransferSyntaxUID
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return dataset.pixel_array
+        return dataset.pixel_array
     except Exception as error:
         package = DECODERS.get(str(syntax).rpartition(".")[2]) if syntax.startswith("1.2.840.10008.1.2.4.") else None
         if package and ("missing dependencies" in str(error) or "does not support" in str(error)):

@@ -207,7 +207,7 @@ class Index:
             mapping = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         mapping.madvise(mmap.MADV_RANDOM)  # rows are read in random order: reading ahead would be wasted
         table = pa.ipc.open_file(pa.py_buffer(mapping)).read_all()
-        range = range or saved_range(table)
+        range = range or saved_range(table.schema)
         return Index(table, base=base, mapped_path=path, fingerprint=fingerprint, mapping=mapping, range=range)
 
     @staticmethod
@@ -236,9 +236,9 @@ class Index:
         return Index, (self.table, self.base, self.datasets, self.source_lengths, None, None, self.range)
 
 
-def saved_range(table: pa.Table) -> Range | None:
-    """The range that a saved table has."""
-    text = (table.schema.metadata or {}).get(RANGE)
+def saved_range(schema: pa.Schema) -> Range | None:
+    """The range that a saved table of this schema has."""
+    text = (schema.metadata or {}).get(RANGE)
     return tuple(json.loads(text)) if text else None
 
 

@@ -19,6 +19,7 @@ import io
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -201,7 +202,7 @@ def parse_labels(
         run.say(f"{file}: the column {label!r} holds lists, and gives no labels")
         label = None
     labels = None if label is None else _to_names(columns[label], class_names.get(label))
-    splits = [parse_split(_to_name(s) or "") for s in columns[known["split"]]] if "split" in known else None
+    splits = _to_splits(file, columns[known["split"]]) if "split" in known else None
     table = LabelTable(
         names=frozenset(names),
         labels=None if labels is None else dict(zip(names, labels)),
@@ -210,6 +211,17 @@ def parse_labels(
     if len(table.names) < len(names):
         _say_repeats(file, names, list(zip(labels or [None] * len(names), splits or [None] * len(names))))
     return table
+
+
+def _to_splits(file: str, column: list) -> list[str | None]:
+    """The split that each cell stands for; a message names what stands for none."""
+    words = [_to_name(cell) or "" for cell in column]
+    splits = [parse_split(word) for word in words]
+    if unknown := Counter(word for word, split in zip(words, splits) if word.strip() and split is None):
+        first = ", ".join(repr(word) for word, _ in unknown.most_common(3)) + (" ..." if len(unknown) > 3 else "")
+        rows = plural(unknown.total(), "row has", "rows have")
+        run.say(f"{file}: {rows} a split that is none of train, val and test, and is left out ({first})")
+    return splits
 
 
 def _say_repeats(file: str, names: list[str], rows: list[tuple]) -> None:

@@ -100,7 +100,7 @@ def scan_to(
         index = index.with_range(measured(index, range, threads))
     previous = [_of_known_files(pq.read_table(out / "images.parquet"))] if manifest else []
     previous += [pq.read_table(path) for path in sorted(parts.glob("*.parquet"))]
-    previous = [part for part in previous if saved_range(part) == index.range]
+    previous = [part for part in previous if saved_range(part.schema) == index.range]
     table, read = scan(index, threads, progress, modified, previous, functools.partial(_save_part, parts))
     with run.publish(out, "index", fingerprint, settings) as folder:
         Index(table).save(folder / "images.parquet")

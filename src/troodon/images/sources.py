@@ -144,7 +144,7 @@ def _open_artifact(root: str) -> Index | None:
     if not table.num_rows:
         raise UsageError(f"{root}: this {kind} has no usable image")
     changes.check_opened(root, table)
-    index = Index(table.select(SCHEMA.names), base=root, range=saved_range(table))
+    index = Index(table.select(SCHEMA.names), base=root, range=saved_range(table.schema))
     return replace(index, table=index.located_table(), base="")
 
 

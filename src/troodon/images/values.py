@@ -93,7 +93,7 @@ def of_scan(table: pa.Table) -> dict:
         return {}
     columns = zip(dtypes, lows, highs, formats)
     seen = [Used(dtype, low, high, format in MEDICAL) for dtype, low, high, format in columns]
-    range = saved_range(table)
+    range = saved_range(table.schema)
     counts = {name: dtypes.count(name) for name in sorted(set(dtypes))}
     return {"types": counts, "min": min(lows), "max": max(highs)} | (
         {"range": list(range)} if range else {"advice": advice(seen)}

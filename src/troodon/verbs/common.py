@@ -14,7 +14,7 @@ from troodon.config import Range, UsageError, fingerprint, from_dict, from_yaml,
 from troodon.learn.config import PretrainConfig
 from troodon.recipes.lengths import for_steps
 from troodon.rendezvous import RENDEZVOUS
-from troodon.run import say, write_bytes
+from troodon.run import read_manifest, say, write_bytes
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -65,12 +65,16 @@ def with_range(backbone: "Backbone", range: Range | None) -> "Backbone":
     return replace(backbone, read=ReadImage(backbone.channels, preprocessing.range))
 
 
-def open_images(data: Data, range: Range | None = None) -> "Index":
-    """The index of the images, with this range of values. It says where images lose much without one."""
+def open_images(data: Data, range: Range | None = None, otherwise: Range | None = None) -> "Index":
+    """The index of the images, with this range of values, or that of an index, or `otherwise` another one.
+
+    It says where images lose much without one.
+    """
     from troodon.images.sources import open_source
     from troodon.images.values import look_at
 
     index = open_source(*as_list(data)).with_range(range)
+    index = index if index.range else index.with_range(otherwise)
     if is_first() and (line := look_at(index)):
         say(line)
     return index
@@ -82,6 +86,14 @@ def common_range(range: Range | None, *backbones: Any) -> Range | None:
     if range is None and len(own) > 1:
         raise UsageError(f"the backbones have different ranges, {' and '.join(map(str, sorted(own)))}; set one --range")
     return range if range is not None else next(iter(own), None)
+
+
+def range_before(out: Path, *backbones: Any) -> Range | None:
+    """The range of the run that was begun in `out`; for a new run, that of the networks it starts or learns from."""
+    manifest = read_manifest(out) or {"kind": None}
+    if manifest["kind"] != "run":
+        return common_range(None, *backbones)
+    return tuple(manifest["settings"]["config"].get("range") or ()) or None
 
 
 def resolve_config(

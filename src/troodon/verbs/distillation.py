@@ -23,6 +23,7 @@ from troodon.verbs.common import (
     check_devices,
     launch_ranks,
     open_images,
+    range_before,
     require_paths,
     resolve_config,
     suggest_next,
@@ -78,9 +79,10 @@ def _distill(
     ranges = {config.range for config in configs.values()}
     if len(ranges) > 1:
         raise UsageError("students that train together see the same images: give all the same range")
-    index = open_images(data, next(iter(ranges), None))
-    configs = {name: replace(config, range=index.range) for name, config in configs.items()}
     teachers = [open_teacher(t) for t in as_list(teacher)]
+    inherited = range_before(out / next(iter(configs)), *(t.backbone for t in teachers))
+    index = open_images(data, next(iter(ranges), None), inherited)
+    configs = {name: replace(config, range=index.range) for name, config in configs.items()}
     before = before_training(index, [t.vit for t in teachers])
     tasks = [
         Task(config, out / name, probe=make_probe(index, config), before=before, attack=random_attack)

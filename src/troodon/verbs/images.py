@@ -125,6 +125,9 @@ def show_crops(recipe: str | PretrainConfig, data: Data, out: str | Path, *, ima
 
     if images < 1 or batch < 0:
         raise UsageError(f"images {images}, batch {batch}: at least 1 image, and batches are numbered from 0")
+    for place in as_list(data):
+        if isinstance(place, str | Path) and Path(out).resolve().is_relative_to(Path(place).expanduser().resolve()):
+            raise UsageError(f"{out}: would lie in {place} and count as an image there; choose another --out")
     config = resolve_config(recipe, PretrainConfig(), recipes.pretrain)
     fits(config, 1)
     draw_crops(loader_of(config, open_images(data, config.range)), Path(out), batch, images)

@@ -46,6 +46,9 @@ def leak(
     benchmark_threshold. `range`: see `curate`. Returns the contents of leaks.json: the counts, and a pair of paths for
     every leak.
     """
+    from pyarrow.parquet import read_schema
+
+    from troodon.images.index import saved_range
     from troodon.images.sources import open_source
     from troodon.run import say, write_json
 
@@ -66,7 +69,8 @@ def leak(
         range=range,
     )
     images, pairs = _leaked_pairs(selection)
-    index, leaked = open_source(*as_list(benchmark)), {pair["benchmark"] for pair in pairs}
+    index = open_source(*as_list(benchmark)).with_range(saved_range(read_schema(selection / "images.parquet")))
+    leaked = {pair["benchmark"] for pair in pairs}
     remaining = [row for row, path in enumerate(index.column("path")) if path not in leaked]
     leaks: dict[str, Any] = {
         "images": images, "leaked": len(pairs),

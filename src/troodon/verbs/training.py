@@ -27,6 +27,7 @@ from troodon.verbs.common import (
     launch_ranks,
     load,
     open_images,
+    range_before,
     require_paths,
     resolve_config,
     suggest_next,
@@ -85,9 +86,9 @@ def _pretrain(
     ranks = dist.ranks_to_start(devices)
     if ranks > 1:
         require_paths(data=data, init=init)
-    index = open_images(data, config.range)
-    config = replace(config, range=index.range)
     start = None if init is None else as_backbone(init)
+    index = open_images(data, config.range, range_before(Path(out), start))
+    config = replace(config, range=index.range)
     training.check(config, index, start, max(ranks, int(os.environ.get("WORLD_SIZE", 1))))
     if ranks > 1:
         del index, start  # each rank has its own
