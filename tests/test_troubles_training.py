@@ -146,12 +146,15 @@ def test_a_run_in_which_nothing_was_learned_fails(images, tmp_path, capsys, opti
     assert cli.run([*words, *options]) == launch.FAILED  # it is still so
 
 
-def test_numbers_that_are_longer_than_the_run_are_named():
+def test_numbers_that_are_longer_than_the_run_are_named(images, tmp_path, capsys):
     """A warm-up or freezing is longer than the run | a line names it before the first step"""
     config = replace(recipes.pretrain("vitl14"), steps=1000)
     assert longer_than_run(config) == ["schedules.lr.warmup 100,000", "schedules.last_layer_frozen 1,250"]
     assert longer_than_run(recipes.pretrain("vitl14")) == []
     assert for_steps(config, 1000) is config
+    words = ["pretrain", "small", "--data", str(images), "--out", str(tmp_path / "run"), *TINY, *NEW]
+    cli.run([*words, "--steps", "2", "--schedules.lr.warmup", "20"])
+    assert "longer than the run of 2 steps: schedules.lr.warmup 20\n" in capsys.readouterr().err
 
 
 # ---- what may change on resume
