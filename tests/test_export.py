@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import troodon
-from tests.test_export_network import GATED, PLAIN, RELEASED, images, made
+from tests.test_export_network import GATED, PLAIN, RELEASED, ROTARY, images, made
 from troodon import cli
 from troodon.config import UsageError
 from troodon.export import names, release
@@ -25,8 +25,10 @@ from troodon.model.backbone import Backbone
 from troodon.model.config import BASE, GIANT, LARGE, SMALL, Preprocessing
 
 FOUR = dataclasses.replace(RELEASED, channels=4, registers=3)
+EARTH = dataclasses.replace(ROTARY, channels=4)
 WIDE = dataclasses.replace(GATED, mlp_width=88, registers=0, channels=3)
 NETWORKS = {"plain": PLAIN, "released": RELEASED, "gated": GATED, "four": FOUR, "wide": WIDE}
+ROTARIES = {"rotary": ROTARY, "gated rotary": dataclasses.replace(ROTARY, mlp="swiglu", mlp_width=96, registers=0)}
 SIZES = ((1, 56, 56), (2, 28, 70), (3, 14, 14), (2, 84, 98), (5, 42, 28))
 SUFFIXES = {"timm": ".safetensors", "original": ".pth", "torch": ".pt2", "onnx": ".onnx"}
 
@@ -55,9 +57,10 @@ def whole(path: Path) -> dict[str, bytes]:
     return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", NETWORKS | ROTARIES)
 def test_transformers_reads_a_folder(name, transformers, tmp_path):
-    config, backbone = NETWORKS[name], made(NETWORKS[name])
+    config = (NETWORKS | ROTARIES)[name]
+    backbone = made(config)
     out, report = exported(backbone, "huggingface", tmp_path)
     model, registers = transformers.AutoModel.from_pretrained(str(out)).eval(), config.registers
     for size in SIZES:
@@ -72,11 +75,12 @@ def test_transformers_reads_a_folder(name, transformers, tmp_path):
     assert (56, 56) not in others
     assert all(1e-4 < difference < 1 for difference in others.values())
     again = troodon.load(out)
-    assert dataclasses.replace(again.config, layer_scale=config.layer_scale) == config
+    same = {"layer_scale": config.layer_scale} | ({"grid": config.grid} if name in ROTARIES else {})
+    assert dataclasses.replace(again.config, **same) == config
     if config.channels != 4:  # which has no processor
         assert (again.preprocessing.resize, again.preprocessing.crop) == (64, 56)
     x_BCHW = images(config, (2, 28, 70))
-    assert torch.equal(again.features(x_BCHW).cls, backbone.features(x_BCHW).cls)
+    torch.testing.assert_close(again.features(x_BCHW).cls, backbone.features(x_BCHW).cls)
 
 
 @pytest.mark.parametrize("name", ["plain", "gated"])
@@ -115,6 +119,17 @@ def test_four_channels_and_an_mlp_that_transformers_lacks_are_refused_in_words(t
         troodon.export(odd, "huggingface", tmp_path / "odd")
     assert not (tmp_path / "odd").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["four"]
+
+
+def test_periods_that_transformers_cannot_compute_are_said(transformers, tmp_path):
+    backbone = made(ROTARY)
+    backbone.vit.rope_embed.periods.copy_(backbone.vit.rope_embed.periods.bfloat16())
+    _, report = exported(backbone, "huggingface", tmp_path)
+    assert report["difference"] is None
+    assert all(1e-5 < row["difference"] < 0.1 for row in report["other_rule"])
+    assert "computes periods of rotary positions in fp32" in (tmp_path / "M" / "README.md").read_text()
+    with pytest.raises(UsageError, match="--to timm: Troodon writes no rotary positions under its names; --to hugg"):
+        troodon.export(backbone, "timm", tmp_path / "M.safetensors")
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -169,7 +184,7 @@ def test_timm_loads_the_file_strictly(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("config", "options", "tolerance"),
-    [(PLAIN, {"blocks": (0,), "norm": False}, 1e-4), (GATED, {"blocks": (0,)}, 1e-4), (FOUR, {"dtype": "fp16"}, 2e-2)],
+    [(PLAIN, {"blocks": (0,), "norm": False}, 1e-4), (GATED, {"blocks": (0,)}, 1e-4), (EARTH, {"dtype": "fp16"}, 2e-2)],
 )
 def test_one_onnx_file_serves_all_sizes(config, options, tolerance, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install -e '.[dev]'")

@@ -20,7 +20,10 @@ from troodon.model.vit import ViT
 PLAIN = ViTConfig(dim=64, depth=2, heads=2, patch=14, grid=4, layer_scale=0.5)
 RELEASED = dataclasses.replace(PLAIN, depth=1, position_offset=0.1, position_antialias=False)
 GATED = dataclasses.replace(PLAIN, depth=1, mlp="swiglu", registers=2, channels=1)
-NETWORKS = pytest.mark.parametrize("config", [PLAIN, RELEASED, GATED], ids=["plain", "released", "gated"])
+ROTARY = dataclasses.replace(PLAIN, depth=1, positions="rope", norm_eps=1e-5, registers=1)
+NETWORKS = pytest.mark.parametrize(
+    "config", [PLAIN, RELEASED, GATED, ROTARY], ids=["plain", "released", "gated", "rotary"]
+)
 SIZES = ((2, 28, 42), (1, 28, 42), (3, 56, 56), (2, 42, 28), (5, 28, 140))
 
 

@@ -156,10 +156,7 @@ def _scores(origin: Origin) -> str:
 
 
 def _parity(report: dict) -> str:
-    lines = [
-        f"{report['reader']} read this folder back. Tokens differ from those of the run by at most "
-        f"{report['difference']:.1e} of their length (`parity.json`)."
-    ]
+    lines = [f"{report['reader']} read this folder back: {report['result']} (`parity.json`)."]
     lines += [
         f"At {row['height']} x {row['width']} pixels they differ by up to {row['difference']:.1e}: {row['rule']}."
         for row in report["other_rule"]

@@ -16,6 +16,7 @@ from troodon.export import names
 from troodon.export.parity import ExportDiffers, Reader
 from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
+from troodon.model.rotary import BASE, periods
 from troodon.run import version, write_json
 
 CHANNELS = (1, 3)  # of images that its processor resizes: of four, it takes the last for transparency
@@ -25,11 +26,13 @@ LEVELS = 1.0  # of 255: mean difference between images that its processor prepar
 def write(backbone: Backbone, folder: Path) -> Reader:
     """Write the folder; returns how transformers reads it. UsageError for a network that it does not have."""
     config = backbone.config
-    description = _description(config)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.vit.state_dict().items()}
+    is_rotary = config.positions == "rope"
+    description = _dinov3(config, state["rope_embed.periods"]) if is_rotary else _description(config)
     if description["model_type"] == "dinov2_with_registers":
         state.setdefault("register_tokens", torch.zeros(1, 0, config.dim))
-    save_file(names.hugging_face(state), folder / "model.safetensors", metadata={"format": "pt"})
+    theirs = (names.dinov3 if is_rotary else names.hugging_face)(state)
+    save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
     write_json(folder / "config.json", description)
     notes: dict[str, Any] = {"model_type": description["model_type"]}
     if reason := _no_processor(backbone.preprocessing, config.channels):
@@ -37,10 +40,16 @@ def write(backbone: Backbone, folder: Path) -> Reader:
     else:
         write_json(folder / "preprocessor_config.json", _processor(backbone.preprocessing, config.channels))
         notes["processor"] = _compare_processor(backbone, folder)
+    library, read = f"transformers {version('transformers')}", _reader(folder, config)
+    if is_rotary:
+        own = torch.equal(
+            periods(len(state["rope_embed.periods"]), description["rope_theta"]), state["rope_embed.periods"]
+        )
+        return Reader(library, read, own, "transformers computes periods of rotary positions in fp32", notes)
     antialias = description["model_type"] == "dinov2_with_registers"
     return Reader(
-        f"transformers {version('transformers')}",
-        _reader(folder, config),
+        library,
+        read,
         resizes_alike=config.position_offset == 0 and config.position_antialias == antialias,
         rule=f"transformers resizes positions to the exact grid, {'with' if antialias else 'without'} antialias",
         notes=notes,
@@ -76,6 +85,37 @@ def _description(config: ViTConfig) -> dict:
         # transformers does not know these two: for `troodon.load`
         "position_offset": config.position_offset,
         "position_antialias": config.position_antialias,
+    }
+
+
+def _dinov3(config: ViTConfig, own: Tensor) -> dict:
+    """config.json of DINOv3ViT, with the longest period of rotary positions."""
+    gated = config.mlp == "swiglu"
+    is_usual = len(own) == 1 or torch.allclose(own, periods(len(own)), rtol=1e-2)
+    base = BASE if is_usual else round(own[-1].item() ** (len(own) / (len(own) - 1)), 4)
+    return {
+        "architectures": ["DINOv3ViTModel"],
+        "model_type": "dinov3_vit",
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.mlp_hidden,
+        "use_gated_mlp": gated,
+        "hidden_act": "silu" if gated else "gelu",
+        "layer_norm_eps": config.norm_eps,
+        "image_size": 224,
+        "patch_size": config.patch,
+        "num_channels": config.channels,
+        "num_register_tokens": config.registers,
+        "rope_theta": base,
+        "query_bias": True,
+        "key_bias": False,
+        "value_bias": True,
+        "proj_bias": True,
+        "mlp_bias": True,
+        "layerscale_value": config.layer_scale,
+        "drop_path_rate": 0.0,
+        "torch_dtype": "float32",
     }
 
 

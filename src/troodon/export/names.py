@@ -20,6 +20,15 @@ HUGGING_FACE = [
     (r"\.mlp\.w12\.", ".mlp.weights_in."),
     (r"\.mlp\.w3\.", ".mlp.weights_out."),
 ]
+DINOV3 = [  # of transformers
+    (r"^(cls_token|mask_token|register_tokens)$", r"embeddings.\1"),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings."),
+    (r"^blocks\.", "layer."),
+    (r"\.attn\.proj\.", ".attention.o_proj."),
+    (r"\.ls(\d)\.gamma$", r".layer_scale\1.lambda1"),
+    (r"\.mlp\.fc1\.", ".mlp.up_proj."),
+    (r"\.mlp\.(fc2|w3)\.", ".mlp.down_proj."),
+]
 TIMM = [(r"^register_tokens$", "reg_token"), (r"\.mlp\.w12\.", ".mlp.fc1."), (r"\.mlp\.w3\.", ".mlp.fc2.")]
 
 
@@ -32,6 +41,27 @@ def hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
                 renamed[name.replace(".attn.qkv.", f".attention.attention.{part}.")] = values.contiguous()
         else:
             renamed[name] = tensor
+    return renamed
+
+
+def dinov3(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under the names of DINOv3ViT of transformers, where parts are layers, and keys have no bias."""
+    renamed = {}
+    for name, tensor in _renamed(state, DINOV3).items():
+        layer, _, kind = name.rpartition(".")
+        if layer.endswith(".attn.qkv"):
+            parts = {f"attention.{part}_proj": values for part, values in zip("qkv", tensor.chunk(3), strict=True)}
+            parts = parts if kind == "weight" else {p: v for p, v in parts.items() if "k_proj" not in p}
+        elif layer.endswith(".mlp.w12"):
+            parts = dict(zip(("mlp.gate_proj", "mlp.up_proj"), tensor.chunk(2), strict=True))
+        else:
+            renamed[name] = tensor
+            continue
+        block = layer.removesuffix(".attn.qkv").removesuffix(".mlp.w12")
+        renamed |= {f"{block}.{part}.{kind}": values.contiguous() for part, values in parts.items()}
+    del renamed["rope_embed.periods"]  # computed
+    renamed["embeddings.mask_token"] = renamed["embeddings.mask_token"][None]
+    renamed.setdefault("embeddings.register_tokens", renamed["embeddings.cls_token"][:, :0].contiguous())
     return renamed
 
 

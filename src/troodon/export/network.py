@@ -51,7 +51,9 @@ class Network(nn.Module):
 
 def program(network: Network, dtype: str) -> ExportedProgram:
     """The graph, whose number of images, height and width are known only when it runs."""
-    vit = copy.deepcopy(network.vit).cpu().eval().requires_grad_(False).to(DTYPES[dtype])
+    vit = copy.deepcopy(network.vit).cpu().eval().requires_grad_(False)
+    for parameter in vit.parameters():  # buffers are periods of rotary positions, which stay in fp32
+        parameter.data = parameter.data.to(DTYPES[dtype])
     network = Network(vit, network.blocks, network.norm).eval()
     patch = vit.config.patch
     example = torch.zeros(2, vit.config.channels, 3 * patch, 5 * patch, dtype=DTYPES[dtype])

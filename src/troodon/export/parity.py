@@ -33,8 +33,9 @@ class Reader:
 
 def cases(network: Network, preprocessing: Preprocessing) -> list[tuple[int, int, int]]:
     """Number of images, height and width of each comparison: five sizes, of which one is that of the preprocessing, one
-    that of the learned positions, and two are not square."""
-    patch, grid = network.vit.config.patch, network.vit.config.grid
+    that of the learned positions if there are any, and two are not square."""
+    config = network.vit.config
+    patch, grid = config.patch, config.grid if config.positions == "learned" else 9
     height, width = (max(patch, round(side / patch) * patch) for side in pair(preprocessing.crop))
     wanted = [(1, height, width), (3, height, width), (1, grid * patch, grid * patch)]
     wanted += [(2, 5 * patch, 8 * patch), (5, 3 * patch, 2 * patch), (4, 7 * patch, 7 * patch)]
@@ -52,7 +53,7 @@ def compare(network: Network, reader: Reader, preprocessing: Preprocessing, tole
     for images, height, width in cases(network, preprocessing):
         x_BCHW = torch.randn(images, config.channels, height, width, generator=random)
         ours, theirs = network(x_BCHW), reader.read(x_BCHW)
-        own_grid = (height, width) == (config.grid * config.patch, config.grid * config.patch)
+        own_grid = config.positions == "learned" and height == width == config.grid * config.patch
         for name, output in theirs.items():
             row: dict[str, Any] = {"images": images, "height": height, "width": width, "output": name}
             row |= _difference(ours[name], output.float())
@@ -77,7 +78,7 @@ def _difference(ours: Tensor, theirs: Tensor) -> dict[str, float]:
 
 def summary(rows: list[dict]) -> dict:
     """The worst difference of rows that a tolerance holds for, and of each size at which another rule does."""
-    held = max(row["difference"] for row in rows if "tolerance" in row)
+    held = max((row["difference"] for row in rows if "tolerance" in row), default=None)
     sizes = {(row["height"], row["width"]): row["rule"] for row in rows if "rule" in row}
     others = [
         {
@@ -88,4 +89,10 @@ def summary(rows: list[dict]) -> dict:
         }
         for (height, width), rule in sizes.items()
     ]
-    return {"difference": held, "other_rule": others}
+    if held is None:
+        result = "tokens differ at every size"
+    elif others:
+        result = f"tokens differ by at most {held:.1e} of their length at sizes at which it has our rule for positions"
+    else:
+        result = f"tokens differ by at most {held:.1e} of their length"
+    return {"result": result, "difference": held, "other_rule": others}

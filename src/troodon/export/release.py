@@ -60,8 +60,9 @@ def release(
     something else than such an export is at `out`.
     """
     check(to, out, dtype, blocks)
-    if backbone.config.positions == "rope" and to not in GRAPHS:
-        raise UsageError(f"--to {to}: holds no network with rotary positions; --to {', '.join(GRAPHS)} do")
+    if backbone.config.positions == "rope" and to in ("timm", "original"):
+        others = ", ".join(("huggingface", *GRAPHS))
+        raise UsageError(f"--to {to}: Troodon writes no rotary positions under its names; --to {others} have them")
     if wrong := [number for number in blocks if not 0 <= number < backbone.config.depth]:
         raise UsageError(f"blocks {wrong[0]}: the blocks of this network are 0 to {backbone.config.depth - 1}")
     backbone = backbone.to("cpu")

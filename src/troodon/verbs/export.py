@@ -92,8 +92,7 @@ class Export:
 
 def _lines(report: dict) -> list[str]:
     """What a user should know of an export."""
-    apart = f"by at most {report['difference']:.1e} of their length" if report["difference"] else "by nothing"
-    lines = [f"{report['reader']} read it back: tokens differ {apart}"]
+    lines = [f"{report['reader']} read it back: {report['result']}"]
     lines += [
         f"at {row['height']} x {row['width']} pixels by up to {row['difference']:.1e}: {row['rule']}"
         for row in report["other_rule"]
