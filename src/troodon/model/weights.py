@@ -15,6 +15,7 @@ from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
 from troodon.model.described import Described, read_config, read_preprocessing
 from troodon.model.files import IMAGES, SHARDS, read_shards, read_tensors
+from troodon.model.hub import RELEASED, Named, find, suggestion
 from troodon.model.layouts import OURS, Layout, complete, find_network, foreign
 from troodon.model.rotary import BASE, periods
 from troodon.model.vit import ViT
@@ -26,15 +27,17 @@ SATELLITE = ((0.43, 0.411, 0.296), (0.213, 0.156, 0.143))  # mean and deviation 
 
 
 def load_weights(path: str | Path) -> Backbone:
-    """The backbone in a run, a backbone folder, a file of weights, or a folder of Hugging Face or timm.
+    """The backbone in a run, a backbone folder, a file of weights, or a folder of Hugging Face or timm; or of a name.
 
     A line says what of a file is left, and what it is without. UsageError, with the remedy, for anything else.
     """
     place, path = str(path), Path(path)
-    if not path.exists() and re.match(r"\w+:/+\w", place):
-        raise UsageError(f"{place}: an address; download the file first, and give its path")
     if not path.exists():
-        raise UsageError(f"{path}: no such run, backbone folder or weights")
+        if re.match(r"\w+:/+\w", place):
+            raise UsageError(f"{place}: an address; download the file first, and give its path")
+        if (named := find(place)) is None:
+            raise UsageError(f"{place}: no such run, backbone folder or weights{suggestion(place)}")
+        return _by_name(named, place)
     if not path.is_dir():
         sight = Preprocessing(mean=SATELLITE[0], std=SATELLITE[1]) if "sat493m" in path.name else Preprocessing()
         return _backbone(read_tensors(path), None, sight, path.stem, path)
@@ -46,6 +49,16 @@ def load_weights(path: str | Path) -> Backbone:
         preprocessing = read_preprocessing(path, described)
         return _backbone(read_shards(path), described, preprocessing, path.resolve().name, path)
     raise UsageError(f"{path}: {_no_weights(path)}")
+
+
+def _by_name(named: Named, place: str) -> Backbone:
+    """The network of a name; one that was released resizes positions as it was trained, whoever wrote the file."""
+    backbone = replace(load_weights(named.path), name=named.name)
+    config = backbone.config
+    if place not in RELEASED or config.positions == "rope" or config.registers:
+        return backbone
+    config = replace(config, position_offset=0.1, position_antialias=False)
+    return Backbone.from_state_dict(backbone.vit.state_dict(), config, backbone.preprocessing, name=named.name)
 
 
 def config_from_weights(state: dict[str, Tensor], *, heads: int, norm_eps: float = 1e-6) -> ViTConfig:

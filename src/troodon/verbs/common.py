@@ -45,7 +45,8 @@ class ReadImage:
 
 
 def load(path: str | Path, *, range: Range | None = None) -> "Backbone":
-    """Load a backbone from a run, a backbone folder, released DINOv2 weights (.pth), or a Hugging Face folder.
+    """Load a backbone from a run, a backbone folder, weights of DINOv2 or DINOv3 in any file, or a name, such as
+    dinov2_vits14 or hf:owner/name: see docs/weights.md.
 
     Its `features(images)` takes paths, bytes, uint8 (H, W, C) arrays, PIL images, or a prepared (B, C, H, W) tensor,
     and returns `.cls (B, D)`, `.patches (B, h, w, D)` and `.registers (B, R, D)`. UsageError for anything else.
