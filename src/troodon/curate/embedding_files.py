@@ -54,15 +54,15 @@ def images_of_a_unit(network: Any, encode: Callable[[Any], ndarray]) -> int:
 
 def write_table(parts: Sequence[Path], path: Path) -> None:
     """Write the vectors of all parts to `path` as Parquet, or as an Arrow file, by its suffix; a part at a time."""
-    matrices = [np.load(part / f"{MAIN_MATRIX}.npy", mmap_mode="r") for part in parts]
-    shape = max((matrix.shape[1:] for matrix in matrices), default=(0,))
+    shape = max((_matrix(part).shape[1:] for part in parts), default=(0,))
     grid = [("row", pa.int32()), ("column", pa.int32())] if len(shape) > 1 else []
     vector = ("embedding", pa.list_(pa.float32(), shape[-1]))
     schema = pa.schema([("id", pa.int64()), ("path", pa.string()), ("label", pa.string()), *grid, vector])
     is_parquet = path.suffix == ".parquet"
     with pq.ParquetWriter(path, schema, compression="zstd") if is_parquet else pa.ipc.new_file(path, schema) as writer:
         first = 0
-        for part, matrix in zip(parts, matrices, strict=True):
+        for part in parts:
+            matrix = _matrix(part)
             table = pq.read_table(part / "images.parquet", columns=["path", "label", "status"])
             readable = np.flatnonzero(pc.equal(table["status"], "ok").to_numpy(zero_copy_only=False))
             step = max(1, CHUNK_VALUES // max(1, int(np.prod(shape))))
@@ -70,6 +70,10 @@ def write_table(parts: Sequence[Path], path: Path) -> None:
                 rows = readable[start : start + step]
                 writer.write_table(_rows(first, rows, table, matrix[rows], schema))
             first += len(matrix)
+
+
+def _matrix(part: Path) -> ndarray:
+    return np.load(part / f"{MAIN_MATRIX}.npy", mmap_mode="r")
 
 
 def _rows(first: int, rows_B: ndarray, table: pa.Table, vectors: ndarray, schema: pa.Schema) -> pa.Table:
