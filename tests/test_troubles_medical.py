@@ -82,6 +82,7 @@ def test_a_ct_has_hounsfield_units_and_a_window(syntax):
     said = {"RescaleSlope": 1, "RescaleIntercept": -1024, "WindowCenter": [40, 300], "WindowWidth": [400, 1500]}
     data, units = dicom_file(counts(), syntax=syntax, **said), counts().astype(int) - 1024
     assert np.array_equal(decode_values(data).array[:, :, 0], units)
+    assert decode_values(data).window == (-160, 239)
     wanted = ((units.clip(-160, 239) + 160) / 399 * 255).round()  # 40 - 0.5 ± 399 / 2, as the standard has it
     assert np.abs(decode(data, 1)[:, :, 0] - wanted).max() <= 1
     assert np.array_equal(decode(data, 1, range=(-1024, 3071))[:, :, 0], (counts() / 4095 * 255).round())

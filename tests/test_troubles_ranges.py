@@ -50,6 +50,14 @@ def test_scan_measures_percentiles_and_its_index_keeps_the_numbers(ct, tmp_path,
     assert troodon.scan(folder, range=PERCENT)["values"]["range"] == pytest.approx(wanted)
 
 
+def test_colours_share_their_percentiles(tmp_path):
+    """Percentiles are asked of colours of 16 bits | All three channels have one pair, so that white stays white."""
+    colours = np.dstack([smooth(i) * 1000 * (i + 1) for i in range(3)]).astype(np.uint16)
+    cv2.imwrite(str(tmp_path / "a.png"), colours)
+    got = troodon.scan(tmp_path, range=PERCENT)["values"]["range"]
+    assert got == pytest.approx(np.percentile(colours, (1, 99)))
+
+
 def test_percentiles_are_measured_again_where_images_have_changed(ct, tmp_path, capsys):
     """A scan with percentiles is repeated | Nothing is read; with other images, the range and all results are new."""
     folder, _ = ct

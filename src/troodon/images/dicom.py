@@ -118,9 +118,10 @@ def _decoded(dataset: Any) -> np.ndarray:
         return dataset.pixel_array
     except Exception as error:
         package = DECODERS.get(str(syntax).rpartition(".")[2]) if syntax.startswith("1.2.840.10008.1.2.4.") else None
-        if package and ("missing dependencies" in str(error) or "does not support" in str(error)):
+        said = str(error)
+        if package and ("missing dependencies" in said or ("does not support" in said and "libjpeg:" not in said)):
             raise BadImage("decode error", f"{syntax.name}: pip install {package} decodes it") from None
-        if isinstance(error, NotImplementedError | RuntimeError) and "missing" in str(error):
+        if isinstance(error, NotImplementedError | RuntimeError) and "missing" in said:
             raise BadImage("decode error", f"{syntax.name}: no package that pydicom knows decodes it") from None
         raise
 
