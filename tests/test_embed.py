@@ -225,6 +225,20 @@ def test_a_query_of_images_writes_nothing(world, tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_query_has_the_range_of_the_index(world, net, tmp_path):
+    """Of 12 bits in 16, only the high byte would be left, that is four bits."""
+    for i in range(6):
+        ramp = np.random.default_rng(i).integers(0, 4096, (4, 4)).repeat(6, 0).repeat(6, 1)
+        (tmp_path / "scans").mkdir(exist_ok=True)
+        Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "scans" / f"{i}.png")
+    troodon.scan(tmp_path / "scans", tmp_path / "index", range=(0, 4095))
+    out = troodon.embed(net, tmp_path / "index", tmp_path / "e", compute="fp32")
+    for given in ([tmp_path / "scans" / "4.png"], [Image.open(tmp_path / "scans" / "4.png")]):
+        (found,) = find_nearest(net, given, out, k=1)
+        assert Path(found[0]["path"]).name == "4.png"
+        assert found[0]["score"] == pytest.approx(1, abs=1e-5)
+
+
 def test_a_query_in_python_is_any_picture(world, net, tmp_path):
     out = troodon.embed(net, world / "photos", tmp_path / "e")
     data = io.BytesIO()
@@ -237,6 +251,8 @@ def test_a_query_in_python_is_any_picture(world, net, tmp_path):
     ("words", "said"),
     [
         (["--data", "{photos}"], "--out is missing"),
+        (["--data", "{photos}", "--out", "{out}", "--json"], "--json: is about the images nearest to a --query"),
+        (["--data", "{photos}", "--out", "{out}", "--k", "3"], "--k: is about"),
         (["--out", "{out}"], "--data is missing"),
         (["--query", "{query}"], "--out is missing: embed takes --data and --out; with --query, one is enough"),
         (["--out", "{out}", "--query", "{query}"], "holds no finished embeddings; give --data"),

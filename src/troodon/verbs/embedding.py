@@ -14,7 +14,7 @@ from tyro.conf import UseAppendAction, arg
 from troodon.config import Range, UsageError, nearest
 from troodon.run import read_manifest, say, write_bytes
 from troodon.text import printable, set_aside
-from troodon.verbs.common import Data, Paths, as_backbone, common_range, open_images
+from troodon.verbs.common import Data, Paths, as_backbone, common_range, open_images, with_range
 
 if TYPE_CHECKING:
     from troodon.model.backbone import Backbone
@@ -80,8 +80,11 @@ def find_nearest(
     Queries are pictures as `Backbone.features` takes them; the score is the cosine similarity. UsageError if the
     embeddings are of another backbone, or of patches, of which an image has many.
     """
+    import pyarrow.parquet as pq
+
     from troodon.curate.embed import encoder
     from troodon.curate.embedding_files import nearest_images
+    from troodon.images.index import saved_range
 
     if k < 1:
         raise UsageError(f"k {k}: must be 1 or more")
@@ -93,7 +96,8 @@ def find_nearest(
         raise UsageError(f"{out}: was made with another backbone, {settings['backbone']}; give that one")
     if settings["tokens"] == "patches":
         raise UsageError(f"{out}: holds patches, of which an image has many; a query takes cls, mean or cls+mean")
-    prepared = backbone.prepare(list(queries))
+    # A range of their index applies to queries as well.
+    prepared = with_range(backbone, saved_range(pq.read_schema(out / "images.parquet"))).prepare(list(queries))
     _, encode = encoder(_optimized(backbone, out, "auto", False), settings["tokens"], settings.get("blocks", ()))
     return nearest_images(encode(prepared), out, k, None if backbone.device.type == "cpu" else str(backbone.device))
 
@@ -168,6 +172,8 @@ class Embed:
 
     def run(self) -> None:
         queries = [image for images in self.query for image in images]
+        if not queries and (self.json or self.k != Embed.k):
+            raise UsageError(f"{'--json' if self.json else '--k'}: is about the images nearest to a --query; give one")
         if missing := [name for name in ("data", "out") if not getattr(self, name)][int(bool(queries)) :]:
             raise UsageError(f"--{missing[0]} is missing: embed takes --data and --out; with --query, one is enough")
         with tempfile.TemporaryDirectory(prefix="troodon-") if self.out is None else nullcontext("") as folder:
