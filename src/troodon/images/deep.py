@@ -110,7 +110,7 @@ def _read(data: bytes) -> np.ndarray:
     except cv2.error as error:
         raise BadImage("decode error", f"OpenCV: {' '.join(str(error).split())[:200]}") from None
     if values is None:
-        raise BadImage("decode error", "neither Pillow nor OpenCV can read it; convert it to .npy")
+        raise BadImage("decode error", "neither Pillow nor OpenCV can read it: it is damaged, or convert it to .npy")
     values = values[:, :, None] if values.ndim == 2 else values
     return np.ascontiguousarray(values[:, :, {1: [0], 3: [2, 1, 0], 4: [2, 1, 0, 3]}[values.shape[2]]])
 
