@@ -28,8 +28,8 @@ def origin_of(backbone: Any, scores: Sequence[str | Path], licence: str | None) 
     run = None
     if isinstance(backbone, str | Path):
         path = Path(backbone).resolve()
-        runs = (folder for folder in (path, *path.parents[:3]) if (read_manifest(folder) or {}).get("kind") == "run")
-        run = next(runs, None)
+        places = (path.parent, path.parents[2]) if path.name == "backbone" and len(path.parts) > 3 else (path,)
+        run = next((p for p in places if (read_manifest(p) or {}).get("kind") == "run"), None)
     entries = []
     for folder in map(Path, scores):
         if (read_manifest(folder) or {}).get("kind") != "scores":
@@ -79,6 +79,7 @@ def _use(backbone: Backbone, report: dict) -> str:
         prepare = (
             'processor = AutoImageProcessor.from_pretrained(place)\ninputs = processor(image, return_tensors="pt")'
         )
+        prepare += "  # an array (height, width, 1)" if backbone.channels == 1 else ""
         imports, inputs = "AutoImageProcessor, AutoModel", "**inputs"
     first = 1 + backbone.config.registers
     code = (

@@ -188,8 +188,8 @@ def _compare_processor(backbone: Backbone, folder: Path) -> dict:
         noise = random.integers(0, 255, (height // 16, width // 16, backbone.channels), dtype=np.uint8)
         bands = [Image.fromarray(noise[..., c]).resize((width, height), 3) for c in range(backbone.channels)]
         picture = bands[0] if len(bands) == 1 else Image.merge("RGB", bands)
-        theirs = processor(picture, return_tensors="pt")["pixel_values"]
-        ours = backbone.prepare(np.asarray(picture).reshape(height, width, -1))
+        values = np.asarray(picture).reshape(height, width, -1)  # transformers 4 takes no grey images of two dimensions
+        theirs, ours = processor(values, return_tensors="pt")["pixel_values"], backbone.prepare(values)
         apart = ((theirs - ours).abs().mean(dim=(0, 2, 3)) * torch.tensor(p.std)).mean().item() * 255
         rows.append({"height": height, "width": width, "mean_difference_of_255": apart})
         longer = p.resize * max(height, width) / min(height, width)
