@@ -1,5 +1,6 @@
 """The examples run, as they stand, on a few made images and a tiny backbone without training."""
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -95,6 +96,35 @@ def test_duckdb_search(example, tmp_path):
     for _ in range(2):  # the second time from what is there
         lines = example("duckdb_search.py", "net", "photos", "vectors", "query.png")
         assert [line.split()[1] for line in lines] == ["white"] * 5
+
+
+@pytest.mark.slow
+def test_onnx_features(example, tmp_path):
+    for package in ("onnxruntime", "onnxscript"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    for i, name in enumerate(("a.png", "b.png")):
+        draw(tmp_path / name, COLOURS["red"], i)
+    troodon.export("net", "onnx", "net.onnx")
+    check_printed(example("onnx_features.py", "net.onnx", "a.png", "b.png"))
+
+
+@pytest.mark.filterwarnings("default")  # those of another library
+def test_transformers_features(example, tmp_path):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    for i, name in enumerate(("a.png", "b.png")):
+        draw(tmp_path / name, COLOURS["red"], i)
+    troodon.export("net", "huggingface", "net-hf")
+    check_printed(example("transformers_features.py", "net-hf", "a.png", "b.png"))
+
+
+def check_printed(lines: list[str]) -> None:
+    """Each line has an image, shapes, and the first numbers of its class token."""
+    expected = troodon.load("net").features(["a.png", "b.png"]).cls
+    for path, line, vector in zip(("a.png", "b.png"), lines, expected, strict=True):
+        name, shape, numbers = re.fullmatch(r"(\S+) \((\d+),?\).*\[(.+)\]", line).groups()
+        assert (name, shape) == (path, "64")
+        values = [float(number) for number in re.findall(r"-?[\d.]+", numbers)]
+        assert values == pytest.approx(vector[:3].tolist(), abs=0.03)
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
