@@ -60,6 +60,7 @@ def test_places_are_relative_to_the_image():
     small, large = rotary((1, 2), 0), rotary((3, 6), 0).unflatten(0, (3, 6))
     torch.testing.assert_close(small[0], large[1, 1])  # the middle of each half
     torch.testing.assert_close(small[1], large[1, 4])
+    torch.testing.assert_close(small[1, 0], torch.tensor([1.0] * 4 + [-1.0, 0.5458, 0.9511, 0.9951]), atol=1e-4, rtol=0)
 
 
 def test_images_of_all_sizes_in_one_pack_are_as_alone():

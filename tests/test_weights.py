@@ -193,6 +193,14 @@ def test_a_vit_without_layer_scale_or_biases_is_the_same_network_with_ones_and_z
         troodon.load(tmp_path / "a.pth")
 
 
+def test_of_several_ranks_the_first_says_it(tmp_path, monkeypatch, capsys):
+    torch.save(state_of(TINY) | {"head.weight": torch.ones(5, 128)}, tmp_path / "a.pth")
+    for rank, said in (("1", ""), ("0", "leaves head")):
+        monkeypatch.setenv("RANK", rank)
+        troodon.load(tmp_path / "a.pth")
+        assert capsys.readouterr().err == (f"{tmp_path / 'a.pth'}: {said}\n" if said else "")
+
+
 def test_two_networks_of_one_rank_are_not_chosen_between(tmp_path):
     torch.save({"left": state_of(TINY), "right": state_of(TINY)}, tmp_path / "a.pth")
     with pytest.raises(UsageError, match=r"holds several networks \(left, right\); save one"):

@@ -47,9 +47,15 @@ def find(place: str) -> Named | None:
     repository, revision = (found[1], found[2]) if found else (RELEASED[place], None)
     name = repository.partition("/")[2] if found else place
     if revision is None and (path := _in_folder(name, repository)) is not None:
-        say(f"{place}: is {path}")
+        tell(f"{place}: is {path}")
         return Named(name, path)
     return Named(name, _from_hub(place, repository, revision))
+
+
+def tell(line: str) -> None:
+    """Say it once, also where several ranks load the same weights."""
+    if os.environ.get("RANK", "0") == "0":
+        say(line)
 
 
 def suggestion(place: str) -> str:
@@ -97,7 +103,7 @@ def _from_hub(place: str, repository: str, revision: str | None) -> Path:
         files = {file.rfilename: file for file in info.siblings or []}
         wanted = _wanted(list(files), place, repository)
         size = file_size(sum(files[name].size or 0 for name in wanted))
-        say(f"{place}: fetches {repository} from {endpoint}, {size}, licence: {_licence(info)}")
+        tell(f"{place}: fetches {repository} from {endpoint}, {size}, licence: {_licence(info)}")
         for name in wanted:
             path = Path(hub.hf_hub_download(repository, name, revision=revision, endpoint=endpoint))
             _check(path, files[name], place)

@@ -15,11 +15,11 @@ from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
 from troodon.model.described import Described, read_config, read_preprocessing
 from troodon.model.files import IMAGES, SHARDS, read_shards, read_tensors
-from troodon.model.hub import RELEASED, Named, find, suggestion
+from troodon.model.hub import RELEASED, Named, find, suggestion, tell
 from troodon.model.layouts import OURS, Layout, complete, find_network, foreign
 from troodon.model.rotary import BASE, periods
 from troodon.model.vit import ViT
-from troodon.run import read_manifest, say
+from troodon.run import read_manifest
 
 LICENCE = "https://ai.meta.com/resources/models-and-libraries/dinov3-license"
 NORM_EPS = {False: 1e-6, True: 1e-5}  # of DINOv2, and of DINOv3, which has rotary positions
@@ -100,7 +100,7 @@ def _backbone(
     if layout.is_rotary:
         layout.notes.append(f"DINOv3's weights have a licence of their own, {LICENCE}")
     if layout.notes:
-        say(f"{place}: {'; '.join(layout.notes)}")
+        tell(f"{place}: {'; '.join(layout.notes)}")
     return backbone
 
 
