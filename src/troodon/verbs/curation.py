@@ -109,7 +109,8 @@ class Curate:
     uncurated: Paths
     """The pool to choose from: folders, tars, paths inside tars."""
     backbone: str
-    """The backbone that compares images: a run, a backbone folder, released weights (.pth), a Hugging Face folder."""
+    """The backbone that compares images: a run, a backbone folder, weights in any file, or a name such as
+    dinov2_vits14."""
     out: str
     """A new folder: the selection, which `pretrain --data` takes."""
     curated: Paths = ()

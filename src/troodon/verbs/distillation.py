@@ -126,7 +126,7 @@ class Distill:
     students: Positional[Paths]
     """Recipes (see `troodon recipes`) or YAML files, one for each student. Options change all of them."""
     teacher: Paths
-    """A run, whose heads teach too; or a backbone folder, released weights (.pth), a Hugging Face folder."""
+    """A run, whose heads teach too; or a backbone folder, weights in any file, or a name such as dinov2_vits14."""
     data: Paths
     """Folders, tars, paths inside tars, an index or a selection."""
     out: str

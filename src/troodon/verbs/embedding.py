@@ -141,7 +141,7 @@ class Embed:
     """Vectors of images, by a backbone, as a matrix or a table; and the images nearest to others."""
 
     backbone: str
-    """A run, a backbone folder, released weights (.pth), or a Hugging Face folder."""
+    """A run, a backbone folder, weights in any file, or a name such as dinov2_vits14."""
     data: Paths = ()
     """Folders, tars, paths inside tars, or images; not needed for a --query of a finished --out."""
     out: str | None = None

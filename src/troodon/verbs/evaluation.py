@@ -216,7 +216,7 @@ class Evaluate:
     suite: Positional[str]
     """A suite: mine, quick or paper; or a YAML file."""
     backbone: Paths
-    """A run, a backbone folder, released weights (.pth), or a Hugging Face folder; or several."""
+    """A run, a backbone folder, weights in any file, or a name such as dinov2_vits14; or several."""
     data: Paths
     """Labelled images: labels from folder names or a labels.csv, splits from folders named train and val; or datasets
     with tags, masks, depths, instances or pairs, as their owners publish them or with an index.csv."""

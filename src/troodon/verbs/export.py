@@ -60,7 +60,7 @@ class Export:
     """A backbone for transformers, timm, ONNX and others; each export is read back and compared."""
 
     backbone: Positional[str]
-    """A run, a backbone folder, released weights (.pth), or a Hugging Face folder."""
+    """A run, a backbone folder, weights in any file, or a name such as dinov2_vits14."""
     to: Literal["huggingface", "timm", "original", "onnx", "torch", "openvino"]
     """The library or format: huggingface is a folder for transformers; timm and original are weights; onnx, torch
     (.pt2) and openvino are graphs for any number of images of any size."""

@@ -125,8 +125,8 @@ class Leak:
     """Which images of a benchmark are in the training images, and scores with and without these."""
 
     backbone: str
-    """The backbone that compares images, and is scored: a run, a backbone folder, released weights (.pth), or a
-    Hugging Face folder."""
+    """The backbone that compares images, and is scored: a run, a backbone folder, weights in
+    any file, or a name such as dinov2_vits14."""
     data: Paths
     """The training images: folders, tars, paths inside tars, an index or a selection."""
     benchmark: Paths

@@ -262,7 +262,8 @@ class Pretrain:
     out: str | None = None
     """The run's folder. Not needed for a dry run."""
     init: str | None = None
-    """Initial weights: a run, a backbone folder or released weights of the same network."""
+    """Initial weights, of the same network: a run, a backbone folder, weights in any file, or a name such as
+    dinov2_vits14."""
     devices: str = "auto"
     """Devices of this machine to train on, or processes where it has none; auto is all devices.
     For a dry run, a number of accelerators, which need not be in this machine."""
