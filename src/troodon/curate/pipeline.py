@@ -78,8 +78,7 @@ def curate(
 
     _remove_if_changed(root / "embeddings", index)
     backbone = _as_begun(root / "embeddings", backbone)
-    finds_copies, tokens = (backbone, config.tokens) if copies is None else (copies, "cls")
-    encoder = CopyEncoder.create(finds_copies, tokens, config.pixels)
+    encoder = CopyEncoder.create(*((backbone, config.tokens) if copies is None else (copies, "cls")), config.pixels)
     embeddings = embed(
         backbone, index, root / "embeddings", batch=config.batch, threads=config.threads, tokens=config.tokens,
         copies=copies, pixels=encoder.pixels, marks=config.marks, partition_size=config.partition_size, backend=backend,
@@ -99,7 +98,7 @@ def curate(
     start = time.monotonic()
     decisions = ledger.combine_decisions(context, pq.read_table(verdicts / "verdict.parquet"), gathered)
     summary = ledger.summarise(context, decisions) | run.read_json(duplicates / "threshold.json")
-    summary |= {"backbone": backbone.name, "finds_copies": finds_copies.name}
+    summary |= {"backbone": backbone.name, "finds_copies": encoder.backbone.name}
     with run.publish(out, "selection", name, settings) as partial:
         ledger.write_ledger(context, decisions, partial / "images.parquet")
         _copy_results(partial, embeddings, duplicates, gathered)
