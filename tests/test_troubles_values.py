@@ -559,7 +559,9 @@ def test_a_python_dataset_gives_the_same_values_as_files(ct):
     assert "use 16 of 256 levels" in look_at(open_source(pictures))
 
 
-def test_a_vit_names_what_it_takes(net):
-    """A batch of images is given to Backbone.vit | One line says that it takes a list."""
+def test_a_vit_takes_a_batch(net):
+    """A batch of images is given to Backbone.vit, as to other networks | It returns the class tokens."""
+    images = torch.randn(2, 3, 56, 56)
+    assert torch.equal(net.vit(images), net.vit([images])[0].cls_BD)
     with pytest.raises(UsageError, match=r"vit\(\[images\]\)"):
-        net.vit(torch.zeros(2, 3, 56, 56))
+        net.vit.after_blocks(images, [0])
