@@ -47,7 +47,7 @@ def exported(backbone: Backbone, to: str, folder: Path, **options: Any) -> tuple
     out = folder / f"M{SUFFIXES.get(to, '')}"
     report = troodon.export(backbone, to, out, **options)
     beside = (out if to == "huggingface" else folder) / "parity.json"
-    assert json.loads(beside.read_text())[out.name] == report
+    assert json.loads(beside.read_text())["model.safetensors" if to == "huggingface" else out.name] == report
     assert not list(folder.glob("**/*.partial"))
     assert not list(folder.glob(".*"))
     return out, report

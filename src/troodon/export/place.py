@@ -10,6 +10,7 @@ from troodon.lock import alone
 from troodon.run import publish, read_json, write_json
 
 PARITY = "parity.json"  # {name of the export: its report}; each folder has one, so exports into one folder share it
+WEIGHTS = "model.safetensors"  # names the export in the parity.json of a folder
 Write = Callable[[Path], dict]  # fills the place it is given, and returns the report
 
 
@@ -23,7 +24,7 @@ def put_folder(out: Path, to: str, fingerprint: str, write: Write) -> dict:
         try:
             with publish(out, f"{to} export", fingerprint, {"to": to}) as partial:
                 report = write(partial)
-                write_json(partial / PARITY, {out.name: report})
+                write_json(partial / PARITY, {WEIGHTS: report})
         except BaseException:
             if partial is not None:
                 shutil.rmtree(partial, ignore_errors=True)
