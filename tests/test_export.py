@@ -297,7 +297,7 @@ def test_what_is_not_an_export_is_not_touched(to, out, said, transformers, tmp_p
         ("timm", {"blocks": [1]}, "blocks: weights for timm are all blocks"),
         ("original", {"dtype": "fp16"}, "dtype fp16: weights for original"),
         ("onnx", {"dtype": "fp61"}, "unknown dtype 'fp61': did you mean 'fp16'"),
-        ("torch", {"blocks": [1, 9]}, "blocks 9: the blocks of this network are 0 to 1"),
+        ("torch", {"blocks": [1, 9]}, "block 9: this network has the blocks 0 to 1; -1 is the last"),
         ("onnx", {"licence": "CC0"}, "licence: for a model card on the hub"),
         ("huggingface", {"push": "first"}, "push 'first': give the owner and the name, such as me/first"),
         ("huggingface", {"scores": ["here"]}, "here: no scores; --scores takes"),
@@ -307,6 +307,17 @@ def test_options_that_a_format_cannot_follow_are_refused(to, options, said, tran
     with pytest.raises(UsageError, match=said):
         troodon.export(made(PLAIN), to, tmp_path / f"M{SUFFIXES.get(to, '')}", **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_network_in_training_is_exported_as_it_is_and_stays_as_it_is(transformers, tmp_path):
+    backbone = made(dataclasses.replace(PLAIN, drop_path=0.5))
+    x_BCHW = images(PLAIN, (2, 56, 56))
+    expected = backbone.features(x_BCHW).cls
+    backbone.vit.train().requires_grad_(True).bfloat16()
+    out, _ = exported(backbone, "huggingface", tmp_path)
+    assert backbone.vit.training
+    assert all(p.requires_grad and p.dtype == torch.bfloat16 for p in backbone.vit.parameters())
+    assert_close(troodon.load(out).features(x_BCHW).cls, expected, 2e-2)
 
 
 def test_a_library_that_is_missing_is_named_before_anything_is_read(tmp_path, monkeypatch):

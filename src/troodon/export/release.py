@@ -63,9 +63,8 @@ def release(
     if backbone.config.positions == "rope" and to in ("timm", "original"):
         others = ", ".join(("huggingface", *GRAPHS))
         raise UsageError(f"--to {to}: Troodon writes no rotary positions under its names; --to {others} have them")
-    if wrong := [number for number in blocks if not 0 <= number < backbone.config.depth]:
-        raise UsageError(f"blocks {wrong[0]}: the blocks of this network are 0 to {backbone.config.depth - 1}")
-    backbone = backbone.to("cpu")
+    blocks = backbone.block_numbers(list(blocks))
+    backbone = _as_saved(backbone)
     network = Network(backbone.vit, blocks, norm).eval()
 
     def write(place: Path) -> dict:
@@ -83,6 +82,14 @@ def release(
     if to == "huggingface":
         return put_folder(out, to, backbone.fingerprint, write)
     return put_file(out, to, write)
+
+
+def _as_saved(backbone: Backbone) -> Backbone:
+    """The same weights in fp32 on the CPU, in a network of their own: the given one may be in training."""
+    state = {name: tensor.detach().cpu().float() for name, tensor in backbone.vit.state_dict().items()}
+    return Backbone.from_state_dict(
+        state, backbone.config, backbone.preprocessing, name=backbone.name, digest=backbone.fingerprint
+    )
 
 
 def _report(backbone: Backbone, network: Network, to: str, reader: Reader, dtype: str) -> dict:
