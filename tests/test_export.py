@@ -1,8 +1,10 @@
 """Exports: what other libraries read is the backbone, or nothing is left; and nothing of others is overwritten."""
 
 import dataclasses
+import http.server
 import json
 import shutil
+import threading
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -328,6 +330,9 @@ def test_a_library_that_is_missing_is_named_before_anything_is_read(tmp_path, mo
         troodon.export(tmp_path / "no such backbone", "huggingface", tmp_path / "F")
 
 
+FILES = {"README.md", "config.json", "model.safetensors", "parity.json", "preprocessor_config.json"}
+
+
 class Api:
     """In place of the hub's."""
 
@@ -353,8 +358,7 @@ def test_only_push_uploads_and_says_what(transformers, tmp_path, capsys):
     assert report["pushed"] == "http://127.0.0.1/me/first"
     (name, made_with), (_, uploaded) = api.calls
     assert (name, made_with["private"], uploaded["repo_id"]) == ("me/first", True, "me/first")
-    files = {"README.md", "config.json", "model.safetensors", "parity.json", "preprocessor_config.json"}
-    assert uploaded["left"] == files  # not manifest.json, which names paths of this machine
+    assert uploaded["left"] == FILES  # not manifest.json, which names paths of this machine
     said = capsys.readouterr().err
     assert "uploads to http://127.0.0.1, as me/first (private if it is new): README.md (" in said
     assert "model.safetensors (" in said
@@ -366,6 +370,49 @@ def test_only_push_uploads_and_says_what(transformers, tmp_path, capsys):
     with pytest.raises(RuntimeError, match="F is complete, but was not uploaded to me/first: 401: no token"):
         troodon.export(made(PLAIN), "huggingface", tmp_path / "F", push="me/first", api=api)
     assert (tmp_path / "F" / "model.safetensors").exists()
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A hub on this machine that keeps what it is sent."""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.requests.append((self.path, body))  # pyrefly: ignore[missing-attribute]
+        answer: dict = {
+            "url": "http://127.0.0.1/me/first",
+            "commitUrl": "http://127.0.0.1/me/first/commit/1",
+            "commitOid": "1",
+        }
+        if "preupload" in self.path:
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            answer = {"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in paths]}
+        self.do_GET(answer)
+
+    def do_GET(self, answer: dict | None = None) -> None:
+        data = json.dumps(answer or {"id": "me/first", "sha": "0"}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_the_client_of_the_hub_sends_the_folder(transformers, tmp_path):
+    hub = import_module("huggingface_hub")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        server.requests = []  # pyrefly: ignore[missing-attribute]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        api = hub.HfApi(endpoint=f"http://127.0.0.1:{server.server_port}", token="none")
+        report = troodon.export(made(PLAIN), "huggingface", tmp_path / "F", push="me/first", api=api)
+        server.shutdown()
+    assert report["pushed"] == "http://127.0.0.1/me/first/commit/1"
+    (_, created), *_, (path, sent) = server.requests
+    assert json.loads(created)["name"] == "first"
+    assert path == "/api/models/me/first/commit/main"
+    assert {json.loads(line)["value"].get("path") for line in sent.splitlines()} == FILES | {None}
 
 
 def test_from_images_to_transformers(transformers, tmp_path, capsys):
