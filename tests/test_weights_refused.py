@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 import troodon
 from tests.test_weights import TINY, state_of
 from troodon.config import UsageError
+from troodon.model.config import ViTConfig
 
 
 def saved(value: object) -> Callable[[Path], object]:
@@ -215,3 +216,28 @@ def test_an_index_may_not_list_what_is_in_no_file(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UsageError, match="lists b, which is in none of its files; download it again"):
         troodon.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["zip.pth", "pickle.pth", "a.safetensors"])
+def test_damaged_files_load_or_are_refused_in_one_line(name, tmp_path):
+    state = state_of(ViTConfig(dim=64, depth=1, heads=1, grid=2, patch=4))
+    path, draw = tmp_path / name, np.random.default_rng(0)
+    if name.endswith("safetensors"):
+        save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=name.startswith("zip"))
+    whole, refused = path.read_bytes(), []
+    for number in range(60):
+        data = np.frombuffer(whole, np.uint8).copy()
+        near = len(data) if number % 2 else 3000  # where names are
+        data[draw.integers(0, near, 1 + number % 20)] = draw.integers(0, 256, 1 + number % 20)
+        if number % 3 == 0:
+            data = data[: draw.integers(0, len(data))]
+        path.unlink()  # a new file: the one before may be mapped
+        path.write_bytes(data.tobytes())
+        try:
+            troodon.load(path)
+        except UsageError as error:
+            refused.append(str(error))
+    assert len(refused) > 20
+    assert not any("\n" in message for message in refused)

@@ -143,7 +143,7 @@ def _check_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as file:
             names = file.namelist()
-    except zipfile.BadZipFile:
+    except (zipfile.BadZipFile, UnicodeDecodeError):
         size = path.stat().st_size / 1e6
         raise UsageError(f"{path}: not whole, the first {size:.3g} MB of a file; {AGAIN}") from None
     if any(name.endswith("/data.pkl") for name in names):

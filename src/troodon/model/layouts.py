@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from troodon.config import UsageError
+from troodon.text import printable
 
 # Parts that libraries put between names: torch.compile, DDP, FSDP, recomputation.
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -97,7 +98,7 @@ def find_network(tensors: dict[str, Tensor], place: object) -> Layout:
 
     UsageError, with what the tensors seem to be, if there is none.
     """
-    named = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    named = {WRAPPERS.sub("", printable(name)): tensor for name, tensor in tensors.items()}
     if len(named) < len(tensors):
         raise UsageError(f"{place}: holds a network twice, with and without module.; save one of them")
     found = [m for m in (re.match(r"(.*?)(embeddings\.)?cls_token$", name) for name in named) if m]

@@ -69,7 +69,7 @@ def config_from_weights(state: dict[str, Tensor], *, heads: int, norm_eps: float
     is_rotary = "pos_embed" not in state
     config = ViTConfig(
         dim=dim,
-        depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        depth=1 + max(int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", name) for name in state) if m),
         heads=heads,
         patch=patch,
         grid=ViTConfig.grid if is_rotary else round((state["pos_embed"].shape[1] - 1) ** 0.5),
