@@ -20,7 +20,7 @@ PACKAGE = ROOT / "src" / "troodon"
 
 FLOORS = (
     {"config", "run", "rendezvous", "dist", "launch", "text", "bad_image", "pixels", "pillow", "lock"},
-    {"model", "images", "search"},
+    {"model", "images", "search", "copies"},
     {"views"},
     {"learn", "evaluate", "curate", "export", "report", "explore", "world"},
     {"verbs", "demo", "doctor", "cli", "slurm", "recipes", "__init__", "__main__"},

@@ -38,7 +38,7 @@ def places(tmp_path) -> dict[str, Path]:
 def test_leaks_are_named_excluded_and_scored_with_and_without(places, tmp_path):
     result = leak(
         places["backbone"], places["training"], places["benchmark"], tmp_path / "out", suite="quick",
-        settings={"benchmark_threshold": 0.9999, "duplicate_space": "plain"},
+        settings={"verify": "none", "benchmark_threshold": 0.9999, "duplicate_space": "plain"},
     )  # fmt: skip
     assert (result["images"], result["leaked"], result["benchmark"], result["benchmark_leaked"]) == (30, 3, 24, 3)
     pairs = {(pair["image"], pair["benchmark"]) for pair in result["pairs"]}
@@ -56,7 +56,7 @@ def test_leaks_are_named_excluded_and_scored_with_and_without(places, tmp_path):
     assert read_json(tmp_path / "out" / "leaks.json") == result
     again = leak(
         places["backbone"], places["training"], places["benchmark"], tmp_path / "out", suite="quick",
-        settings={"benchmark_threshold": 0.9999, "duplicate_space": "plain"},
+        settings={"verify": "none", "benchmark_threshold": 0.9999, "duplicate_space": "plain"},
     )  # fmt: skip
     assert again == result
 
@@ -64,7 +64,8 @@ def test_leaks_are_named_excluded_and_scored_with_and_without(places, tmp_path):
 def test_the_command_and_its_errors(places, tmp_path, capsys):
     words = ["leak", "--backbone", places["backbone"], "--data", places["training"], "--benchmark", places["benchmark"]]
     words = [str(w) for w in [*words, "--out", tmp_path / "out", "--suite", "none"]]
-    assert cli.run([*words, "--benchmark-threshold", "0.9999", "--duplicate-space", "plain"]) == launch.DONE
+    cosine = ["--verify", "none", "--benchmark-threshold", "0.9999", "--duplicate-space", "plain"]
+    assert cli.run([*words, *cosine]) == launch.DONE
     out, _ = capsys.readouterr()
     assert out.startswith("3 of 30 images resemble one of the benchmark's")
     assert cli.run([*words, "--steps", "exact", "--out", str(tmp_path / "other")]) == launch.MISTAKE

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from troodon import calibrate, cli, curate, embed, launch, leak
 from troodon.config import UsageError
@@ -62,12 +62,22 @@ def test_blank_pages_do_not_change_the_threshold(backbone, tmp_path):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 9])
 def test_few_images_are_kept_unless_they_are_equal(count, backbone, tmp_path, capsys):
-    """Too few images to calibrate a threshold | Only equal images are copies; an alarm says so, also in the summary."""
+    """Few images, and --verify none | Only equal images are copies; an alarm says so, also in the summary."""
     images = {f"{i}.png": picture(i) for i in range(count)} | {"same.bmp": picture(0)}
-    kept, summary, _ = select(backbone, fill(tmp_path / "pool", images), tmp_path / "out")
+    kept, summary, _ = select(backbone, fill(tmp_path / "pool", images), tmp_path / "out", verify="none")
     assert len(kept) == count
     assert "at least 16 are needed" in summary["alarms"][0]
     assert "alarm: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+def test_copies_are_found_among_few_images(count, backbone, tmp_path):
+    """Few images | A closer look finds their copies; it needs no threshold."""
+    images = {f"{i}.png": picture(i) for i in range(count)} | {"small.png": picture(0).resize((40, 40))}
+    images |= {"mirrored.png": ImageOps.mirror(picture(0))}
+    kept, summary, _ = select(backbone, fill(tmp_path / "pool", images), tmp_path / "out")
+    assert len(kept) == count
+    assert "alarms" not in summary
 
 
 @pytest.mark.parametrize("blank", [False, True])
@@ -80,13 +90,15 @@ def test_identical_images_are_one(blank, backbone, tmp_path):
 
 @pytest.mark.parametrize("count", [1, 3, 12, 31])
 def test_a_leak_among_few_images_is_an_equal_one(count, backbone, tmp_path, capsys):
-    """Leaks among few images | leak reports exact copies only, and says how many images a threshold needs."""
+    """Leaks among few images, and --verify none | leak reports exact copies only, and says how many images it needs."""
     data = {f"{i}.png": picture(i) for i in range(count)} | {"white.png": Image.new("RGB", (48, 48), "white")}
     benchmark = {f"b{i}.png": picture(100 + i) for i in range(5)}
     benchmark |= {"copy.bmp": picture(0), "page.png": Image.new("RGB", (60, 48), "white")}
-    result = leak(backbone, fill(tmp_path / "d", data), fill(tmp_path / "b", benchmark), tmp_path / "o", suite="")
-    pairs = {(pair["image"], pair["benchmark"]) for pair in result["pairs"]}
-    assert pairs == {("d/0.png", "b/copy.bmp"), ("d/white.png", "b/page.png")}
+    folders = fill(tmp_path / "d", data), fill(tmp_path / "b", benchmark)
+    equal = {("d/0.png", "b/copy.bmp"), ("d/white.png", "b/page.png")}
+    for verify in ("geometric", "none"):
+        result = leak(backbone, *folders, tmp_path / verify, suite="", settings={"verify": verify})
+        assert {(pair["image"], pair["benchmark"]) for pair in result["pairs"]} == equal
     assert "at least 32 are needed" in capsys.readouterr().err
 
 
@@ -154,7 +166,8 @@ def test_a_threshold_that_finds_next_to_nothing_is_an_alarm(tmp_path, capsys):
     """The network cannot tell copies from other images | An alarm says how few copies the threshold finds."""
     network = Backbone.random(ViTConfig(dim=32, depth=1, heads=1, patch=8, grid=2), Preprocessing(16, 16))
     pool = fill(tmp_path / "pool", {f"{i}.png": picture(i) for i in range(20)})
-    settings = {"gather": "all", "pixels": False, "duplicate_space": "plain", "calibration_images": 20}
+    settings = {"gather": "all", "verify": "none", "pixels": False, "duplicate_space": "plain"}
+    settings |= {"calibration_images": 20}
     out = curate("curate_small", None, pool, network, tmp_path / "out", settings=settings)
     assert "of attacked copies" in read_json(out / "summary.json")["alarms"][0]
     assert "alarm: the calibrated threshold finds" in capsys.readouterr().err

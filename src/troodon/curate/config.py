@@ -22,6 +22,17 @@ class CurateConfig:
     """Steps that drop images before gathering: any of exact, hash, duplicate, benchmark, in this order."""
     within_curated: Literal["keep", "drop"] = "keep"
     """Duplicates among the curated images: keep every readable image, or drop duplicates here too."""
+    verify: Literal["geometric", "none"] = "geometric"
+    """What decides that two images are copies. geometric: a closer look at candidates (copies/verify.py): an affine map
+    that takes one onto the other, after which their pixels agree; look-alikes stay. none: the cosine of their
+    embeddings above a threshold, as in the paper."""
+    candidates: int = 10
+    """verify geometric: images, at most, that an image is compared with from each source of candidates."""
+    prefer: tuple[str, ...] = ()
+    """verify geometric: of copies, images of these folders are kept first, the first folder before the others."""
+    keep_by: str = ""
+    """verify geometric: of copies, the one with the highest score is kept: a score as of marks, such as sharpness or
+    my.module:score. Without it, the one that most looks like an original (copies/keeper.py)."""
     pixels: bool = True
     """Find copies by 8 x 8 pixels as well as by the network (see encoder.py)."""
     hash_radius: int = 2
@@ -98,6 +109,7 @@ class CurateConfig:
     def __post_init__(self) -> None:
         within(self, "", -1, 1, "threshold", "benchmark_threshold", "min_similarity")
         within(self, "", 1, None, "k", "batch", "partition_size", "recheck_above", "calibration_images", "rounds")
+        within(self, "", 1, 1000, "candidates")
         within(self, "", 1, None, "clusters", "levels", "per_cluster", "cap")
         within(self, "", 0, None, "threads", "seed", "more_than", "large", "target")
         within(self, "", 0, 8, "hash_radius")

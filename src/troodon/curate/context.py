@@ -47,6 +47,21 @@ class CurationContext:
     def readable_N(self) -> ndarray:
         return pc.equal(self.images["status"], "ok").to_numpy()
 
+    def preferences(self, rows: ndarray) -> list[int]:
+        """How much each row is preferred among copies: by the place of its folder in `prefer`, curated images more."""
+        prefer, curated_N = self.config.prefer, self.curated_N
+        folders = [Path(folder).resolve() for folder in prefer]
+        ranks = []
+        for row in rows.tolist():
+            rank = (len(folders) + 1) * int(curated_N[row])
+            if folders:
+                path, file = Path(self.index.path(row)), Path(self.index.file(row)).resolve()
+                places = zip(range(len(folders), 0, -1), folders, prefer)
+                found = (p for p, folder, name in places if path.is_relative_to(name) or file.is_relative_to(folder))
+                rank += next(found, 0)
+            ranks.append(rank)
+        return ranks
+
     def run_single(self, name: str, work: Any, *inputs: Any) -> Path:
         """Run a stage of one unit in this process. `work(folder)` fills a folder and returns its counts."""
         return run_stage(self._stage(name, lambda _, folder: work(folder), [0], inputs), self.root, SingleProcess())[0]

@@ -1,14 +1,13 @@
-"""The steps that drop copies, as stages: exact, hash, duplicate. Each writes a verdict; the step "benchmark" is in
-leak.py.
+"""The step "duplicate", as stages. The steps before it are in identical.py, "benchmark" is in leak.py.
 
-compare     byte-identical files, equal hashes, images of one colour; vectors of the remaining images; thresholds and
-            their calibration
+compare     vectors of the remaining images; thresholds and their calibration
 centres, probes, layout, join    edges between these vectors (search/join.py), in rounds; the first two only by lists,
             and from the second round on `among`, the vectors of the images that remain
 duplicate   groups of near-duplicates, the images kept of each, and how many remaining images are still alike
 """
 
 import hashlib
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,13 @@ import pyarrow.parquet as pq
 from numpy import ndarray
 
 from troodon import run
+from troodon.copies.verify import Match
+from troodon.copies.votes import MIRRORED, Pairs, most_voted
 from troodon.curate import dedup, equal, ledger, space
+from troodon.curate.closer_look import CloserLook
 from troodon.curate.context import AssignProbes, CurationContext, row_ranges, write_mapped
 from troodon.curate.encoder import CopyEncoder
-from troodon.curate.hashes import near_hashes
+from troodon.curate.identical import keep_ranks
 from troodon.curate.stage import Counts, concatenate_matrices, unit_counts
 from troodon.curate.thresholds import choose_thresholds
 from troodon.search import join
@@ -33,106 +35,135 @@ PARTITIONS_PER_UNIT = 64  # of a search index, except for the exact search
 EDGE_SCHEMA = pa.schema([("i", pa.int64()), ("j", pa.int64()), ("score", pa.float32())])
 
 
-def prepare_comparison(context: CurationContext, embeddings: Path, encoder: CopyEncoder) -> Path:
-    """Run the steps "exact" and "hash", and write everything that the step "duplicate" needs."""
-    names = ("steps", "within_curated", "hash_radius", "duplicate_space", "threshold", "false_merges", "seed",
-             "calibration_images", "benchmark_threshold", "benchmark_false_merges", "benchmark_attacks")  # fmt: skip
+def prepare_comparison(
+    context: CurationContext, identical: Path, embeddings: Path, encoder: CopyEncoder, distinct: ndarray
+) -> Path:
+    """Write everything that vectors are compared with. Spaces and thresholds are fitted to the rows `distinct` only:
+    positions of images that are no copies of one another, as far as known."""
+    names = ("steps", "duplicate_space", "threshold", "false_merges", "seed", "calibration_images",
+             "benchmark_threshold", "benchmark_false_merges", "benchmark_attacks", "verify")  # fmt: skip
     config = context.config
 
     def work(folder: Path) -> Counts:
-        x_ND = encoder.load_vectors(embeddings)
-        cause_N, score_N = np.full(len(x_ND), -1, np.int64), np.full(len(x_ND), np.nan, np.float32)
-        rank_N, protected_N = keep_ranks(context)
-        dropped_by = {step: np.zeros(len(x_ND), bool) for step in ("exact", "hash", "colour")}
-        rows = np.flatnonzero(context.readable_N & ~context.benchmark_N)
-        count = len(rows)
-        if "exact" in config.steps:
-            hashes = context.images["sha256"].take(pa.array(rows)).combine_chunks()
-            cause = dedup.find_identical(hashes.dictionary_encode().indices.to_numpy(), rank_N[rows], protected_N[rows])
-            dropped = rows[cause >= 0]
-            cause_N[dropped], score_N[dropped], dropped_by["exact"][dropped] = rows[cause[cause >= 0]], 1.0, True
-            run.say(f"exact: {len(dropped):,} of {len(rows):,} images are byte-identical to another")
-            rows = rows[cause < 0]
-        if "hash" in config.steps:
-            dropped, cause, score = _hash_duplicates(context, rows, rank_N, protected_N)
-            cause_N[dropped], score_N[dropped], dropped_by["hash"][dropped] = cause, score, True
-            distance = f"within {config.hash_radius} bits of an image that is kept"
-            run.say(f"hash: {len(dropped):,} of {len(rows):,} images are {distance}")
-            rows = np.setdiff1d(rows, dropped, assume_unique=True)
-        blank_N = equal.without_structure(context)
-        candidates_N = blank_N & (context.benchmark_N | np.isin(np.arange(len(x_ND)), rows))
-        colours = equal.single_colours(context, np.flatnonzero(candidates_N))
-        if "duplicate" in config.steps:
-            dropped, cause, score = _colour_duplicates(rows[np.isin(rows, list(colours))], colours, rank_N, protected_N)
-            cause_N[dropped], score_N[dropped], dropped_by["colour"][dropped] = cause, score, True
-        single_N = np.isin(np.arange(len(x_ND)), list(colours))
-        apart, rows = int((single_N[rows] & (cause_N[rows] < 0)).sum()), rows[~single_N[rows]]
-        structured = np.flatnonzero(~blank_N[rows])
+        x_ND, rows = encoder.load_vectors(embeddings), np.load(identical / "rows.npy")
+        for name in ("rows.npy", "shown.npy", "colours.json", "verdict.parquet"):
+            shutil.copy(identical / name, folder)
+        structured = distinct[~equal.without_structure(context)[rows[distinct]]]
         fitted = space.fit(config.duplicate_space, x_ND, rows[structured] if len(structured) else rows)
         fitted.save(folder / "space.npz")
+        benchmark_rows = np.load(identical / "shown.npy")
         write_mapped(x_ND, fitted, rows, folder / "vectors.npy")
-        benchmark_rows = np.flatnonzero(context.readable_N & context.benchmark_N & ~single_N)
         write_mapped(x_ND, fitted, benchmark_rows, folder / "benchmark.npy")
-        np.save(folder / "rows.npy", rows)
-        np.save(folder / "shown.npy", benchmark_rows)
-        pq.write_table(pa.table(dropped_by | {"cause": cause_N, "score": score_N}), folder / "verdict.parquet")
-        run.write_json(folder / "colours.json", {str(row): colour.tolist() for row, colour in colours.items()})
         x_MD = np.load(folder / "vectors.npy", mmap_mode="r")
         thresholds = choose_thresholds(context, rows, structured, x_MD, encoder, fitted, len(benchmark_rows))
         run.write_json(folder / "threshold.json", thresholds)
-        dropped_counts = {step: int(dropped_N.sum()) for step, dropped_N in dropped_by.items()}
-        return unit_counts(count, len(rows), **dropped_counts, apart=apart)
+        return unit_counts(len(rows))
 
+    digest = hashlib.sha256(distinct.tobytes()).hexdigest()
     inputs = (config.recorded(*names), encoder.fingerprint, context.curated, context.uncurated)
-    return context.run_single("compare", work, *inputs)
+    return context.run_single("compare", work, *inputs, identical.name, identical.parent.name, digest)
 
 
-def remove_duplicates(context: CurationContext, comparison: Path) -> Path:
-    """Run the step "duplicate": decide for every image whether it remains and, if not, which image is the cause."""
-    names = ("steps", "recheck_above", "search", "rounds", "seed", "within_curated")
+def remove_duplicates(context: CurationContext, comparison: Path, look: CloserLook | None) -> Path:
+    """Run the step "duplicate": decide for every image whether it remains and, if not, which image is the cause.
+
+    With a closer look, it decides; else the cosine does.
+    """
+    names = ("steps", "recheck_above", "search", "rounds", "seed", "within_curated",
+             "candidates", "prefer", "keep_by")  # fmt: skip
     config, inputs = context.config, (context.config.recorded(*names), comparison.parent.name)
 
     def work(folder: Path) -> Counts:
-        thresholds, rows = run.read_json(comparison / "threshold.json"), np.load(comparison / "rows.npy")
-        x_MD = np.load(comparison / "vectors.npy", mmap_mode="r")
-        table = pq.read_table(comparison / "verdict.parquet")
+        rows, table = np.load(comparison / "rows.npy"), pq.read_table(comparison / "verdict.parquet")
         cause_N, score_N = table["cause"].to_numpy().copy(), table["score"].to_numpy().copy()
         dropped_by = {step: table[step].to_numpy().copy() for step in ("exact", "hash", "colour")}
         dropped_by["near"] = np.zeros(len(cause_N), bool)
-        method, audited = join.resolve_method(config.search, len(rows)), None
-        verdict = dedup.Verdict(*np.full((3, len(rows)), -1))
+        why_N = np.full(len(cause_N), "", object)
+        verdict, search = dedup.Verdict(*np.full((3, len(rows)), -1)), {}
         if "duplicate" in config.steps:
-            rank_N, protected_N = keep_ranks(context)
-            threshold, protected_M = thresholds["threshold"], protected_N[rows]
-            verdict = dedup.near_duplicates(
-                x_MD, threshold, rank_N[rows], context.curated_N[rows], protected_M, config.recheck_above,
-                find_edges=EdgeSearch(context, comparison, threshold, method),
-                rounds=0 if threshold >= 1 else 1 if method == "exact" else config.rounds,
-            )  # fmt: skip
-            verdict = dedup.join_equal(verdict, _equal_among_kept(context, rows, verdict), rank_N[rows], protected_M)
+            decide = _by_cosine if look is None else look_at_all
+            verdict, search = decide(context, comparison, rows, look)
             dropped_M = verdict.cause_N >= 0
             cause_N[rows[dropped_M]] = rows[verdict.cause_N[dropped_M]]
             score_N[rows[dropped_M]] = verdict.score_N[dropped_M]
             dropped_by["near"][rows[dropped_M]] = True
-            similarity = f"cosine above {threshold:.3f}"
-            run.say(f"duplicate: {dropped_M.sum():,} of {len(rows):,} images resemble another, {similarity}")
-            if method != "exact" and threshold < 1:
-                audited = _audit(x_MD, threshold, dropped_M, protected_M, config.seed, context.device)
+            if verdict.reason_N is not None:
+                why_N[rows] = verdict.reason_N
         survives_N = context.readable_N & ~context.benchmark_N & (cause_N < 0)
-        columns = {"survives": survives_N, **dropped_by, "cause": cause_N, "score": score_N}
+        columns = {"survives": survives_N, **dropped_by, "cause": cause_N, "score": score_N, "why": pa.array(why_N)}
         pq.write_table(pa.table(columns), folder / "verdict.parquet")
+        x_MD = np.load(comparison / "vectors.npy", mmap_mode="r")
         pq.write_table(ledger.duplicate_groups(x_MD, rows, verdict), folder / "groups.parquet", compression="zstd")
-        run.write_json(folder / "threshold.json", thresholds | {"search": {"by": method, "still_alike": audited}})
+        run.write_json(folder / "threshold.json", run.read_json(comparison / "threshold.json") | {"search": search})
         return unit_counts(len(rows), int((verdict.cause_N < 0).sum()), near=int((verdict.cause_N >= 0).sum()))
 
     return context.run_single("duplicate", work, *inputs)
 
 
-def keep_ranks(context: CurationContext) -> tuple[ndarray, ndarray]:
-    """Return the rank of every image by the keep rule, and which images are protected: always kept."""
-    width_N, height_N, bytes_N = (context.images[c].fill_null(0).to_numpy() for c in ("width", "height", "length"))
-    rank_N = dedup.keep_order(context.curated_N, width_N * height_N, bytes_N)
-    return rank_N, context.curated_N if context.config.within_curated == "keep" else np.zeros_like(context.curated_N)
+def look_at_all(
+    context: CurationContext, comparison: Path, rows: ndarray, look: CloserLook | None
+) -> tuple[dedup.Verdict, dict]:
+    """Near-duplicates are images that a closer look verifies. Vectors add candidates to those looked at before."""
+    assert look is not None
+    config, threshold = context.config, run.read_json(comparison / "threshold.json")["threshold"]
+    method, protected_M = join.resolve_method(config.search, len(rows)), keep_ranks(context)[1][rows]
+    search, active = EdgeSearch(context, comparison, threshold, method), np.arange(len(rows))
+    verdict = look.decide(protected_M)
+    for round_number in range(config.rounds):
+        found = 0
+        if threshold < 1:
+            edges = ((active[i], active[j], score) for i, j, score in search(active, round_number))
+            found += look.look(nearest_pairs(edges, config.candidates, len(rows)))
+        if round_number:
+            found += look.look(look.candidates(np.isin(np.arange(look.copies.count), active)))
+        if not found and round_number:
+            break
+        verdict = look.decide(protected_M)
+        active = np.flatnonzero(verdict.cause_N < 0)
+        if method == "exact" and not look.is_limited():
+            break
+    digest_M = _equal_among_kept(context, rows, verdict)
+    for digest in set(digest_M) - {""}:
+        first, *others = np.flatnonzero(digest_M == digest).tolist()
+        for other in others:  # too even for a closer look
+            look.copies.add(first, other, Match(np.eye(3), 0, 1.0, (1.0, 1.0)))
+    verdict = look.decide(protected_M)
+    dropped, looked = int((verdict.cause_N >= 0).sum()), len(look.checked)
+    run.say(f"duplicate: {dropped:,} of {len(rows):,} images are copies, by a closer look at {looked:,} pairs")
+    return verdict, {"by": method, "pairs": looked, "verified": look.copies.count_pairs()}
+
+
+def nearest_pairs(edges: Iterator[dedup.Edges], limit: int, first_benchmark: int) -> Pairs:
+    """The edges among the `limit` best of either image as candidates, as they are and mirrored."""
+    parts = []
+    for i, j, score in edges:
+        votes = np.round(score.astype(np.float64) * 1e6).astype(np.int64)
+        parts.append(Pairs(i.astype(np.int64), j.astype(np.int64), np.zeros(len(i), np.int8), votes))
+    pairs, _ = most_voted(parts, limit, -1_000_000, first_benchmark)
+    return Pairs.concatenate([pairs, pairs._replace(orientation_P=np.full(len(pairs.i_P), MIRRORED, np.int8))])
+
+
+def _by_cosine(
+    context: CurationContext, comparison: Path, rows: ndarray, _: CloserLook | None
+) -> tuple[dedup.Verdict, dict]:
+    """Near-duplicates are images whose cosine is above the threshold."""
+    config, threshold = context.config, run.read_json(comparison / "threshold.json")["threshold"]
+    x_MD, method = np.load(comparison / "vectors.npy", mmap_mode="r"), join.resolve_method(config.search, len(rows))
+    rank_N, protected_N = keep_ranks(context)
+    protected_M = protected_N[rows]
+    verdict = dedup.near_duplicates(
+        x_MD, threshold, rank_N[rows], context.curated_N[rows], protected_M, config.recheck_above,
+        find_edges=EdgeSearch(context, comparison, threshold, method),
+        rounds=0 if threshold >= 1 else 1 if method == "exact" else config.rounds,
+    )  # fmt: skip
+    verdict = dedup.join_equal(verdict, _equal_among_kept(context, rows, verdict), rank_N[rows], protected_M)
+    dropped_M = verdict.cause_N >= 0
+    similarity = f"cosine above {threshold:.3f}"
+    run.say(f"duplicate: {dropped_M.sum():,} of {len(rows):,} images resemble another, {similarity}")
+    audited = None
+    if method != "exact" and threshold < 1:
+        audited = _audit(x_MD, threshold, dropped_M, protected_M, config.seed, context.device)
+    return verdict, {"by": method, "still_alike": audited}
 
 
 @dataclass(frozen=True)
@@ -217,39 +248,6 @@ def read_edges(parts: list[Path]) -> Iterator[dedup.Edges]:
             for batch in file.iter_batches(1 << 20):
                 i, j, score = (column.to_numpy() for column in batch.columns)
                 yield i, j, score
-
-
-def _hash_duplicates(
-    context: CurationContext, rows: ndarray, rank_N: ndarray, protected_N: ndarray
-) -> tuple[ndarray, ndarray, ndarray]:
-    """Return the rows to drop for near hashes, the row kept in place of each, and the share of equal bits."""
-    column = context.images["hash"].take(pa.array(rows))
-    valid = np.flatnonzero(column.is_valid().to_numpy())
-    hash_M = column.fill_null(0).to_numpy()[valid]
-    rows, edges = rows[valid], list(near_hashes(hash_M, context.config.hash_radius))
-    label_M = dedup.components(len(rows), edges)
-    best = np.lexsort((rank_N[rows], label_M))
-    starts = np.flatnonzero(np.r_[True, np.diff(label_M[best]) > 0][: len(best)])
-    kept_M = np.empty(len(rows), np.int64)
-    kept_M[best] = np.repeat(best[starts], np.diff(np.r_[starts, len(best)]))
-    bits_M = np.bitwise_count(hash_M ^ hash_M[kept_M])
-    # Hashes chain as embeddings do: an image that differs from the kept one in more bits is not dropped.
-    dropped = (kept_M != np.arange(len(rows))) & (bits_M <= context.config.hash_radius) & ~protected_N[rows]
-    return rows[dropped], rows[kept_M[dropped]], (1 - bits_M[dropped] / 64).astype(np.float32)
-
-
-def _colour_duplicates(
-    rows: ndarray, colours: dict[int, ndarray], rank_N: ndarray, protected_N: ndarray
-) -> tuple[ndarray, ndarray, ndarray]:
-    """Return the rows to drop among images of one colour, the row kept in place of each, and how equal the two are."""
-    rows = rows[np.argsort(rank_N[rows])]
-    group_N = equal.group_colours([colours[int(row)] for row in rows])
-    cause = dedup.find_identical(group_N, rank_N[rows], protected_N[rows])
-    dropped, kept = rows[cause >= 0], rows[cause[cause >= 0]]
-    differences = [np.abs(colours[int(a)] - colours[int(b)]).max() / 255 for a, b in zip(dropped, kept)]
-    if len(rows):
-        run.say(f"colour: {len(rows):,} images show one colour only; {len(dropped):,} of them are like another")
-    return dropped, kept, 1 - np.array(differences, np.float32)
 
 
 def _equal_among_kept(context: CurationContext, rows: ndarray, verdict: dedup.Verdict) -> ndarray:

@@ -15,6 +15,7 @@ from numpy import ndarray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from troodon.copies.keeper import is_edited
 from troodon.search.exact import cosines, iter_pairs_above, pairs_above, top_k
 
 # Shape suffixes: N images, M images of one component in the order of the keep rule, D channels.
@@ -32,12 +33,19 @@ class Verdict:
     cause_N: ndarray  # int64
     score_N: ndarray  # float32 cosine with the cause; nan for a kept image
     group_N: ndarray  # int64, the first row of its group by the keep rule; -1 for an image without near-duplicates
+    reason_N: ndarray | None = None  # object, why the cause is kept and not this image; "" for a kept image
 
 
-def keep_order(curated_N: ndarray, area_N: ndarray, bytes_N: ndarray) -> ndarray:
-    """Rank images by the keep rule (0 is kept first): curated, then the largest area, most bytes, the lowest row."""
-    rank_N = np.empty(len(area_N), np.int64)
-    rank_N[np.lexsort((np.arange(len(area_N)), -bytes_N, -area_N, ~curated_N))] = np.arange(len(area_N))
+def keep_order(preferred_N: ndarray, area_N: ndarray, bytes_N: ndarray, names: Sequence[str] = ()) -> ndarray:
+    """Rank images by the keep rule (0 is kept first): the largest `preferred_N`, as of curated images, then the largest
+    area, most bytes, the plainest of the names, the lowest row."""
+    count = len(area_N)
+    edited_N, length_N = np.zeros(count, bool), np.zeros(count, np.int64)
+    if names:
+        edited_N, length_N = np.array([is_edited(n) for n in names], bool), np.array([*map(len, names)], np.int64)
+    order_N = np.lexsort((np.arange(count), length_N, edited_N, -bytes_N, -area_N, -preferred_N.astype(np.int64)))
+    rank_N = np.empty(count, np.int64)
+    rank_N[order_N] = np.arange(count)
     return rank_N
 
 

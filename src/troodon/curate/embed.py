@@ -30,6 +30,7 @@ from numpy import ndarray
 
 from troodon import config, run
 from troodon.config import UsageError
+from troodon.copies.hashes import perceptual_hash
 from troodon.curate.backends import SingleProcess
 from troodon.curate.context import row_ranges
 from troodon.curate.embedding_files import compute_tokens, images_of_a_unit, write_table
@@ -41,7 +42,6 @@ from troodon.curate.encoder import (
     compute_vectors,
     without_reader,
 )
-from troodon.curate.hashes import perceptual_hash
 from troodon.curate.scores import Score, load_scores
 from troodon.curate.stage import (
     Backend,

@@ -26,8 +26,9 @@ from numpy import ndarray
 
 from troodon import run
 from troodon.curate import equal, space
+from troodon.curate.closer_look import CloserLook
 from troodon.curate.context import CurationContext, row_ranges
-from troodon.curate.copies import EdgeSearch, read_edges, write_edges
+from troodon.curate.copies import EdgeSearch, nearest_pairs, read_edges, write_edges
 from troodon.curate.dedup import Edges, components
 from troodon.curate.encoder import CopyEncoder
 from troodon.curate.stage import Counts, ProgressLine, unit_counts
@@ -41,8 +42,13 @@ from troodon.views.attacks import attacked_copies
 ATTACKED_PX = 256  # approximate shorter side; a dozen copies of each image are in memory
 
 
-def remove_leaks(context: CurationContext, comparison: Path, duplicates: Path, encoder: CopyEncoder) -> Path:
-    """Run the step "benchmark": drop the remaining images that resemble a benchmark image, and write a new verdict."""
+def remove_leaks(
+    context: CurationContext, comparison: Path, duplicates: Path, encoder: CopyEncoder, look: CloserLook | None
+) -> Path:
+    """Run the step "benchmark": drop the remaining images that resemble a benchmark image, and write a new verdict.
+
+    With a closer look, it decides, and vectors only add candidates; else the cosine does.
+    """
     config, benchmark_rows = context.config, np.load(comparison / "shown.npy")
     if "benchmark" not in config.steps or not (context.readable_N & context.benchmark_N).any():
         return duplicates
@@ -50,7 +56,7 @@ def remove_leaks(context: CurationContext, comparison: Path, duplicates: Path, e
     threshold = run.read_json(comparison / "threshold.json")["benchmark_threshold"]
     threshold = 1.0 if threshold is None else threshold  # no benchmark image has any structure
     rows, verdict = np.load(comparison / "rows.npy"), pq.read_table(duplicates / "verdict.parquet")
-    attacks = config.benchmark_attacks if encoder.channels in (1, 3) else 0
+    attacks = config.benchmark_attacks if encoder.channels in (1, 3) and look is None else 0
     inputs = (config.recorded(*names), duplicates.parent.name, attacks)
     copies = list[Path]()
     if attacks and len(benchmark_rows) and threshold < 1:
@@ -63,9 +69,11 @@ def remove_leaks(context: CurationContext, comparison: Path, duplicates: Path, e
 
     def work(folder: Path) -> Counts:
         survives_N = verdict["survives"].to_numpy().copy()
-        match_M, score_M = best_matches(len(rows), read_edges(parts))
+        edges = read_edges(parts) if look is None else verified_leaks(look, read_edges(parts), config.candidates)
+        match_M, score_M = best_matches(len(rows), edges)
         if config.benchmark_mode == "component":
-            edges = EdgeSearch(context, comparison, threshold, "exact")(np.arange(len(rows)), 0)
+            search = EdgeSearch(context, comparison, threshold, "exact")
+            edges = search(np.arange(len(rows)), 0) if look is None else _group_edges(duplicates, rows)
             match_M = propagate_matches(match_M, score_M, edges)
         cause_N, score_N = (verdict[name].to_numpy().copy() for name in ("cause", "score"))
         leak_N, searched = np.zeros(len(survives_N), bool), np.flatnonzero(survives_N)
@@ -76,7 +84,7 @@ def remove_leaks(context: CurationContext, comparison: Path, duplicates: Path, e
         dropped, equal_rows = np.union1d(dropped, np.flatnonzero(equal_N >= 0)), equal_N >= 0
         cause_N[equal_rows], score_N[equal_rows] = equal_N[equal_rows], 1.0
         leak_N[dropped], survives_N[dropped] = True, False
-        earlier = {name: verdict[name] for name in ("exact", "hash", "colour", "near")}
+        earlier = {name: verdict[name] for name in ("exact", "hash", "colour", "near", "why")}
         columns = {"survives": survives_N, **earlier, "leak": leak_N, "cause": cause_N, "score": score_N}
         pq.write_table(pa.table(columns), folder / "verdict.parquet")
         shown = int((context.readable_N & context.benchmark_N).sum())
@@ -86,6 +94,27 @@ def remove_leaks(context: CurationContext, comparison: Path, duplicates: Path, e
         return unit_counts(remaining + len(dropped), remaining, leak=len(dropped))
 
     return context.run_single("benchmark", work, *inputs)
+
+
+def verified_leaks(look: CloserLook, edges: Iterable[Edges], limit: int) -> Iterator[Edges]:
+    """Edges between rows and benchmark images that a closer look verifies, scored by the agreement of their pixels."""
+    first = len(look.rows)
+    look.look(nearest_pairs(((i, first + j, score) for i, j, score in edges), limit, first))
+    pairs = [
+        (i, j - first, match.agreement)
+        for i, others in sorted(look.leaks.of.items())
+        for j, match in sorted(others.items())
+        if i < first
+    ]
+    columns = np.array(pairs).reshape(-1, 3)
+    yield columns[:, 0].astype(np.int64), columns[:, 1].astype(np.int64), columns[:, 2].astype(np.float32)
+
+
+def _group_edges(duplicates: Path, rows: ndarray) -> list[Edges]:
+    """Edges between the members of a group of copies and the one that is kept."""
+    groups = pq.read_table(duplicates / "groups.parquet")
+    kept, member = (np.searchsorted(rows, groups[name].to_numpy()) for name in ("group", "row"))
+    return [(kept, member, groups["score"].to_numpy())]
 
 
 def _equal_rows(context: CurationContext, comparison: Path, rows: ndarray) -> ndarray:

@@ -36,6 +36,10 @@ from troodon.search.exact import cosines
 STAGES = ("curated", "decode", "exact", "hash", "colour", "duplicate", "benchmark", "retrieve")
 # By column of a verdict.
 DROPS = {"exact": "exact", "hash": "hash", "colour": "colour", "near": "duplicate", "leak": "benchmark"}
+BY_CLOSER_LOOK = {  # of images that have a cause, where a closer look decided
+    "duplicate": "copy, pixels agree {:.2f}",
+    "benchmark": "copy of a benchmark image, pixels agree {:.2f}",
+}
 REASONS = {  # of images that have a cause
     "hash": "perceptual hash equal, share of bits {:.2f}",
     "colour": "of one colour, like an image that stays; equal to {:.2f}",
@@ -57,6 +61,7 @@ class Decisions:
     rank_N: ndarray  # int32, rank of the best hit; 0 for none
     drawn_N: ndarray  # bool, drawn from clusters or evenly
     benchmark_N: ndarray  # bool, readable benchmark images
+    why_N: ndarray  # object, what makes the cause of a copy better than this image, if known
 
     def is_at(self, stage: str) -> ndarray:
         return self.stage_N == STAGES.index(stage)
@@ -85,7 +90,8 @@ def combine_decisions(context: CurationContext, verdict: pa.Table, gathered: Pat
     drawn_N[np.load(gathered / "drawn.npy")] = True
     kept_N = (stage_N == STAGES.index("curated")) | hit_N | drawn_N
     weight_N = np.where(hit_N & (context.config.collisions == "multiplicity"), times_N, kept_N).astype(np.float32)
-    decisions = Decisions(stage_N, cause_N, score_N, kept_N, weight_N, rank_N, drawn_N, benchmark_N)
+    why_N = np.array(verdict["why"].to_pylist(), object)
+    decisions = Decisions(stage_N, cause_N, score_N, kept_N, weight_N, rank_N, drawn_N, benchmark_N, why_N)
     _check_consistency(decisions, context)
     return decisions
 
@@ -110,8 +116,12 @@ def _ledger_rows(context: CurationContext, decisions: Decisions, rows: slice) ->
     stage_name = np.array(STAGES, object)[stage]
     reason = np.array([f"{s}: {w}" for s, w in zip(images["status"].to_pylist(), images["reason"].to_pylist())], object)
     reason[stage_name == "exact"] = "byte-identical"
-    for name, template in REASONS.items():
+    templates = REASONS | (BY_CLOSER_LOOK if config.verify == "geometric" else {})
+    for name, template in templates.items():
         reason[stage_name == name] = [template.format(number) for number in score[stage_name == name]]
+    why = decisions.why_N[rows]
+    for row in np.flatnonzero((stage_name == "duplicate") & (why != "")):
+        reason[row] += f"; of that one, {why[row]}"
     reason[(stage_name == "benchmark") & np.isnan(score)] = "joined to an image that resembles a benchmark's"
     reason[decisions.benchmark_N[rows]] = "of a benchmark: not to train on"
     reason[stage_name == "curated"] = "kept as is"
@@ -181,7 +191,9 @@ def duplicate_groups(x_MD: ndarray, rows: ndarray, verdict: Verdict) -> pa.Table
     """Return the groups of near-duplicates: the representative first, the others by their score with it."""
     member = np.flatnonzero(verdict.group_N >= 0)
     representative = verdict.group_N[member]
-    score = np.where(member == representative, np.float32(1), cosines(x_MD, member, representative))
+    score = np.where(member == representative, np.float32(1), verdict.score_N[member])
+    unknown = np.isnan(score)  # kept beside its representative
+    score[unknown] = cosines(x_MD, member[unknown], representative[unknown])
     order = np.lexsort((member, -score, member != representative, representative))
     member, representative, score = member[order], representative[order], score[order]
     kept = verdict.cause_N[member] < 0

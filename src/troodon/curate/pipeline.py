@@ -19,21 +19,25 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
 from troodon import run
-from troodon.config import UsageError, fingerprint
+from troodon.config import UsageError, fingerprint, nearest
 from troodon.curate import ledger
 from troodon.curate.backends import SingleProcess
+from troodon.curate.closer_look import look_first
 from troodon.curate.config import CurateConfig
 from troodon.curate.context import CurationContext, require_readable_curated
 from troodon.curate.copies import prepare_comparison, remove_duplicates
 from troodon.curate.embed import embed, load_embeddings
 from troodon.curate.encoder import CopyEncoder
 from troodon.curate.gather import gather
+from troodon.curate.identical import remove_identical
 from troodon.curate.leak import remove_leaks
+from troodon.curate.scores import load_score
 from troodon.curate.stage import Backend, stage_seconds
 from troodon.images.changes import refuse_changed, times_fingerprint
 from troodon.images.index import MODIFIED, SCHEMA, Index
@@ -65,7 +69,7 @@ def curate(
     UsageError if no curated image is readable and gathering needs one, if `out` was made with other settings or from
     other images, and if a backbone that takes neither RGB nor grey images has no threshold.
     """
-    _check_settings(config, curated, benchmark, backbone if copies is None else copies)
+    _check_settings(config, curated, uncurated, benchmark, backbone if copies is None else copies)
     settings = _recorded(config, backbone, copies)
     name = fingerprint(settings, *(index.content_hash() for index in (curated, uncurated, benchmark)))
     root = out.with_name(f"{out.name}.work")
@@ -90,9 +94,7 @@ def curate(
     )  # fmt: skip
     require_readable_curated(context)
 
-    comparison = prepare_comparison(context, embeddings, encoder)
-    duplicates = remove_duplicates(context, comparison)
-    verdicts = remove_leaks(context, comparison, duplicates, encoder)
+    duplicates, verdicts = _drop_copies(context, embeddings, encoder)
     gathered = gather(context, embeddings, verdicts)
 
     start = time.monotonic()
@@ -108,6 +110,16 @@ def curate(
     shutil.rmtree(root)
     _say_result(out, summary, context)
     return out
+
+
+def _drop_copies(context: CurationContext, embeddings: Path, encoder: CopyEncoder) -> tuple[Path, Path]:
+    """Run the steps that drop copies and leaks. Returns the folders of the steps "duplicate" and of the last one."""
+    identical = remove_identical(context)
+    look = look_first(context, identical) if context.config.verify == "geometric" else None
+    distinct = np.arange(len(np.load(identical / "rows.npy"))) if look is None else look.distinct()
+    comparison = prepare_comparison(context, identical, embeddings, encoder, distinct)
+    duplicates = remove_duplicates(context, comparison, look)
+    return duplicates, remove_leaks(context, comparison, duplicates, encoder, look)
 
 
 def _recorded(config: CurateConfig, backbone: Backbone, copies: Any) -> dict:
@@ -164,7 +176,9 @@ def _copy_results(folder: Path, embeddings: Path, duplicates: Path, gathered: Pa
     shutil.copytree(embeddings, folder / "embeddings", copy_function=_link)
 
 
-def _check_settings(config: CurateConfig, curated: Index, benchmark: Index, copy_network: Any) -> None:
+def _check_settings(
+    config: CurateConfig, curated: Index, uncurated: Index, benchmark: Index, copy_network: Any
+) -> None:
     """Raise UsageError for settings that cannot work; warn of thresholds that hold for another network."""
     if not len(curated) and config.gather in ("sample", "cluster", "auto"):
         raise UsageError(
@@ -173,6 +187,14 @@ def _check_settings(config: CurateConfig, curated: Index, benchmark: Index, copy
     thresholds = {"duplicate": config.threshold}
     if len(benchmark):
         thresholds["benchmark"] = config.benchmark_threshold
+    if config.keep_by:
+        load_score(config.keep_by)
+    for folder in config.prefer:
+        paths = [path for index in (curated, uncurated) for path in index.column("path")]
+        if not Path(folder).exists() and not any(path.startswith(f"{folder}/") for path in paths):
+            raise nearest("prefer", folder, sorted({str(Path(path).parent) for path in paths}))
+    if config.verify == "geometric":
+        return
     calibrates = any(step in config.steps and threshold is None for step, threshold in thresholds.items())
     if calibrates and copy_network.channels not in (1, 3):
         reason = (

@@ -44,17 +44,19 @@ SCORES: dict[str, Score] = {f.__name__: f for f in (sharpness, side, aspect)}
 
 def load_scores(marks: Sequence[str]) -> dict[str, Score]:
     """Load the scores that these marks need. Raises UsageError, with the nearest name, if a score does not exist."""
-    scores = {}
-    for mark in marks:
-        name = _parse_mark(mark)[0]
-        module, colon, function = name.partition(":")
-        if not colon and name not in SCORES:
-            raise nearest("score", name, SCORES)
-        try:
-            scores[name] = getattr(importlib.import_module(module), function) if colon else SCORES[name]
-        except (ImportError, AttributeError) as error:
-            raise UsageError(f"marks {mark!r}: {error}") from None
-    return scores
+    names = [_parse_mark(mark)[0] for mark in marks]
+    return {name: load_score(name) for name in names}
+
+
+def load_score(name: str) -> Score:
+    """Load one score. Raises UsageError, with the nearest name, if it does not exist."""
+    module, colon, function = name.partition(":")
+    if not colon and name not in SCORES:
+        raise nearest("score", name, SCORES)
+    try:
+        return getattr(importlib.import_module(module), function) if colon else SCORES[name]
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"score {name!r}: {error}") from None
 
 
 def image_marks(marks: Sequence[str], scores: dict[str, ndarray]) -> list[str]:

@@ -9,16 +9,26 @@ from PIL import Image
 
 from troodon import run
 from troodon.config import UsageError
+from troodon.copies.hashes import perceptual_hash
 from troodon.curate import space
-from troodon.curate.calibrate import MAX_OTHERS, MIN_IMAGES, MIN_LEAK_IMAGES, STRENGTH, Calibration, calibrate
+from troodon.curate.calibrate import (
+    MAX_OTHERS,
+    MIN_IMAGES,
+    MIN_LEAK_IMAGES,
+    STRENGTH,
+    Calibration,
+    calibrate,
+    threshold_function,
+)
 from troodon.curate.config import CurateConfig
 from troodon.curate.context import CurationContext
 from troodon.curate.encoder import CopyEncoder
-from troodon.curate.hashes import perceptual_hash
 from troodon.images.index import Index
 from troodon.images.reading import read_batches
+from troodon.search.exact import l2_normalise
 
 MIN_FOUND = 0.2  # share of the attacked copies; a threshold that finds fewer is an alarm
+CANDIDATES = 3.0  # images that one is compared with by a closer look because of their vectors
 MIN_SIDE, MAX_SIDE = 8, 512  # approximate limits of the shorter side of attacked pictures, in pixels
 
 
@@ -34,10 +44,18 @@ def choose_thresholds(
     """Return the thresholds of the steps "duplicate" and "benchmark", the calibration if either is calibrated, and
     alarms if there are any. `structured` are the positions in `rows` of images that are not of one colour, or nearly.
 
-    With too few of these, a threshold is not calibrated, and nothing is compared in a space that would be fitted to
-    them: it is 1, so that only equal images are copies.
+    Where a closer look decides, pairs above a threshold are only candidates, and it is one that few others exceed. Else
+    with too few images, a threshold is not calibrated, and nothing is compared in a space that would be fitted to them:
+    it is 1, so that only equal images are copies.
     """
     config, count = context.config, len(structured)
+    if config.verify == "geometric":
+        threshold = _candidate_threshold(config, structured, x_MD)
+        return {
+            "threshold": threshold if config.threshold is None else config.threshold,
+            "benchmark_threshold": (config.benchmark_threshold or threshold) if benchmark_images else None,
+            "calibration": None,
+        }
     fits = config.duplicate_space != "plain"
     compares = {"duplicate": "duplicate" in config.steps, "benchmark": "benchmark" in config.steps and benchmark_images}
     sets_duplicate = config.threshold is None and compares["duplicate"]
@@ -63,6 +81,15 @@ def choose_thresholds(
         "benchmark_threshold": benchmark_threshold if benchmark_images else None,
         "calibration": None if calibration is None else calibration.as_dict(),
     }
+
+
+def _candidate_threshold(config: CurateConfig, structured: ndarray, x_MD: ndarray) -> float:
+    """The cosine that CANDIDATES others of an image exceed, on average; all do where there are only a few."""
+    if len(structured) <= config.candidates:
+        return -1.0
+    drawn = structured[np.random.default_rng(config.seed).permutation(len(structured))[:MAX_OTHERS]]
+    x_nD = l2_normalise(np.asarray(x_MD[np.sort(drawn)], np.float32))
+    return threshold_function(x_nD[: config.calibration_images], x_nD, len(structured))(CANDIDATES)
 
 
 def _too_few(count: int, needed: int, what: str, other: str) -> str:

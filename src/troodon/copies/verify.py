@@ -1,0 +1,214 @@
+"""A closer look at two images: is one a copy of the other? Geometric verification, as in the retrieval of images.
+
+An affine map, that many local features agree on or that lies nearby, takes one image onto the other; the pixels must
+agree after it. Points alone would join pictures that share a logo, pixels alone those with the same composition. A copy
+may be cropped, turned, mirrored, stretched, framed, pasted into another picture, written on, or of other colours.
+"""
+
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from numpy import ndarray
+
+from troodon.copies.local_features import SIDE, THUMBNAIL, LocalFeatures
+
+# Shape suffixes: K points, M matched points, G rows and columns of a thumbnail; 33: a map of homogeneous coordinates.
+
+MAX_DISTANCE = 64  # bits in which matched descriptors differ
+TOLERANCE = 4.0  # pixels, of SIDE, between a mapped point and its match
+# Matched points that agree on one map, and agreement of the pixels after it (see `_correlation`): few points need high
+# agreement, since pictures with a lattice, as text has, agree on some by chance.
+MIN_POINTS, MANY_POINTS = 10, 20
+MIN_AGREEMENT, HIGH_AGREEMENT = 0.5, 0.75
+MIN_OVERLAP, MAIN_OVERLAP = 0.1, 0.5  # shares that are seen of either image, and of the one that is seen more
+MIN_DIRECT, DIRECT_OVERLAP = 0.55, 0.6  # agreement and shares of both images, where no points tell the map
+MIN_START = 0.2  # agreement from which a map is refined
+MAX_STRETCH, MAX_SCALE = 2.0, 5.0  # of a map: more is an accident
+AGREEING = 0.8  # share of the structure of both that must agree: text and stickers may cover the rest
+MIN_STRUCTURE = 0.5  # deviation in levels of 255, on average: less is no structure
+WINDOW = 9  # pixels of a thumbnail that are compared at a time
+INNER_EDGE = 0.5  # share of the inner edge of a frame where the picture has another colour
+FRAME = 10  # levels of 255: a frame of one colour varies less
+
+
+class Match(NamedTuple):
+    """What shows that two images are copies."""
+
+    map_33: ndarray  # float64, from positions in i to those in j; both are shares of width and height
+    points: int  # matched points that agree on the map; 0 if pixels alone were compared
+    agreement: float  # correlation of the pixels that AGREEING of the structure of both reaches, from -1 to 1
+    overlap: tuple[float, float]  # shares of i and of j that show the same
+
+
+def verify(i: LocalFeatures, j: LocalFeatures, orientation: int = 0, start_33: ndarray | None = None) -> Match | None:
+    """The match of two images; None if they are not copies.
+
+    `orientation` (see ORIENTATIONS) is how i must be turned to look like j, as far as known. Points find any turn; they
+    need to know about a mirror. Pixels are compared in this orientation only, or from the map `start_33` if one is
+    known, as that of i to a copy of j.
+    """
+    mirrored = orientation >= 4
+    points, map_33 = _map_by_points(i, j, mirrored)
+    if points >= MIN_POINTS and map_33 is not None:
+        agreement, overlap = compare_pixels(i.thumbnail_GG, j.thumbnail_GG, map_33)
+        needed = MIN_AGREEMENT if points >= MANY_POINTS else HIGH_AGREEMENT
+        if agreement >= needed and min(overlap) >= MIN_OVERLAP and max(overlap) >= MAIN_OVERLAP:
+            return Match(map_33, points, agreement, overlap)
+    least = MIN_OVERLAP
+    if start_33 is None:
+        least = DIRECT_OVERLAP
+        start_33 = _to_inside(j.thumbnail_GG) @ ORIENTATIONS[orientation] @ np.linalg.inv(_to_inside(i.thumbnail_GG))
+    agreement, overlap = compare_pixels(i.thumbnail_GG, j.thumbnail_GG, start_33)
+    if agreement < MIN_START:
+        return None
+    for map_33 in (start_33, _refine(i.thumbnail_GG, j.thumbnail_GG, start_33)):
+        agreement, overlap = compare_pixels(i.thumbnail_GG, j.thumbnail_GG, map_33)
+        if agreement >= MIN_DIRECT and min(overlap) >= least and is_plausible(map_33):
+            return Match(map_33, 0, agreement, overlap)
+    return None
+
+
+MIRROR = np.array([[-1.0, 0, 1], [0, 1, 0], [0, 0, 1]])
+_TURN = np.array([[0.0, -1, 1], [1, 0, 0], [0, 0, 1]])  # a quarter, clockwise
+# By number: o % 4 quarter turns clockwise, after a mirror if o >= 4.
+ORIENTATIONS = [np.linalg.matrix_power(_TURN, o % 4) @ (MIRROR if o >= 4 else np.eye(3)) for o in range(8)]
+
+
+def _map_by_points(i: LocalFeatures, j: LocalFeatures, mirrored: bool) -> tuple[int, ndarray | None]:
+    """The affine map that most matched points agree on (RANSAC, Fischler and Bolles, 1981), and how many do."""
+    if min(i.count_2[int(mirrored)], j.count_2[0]) < MIN_POINTS:
+        return 0, None
+    matches = cv2.BFMatcher(cv2.NORM_HAMMING, crossCheck=True).match(i.descriptors(mirrored), j.descriptors(False))
+    matches = [match for match in matches if match.distance <= MAX_DISTANCE]
+    if len(matches) < MIN_POINTS:
+        return len(matches), None
+    pixels_i, pixels_j = _to_pixels(i.aspect), _to_pixels(j.aspect)
+    from_M2 = i.points(mirrored)[[match.queryIdx for match in matches]] * pixels_i.diagonal()[:2]
+    to_M2 = j.points(False)[[match.trainIdx for match in matches]] * pixels_j.diagonal()[:2]
+    affine_23, agree = cv2.estimateAffine2D(
+        from_M2.astype(np.float32), to_M2.astype(np.float32), method=cv2.RANSAC, ransacReprojThreshold=TOLERANCE,
+        maxIters=500, confidence=0.99,
+    )  # fmt: skip
+    if affine_23 is None:
+        return 0, None
+    map_33 = np.vstack([affine_23, [0, 0, 1]])
+    if not is_plausible(map_33):
+        return 0, None
+    map_33 = np.linalg.inv(pixels_j) @ map_33 @ pixels_i
+    return int(agree.sum()), map_33 @ MIRROR if mirrored else map_33
+
+
+def is_plausible(map_33: ndarray) -> bool:
+    """Whether a map changes size and shape no more than copying does."""
+    largest, smallest = np.linalg.svd(map_33[:2, :2], compute_uv=False)
+    return bool(smallest > 1 / MAX_SCALE and largest < MAX_SCALE and largest / smallest < MAX_STRETCH)
+
+
+def _to_pixels(aspect: float) -> ndarray:
+    """From shares of width and height to pixels at which the longer side has SIDE."""
+    return np.diag([SIDE * min(1.0, aspect), SIDE * min(1.0, 1 / aspect), 1.0])
+
+
+_THUMBNAIL_33 = np.array(
+    [[THUMBNAIL, 0, -0.5], [0, THUMBNAIL, -0.5], [0, 0, 1.0]]
+)  # the centre of a pixel is its place
+_SHARES_33 = np.linalg.inv(_THUMBNAIL_33)
+
+
+def compare_pixels(i_GG: ndarray, j_GG: ndarray, map_33: ndarray) -> tuple[float, tuple[float, float]]:
+    """How well the pixels of two thumbnails agree after a map, and the shares of both that overlap.
+
+    Correlation in windows, which ignores brightness and contrast, weighted by the structure that both have: an even sky
+    says little, and text that only one has counts little.
+    """
+    scale = abs(np.linalg.det(map_33[:2, :2]))
+    if scale > 1:  # the other is reduced: a reduced image has all that an enlarged one shows
+        agreement, (overlap_j, overlap_i) = compare_pixels(j_GG, i_GG, np.linalg.inv(map_33))
+        return agreement, (overlap_i, overlap_j)
+    if scale < 1e-6:
+        return 0.0, (0.0, 0.0)
+    side = max(4, round(THUMBNAIL * max(scale**0.5, 0.0)))
+    small = cv2.resize(i_GG, (side, side), interpolation=cv2.INTER_AREA) if side < THUMBNAIL else i_GG
+    from_small = (
+        _SHARES_33 if small is i_GG else np.linalg.inv(np.array([[side, 0, -0.5], [0, side, -0.5], [0, 0, 1.0]]))
+    )
+    warp_23 = (_THUMBNAIL_33 @ map_33 @ from_small)[:2]
+    size = (THUMBNAIL, THUMBNAIL)
+    x_GG = cv2.warpAffine(small, warp_23, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    inside_GG = cv2.warpAffine(np.full_like(small, 255), warp_23, size, flags=cv2.INTER_LINEAR) > 250
+    overlap_j = float(inside_GG.mean())
+    overlap = (min(1.0, overlap_j / scale), overlap_j)
+    if inside_GG.sum() < WINDOW:
+        return 0.0, overlap
+    return _correlation(x_GG.astype(np.float32), j_GG.astype(np.float32), inside_GG), overlap
+
+
+def _correlation(x_GG: ndarray, y_GG: ndarray, inside_GG: ndarray) -> float:
+    """The correlation in windows that AGREEING of the structure reaches, which counts where both have it.
+
+    In pictures of one scene from another place, or with something moved, parts agree and others do not; the
+    average of both is high.
+    """
+    window = (WINDOW, WINDOW)
+    weight_GG = inside_GG.astype(np.float32)
+    share_GG = np.maximum(cv2.blur(weight_GG, window), 1e-6)
+
+    def mean(z_GG: ndarray) -> ndarray:
+        return cv2.blur(z_GG * weight_GG, window) / share_GG
+
+    mean_x, mean_y = mean(x_GG), mean(y_GG)
+    var_x = np.maximum(mean(x_GG * x_GG) - mean_x * mean_x, 0)
+    var_y = np.maximum(mean(y_GG * y_GG) - mean_y * mean_y, 0)
+    covariance = mean(x_GG * y_GG) - mean_x * mean_y
+    local_GG = covariance / np.sqrt(np.maximum(var_x, 4) * np.maximum(var_y, 4))
+    structure_GG = np.sqrt(np.minimum(var_x, var_y)) * weight_GG
+    order = np.argsort(local_GG, axis=None)
+    up_to = np.cumsum(structure_GG.ravel()[order])
+    if up_to[-1] <= inside_GG.sum() * MIN_STRUCTURE:
+        return 0.0
+    return float(local_GG.ravel()[order[np.searchsorted(up_to, (1 - AGREEING) * up_to[-1])]])
+
+
+def _refine(i_GG: ndarray, j_GG: ndarray, map_33: ndarray) -> ndarray:
+    """The map nearby for which the pixels correlate best (Evangelidis and Psarakis, 2008)."""
+    inverse_23 = (_THUMBNAIL_33 @ np.linalg.inv(map_33) @ _SHARES_33)[:2].astype(np.float32)
+    stop = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 30, 1e-3)
+    try:
+        _, inverse_23 = cv2.findTransformECC(j_GG, i_GG, inverse_23, cv2.MOTION_AFFINE, stop, None, 5)
+    except cv2.error:  # it does not converge
+        return map_33
+    inverse_33 = np.vstack([inverse_23.astype(np.float64), [0, 0, 1]])
+    if abs(np.linalg.det(inverse_33)) < 1e-6:
+        return map_33
+    return _SHARES_33 @ np.linalg.inv(inverse_33) @ _THUMBNAIL_33
+
+
+def _to_inside(picture_GG: ndarray) -> ndarray:
+    """From shares of what is inside a frame of one colour to shares of the picture."""
+    left, right, top, bottom = frame(picture_GG)
+    return np.array([[1 - left - right, 0, left], [0, 1 - top - bottom, top], [0, 0, 1.0]])
+
+
+def frame(picture_GG: ndarray) -> tuple[float, float, float, float]:
+    """The widths of a frame of one colour, as shares of the picture: left, right, top, bottom; 0 where there is none.
+
+    Both sides must have one, of the same colour, and the picture must begin along most of its inner edge: a sky is
+    none, nor is a white ground around an object.
+    """
+    widths, colours = [], []
+    for turned in (picture_GG.T, picture_GG.T[::-1], picture_GG, picture_GG[::-1]):
+        lines = turned.astype(np.float32)
+        colour = float(np.median(lines[0]))
+        differs = np.abs(lines - colour).max(1) > FRAME
+        width = int(differs.argmax()) if differs.any() else 0
+        edge = (np.abs(lines[width : width + 2] - colour) > FRAME).mean(1)
+        widths.append(width if edge.max() >= INNER_EDGE else 0)
+        colours.append(colour)
+    shares = [0.0] * 4
+    for first in (0, 2):
+        width = min(widths[first : first + 2])
+        same = abs(colours[first] - colours[first + 1]) <= FRAME
+        if same and width > 0 and max(widths[first : first + 2]) < THUMBNAIL * 0.4:
+            shares[first], shares[first + 1] = (widths[k] / THUMBNAIL for k in (first, first + 1))
+    return shares[0], shares[1], shares[2], shares[3]

@@ -1,0 +1,310 @@
+"""The closer look at images that may be copies (copies/verify.py), as stages.
+
+local     local features of images
+votes     images that share some, by hash table
+looks     the pairs that are copies, and how one lies in the other
+traits    what tells which of some copies is kept (copies/keeper.py)
+"""
+
+import hashlib
+import io
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TypeVar
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy import ndarray
+from PIL import Image
+
+from troodon import run
+from troodon.copies import keeper
+from troodon.copies.local_features import SavedFeatures, grey, local_features, save_features, thumbnail
+from troodon.copies.verify import Match, verify
+from troodon.copies.votes import MIRRORED, TABLES, Pairs, alike_hashes, most_voted, vote
+from troodon.curate.context import CurationContext, row_ranges
+from troodon.curate.dedup import Verdict
+from troodon.curate.groups import Matches, resolve, reversed_match
+from troodon.curate.scores import Score, load_score
+from troodon.curate.stage import Counts, unit_counts
+from troodon.images.decode import BadImage
+from troodon.images.index import Index
+from troodon.images.reading import map_ordered
+
+T = TypeVar("T")
+
+# Shape suffixes: N images, those of benchmarks last; P pairs.
+
+MIN_VOTES = 3  # fewer are accidents: three of four such pairs are of other pictures
+PAIRS_PER_UNIT = 5_000
+PICTURES_PER_UNIT = 2_000  # 100 MB
+DETAIL_SHARES = (0.71, 0.6, 0.5, 0.42, 0.34, 0.25)  # of width and height, at which loss is measured
+MAX_LOSS = 2.5  # root mean square, in levels of 255
+EXIF, CAPTURE_DATE = 0x8769, 0x9003  # tags
+LOOK_SCHEMA = pa.schema(
+    [("i", pa.int64()), ("j", pa.int64()), ("points", pa.int32()), ("agreement", pa.float32())]
+    + [(name, pa.float64()) for name in ("overlap_i", "overlap_j", *(f"m{k}" for k in range(6)))]
+)
+
+
+@dataclass(frozen=True)
+class CloserLook:
+    """Looks at pairs among N images: `rows` of the index, the `benchmark_rows` after them."""
+
+    context: CurationContext
+    rows: ndarray
+    benchmark_rows: ndarray
+    features: SavedFeatures
+    name: str  # fingerprint of the features
+    copies: Matches  # among the rows
+    leaks: Matches  # between rows and benchmark rows
+    checked: set[tuple[int, int]]  # pairs that were looked at
+
+    @staticmethod
+    def extract(context: CurationContext, rows: ndarray, benchmark_rows: ndarray) -> "CloserLook":
+        """Compute the local features of these images, unless they are there."""
+        config, size = context.config, context.config.partition_size
+        both = np.r_[rows, benchmark_rows]
+        digest = hashlib.sha256(both.tobytes()).hexdigest()
+        work = _Extract(context.index.take(both), config.threads)
+        folders = context.run_units("local", work, row_ranges(len(both), size), digest, size)
+        name = folders[0].parent.name if folders else "none"
+        features, count = SavedFeatures(tuple(folders), size), len(both)
+        return CloserLook(context, rows, benchmark_rows, features, name, Matches(count), Matches(count), set())
+
+    def candidates(self, active_N: ndarray) -> Pairs:
+        """Pairs of active images that share local features or have nearly the same perceptual hash, at most
+        `candidates` of each image."""
+        first, limit = len(self.rows), self.context.config.candidates
+        inputs = (self.name, hashlib.sha256(active_N.tobytes()).hexdigest(), limit)
+        units = list(range(TABLES)) if len(active_N) else []
+        voted = self.context.run_units("votes", _Vote(self.features, active_N, first), units, *inputs)
+        is_wanted = self._wanted
+        pairs, left_out = most_voted((is_wanted(_read_pairs(part)) for part in voted), limit, MIN_VOTES, first)
+        if left_out:
+            run.say(f"candidates: {left_out:,} pairs with fewer votes than {limit} others of their images are left out")
+        alike = is_wanted(alike_hashes(self.features, active_N, first))
+        return Pairs.concatenate([pairs, most_voted([alike], limit, 1, first)[0]])
+
+    def _wanted(self, pairs: Pairs) -> Pairs:
+        """The pairs that a step asks for: those with a benchmark, or all."""
+        return pairs if "duplicate" in self.context.config.steps else pairs.take(pairs.j_P >= len(self.rows))
+
+    def look(self, pairs: Pairs) -> int:
+        """Look at those pairs that were not looked at before. Returns how many are copies."""
+        known_P = np.fromiter((pair in self.checked for pair in zip(pairs.i_P.tolist(), pairs.j_P.tolist())), bool)
+        table = np.unique(np.stack([pairs.i_P, pairs.j_P, pairs.orientation_P])[:, ~known_P], axis=1)
+        self.checked.update(zip(table[0].tolist(), table[1].tolist()))
+        # Candidates of one pair, in several orientations, belong to one unit.
+        edges = np.flatnonzero(np.r_[True, (np.diff(table[:2], axis=1) != 0).any(0)][: table.shape[1]])
+        starts = edges[::PAIRS_PER_UNIT].tolist()
+        units = list(zip(starts, [*starts[1:], table.shape[1]]))
+        digest = hashlib.sha256(np.ascontiguousarray(table).tobytes()).hexdigest()
+        parts = self.context.run_units("looks", _Look(self.features, table), units, self.name, digest)
+        found = [row for part in parts for row in pq.read_table(part / "looks.parquet").to_pylist()]
+        for row in found:
+            map_33 = np.array([*(row[f"m{k}"] for k in range(6)), 0, 0, 1.0]).reshape(3, 3)
+            match = Match(map_33, row["points"], row["agreement"], (row["overlap_i"], row["overlap_j"]))
+            (self.copies if row["j"] < len(self.rows) else self.leaks).add(row["i"], row["j"], match)
+        return len(found)
+
+    def verify(self, i: int, j: int, map_33: ndarray) -> Match | None:
+        """Look at one pair, given where one lies in the other, from a chain of copies between them."""
+        reader = self.features.reader()
+        mirrored = np.linalg.det(map_33[:2, :2]) < 0
+        if i < j:
+            return verify(reader[i], reader[j], MIRRORED * int(mirrored), map_33)
+        match = verify(reader[j], reader[i], MIRRORED * int(mirrored), np.linalg.inv(map_33))
+        return None if match is None else reversed_match(match)
+
+    def is_limited(self) -> bool:
+        """Whether an image may have more copies than it was compared with."""
+        return any(len(others) >= self.context.config.candidates for others in self.copies.of.values())
+
+    def distinct(self) -> ndarray:
+        """The rows without those that are copies of an earlier one, as far as known: positions (R,)."""
+        copies = {row for group in self.copies.groups() for row in group[1:]}
+        return np.array([row for row in range(len(self.rows)) if row not in copies], np.int64)
+
+    def decide(self, protected_M: ndarray) -> Verdict:
+        """Which of the rows are kept."""
+        context, config = self.context, self.context.config
+        members = sorted(row for group in self.copies.groups() for row in group)
+        rows = self.rows[np.asarray(members, np.int64)]
+        digest = hashlib.sha256(rows.tobytes()).hexdigest()
+        work = _Inspect(context.index.take(rows), config.threads, config.keep_by)
+        parts = context.run_units("traits", work, row_ranges(len(rows), PICTURES_PER_UNIT), self.name, digest)
+        preferred = dict(zip(members, context.preferences(rows)))
+        traits = TraitsReader(parts, {member: position for position, member in enumerate(members)}, preferred)
+        verdict = resolve(self.copies, traits, self.verify, np.r_[protected_M, self.benchmark_rows >= 0])
+        count = len(self.rows)
+        columns = (verdict.cause_N, verdict.score_N, verdict.group_N, verdict.reason_N)
+        return Verdict(*(column[:count] for column in columns if column is not None))
+
+
+def look_first(context: CurationContext, identical: Path) -> CloserLook:
+    """Look at the images that share local features or hashes, before any vectors are compared."""
+    rows, steps = np.load(identical / "rows.npy"), context.config.steps
+    benchmark_rows = np.load(identical / "shown.npy") if "benchmark" in steps else rows[:0]
+    compared = rows if "duplicate" in steps or len(benchmark_rows) else rows[:0]
+    look = CloserLook.extract(context, compared, benchmark_rows)
+    look.look(look.candidates(np.ones(len(compared) + len(benchmark_rows), bool)))
+    return look
+
+
+def _map_rows(index: Index, threads: int, function: Callable[[int], T]) -> list[T | None]:
+    """`function` of each row, by threads; None for an image that cannot be read again."""
+
+    def task(row: int) -> T | None:
+        try:
+            return function(row)
+        except (BadImage, OSError):
+            return None
+
+    count = index.thread_count(threads)
+    with ThreadPoolExecutor(count, "look") as pool:
+        return list(map_ordered(pool, task, range(len(index)), 2 * count))
+
+
+@dataclass(frozen=True)
+class _Extract:
+    """Local features of rows (first, last) of an index. An image that cannot be read again has none."""
+
+    index: Index
+    threads: int
+
+    def __call__(self, unit: tuple[int, int], folder: Path) -> Counts:
+        index = self.index.take(range(*unit))
+        found = _map_rows(index, self.threads, lambda row: local_features(index.decode(row, None)))
+        save_features(found, folder)
+        missing = sum(one is None for one in found)
+        return unit_counts(len(index), len(index) - missing, unreadable=missing)
+
+
+@dataclass(frozen=True)
+class _Inspect:
+    """The traits of rows (first, last) of an index."""
+
+    index: Index
+    threads: int
+    score: str  # of the user's own, which decides; "" for none
+
+    def __call__(self, unit: tuple[int, int], folder: Path) -> Counts:
+        index = self.index.take(range(*unit))
+        score = load_score(self.score) if self.score else None
+        found = _map_rows(index, self.threads, lambda row: inspect(index, row, score))
+        none = keeper.Traits(np.zeros((keeper.PICTURE, keeper.PICTURE, 3), np.uint8), 1, 1)
+        some = [none if one is None else one for one in found]
+        np.save(folder / "pictures.npy", np.stack([one.picture for one in some]))
+        columns = [field.name for field in fields(keeper.Traits) if field.name != "picture"]
+        pq.write_table(
+            pa.table({name: [getattr(one, name) for one in some] for name in columns}), folder / "traits.parquet"
+        )
+        missing = sum(one is None for one in found)
+        return unit_counts(len(index), len(index) - missing, unreadable=missing)
+
+
+class TraitsReader:
+    """Traits of images by row, read where they are wanted."""
+
+    def __init__(self, parts: Sequence[Path], position_of: dict[int, int], preferred: dict[int, int]):
+        self.pictures = [np.load(part / "pictures.npy", mmap_mode="r") for part in parts]
+        self.tables = [pq.read_table(part / "traits.parquet").to_pylist() for part in parts]
+        self.position_of, self.preferred = position_of, preferred
+
+    def __call__(self, rows: Sequence[int]) -> list[keeper.Traits]:
+        found = []
+        for row in rows:
+            part, at = divmod(self.position_of[row], PICTURES_PER_UNIT)
+            values = self.tables[part][at] | {"preferred": self.preferred[row]}
+            found.append(keeper.Traits(np.array(self.pictures[part][at]), **values))
+        return found
+
+
+def inspect(index: Index, row: int, score: Score | None) -> keeper.Traits:
+    """What tells how near an image is to an original: its picture, sizes, and how it was saved."""
+    image_HWC, data = index.decode(row, None), index.read(row)
+    grey_HW = grey(image_HWC)
+    channels = image_HWC[..., :3] if image_HWC.shape[2] >= 3 else np.repeat(grey_HW[..., None], 3, 2)
+    fineness, dated = saved_how(data)
+    return keeper.Traits(
+        picture=thumbnail(np.ascontiguousarray(channels), keeper.PICTURE),
+        width=image_HWC.shape[1],
+        height=image_HWC.shape[0],
+        detail=detail(grey_HW),
+        sharpness=float(np.abs(cv2.Laplacian(grey_HW.astype(np.float32), cv2.CV_32F)).mean()),
+        fineness=fineness,
+        dated=dated,
+        name=index.path(row),
+        length=len(data),
+        score=float(score(image_HWC)) if score else 0.0,
+    )
+
+
+def saved_how(data: bytes) -> tuple[float, bool]:
+    """How fine the JPEG tables of a file are (minus their sum; 0 without any), and whether it has a capture date."""
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            tables = getattr(picture, "quantization", None) or {}
+            return -float(sum(sum(table) for table in tables.values())), CAPTURE_DATE in picture.getexif().get_ifd(EXIF)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # other readers may open it
+        return 0.0, False
+
+
+def detail(grey_HW: ndarray) -> float:
+    """The share of width and height at which a picture loses nothing: less than 1 if it was enlarged."""
+    x, least = grey_HW.astype(np.float32), 1.0
+    for share in DETAIL_SHARES:
+        size = max(2, round(x.shape[1] * share)), max(2, round(x.shape[0] * share))
+        back = cv2.resize(
+            cv2.resize(x, size, interpolation=cv2.INTER_AREA), x.shape[::-1], interpolation=cv2.INTER_CUBIC
+        )
+        if np.sqrt(np.mean((back - x) ** 2)) > MAX_LOSS:
+            break
+        least = share
+    return least
+
+
+@dataclass(frozen=True)
+class _Vote:
+    """The votes of one hash table."""
+
+    features: SavedFeatures
+    active_N: ndarray
+    first_benchmark: int
+
+    def __call__(self, unit: int, folder: Path) -> Counts:
+        pairs = vote(self.features, self.active_N, self.first_benchmark, unit)
+        pq.write_table(pa.table(dict(zip("ijov", pairs))), folder / "votes.parquet", compression="zstd")
+        return unit_counts(len(pairs.i_P))
+
+
+def _read_pairs(part: Path) -> Pairs:
+    table = pq.read_table(part / "votes.parquet")
+    return Pairs(*(table[name].to_numpy() for name in "ijov"))
+
+
+@dataclass(frozen=True)
+class _Look:
+    """Looks at candidates (first, last) of a table (3, P) of i, j and orientation, in order of i and j."""
+
+    features: SavedFeatures
+    table: ndarray
+
+    def __call__(self, unit: tuple[int, int], folder: Path) -> Counts:
+        reader, last, found = self.features.reader(), None, []
+        table = self.table[:, slice(*unit)]
+        for i, j, orientation in table.T.tolist():
+            if (i, j) == last:  # is a copy in another orientation
+                continue
+            match = verify(reader[i], reader[j], orientation)
+            if match is not None:
+                last = i, j
+                values = (i, j, match.points, match.agreement, *match.overlap, *match.map_33[:2].ravel().tolist())
+                found.append(dict(zip(LOOK_SCHEMA.names, values, strict=True)))
+        pq.write_table(pa.Table.from_pylist(found, LOOK_SCHEMA), folder / "looks.parquet", compression="zstd")
+        return unit_counts(table.shape[1], len(found), other=table.shape[1] - len(found))
