@@ -13,7 +13,7 @@ import pytest
 import troodon
 
 VERBS = {
-    "calibrate", "compare", "curate", "demo", "distill", "embed", "evaluate", "export", "leak", "load", "pack",
+    "apply", "calibrate", "compare", "curate", "dedup", "demo", "distill", "embed", "evaluate", "export", "leak", "load", "pack",
     "pretrain", "report", "scan", "show_crops",
 }  # fmt: skip
 TYPES = {"Backbone", "Features", "Interrupted", "UsageError"}

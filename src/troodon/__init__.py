@@ -9,8 +9,9 @@
     troodon.evaluate("mine", backbone, "labelled/", "scores")    # k-NN, linear classifiers, ..., with intervals
 
 Each function is a verb, and `troodon VERB` does the same on the command line. `scan` looks at images, `pack` writes tar
-shards, `show_crops` draws what a network is shown, `embed` writes one vector per image. `curate` selects images,
-`calibrate` measures near-duplicates. `pretrain` and `distill` train. `load` gives a `Backbone`, which turns images into
+shards, `show_crops` draws what a network is shown, `embed` writes one vector per image. `dedup` finds
+copies, `curate` selects images, `apply` carries a selection out on the disk, `calibrate` measures near-duplicates.
+`pretrain` and `distill` train. `load` gives a `Backbone`, which turns images into
 `Features`, and `export` writes it for other libraries. `evaluate` measures features, `leak` looks for a benchmark's
 images in training data, `compare` and `report` show results. `demo` does all of it on a small embedded world.
 
@@ -24,9 +25,9 @@ import types
 # Public names and their modules, which are imported when a name is used. Type checkers read __init__.pyi instead.
 MODULES = {
     "Backbone": "model.backbone", "Features": "model.backbone", "Interrupted": "run", "UsageError": "config",
-    "calibrate": "verbs", "compare": "verbs", "curate": "verbs", "demo": "demo", "distill": "verbs", "embed": "verbs",
-    "evaluate": "verbs", "export": "verbs", "leak": "verbs", "load": "verbs", "pack": "verbs", "pretrain": "verbs",
-    "report": "verbs", "scan": "verbs", "show_crops": "verbs",
+    "apply": "verbs", "calibrate": "verbs", "compare": "verbs", "curate": "verbs", "dedup": "verbs", "demo": "demo",
+    "distill": "verbs", "embed": "verbs", "evaluate": "verbs", "export": "verbs", "leak": "verbs", "load": "verbs",
+    "pack": "verbs", "pretrain": "verbs", "report": "verbs", "scan": "verbs", "show_crops": "verbs",
 }  # fmt: skip
 __all__ = list(MODULES)
 

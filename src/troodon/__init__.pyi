@@ -8,6 +8,8 @@ from troodon.verbs.about import report as report
 from troodon.verbs.common import load as load
 from troodon.verbs.curation import calibrate as calibrate
 from troodon.verbs.curation import curate as curate
+from troodon.verbs.dedup import apply as apply
+from troodon.verbs.dedup import dedup as dedup
 from troodon.verbs.distillation import distill as distill
 from troodon.verbs.embedding import embed as embed
 from troodon.verbs.evaluation import compare as compare

@@ -24,6 +24,7 @@ from troodon.run import COMMAND, current_command, version
 from troodon.verbs.about import Recipes, Report
 from troodon.verbs.common import resolve_config
 from troodon.verbs.curation import Calibrate, Curate
+from troodon.verbs.dedup import Apply, Dedup
 from troodon.verbs.distillation import Distill, recipes_by_name
 from troodon.verbs.embedding import Embed
 from troodon.verbs.evaluation import Compare, Evaluate
@@ -34,8 +35,9 @@ from troodon.verbs.training import Pretrain, pretrain_recipes
 
 VERBS: dict[str, type] = {
     "doctor": Doctor, "demo": Demo, "scan": Scan, "pack": Pack, "show crops": ShowCrops, "embed": Embed,
-    "curate": Curate, "curate calibrate": Calibrate, "pretrain": Pretrain, "distill": Distill, "evaluate": Evaluate,
-    "compare": Compare, "leak": Leak, "export": Export, "report": Report, "recipes": Recipes,
+    "dedup": Dedup, "apply": Apply, "curate": Curate, "curate calibrate": Calibrate, "pretrain": Pretrain,
+    "distill": Distill, "evaluate": Evaluate, "compare": Compare, "leak": Leak, "export": Export,
+    "report": Report, "recipes": Recipes,
 }  # fmt: skip
 # Verbs whose config starts from a name: the config of a name, what --help shows without a name, and the names.
 CONFIGURED: dict[str, tuple[Callable[[str], Any], Any, Iterable[str]]] = {

@@ -27,7 +27,7 @@ from numpy import ndarray
 from PIL import Image
 from torch import Tensor
 
-from troodon.images.decode import to_grey
+from troodon.images.decode import to_grey, to_rgb
 from troodon.search.exact import l2_normalise
 
 # Shape suffixes: N images, B of one batch, D channels.
@@ -48,7 +48,7 @@ class PixelBackbone:
     same token: the sum of the left and the right half, their difference, and its absolute value, which has a larger
     weight."""
 
-    channels: int
+    channels: int | None  # None: images as they are, of any number of channels, shown as three
     name: str = "pixels"
     fingerprint: str = f"{SIDE}x{SIDE}"
 
@@ -57,7 +57,8 @@ class PixelBackbone:
         return torch.from_numpy(np.stack([self._thumbnail(image) for image in images])).float() / 255
 
     def _thumbnail(self, image_HWC: ndarray) -> ndarray:
-        picture = Image.fromarray(image_HWC[..., 0] if self.channels < 3 else image_HWC[..., :3])
+        image_HWC = to_rgb(image_HWC) if self.channels is None else image_HWC
+        picture = Image.fromarray(image_HWC[..., 0] if image_HWC.shape[2] < 3 else image_HWC[..., :3])
         (h, w), (top, side) = image_HWC.shape[:2], frame_fractions(picture)
         box = (w * side, h * top, w * (1 - side), h * (1 - top))
         return np.asarray(picture.resize((SIDE, SIDE), BOX, box)).reshape(SIDE, SIDE, -1)
@@ -97,7 +98,7 @@ class CopyEncoder:
         return CopyEncoder(backbone, tokens, pixels and not getattr(backbone, "for_copies", False))
 
     @property
-    def channels(self) -> int:
+    def channels(self) -> int | None:
         return self.backbone.channels
 
     @property

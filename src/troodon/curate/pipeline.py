@@ -4,6 +4,7 @@ During the work the stages are in `<out>.work`, beside the selection; each unit 
 continues with what is there. The selection itself appears at the end, complete, and includes the embeddings.
 
     images.parquet    the ledger: one row per input image (see ledger.py)
+    selection.csv     the same in short, as text; kept.txt, left_out.txt: the files (images/carry_out.py)
     groups.parquet    near-duplicates: group, row, kept, score with the representative, whose row names the group
     hits.parquet      retrieved images: query (a curated row), rank from 1, row, score
     clusters.parquet  if clusters were chosen: dataset, cluster, hits, size, taken
@@ -39,6 +40,7 @@ from troodon.curate.identical import remove_identical
 from troodon.curate.leak import remove_leaks
 from troodon.curate.scores import load_score
 from troodon.curate.stage import Backend, stage_seconds
+from troodon.images.carry_out import write_lists
 from troodon.images.changes import refuse_changed, times_fingerprint
 from troodon.images.index import MODIFIED, SCHEMA, Index
 from troodon.lock import one_at_a_time
@@ -103,6 +105,7 @@ def curate(
     summary |= {"backbone": backbone.name, "finds_copies": encoder.backbone.name}
     with run.publish(out, "selection", name, settings) as partial:
         ledger.write_ledger(context, decisions, partial / "images.parquet")
+        write_lists(partial)
         _copy_results(partial, embeddings, duplicates, gathered)
         run.write_json(partial / "summary.json", summary)
         seconds = run.read_json(embeddings / "timings.json") | stage_seconds(sorted(root.glob("*-*/[0-9]*")))

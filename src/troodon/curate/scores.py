@@ -20,13 +20,28 @@ SHARPNESS_PX = 256  # longer side at which sharpness is measured: large pictures
 
 def sharpness(image_HWC: ndarray) -> float:
     """Mean difference of a pixel from its neighbours, divided by the contrast; 0: one colour, 0.01: out of focus."""
-    picture = Image.fromarray(image_HWC[..., 0] if image_HWC.shape[2] < 3 else image_HWC[..., :3]).convert("L")
-    picture.thumbnail((SHARPNESS_PX, SHARPNESS_PX))
-    x_HW = np.asarray(picture, np.float32)
+    x_HW = _small_grey(image_HWC)
     if min(x_HW.shape) < 3:
         return 0.0
     neighbours = (x_HW[:-2, 1:-1] + x_HW[2:, 1:-1] + x_HW[1:-1, :-2] + x_HW[1:-1, 2:]) / 4
     return float(np.abs(x_HW[1:-1, 1:-1] - neighbours).mean() / max(float(x_HW.std()), 1e-3)) if x_HW.std() else 0.0
+
+
+def brightness(image_HWC: ndarray) -> float:
+    """The mean grey, from 0 for black to 1 for white."""
+    return float(_small_grey(image_HWC).mean() / 255)
+
+
+def contrast(image_HWC: ndarray) -> float:
+    """The standard deviation of the grey values, from 0 for one colour to 0.5."""
+    return float(_small_grey(image_HWC).std() / 255)
+
+
+def _small_grey(image_HWC: ndarray) -> ndarray:
+    """Grey values (H, W) float32 in [0, 255], the longer side at most SHARPNESS_PX."""
+    picture = Image.fromarray(image_HWC[..., 0] if image_HWC.shape[2] < 3 else image_HWC[..., :3]).convert("L")
+    picture.thumbnail((SHARPNESS_PX, SHARPNESS_PX))
+    return np.asarray(picture, np.float32)
 
 
 def side(image_HWC: ndarray) -> float:
@@ -39,7 +54,7 @@ def aspect(image_HWC: ndarray) -> float:
     return max(image_HWC.shape[:2]) / min(image_HWC.shape[:2])
 
 
-SCORES: dict[str, Score] = {f.__name__: f for f in (sharpness, side, aspect)}
+SCORES: dict[str, Score] = {f.__name__: f for f in (sharpness, side, aspect, brightness, contrast)}
 
 
 def load_scores(marks: Sequence[str]) -> dict[str, Score]:

@@ -7,6 +7,7 @@ backbone, and a training gets a k-NN that monitors it.
 from troodon.verbs.about import report
 from troodon.verbs.common import load
 from troodon.verbs.curation import calibrate, curate
+from troodon.verbs.dedup import apply, dedup
 from troodon.verbs.distillation import distill
 from troodon.verbs.embedding import embed
 from troodon.verbs.evaluation import compare, evaluate
@@ -16,9 +17,11 @@ from troodon.verbs.leakage import leak
 from troodon.verbs.training import pretrain, submit
 
 __all__ = [
+    "apply",
     "calibrate",
     "compare",
     "curate",
+    "dedup",
     "distill",
     "embed",
     "evaluate",

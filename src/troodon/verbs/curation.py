@@ -48,7 +48,7 @@ def curate(
     config = resolve_config(recipe, CurateConfig(), recipes.curate, settings)
     runner = create_backend(backend, workers)
     network = as_backbone(backbone, range)
-    encoder = None if copies is None else _open_copy_encoder(copies)
+    encoder = None if copies is None else open_copy_encoder(copies)
     range = common_range(range, network, encoder)
     wanted, excluded = (open_images(data, range) if data else NO_IMAGES for data in (curated, benchmark))
     pool = open_images(uncurated, range).without_labels()
@@ -86,18 +86,26 @@ def calibrate(
     config = CurateConfig(
         duplicate_space=space, tokens=tokens, calibration_images=images, false_merges=false_merges, seed=seed
     )  # fmt: skip
-    network = _open_copy_encoder(backbone)
+    network = open_copy_encoder(backbone)
     encoder = CopyEncoder.create(network, tokens, pixels)
     return calibrate_index(config, open_images(data, common_range(range, network)), encoder, strength).as_dict()
 
 
-def _open_copy_encoder(backbone: Any) -> Any:
+def open_copy_encoder(backbone: Any) -> Any:
     """A backbone, or a copy descriptor in a TorchScript file."""
     if isinstance(backbone, str | Path) and Path(backbone).suffix in TORCHSCRIPT and Path(backbone).is_file():
         from troodon.curate.descriptor import CopyDescriptor
 
         return CopyDescriptor.load(Path(backbone))
     return as_backbone(backbone)
+
+
+def stage_lines(summary: dict) -> list[str]:
+    """What each stage of a selection has dropped."""
+    return [
+        f"{stage['name']:<10} {stage['in']:>9,} in {stage['dropped']:>9,} dropped {stage['out']:>9,} out"
+        for stage in summary["stages"]
+    ]
 
 
 @dataclass(frozen=True)
@@ -137,8 +145,8 @@ class Curate:
             range=self.range,
         )  # fmt: skip
         summary = json.loads((out / "summary.json").read_text())
-        for stage in summary["stages"]:
-            print(f"{stage['name']:<10} {stage['in']:>9,} in {stage['dropped']:>9,} dropped {stage['out']:>9,} out")
+        for line in stage_lines(summary):
+            print(line)
         print(out)
         where = shlex.quote(self.out)
         training = [f"troodon pretrain small --data {where} --out runs/first"] if summary["kept"] else []
