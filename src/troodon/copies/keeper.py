@@ -30,6 +30,7 @@ COLOURFUL = 1.5  # mean distance of the channels from their mean, in levels: les
 CLIPPED = 0.03  # share of black and white pixels that one has more than the other
 SEAM = 1.5  # times the largest gradient beside it: the edge of a picture that was pasted into another
 WRITING = 1.5  # times the detail of the picture in that place
+MIN_WRITING = 4.0  # mean squared difference, in levels of 255
 LOCAL = 0.6  # share of the squared difference in a tenth of the picture: something is written there
 EDITED = re.compile(r"copy|edit|thumb|small|resiz|crop|rotat|scaled|preview|\(\d+\)|[-_]\d+x\d+", re.IGNORECASE)
 
@@ -100,15 +101,14 @@ def _criteria(
         ("which is not pasted into another picture", -pasted_M.astype(float)),
         ("which shows more", _steps(np.array([np.median(extent_M[same_M]) for same_M in shape_MM]), SAME_EXTENT)),
         ("which is not grey", -grey_M.astype(float)),
-        ("which the others resemble most", -_beyond(distance_M, max(SAME_PICTURE, distance_M.min() * SAME_SHARE))),
         ("which is not written on", -_written_on(members, shape_MM).astype(float)),
+        ("which the others resemble most", -_beyond(distance_M, max(SAME_PICTURE, distance_M.min() * SAME_SHARE))),
+        ("which is as sharp as most", -_beyond(_off_sharpness(members), SAME_SHARPNESS)),
         ("which has more detail", _steps(pixels_M, SAME_DETAIL)),
-        ("which is as sharp as most", -_beyond(_off_sharpness(members, pixels_M), SAME_SHARPNESS)),
         ("which has fewer black and white pixels", -_beyond(np.array([_clipped(m.picture) for m in members]), CLIPPED)),
         ("which was saved finer", np.array([m.fineness for m in members])),
         ("which has a capture date", np.array([float(m.dated) for m in members])),
         ("which has a plain name", np.array([-float(is_edited(m.name)) for m in members])),
-        ("which was not enlarged", np.array([m.detail for m in members])),
         ("which has more bytes", np.array([float(m.length) for m in members])),
     ]
 
@@ -194,10 +194,10 @@ def _has_seam(picture: ndarray, corners_42: ndarray) -> bool:
     return sides >= 2 and seams == sides
 
 
-def _off_sharpness(members: Sequence[Traits], pixels_M: ndarray) -> ndarray:
+def _off_sharpness(members: Sequence[Traits]) -> ndarray:
     """Relative difference of the sharpness from the median of members with about as many pixels: noise has more, blur
     has less. (M,); 0 if these are fewer than three."""
-    off_M = np.zeros(len(members))
+    off_M, pixels_M = np.zeros(len(members)), np.array([m.width * m.height for m in members])
     sharpness_M = np.array([m.sharpness for m in members])
     for member, pixels in enumerate(pixels_M):
         alike_M = np.abs(pixels_M - pixels) <= pixels * SAME_DETAIL
@@ -218,18 +218,19 @@ def _clipped(picture: ndarray) -> float:
 
 
 def _written_on(members: Sequence[Traits], shape_MM: ndarray) -> ndarray:
-    """Whether a member has something that is not there in the one other of its shape: (M,) bool."""
+    """Whether a member has something that is not in the median of the others of its shape: (M,) bool."""
     written_M = np.zeros(len(members), bool)
-    for a, b in zip(*np.nonzero(np.triu(shape_MM, 1))):
-        if shape_MM[a].sum() != 2:  # three and more tell by their median
+    grey_M = [member.picture.astype(np.float32).mean(2) for member in members]
+    for member, same_M in enumerate(shape_MM):
+        others = [grey_M[other] for other in np.flatnonzero(same_M) if other != member]
+        if not others:
             continue
-        x, y = (members[k].picture.astype(np.float32).mean(2) for k in (a, b))
+        x, y = grey_M[member], np.median(np.stack(others), 0).astype(np.float32)
         y = (y - y.mean()) * (x.std() / max(float(y.std()), 1e-3)) + x.mean()
         squared = cv2.blur(x - y, (5, 5)) ** 2  # what only differs in sharpness is even
-        limit = np.quantile(squared, 0.9)
-        if limit < 1e-3 or squared[squared >= limit].sum() < LOCAL * squared.sum() or squared.mean() < 4:
+        there = squared >= np.quantile(squared, 0.9)
+        if squared.mean() < MIN_WRITING or squared[there].sum() < LOCAL * squared.sum():
             continue
-        detail = [np.abs(cv2.Laplacian(z, cv2.CV_32F))[squared >= limit].mean() for z in (x, y)]
-        if max(detail) > WRITING * min(detail):
-            written_M[(a, b)[int(np.argmax(detail))]] = True
+        mine, theirs = (np.abs(cv2.Laplacian(z, cv2.CV_32F))[there].mean() for z in (x, y))
+        written_M[member] = mine > WRITING * theirs
     return written_M

@@ -55,8 +55,7 @@ def local_features(image_HWC: ndarray) -> LocalFeatures:
     large_HW = cv2.resize(grey_HW, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC)
     points, descriptors = np.zeros((2, POINTS, 2), np.uint16), np.zeros((2, POINTS, 32), np.uint8)
     count = np.zeros(2, np.uint16)
-    for mirrored, picture in enumerate((large_HW, np.ascontiguousarray(large_HW[:, ::-1]))):
-        found_K2, bits_K32 = _detect(picture)
+    for mirrored, (found_K2, bits_K32) in enumerate(_detect(large_HW)):
         count[mirrored] = len(found_K2)
         points[mirrored, : len(found_K2)] = np.round(found_K2 / np.array(size) * _ONE)
         descriptors[mirrored, : len(found_K2)] = bits_K32
@@ -83,24 +82,36 @@ def thumbnail(picture: ndarray, side: int = THUMBNAIL) -> ndarray:
     return cv2.resize(picture, (side, side), interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR)
 
 
-def _detect(grey_HW: ndarray) -> tuple[ndarray, ndarray]:
-    """Points (K, 2) in pixels and their descriptors (K, 32): the strongest of each cell first, at most POINTS."""
+def _detect(grey_HW: ndarray) -> list[tuple[ndarray, ndarray]]:
+    """Points (K, 2) in pixels and their descriptors (K, 32), of a picture and of its mirror image: at most POINTS, the
+    strongest of each cell first."""
     detector = cv2.ORB.create(nfeatures=DETECTED, fastThreshold=7, edgeThreshold=15, patchSize=31)
-    found, bits_K32 = detector.detectAndCompute(grey_HW, None)
-    if bits_K32 is None:
-        return np.zeros((0, 2), np.float32), np.zeros((0, 32), np.uint8)
+    found = detector.detect(grey_HW, None)
+    if not found:
+        return [(np.zeros((0, 2), np.float32), np.zeros((0, 32), np.uint8))] * 2
     point_K2 = np.array([point.pt for point in found], np.float32)
     response_K = np.array([point.response for point in found], np.float32)
     height, width = grey_HW.shape
-    column_K, row_K = (
-        np.minimum(point_K2[:, axis] * GRID // side, GRID - 1) for axis, side in ((0, width), (1, height))
-    )
+    column_K = np.minimum(point_K2[:, 0] * GRID // width, GRID - 1)
+    row_K = np.minimum(point_K2[:, 1] * GRID // height, GRID - 1)
     cell_K = row_K * GRID + column_K
     order = np.lexsort((-response_K, cell_K))
     starts = np.flatnonzero(np.r_[True, np.diff(cell_K[order]) > 0])
     rank_K = np.arange(len(order)) - np.repeat(starts, np.diff(np.r_[starts, len(order)]))
     order = order[np.lexsort((-response_K[order], rank_K))][:POINTS]
-    return point_K2[order], bits_K32[order]
+    chosen = [found[k] for k in order]
+    mirrored = [
+        cv2.KeyPoint(width - 1 - p.pt[0], p.pt[1], p.size, (180 - p.angle) % 360, place, p.octave, p.class_id)
+        for place, p in enumerate(chosen)
+    ]
+    for place, point in enumerate(chosen):
+        point.response = place  # `compute` gives them back in another order
+    described = []
+    for points, picture in ((chosen, grey_HW), (mirrored, np.ascontiguousarray(grey_HW[:, ::-1]))):
+        points, bits_K32 = detector.compute(picture, points)
+        places = np.argsort([point.response for point in points])
+        described.append((np.array([point.pt for point in points], np.float32)[places], bits_K32[places]))
+    return described
 
 
 FILES = ("points", "descriptors", "count", "thumbnail", "aspect", "hashes")  # of a folder, one array each

@@ -44,27 +44,32 @@ class Match(NamedTuple):
 def verify(i: LocalFeatures, j: LocalFeatures, orientation: int = 0, start_33: ndarray | None = None) -> Match | None:
     """The match of two images; None if they are not copies.
 
-    `orientation` (see ORIENTATIONS) is how i must be turned to look like j, as far as known. Points find any turn; they
-    need to know about a mirror. Pixels are compared in this orientation only, or from the map `start_33` if one is
-    known, as that of i to a copy of j.
+    `orientation` (see ORIENTATIONS) is how i must be turned to look like j, as far as known; -1: as it is, or mirrored.
+    Points find any turn; they need to know about a mirror. Pixels are compared in this orientation only, or from the
+    map `start_33` if one is known, as that of i to a copy of j.
     """
-    mirrored = orientation >= 4
-    points, map_33 = _map_by_points(i, j, mirrored)
+    points, map_33 = _map_by_points(i, j, orientation >= 4)
     if points >= MIN_POINTS and map_33 is not None:
         agreement, overlap = compare_pixels(i.thumbnail_GG, j.thumbnail_GG, map_33)
         needed = MIN_AGREEMENT if points >= MANY_POINTS else HIGH_AGREEMENT
         if agreement >= needed and min(overlap) >= MIN_OVERLAP and max(overlap) >= MAIN_OVERLAP:
             return Match(map_33, points, agreement, overlap)
-    least = MIN_OVERLAP
-    if start_33 is None:
-        least = DIRECT_OVERLAP
-        start_33 = _to_inside(j.thumbnail_GG) @ ORIENTATIONS[orientation] @ np.linalg.inv(_to_inside(i.thumbnail_GG))
-    agreement, overlap = compare_pixels(i.thumbnail_GG, j.thumbnail_GG, start_33)
-    if agreement < MIN_START:
+    if start_33 is not None:
+        return _match_pixels(i, j, start_33, MIN_OVERLAP)
+    from_i, to_j = np.linalg.inv(_to_inside(i.thumbnail_GG)), _to_inside(j.thumbnail_GG)
+    for turned in (orientation,) if orientation >= 0 else (0, 4):
+        if (match := _match_pixels(i, j, to_j @ ORIENTATIONS[turned] @ from_i, DIRECT_OVERLAP)) is not None:
+            return match
+    return None
+
+
+def _match_pixels(i: LocalFeatures, j: LocalFeatures, start_33: ndarray, overlap_needed: float) -> Match | None:
+    """The match by a map near this one, if the pixels agree."""
+    if compare_pixels(i.thumbnail_GG, j.thumbnail_GG, start_33)[0] < MIN_START:
         return None
     for map_33 in (start_33, _refine(i.thumbnail_GG, j.thumbnail_GG, start_33)):
         agreement, overlap = compare_pixels(i.thumbnail_GG, j.thumbnail_GG, map_33)
-        if agreement >= MIN_DIRECT and min(overlap) >= least and is_plausible(map_33):
+        if agreement >= MIN_DIRECT and min(overlap) >= overlap_needed and is_plausible(map_33):
             return Match(map_33, 0, agreement, overlap)
     return None
 
@@ -79,13 +84,12 @@ def _map_by_points(i: LocalFeatures, j: LocalFeatures, mirrored: bool) -> tuple[
     """The affine map that most matched points agree on (RANSAC, Fischler and Bolles, 1981), and how many do."""
     if min(i.count_2[int(mirrored)], j.count_2[0]) < MIN_POINTS:
         return 0, None
-    matches = cv2.BFMatcher(cv2.NORM_HAMMING, crossCheck=True).match(i.descriptors(mirrored), j.descriptors(False))
-    matches = [match for match in matches if match.distance <= MAX_DISTANCE]
-    if len(matches) < MIN_POINTS:
-        return len(matches), None
+    matched_i, matched_j = mutually_nearest(i.descriptors(mirrored), j.descriptors(False))
+    if len(matched_i) < MIN_POINTS:
+        return 0, None
     pixels_i, pixels_j = _to_pixels(i.aspect), _to_pixels(j.aspect)
-    from_M2 = i.points(mirrored)[[match.queryIdx for match in matches]] * pixels_i.diagonal()[:2]
-    to_M2 = j.points(False)[[match.trainIdx for match in matches]] * pixels_j.diagonal()[:2]
+    from_M2 = i.points(mirrored)[matched_i] * pixels_i.diagonal()[:2]
+    to_M2 = j.points(False)[matched_j] * pixels_j.diagonal()[:2]
     affine_23, agree = cv2.estimateAffine2D(
         from_M2.astype(np.float32), to_M2.astype(np.float32), method=cv2.RANSAC, ransacReprojThreshold=TOLERANCE,
         maxIters=500, confidence=0.99,
@@ -97,6 +101,18 @@ def _map_by_points(i: LocalFeatures, j: LocalFeatures, mirrored: bool) -> tuple[
         return 0, None
     map_33 = np.linalg.inv(pixels_j) @ map_33 @ pixels_i
     return int(agree.sum()), map_33 @ MIRROR if mirrored else map_33
+
+
+def mutually_nearest(a_K32: ndarray, b_L32: ndarray) -> tuple[ndarray, ndarray]:
+    """Rows of both such that each descriptor is the nearest of the other, within MAX_DISTANCE bits: (M,), (M,)."""
+    a_K4, b_L4 = (np.ascontiguousarray(x).view(np.uint64) for x in (a_K32, b_L32))
+    bits_KL = np.zeros((len(a_K4), len(b_L4)), np.uint16)
+    for word in range(4):
+        bits_KL += np.bitwise_count(a_K4[:, word, None] ^ b_L4[None, :, word])
+    nearest_K = bits_KL.argmin(1)
+    rows = np.arange(len(a_K4))
+    ok_K = (bits_KL.argmin(0)[nearest_K] == rows) & (bits_KL[rows, nearest_K] <= MAX_DISTANCE)
+    return rows[ok_K], nearest_K[ok_K]
 
 
 def is_plausible(map_33: ndarray) -> bool:

@@ -22,6 +22,7 @@ BASE_BITS = 26  # hashed bits for one image; each doubling of the images takes o
 MAX_BITS = 60
 MAX_BUCKET = 64  # members that are all paired
 NEIGHBOURS = 8  # of a member of a larger bucket
+AS_IS_OR_MIRRORED = -1  # the orientation of a pair found by its vectors
 MIRRORED = 4  # the orientation of a mirror image; points find how it is turned
 MAX_RADIUS = 8  # bits in which perceptual hashes of candidates differ; fewer among more images
 

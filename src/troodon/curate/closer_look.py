@@ -8,6 +8,7 @@ traits    what tells which of some copies is kept (copies/keeper.py)
 
 import hashlib
 import io
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -30,7 +31,7 @@ from troodon.curate.context import CurationContext, row_ranges
 from troodon.curate.dedup import Verdict
 from troodon.curate.groups import Matches, resolve, reversed_match
 from troodon.curate.scores import Score, load_score
-from troodon.curate.stage import Counts, unit_counts
+from troodon.curate.stage import Counts, ProgressLine, unit_counts
 from troodon.images.decode import BadImage
 from troodon.images.index import Index
 from troodon.images.reading import map_ordered
@@ -40,10 +41,10 @@ T = TypeVar("T")
 # Shape suffixes: N images, those of benchmarks last; P pairs.
 
 MIN_VOTES = 3  # fewer are accidents: three of four such pairs are of other pictures
-PAIRS_PER_UNIT = 5_000
+PAIRS_PER_UNIT, PAIRS_PER_TASK = 20_000, 100
 PICTURES_PER_UNIT = 2_000  # 100 MB
 DETAIL_SHARES = (0.71, 0.6, 0.5, 0.42, 0.34, 0.25)  # of width and height, at which loss is measured
-MAX_LOSS = 2.5  # root mean square, in levels of 255
+MAX_LOSS = 1.0  # root mean square, in levels of 255
 EXIF, CAPTURE_DATE = 0x8769, 0x9003  # tags
 LOOK_SCHEMA = pa.schema(
     [("i", pa.int64()), ("j", pa.int64()), ("points", pa.int32()), ("agreement", pa.float32())]
@@ -94,17 +95,23 @@ class CloserLook:
         """The pairs that a step asks for: those with a benchmark, or all."""
         return pairs if "duplicate" in self.context.config.steps else pairs.take(pairs.j_P >= len(self.rows))
 
+    def without_groups(self, pairs: Pairs) -> Pairs:
+        """The pairs that are not in one group already; `decide` looks at those that matter."""
+        group_N = np.arange(self.copies.count)
+        for group in self.copies.groups():
+            group_N[group] = group[0]
+        return pairs.take(group_N[pairs.i_P] != group_N[pairs.j_P])
+
     def look(self, pairs: Pairs) -> int:
         """Look at those pairs that were not looked at before. Returns how many are copies."""
         known_P = np.fromiter((pair in self.checked for pair in zip(pairs.i_P.tolist(), pairs.j_P.tolist())), bool)
         table = np.unique(np.stack([pairs.i_P, pairs.j_P, pairs.orientation_P])[:, ~known_P], axis=1)
         self.checked.update(zip(table[0].tolist(), table[1].tolist()))
-        # Candidates of one pair, in several orientations, belong to one unit.
-        edges = np.flatnonzero(np.r_[True, (np.diff(table[:2], axis=1) != 0).any(0)][: table.shape[1]])
-        starts = edges[::PAIRS_PER_UNIT].tolist()
-        units = list(zip(starts, [*starts[1:], table.shape[1]]))
+        units = _without_splitting_pairs(table, PAIRS_PER_UNIT)
         digest = hashlib.sha256(np.ascontiguousarray(table).tobytes()).hexdigest()
-        parts = self.context.run_units("looks", _Look(self.features, table), units, self.name, digest)
+        parts = self.context.run_units(
+            "looks", _Look(self.features, table, self.context.config.threads), units, self.name, digest
+        )
         found = [row for part in parts for row in pq.read_table(part / "looks.parquet").to_pylist()]
         for row in found:
             map_33 = np.array([*(row[f"m{k}"] for k in range(6)), 0, 0, 1.0]).reshape(3, 3)
@@ -257,13 +264,11 @@ def saved_how(data: bytes) -> tuple[float, bool]:
 
 def detail(grey_HW: ndarray) -> float:
     """The share of width and height at which a picture loses nothing: less than 1 if it was enlarged."""
-    x, least = grey_HW.astype(np.float32), 1.0
+    picture, least = Image.fromarray(grey_HW), 1.0
     for share in DETAIL_SHARES:
-        size = max(2, round(x.shape[1] * share)), max(2, round(x.shape[0] * share))
-        back = cv2.resize(
-            cv2.resize(x, size, interpolation=cv2.INTER_AREA), x.shape[::-1], interpolation=cv2.INTER_CUBIC
-        )
-        if np.sqrt(np.mean((back - x) ** 2)) > MAX_LOSS:
+        size = max(2, round(picture.width * share)), max(2, round(picture.height * share))
+        back = picture.resize(size, Image.Resampling.LANCZOS).resize(picture.size, Image.Resampling.BICUBIC)
+        if np.sqrt(np.mean((np.asarray(back, np.float32) - grey_HW) ** 2)) > MAX_LOSS:
             break
         least = share
     return least
@@ -288,23 +293,42 @@ def _read_pairs(part: Path) -> Pairs:
     return Pairs(*(table[name].to_numpy() for name in "ijov"))
 
 
+def _without_splitting_pairs(table: ndarray, size: int) -> list[tuple[int, int]]:
+    """Ranges of columns of about `size` pairs each; candidates of one pair, in several orientations, stay together."""
+    edges = np.flatnonzero(np.r_[True, (np.diff(table[:2], axis=1) != 0).any(0)][: table.shape[1]])
+    starts = edges[::size].tolist()
+    return list(zip(starts, [*starts[1:], table.shape[1]]))
+
+
 @dataclass(frozen=True)
 class _Look:
     """Looks at candidates (first, last) of a table (3, P) of i, j and orientation, in order of i and j."""
 
     features: SavedFeatures
     table: ndarray
+    threads: int
 
     def __call__(self, unit: tuple[int, int], folder: Path) -> Counts:
-        reader, last, found = self.features.reader(), None, []
-        table = self.table[:, slice(*unit)]
-        for i, j, orientation in table.T.tolist():
-            if (i, j) == last:  # is a copy in another orientation
-                continue
-            match = verify(reader[i], reader[j], orientation)
-            if match is not None:
-                last = i, j
-                values = (i, j, match.points, match.agreement, *match.overlap, *match.map_33[:2].ravel().tolist())
-                found.append(dict(zip(LOOK_SCHEMA.names, values, strict=True)))
+        reader, table, found = self.features.reader(), self.table[:, slice(*unit)], []
+
+        def look(some: tuple[int, int]) -> list[dict]:
+            last, verified = None, []
+            for i, j, orientation in table[:, slice(*some)].T.tolist():
+                if (i, j) == last:  # is a copy in another orientation
+                    continue
+                match = verify(reader[i], reader[j], orientation)
+                if match is not None:
+                    last = i, j
+                    values = (i, j, match.points, match.agreement, *match.overlap, *match.map_33[:2].ravel().tolist())
+                    verified.append(dict(zip(LOOK_SCHEMA.names, values, strict=True)))
+            return verified
+
+        count = self.threads or min(16, os.cpu_count() or 1)
+        progress = ProgressLine("looks", "pairs", table.shape[1])
+        with ThreadPoolExecutor(count, "look") as pool:
+            chunks = _without_splitting_pairs(table, PAIRS_PER_TASK)
+            for chunk, verified in zip(chunks, map_ordered(pool, look, chunks, 2 * count)):
+                found += verified
+                progress.add(chunk[1] - chunk[0])
         pq.write_table(pa.Table.from_pylist(found, LOOK_SCHEMA), folder / "looks.parquet", compression="zstd")
         return unit_counts(table.shape[1], len(found), other=table.shape[1] - len(found))

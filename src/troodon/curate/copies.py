@@ -20,7 +20,7 @@ from numpy import ndarray
 
 from troodon import run
 from troodon.copies.verify import Match
-from troodon.copies.votes import MIRRORED, Pairs, most_voted
+from troodon.copies.votes import AS_IS_OR_MIRRORED, Pairs, most_voted
 from troodon.curate import dedup, equal, ledger, space
 from troodon.curate.closer_look import CloserLook
 from troodon.curate.context import AssignProbes, CurationContext, row_ranges, write_mapped
@@ -113,7 +113,7 @@ def look_at_all(
         found = 0
         if threshold < 1:
             edges = ((active[i], active[j], score) for i, j, score in search(active, round_number))
-            found += look.look(nearest_pairs(edges, config.candidates, len(rows)))
+            found += look.look(look.without_groups(nearest_pairs(edges, config.candidates, len(rows))))
         if round_number:
             found += look.look(look.candidates(np.isin(np.arange(look.copies.count), active)))
         if not found and round_number:
@@ -134,13 +134,12 @@ def look_at_all(
 
 
 def nearest_pairs(edges: Iterator[dedup.Edges], limit: int, first_benchmark: int) -> Pairs:
-    """The edges among the `limit` best of either image as candidates, as they are and mirrored."""
+    """The edges among the `limit` best of either image as candidates, as they are or mirrored."""
     parts = []
     for i, j, score in edges:
         votes = np.round(score.astype(np.float64) * 1e6).astype(np.int64)
-        parts.append(Pairs(i.astype(np.int64), j.astype(np.int64), np.zeros(len(i), np.int8), votes))
-    pairs, _ = most_voted(parts, limit, -1_000_000, first_benchmark)
-    return Pairs.concatenate([pairs, pairs._replace(orientation_P=np.full(len(pairs.i_P), MIRRORED, np.int8))])
+        parts.append(Pairs(i.astype(np.int64), j.astype(np.int64), np.full(len(i), AS_IS_OR_MIRRORED, np.int8), votes))
+    return most_voted(parts, limit, -1_000_000, first_benchmark)[0]
 
 
 def _by_cosine(
