@@ -58,16 +58,9 @@ def leak(
     if "benchmark" not in config.steps:
         raise UsageError("steps: a search for leaks has the step benchmark")
     selection = curate(
-        config,
-        None,
-        data,
-        backbone,
-        out / "selection",
-        benchmark=benchmark,
-        copies=copies,
-        workers=workers,
+        config, None, data, backbone, out / "selection", benchmark=benchmark, copies=copies, workers=workers,
         range=range,
-    )
+    )  # fmt: skip
     images, pairs = _leaked_pairs(selection)
     index = open_source(*as_list(benchmark)).with_range(saved_range(read_schema(selection / "images.parquet")))
     leaked = {pair["benchmark"] for pair in pairs}
