@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 
 from troodon.config import UsageError, nearest
 from troodon.images.decode import to_grey, to_rgb
-from troodon.views.config import ATTACK_KINDS, CropsConfig
+from troodon.views.config import ALL_ATTACK_KINDS, ATTACK_KINDS, CropsConfig
 
 Attack = Callable[[Image.Image, Generator, float], Image.Image]
 MIN_ATTACK_PX = 16  # an image whose shorter side is shorter is not attacked
@@ -29,9 +29,9 @@ _WORDS = ("sale", "new", "hello", "2019", "best", "photo", "of the", "day", "fol
 
 def attack(image: Image.Image | ndarray, kind: str, random: Generator, strength: float) -> ndarray:
     """A near-duplicate of `image`, (h, w, 3) uint8; its size may differ. Raises UsageError for an unknown kind."""
-    if kind not in ATTACKS:
-        raise nearest("attack", kind, ATTACKS)
-    return ATTACKS[kind](image, random, strength)
+    if kind not in ALL_ATTACKS:
+        raise nearest("attack", kind, ALL_ATTACKS)
+    return ALL_ATTACKS[kind](image, random, strength)
 
 
 def _on_arrays(function: Attack) -> Callable[[Image.Image | ndarray, Generator, float], ndarray]:
@@ -96,7 +96,12 @@ def stretch(image: Image.Image, r: Generator, strength: float) -> Image.Image:
 
 def crop(image: Image.Image, r: Generator, strength: float) -> Image.Image:
     """Keep 95 to 70 % of the area, anywhere, with the aspect ratio changed by 5 % at most."""
-    side, aspect = math.sqrt(0.95 - 0.25 * _vary(r, strength)), r.uniform(0.975, 1.025)
+    return _crop(image, r, 0.95 - 0.25 * _vary(r, strength))
+
+
+def _crop(image: Image.Image, r: Generator, share: float) -> Image.Image:
+    """Keep this share of the area."""
+    side, aspect = math.sqrt(share), r.uniform(0.975, 1.025)
     w, h = round(image.width * min(1, side * aspect)), round(image.height * min(1, side / aspect))
     x, y = int(r.integers(image.width - w + 1)), int(r.integers(image.height - h + 1))
     return image.crop((x, y, x + w, y + h))
@@ -240,6 +245,63 @@ def mix(image: Image.Image, r: Generator, strength: float) -> Image.Image:
     return image
 
 
+def tight_crop(image: Image.Image, r: Generator, strength: float) -> Image.Image:
+    """Keep 70 to 40 % of the area, anywhere, with the aspect ratio changed by 5 % at most."""
+    return _crop(image, r, 0.7 - 0.3 * _vary(r, strength))
+
+
+def quarter_turn(image: Image.Image, r: Generator, strength: float) -> Image.Image:
+    """Turned by 90 degrees, either way, or by 180, at every strength."""
+    turns = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
+    return image.transpose(turns[int(r.integers(3))])
+
+
+def vertical_flip(image: Image.Image, r: Generator, strength: float) -> Image.Image:
+    """Top and bottom exchanged, at every strength."""
+    return ImageOps.flip(image)
+
+
+def inset(image: Image.Image, r: Generator, strength: float) -> Image.Image:
+    """Pasted anywhere into another picture, of which it takes 90 to 50 % of both sides."""
+    share = 0.9 - 0.4 * _vary(r, strength)
+    small, ground = _scale(image, share, share), _made_picture(image.size, r)
+    x, y = (int(r.integers(max(0, whole - part) + 1)) for whole, part in zip(ground.size, small.size))
+    ground.paste(small, (x, y))
+    return ground
+
+
+def _made_picture(size: tuple[int, int], r: Generator) -> Image.Image:
+    """A picture of nothing: fields of colour, each half as large as the one before and weaker, as in photographs, and
+    some shapes in front of them."""
+    x_HWC = np.zeros((size[1], size[0], 3), np.float32)
+    for level in range(1, 7):
+        grid = Image.fromarray(r.integers(0, 256, (2**level, 2**level, 3), np.uint8))
+        x_HWC += (np.asarray(grid.resize(size, _BICUBIC), np.float32) - 127.5) / level
+    x_HWC = x_HWC.mean(2, keepdims=True) + x_HWC * r.uniform(0.1, 0.6)  # brightness differs more than colour
+    x_HWC = x_HWC * r.uniform(0.3, 1.0) + r.uniform(60, 190) + r.uniform(-40, 40, 3)
+    picture = Image.fromarray(np.clip(x_HWC, 0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(picture)
+    for _ in range(int(r.integers(8))):
+        (left, top), (w, h) = r.uniform(-0.2, 1, 2) * size, r.uniform(0.05, 0.5, 2) * size
+        shape = draw.ellipse if r.random() < 0.5 else draw.rectangle
+        shape((left, top, left + w, top + h), tuple(r.integers(0, 256, 3).tolist()))
+    return picture
+
+
+def perspective(image: Image.Image, r: Generator, strength: float) -> Image.Image:
+    """As photographed at a slant: each corner is taken from up to 2 to 22 % of the sides further inside."""
+    inwards_42 = r.uniform(0, 0.02 + 0.2 * _vary(r, strength), (4, 2))
+    corners_42 = np.array([(0, 0), (1, 0), (1, 1), (0, 1)], float)
+    to_42, from_42 = corners_42 * image.size, (corners_42 + inwards_42 * (1 - 2 * corners_42)) * image.size
+    # For each corner: (a x + b y + c) / (g x + h y + 1) and (d x + e y + f) / (g x + h y + 1) are where it comes from.
+    rows, places = [], []
+    for (x, y), (u, v) in zip(to_42, from_42):
+        rows += [(x, y, 1, 0, 0, 0, -u * x, -u * y), (0, 0, 0, x, y, 1, -v * x, -v * y)]
+        places += [u, v]
+    coefficients = np.linalg.solve(np.array(rows), np.array(places)).tolist()
+    return image.transform(image.size, Image.Transform.PERSPECTIVE, coefficients, _BICUBIC)
+
+
 def _colours(r: Generator) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """A light colour and a dark one."""
     return tuple(r.integers(190, 256, 3).tolist()), tuple(r.integers(0, 80, 3).tolist())
@@ -258,7 +320,12 @@ _DETAIL = (resave, jpeg, blur, sharpen, noise, text, sticker)
 ATTACKS: dict[str, Callable[[Image.Image | ndarray, Generator, float], ndarray]] = {
     f.__name__: _on_arrays(f) for f in (*_DETAIL, *_GEOMETRY, *_COLOUR, mix)
 }
+# Training that names them may draw from these too.
+ALL_ATTACKS = ATTACKS | {
+    f.__name__: _on_arrays(f) for f in (tight_crop, quarter_turn, vertical_flip, inset, perspective)
+}
 assert tuple(ATTACKS) == ATTACK_KINDS, "views/config.py lists the attacks"
+assert tuple(ALL_ATTACKS) == ALL_ATTACK_KINDS, "views/config.py lists the attacks"
 
 # The attacks whose copies are missed most if images are compared without attacked copies, with their strengths. The
 # first ones matter most: after twelve, hardly any more copies are found.

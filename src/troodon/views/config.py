@@ -17,6 +17,10 @@ ATTACK_KINDS = (  # the functions of attacks.py, in the order in which they are 
     "brightness", "contrast", "saturation", "hue", "grey", "gamma", "posterise", "vignette",
     "mix",
 )  # fmt: skip
+# Further ones, for training that names them. They are none of those above, from which recorded runs and calibration
+# draw by number.
+FURTHER_ATTACK_KINDS = ("tight_crop", "quarter_turn", "vertical_flip", "inset", "perspective")
+ALL_ATTACK_KINDS = ATTACK_KINDS + FURTHER_ATTACK_KINDS
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class CropsConfig:
     """Probability that the image is attacked before a global crop is taken, as images are changed on the web: with a
     kind and a strength drawn for each crop (see views/attacks.py). Only for colour and grey images."""
     attack_kinds: tuple[str, ...] = ()
-    """Kinds of attacks to draw from; all if empty."""
+    """Kinds of attacks to draw from; if empty, all but tight_crop, quarter_turn, vertical_flip, inset and
+    perspective."""
     visits: int = 0
     """Number of different sets of crops and colours of an image, which its visits use in turn; 0: new ones at every
     visit. With few, what a frozen teacher computes can be cached."""
@@ -56,8 +61,8 @@ class CropsConfig:
         _ranges(self, "crops.", "global_scale", "local_scale", "aspect")
         if min(self.aspect) <= 0:
             raise UsageError(f"crops.aspect {min(self.aspect)}: must be above 0")
-        for unknown in [kind for kind in self.attack_kinds if kind not in ATTACK_KINDS]:
-            raise nearest("crops.attack_kinds", unknown, ATTACK_KINDS)
+        for unknown in [kind for kind in self.attack_kinds if kind not in ALL_ATTACK_KINDS]:
+            raise nearest("crops.attack_kinds", unknown, ALL_ATTACK_KINDS)
         for wide, narrow, weight in self.mixed:
             if min(wide, narrow) < 1 or not 0 < weight < math.inf:
                 reason = "sides must be 1 or more, and the weight above 0"

@@ -70,7 +70,7 @@ class MultiCrop:
         Every box then keeps MARGIN times the pixels of its crop in both directions.
         """
         self.size = height, width
-        self.boxes = [self._draw_box(u, *kind) for u, kind in zip(self.random_numbers, self.crop_types)]
+        self.boxes = [self._draw_box(u, *kind, self.size) for u, kind in zip(self.random_numbers, self.crop_types)]
         scale = min(min(h / size[0], w / size[1]) for (_, _, h, w), (_, size) in zip(self.boxes, self.crop_types))
         self.reduction = next(factor for factor in (8, 4, 2, 1) if factor == 1 or scale >= factor * MARGIN)
         return self.reduction
@@ -86,15 +86,25 @@ class MultiCrop:
         globals_ = [self._crop(copy_HWC, view, view + 1, wide) for view, copy_HWC in enumerate(copies)]
         return torch.cat(globals_), self._crop(image_HWC, 2, None, narrow)
 
-    def _draw_box(self, u: list[float], scale: tuple[float, float], size: Size) -> Box:
+    def _boxes_of_copy(self, height: int, width: int, first: int, end: int | None) -> list[Box]:
+        """The boxes in a copy of the image with another size."""
+        if "quarter_turn" in self.config.attack_kinds and (height > width) != (self.size[0] > self.size[1]):
+            # In a copy that lies on its side, a box of the original would change its aspect ratio twice.
+            drawn = zip(self.random_numbers[first:end], self.crop_types[first:end])
+            return [self._draw_box(u, *kind, (height, width)) for u, kind in drawn]
+        return [_scale_box(box, self.size, (height, width)) for box in self.boxes[first:end]]
+
+    def _draw_box(self, u: list[float], scale: tuple[float, float], px: Size, size: Size) -> Box:
         low, high = self.config.aspect
-        return random_box(*self.size, scale, (low * (size[1] / size[0]), high * (size[1] / size[0])), u)
+        return random_box(*size, scale, (low * (px[1] / px[0]), high * (px[1] / px[0])), u)
 
     def _crop(self, image_HWC: np.ndarray, first: int, end: int | None, px: int | Size) -> Tensor:
         boxes, size = self.boxes[first:end], pair(px)
         crops_VCHW = np.empty((len(boxes), image_HWC.shape[2], *size), np.uint8)
+        if image_HWC.shape[:2] != self.size:
+            boxes = self._boxes_of_copy(image_HWC.shape[0], image_HWC.shape[1], first, end)
         for crop_CHW, box, u in zip(crops_VCHW, boxes, self.random_numbers[first:end]):
-            top, left, h, w = box if image_HWC.shape[:2] == self.size else _scale_box(box, self.size, image_HWC.shape)
+            top, left, h, w = box
             crop_HWC = _resize(image_HWC[top : top + h, left : left + w], *size)
             if u[-1] < self.config.flip:
                 crop_HWC = crop_HWC[:, ::-1]
