@@ -38,7 +38,7 @@ from troodon.curate.encoder import CopyEncoder
 from troodon.curate.gather import gather
 from troodon.curate.identical import remove_identical
 from troodon.curate.leak import remove_leaks
-from troodon.curate.scores import load_score
+from troodon.curate.scores import load_score, load_scores
 from troodon.curate.stage import Backend, stage_seconds
 from troodon.images.carry_out import write_lists
 from troodon.images.changes import refuse_changed, times_fingerprint
@@ -190,6 +190,7 @@ def _check_settings(
     thresholds = {"duplicate": config.threshold}
     if len(benchmark):
         thresholds["benchmark"] = config.benchmark_threshold
+    load_scores(config.marks)
     if config.keep_by:
         load_score(config.keep_by)
     for folder in config.prefer:

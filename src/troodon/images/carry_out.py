@@ -305,10 +305,13 @@ def _check_no_links(images: list[_Image], kept: list[_Image]) -> None:
 def _check_room(images: list[_Image], folder: Path) -> None:
     """UsageError if the images must be copied to another disk, which has not enough room."""
     there = next(p for p in (folder, *folder.parents) if p.exists())
-    device = os.stat(there).st_dev
-    needed = sum(max(0, image.length) for image in images if os.stat(image.file).st_dev != device)
+    needed = sum(max(0, image.length) for image in images if _device(image.file) != _device(there))
     if needed > (free := shutil.disk_usage(there).free):
         raise UsageError(f"{folder}: has {file_size(free)} left, and {file_size(needed)} would be moved there")
+
+
+def _device(path: str | Path) -> int:
+    return os.stat(path).st_dev
 
 
 def _check_plan(plan: dict, back: bool) -> None:

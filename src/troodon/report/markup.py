@@ -7,7 +7,7 @@ import base64
 import html
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, TypeGuard
 
@@ -43,6 +43,14 @@ class Card:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A further page, made when it is written."""
+
+    title: str
+    body: Callable[[], Markup]
+
+
+@dataclass(frozen=True)
 class Section:
     """One section of the page."""
 
@@ -51,6 +59,7 @@ class Section:
     body: Markup
     cards: tuple[Card, ...] = ()
     clause: str = ""  # its part of the sentence at the top of the page
+    parts: tuple[Part, ...] = ()
 
 
 def h(element: str, /, *content: Content, **attributes: object) -> Markup:

@@ -1,11 +1,15 @@
-"""The report: one HTML page about artifacts, which needs no network, no script and no other file.
+"""The report: one HTML page about artifacts, which needs no network, no script and no other file. Groups of copies that
+do not fit on it follow on further pages beside it.
 
 Each section reads the artifacts of one kind and is independent of the others; sections without artifacts are skipped.
 """
 
+import glob
 import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from urllib.parse import quote
 
 from troodon.report.artifacts import Artifact, find_artifacts
 from troodon.report.images import images_section, world_section
@@ -26,6 +30,7 @@ SECTIONS: list[tuple[str, Callable[[list[Artifact]], Section | None]]] = [
 KIND_ORDER = ["world", "index", "embeddings", "selection", "run", "backbone", "scores"]  # as they are made
 # Nothing may be fetched or run, whatever a file name contains.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+KICKER = "Troodon report"
 LOGO = Markup(
     '<svg class="eye" viewBox="0 0 32 32" aria-hidden="true"><path d="M1 16C6 7 11 4 16 4s10 3 15 12c-5 9-10 12-15 12'
     'S6 25 1 16Z" class="white"/><circle cx="16" cy="16" r="9.5" class="iris"/>'
@@ -45,19 +50,57 @@ def report(paths: Sequence[Path], out: Path, title: str | None = None) -> Path:
         section = make_section([artifact for artifact in artifacts if artifact.kind == kind])
         if section is not None:
             sections.append(section)
-    page = _page(title or _title(paths), [*sections, _repeat_section(artifacts)])
-    out = Path(out)
+    out, title = Path(out), title or _title(paths)
     target = out if out.suffix.lower() in (".html", ".htm") and not out.is_dir() else out / "report.html"
+    parts = _write_parts(target, title, sections)
+    sections = [replace(section, body=join(section.body, _links(parts[section.anchor]))) for section in sections]
+    page = _page(title, [*sections, _repeat_section(artifacts)])
     write_bytes(target, page.encode())
-    say(f"report: {plural(len(artifacts), 'artifact')}, {file_size(len(page))}, {target}")
+    count = sum(map(len, parts.values()))
+    beside = f", and {plural(count, 'further page')} beside it" if count else ""
+    say(f"report: {plural(len(artifacts), 'artifact')}, {file_size(len(page))}, {target}{beside}")
     return target
+
+
+def _write_parts(target: Path, title: str, sections: list[Section]) -> dict[str, list[tuple[str, str]]]:
+    """Write the further pages of all sections beside the page, and remove those of an earlier page of its name.
+
+    Returns by section the names and titles of its pages.
+    """
+    names, number_of_page = {section.anchor: list[tuple[str, str]]() for section in sections}, 0
+    for section in sections:
+        for part in section.parts:
+            number_of_page += 1
+            names[section.anchor].append((f"{target.stem}_groups_{number_of_page:03d}.html", part.title))
+    for section in sections:
+        listed = names[section.anchor]
+        for place, (part, (name, _)) in enumerate(zip(section.parts, listed)):
+            links = [(target.name, "the report")]
+            links += [(listed[place - 1][0], "previous")] if place else []
+            links += [(listed[place + 1][0], "next")] if place + 1 < len(listed) else []
+            way = h("nav", (h("a", words, href=quote(file)) for file, words in links), aria_label="Pages")
+            main = h("main", h("h1", part.title), way, part.body(), way, id="content")
+            write_bytes(target.with_name(name), _document(f"{part.title}: {title}", main).encode())
+    written = {name for listed in names.values() for name, _ in listed}
+    for path in target.parent.glob(f"{glob.escape(target.stem)}_groups_[0-9][0-9][0-9].html"):
+        if path.name not in written and KICKER in path.read_text(errors="replace"):
+            path.unlink()
+    return names
+
+
+def _links(pages: list[tuple[str, str]]) -> Content:
+    if not pages:
+        return None
+    listed = (h("li", h("a", title, href=quote(name))) for name, title in pages)
+    return join(h("p", "Further pages", class_="sub"), h("ul", listed, class_="prose"))
 
 
 def _title(paths: Sequence[Path]) -> str:
     return ", ".join(Path(path).resolve().name for path in paths)
 
 
-def _page(title: str, sections: list[Section]) -> str:
+def _document(title: str, *body: Content) -> str:
+    """A page of this title, which loads nothing."""
     style = (Path(__file__).with_name("page.css")).read_text()
     head = h(
         "head",
@@ -69,23 +112,32 @@ def _page(title: str, sections: list[Section]) -> str:
         h("title", f"{title}: a Troodon report"),
         h("style", Markup(style)),
     )
+    skip = h("a", "Skip to the content", href="#content", class_="skip")
+    return f"<!doctype html>\n{h('html', head, h('body', skip, body), lang='en')}\n"
+
+
+def _page(title: str, sections: list[Section]) -> str:
     top = h(
         "header",
-        h("p", LOGO, "Troodon report", class_="kicker"),
+        h("p", LOGO, KICKER, class_="kicker"),
         h("h1", title),
         h("p", _lead(sections), class_="lead"),
     )
     cards = [card for section in sections for card in section.cards]
-    body = h(
-        "body",
-        h("a", "Skip to the content", href="#content", class_="skip"),
+    alone = not any(section.parts for section in sections)
+    which = (
+        "This page is one file: it runs no script and loads nothing."
+        if alone
+        else ("This page and those it links to run no script and load nothing.")
+    )
+    return _document(
+        title,
         top,
         _cards(cards) if cards else None,
         h("nav", (h("a", s.title, href=f"#{s.anchor}") for s in sections), aria_label="Sections"),
         h("main", (h("section", h("h2", s.title), s.body, id=s.anchor) for s in sections), id="content"),
-        h("footer", h("p", "Written by Troodon. This page is one file: it runs no script and loads nothing.")),
+        h("footer", h("p", f"Written by Troodon. {which}")),
     )
-    return f"<!doctype html>\n{h('html', head, body, lang='en')}\n"
 
 
 def _lead(sections: list[Section]) -> str:

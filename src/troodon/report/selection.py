@@ -2,15 +2,18 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from troodon.images.carry_out import moved_files
 from troodon.images.index import Index
 from troodon.report import charts
 from troodon.report.artifacts import Artifact
+from troodon.report.copies import copies_figure, leaks_figure, marked_figure
 from troodon.report.markup import (
     MINUS,
     MISSING,
@@ -18,6 +21,7 @@ from troodon.report.markup import (
     Card,
     Content,
     Markup,
+    Part,
     Section,
     details,
     figure,
@@ -33,7 +37,6 @@ from troodon.report.markup import (
 from troodon.report.thumbnails import Frame, spread, thumbnail
 from troodon.text import plural
 
-GROUPS, MEMBERS = 8, 6
 QUERIES, HITS = 8, 6
 NOT_RETRIEVED = 22
 REASONS = 12
@@ -46,30 +49,45 @@ def selection_section(artifacts: list[Artifact]) -> Section | None:
                if (artifact.folder / "images.parquet").is_file()]  # fmt: skip
     if not ledgers:
         return None
-    body, total, kept = [], 0, 0
+    body, parts, total, kept = [], list[Part](), 0, 0
     for artifact, ledger in ledgers:
         total, kept = total + len(ledger), kept + sum(ledger.column("kept"))
         body.append(h("h3", artifact.name) if len(ledgers) > 1 else None)
-        body.append(_selection_body(artifact, ledger))
+        content, further = _selection_body(artifact, _where_moved(artifact, ledger))
+        body.append(content)
+        parts += further
     card = Card("kept by curation", number(kept), f"of {number(total)}, {percent(kept / total)}" if total else "")
-    return Section(
-        "selection", "What was kept, and why", join(body), (card,), f"curation kept {number(kept)} of {number(total)}"
-    )
+    clause = f"curation kept {number(kept)} of {number(total)}"
+    return Section("selection", "What was kept, and why", join(body), (card,), clause, tuple(parts))
 
 
-def _selection_body(artifact: Artifact, ledger: Index) -> Markup:
+def _where_moved(artifact: Artifact, ledger: Index) -> Index:
+    """The ledger with the present places of images that `apply` has moved."""
+    if not (moved := moved_files(artifact.folder)):
+        return ledger
+    places = [moved.get(file, file) for file in ledger.column("container")]
+    at = ledger.table.schema.get_field_index("container")
+    return replace(ledger, table=ledger.table.set_column(at, "container", pa.array(places, pa.string())))
+
+
+def _selection_body(artifact: Artifact, ledger: Index) -> tuple[Markup, list[Part]]:
     summary = artifact.json("summary.json")
     summary = summary if isinstance(summary, dict) else {}
     stages = _stages(summary, ledger)
-    return join(
+    copies, parts = copies_figure(ledger, artifact.folder)
+    leaks, more = leaks_figure(ledger, artifact.folder)
+    body = join(
         _pools(ledger),
         _funnel(stages),
-        _summary_numbers(summary),
-        _duplicate_groups(artifact.folder / "groups.parquet", ledger),
+        copies,
+        leaks,
+        marked_figure(ledger),
         _retrieved(artifact.folder / "hits.parquet", ledger),
         _not_retrieved(ledger),
+        _summary_numbers(summary),
         _reasons(ledger),
     )
+    return body, [*parts, *more]
 
 
 def _pools(ledger: Index) -> Content:
@@ -148,37 +166,6 @@ def _rate_chart(title: str, values: dict) -> Markup:
     return figure(charts.bar_chart(rows, label=title, top=1.0, unit=f"{SPACE}%", scale=100), title)
 
 
-def _duplicate_groups(path: Path, ledger: Index) -> Content:
-    """Groups of near-duplicates, the most doubtful first, where mistakes are most likely."""
-    rows_table = _read_table(path, len(ledger))
-    if rows_table is None:
-        return None
-    # Only the groups that are shown become records: there may be millions.
-    names, group_of, sizes = np.unique(rows_table["group"].to_numpy(), return_inverse=True, return_counts=True)
-    doubt = np.ones(len(names))
-    np.minimum.at(doubt, group_of, np.nan_to_num(rows_table["score"].to_numpy().astype(float), nan=1.0))
-    order = [int(g) for g in np.lexsort((names, doubt)) if sizes[g] > 1]
-    if not order:
-        return None
-    members = _records(rows_table, "group", [int(names[g]) for g in spread(order, GROUPS)])
-    groups = [sorted(g, key=lambda r: (not r["kept"], -_score_or_one(r), r["row"])) for g in members.values()]
-    shown = []
-    for group in groups:
-        cells = [thumbnail(ledger, group[0]["row"], Frame("kept", True))]
-        # A long group shows the images that are most like the kept one, and those that are least.
-        cells += [thumbnail(ledger, r["row"], Frame("kept" if r["kept"] else _cosine_text(r), r["kept"]))
-                  for r in spread(group[1:], MEMBERS - 1)]  # fmt: skip
-        hidden = len(group) - len(cells)
-        shown.append(
-            h("div", cells, h("span", f"+ {number(hidden)}", class_="more") if hidden else None, class_="strip")
-        )
-    caption = (
-        f"{plural(len(order), 'group')} in all; shown are {number(len(shown))}, from the most doubtful to the surest. "
-        "The framed image is kept in place of the others. Below each of those: its cosine with the framed one."
-    )
-    return figure(h("div", shown, class_="groups"), "Near-duplicates", caption)
-
-
 def _retrieved(path: Path, ledger: Index) -> Content:
     """Images that were retrieved for curated ones."""
     rows_table = _read_table(path, len(ledger), "query")
@@ -245,10 +232,6 @@ def _records(rows_table: pa.Table, key: str, chosen: list[int]) -> dict[int, lis
 
 def _cosine_text(record: dict) -> str:
     return f"{record['score']:.2f}" if is_number(record["score"]) else MISSING
-
-
-def _score_or_one(record: dict) -> float:
-    return record["score"] if is_number(record["score"]) else 1.0
 
 
 def _plain(key: object) -> str:

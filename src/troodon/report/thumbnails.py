@@ -1,5 +1,6 @@
 """Images as they are embedded in the page: thumbnails, and pictures from artifacts."""
 
+import functools
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,30 +25,31 @@ class Frame:
     kept: bool = False
 
 
-def thumbnail(index: Index, row: int, frame: Frame = Frame()) -> Markup:
-    """A thumbnail of row `row` of the index; a grey box if the image is missing or broken."""
+def thumbnail(index: Index, row: int, frame: Frame = Frame(), side: int = SIDE) -> Markup:
+    """A thumbnail of row `row` of the index, its longer side `side` pixels at most; a grey box if the image is missing
+    or broken."""
     path = index.path(row)
     try:
-        source, side = jpeg(to_rgb(index.decode(row, None, _smaller)))
+        source, longest = jpeg(to_rgb(index.decode(row, None, functools.partial(_smaller, side))), side)
     except (OSError, BadImage) as error:
         reason = error.reason if isinstance(error, BadImage) else "the file is gone or was cut short"
         image = h("span", class_="missing", role="img", aria_label=f"{path}: {reason}", title=f"{path}: {reason}")
     else:
         # Very small images are enlarged without interpolation.
-        image = h("img", src=source, alt=path, title=path, class_="tiny" if side <= 40 else None)
+        image = h("img", src=source, alt=path, title=path, class_="tiny" if longest <= 40 else None)
     below = h("figcaption", frame.caption) if frame.caption is not None else None
     return h("figure", h("span", image, class_="box"), below, class_="thumb kept" if frame.kept else "thumb")
 
 
-def _smaller(height: int, width: int) -> int:
-    return next((times for times in (8, 4, 2) if max(height, width) >= 2 * times * SIDE), 1)
+def _smaller(side: int, height: int, width: int) -> int:
+    return next((times for times in (8, 4, 2) if max(height, width) >= 2 * times * side), 1)
 
 
-def jpeg(pixels_HWC: np.ndarray) -> tuple[str, int]:
-    """A data URI of the image, whose longer side is SIDE pixels at most, and the longer side of the original."""
+def jpeg(pixels_HWC: np.ndarray, side: int = SIDE) -> tuple[str, int]:
+    """A data URI of the image, whose longer side is `side` pixels at most, and the longer side of the original."""
     image = Image.fromarray(pixels_HWC)
     longest = max(image.size)
-    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
     out = io.BytesIO()
     image.save(out, "JPEG", quality=80, optimize=True)
     return data_uri(out.getvalue(), "jpeg"), longest
