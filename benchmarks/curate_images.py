@@ -1,28 +1,41 @@
 """Copies, leaks and look-alikes among real images: what each way to compare images finds.
 
     python benchmarks/curate_images.py --data FOLDER [--backbone RUN ...] [--parts PART ...] [--quick] [--record]
+    python benchmarks/curate_images.py --parts pack --pack FILE ... [--quick] [--record]
 
-FOLDER holds neardup_cifar10_dev.tar, photos_cc0_224.tar and cls_tinyin50_64.tar. Ways to compare: 8 x 8 pixels, an
-untrained ViT, the backbones given, these with pixels, each whitened; and perceptual hashes.
+FOLDER holds neardup_cifar10_dev.tar, photos_cc0_224.tar, cls_tinyin50_64.tar, seg_camvid_dev.tar, retr_eth80_dev.tar.
+Ways to compare: 8 x 8 pixels, an untrained ViT, the backbones given, these with pixels, each whitened; perceptual
+hashes; and the closer look at two images, by which `curate --verify geometric` decides.
 
-    judged     4,313 images of CIFAR-10 with 156 pairs that people judge the same: average precision over all pairs
+    pack       a tar with ground truth, de-duplicated without any network, against pHash (pack.py)
+    judged     4,313 images of CIFAR-10 with 156 pairs that people judge the same: average precision over all pairs. By
+               the closer look: how many of these pairs are accepted, of 18 that people judge similar, and of others
     attacked   photographs against copies of them, 24 kinds at four strengths: average precision over all pairs of a
                copy and a photograph, recall at the score that no wrong pair reaches, and the same by strength; and by
-               kind the share of copies that lie nearer to their photograph than to any other
-    pairs      photographs and attacked copies of 240 of them, de-duplicated by hashes and vectors: which pairs remain
+               kind, with five further kinds, the average precision and the share of copies that lie nearer to their
+               photograph than to any other. By the closer look: the share of copies that are accepted as copies of
+               their photograph, of these the share that votes and hashes propose, and how many other photographs are
+    pairs      photographs and attacked copies of 240 of them, de-duplicated: which pairs remain, with --verify none
+               (by hashes and vectors) and geometric
     leaks      attacked validation images hidden in a pool, curated against the validation set: which remain, by kind;
-               by the network alone, with pixels, and then with attacked copies of the validation set
+               with --verify none and geometric
+    scenes     frames of videos and views of objects, de-duplicated by pixels, with --verify none and geometric: other
+               shots of one scene are not copies; how many are joined
     retrieval  half of 50 classes as curated, images of all classes and photographs as pool: precision, recall,
                collisions, by sample and by cluster; against as many images drawn by chance
 """
 
+import argparse
 import csv
 import io
+import re
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +45,18 @@ import torch
 from numpy import ndarray
 from PIL import Image
 
-from measure import argument_parser, finish, result
+from measure import CORES, argument_parser, finish, result
+from pack import pack_results
 from troodon import run, verbs
+from troodon.copies.hashes import perceptual_hash
+from troodon.copies.local_features import SavedFeatures, local_features, save_features
+from troodon.copies.verify import ORIENTATIONS, verify
+from troodon.copies.votes import TABLES, Pairs, alike_hashes, most_voted, vote
 from troodon.curate import space
+from troodon.curate.closer_look import MIN_VOTES
 from troodon.curate.config import CurateConfig
 from troodon.curate.embed import embed
 from troodon.curate.encoder import CopyEncoder, PixelBackbone
-from troodon.curate.hashes import perceptual_hash
 from troodon.curate.pipeline import curate
 from troodon.images.decode import decode
 from troodon.images.index import Index
@@ -47,8 +65,10 @@ from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
 from troodon.search.exact import l2_normalise
 from troodon.views.attacks import ATTACKS, attack
+from troodon.views.config import ALL_ATTACK_KINDS, ATTACK_KINDS, FURTHER_ATTACK_KINDS
 
-PARTS = ("judged", "pairs", "leaks", "retrieval")  # besides the attacked photographs
+PARTS = ("pack", "judged", "attacked", "pairs", "leaks", "scenes", "retrieval")
+VERIFY = ("none", "geometric")
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 
 
@@ -75,7 +95,33 @@ def fit_space(encoder: CopyEncoder | None, base: ndarray) -> Callable[[ndarray],
     return lambda x: l2_normalise(transform(x))
 
 
-def judged_pairs(data: Path, encoders: dict[str, CopyEncoder | None]) -> None:
+class Looks:
+    """The closer look at pairs of some images. Those from `first` on are not compared with one another."""
+
+    def __init__(self, images: list[ndarray], first: int, home: Path):
+        with ThreadPoolExecutor(CORES) as pool:
+            found = list(pool.map(local_features, images))
+        home.mkdir()
+        save_features(found, home)
+        self.features, self.first = SavedFeatures((home,), len(images)), first
+        self.reader = self.features.reader()
+
+    def candidates(self) -> dict[tuple[int, int], set[int]]:
+        """The pairs that votes and hashes propose, with orientations; however many an image has."""
+        active_N = np.ones(len(self.features), bool)
+        voted = (vote(self.features, active_N, self.first, table) for table in range(TABLES))
+        pairs = most_voted(voted, len(active_N), MIN_VOTES, self.first)[0]
+        pairs = Pairs.concatenate([pairs, alike_hashes(self.features, active_N, self.first)])
+        found: dict[tuple[int, int], set[int]] = {}
+        for i, j, orientation in zip(*(column.tolist() for column in pairs[:3])):
+            found.setdefault((i, j), set()).add(orientation)
+        return found
+
+    def accepts(self, i: int, j: int, orientations: Iterable[int]) -> bool:
+        return any(verify(self.reader[i], self.reader[j], orientation) for orientation in sorted(orientations))
+
+
+def judged_pairs(data: Path, encoders: dict[str, CopyEncoder | None], home: Path, quick: bool) -> None:
     tar = data / "neardup_cifar10_dev.tar"
     index = open_source(tar / "images")
     row_of = {Path(path).name: row for row, path in enumerate(index.column("path"))}
@@ -97,41 +143,110 @@ def judged_pairs(data: Path, encoders: dict[str, CopyEncoder | None]) -> None:
             f"judged     {name:<10} average precision {ap:.3f}, recall before the first wrong pair {recall:.3f}",
             flush=True,
         )
+    looks_at_judged(images, judgements, home, quick)
 
 
-def attacked_photographs(data: Path, encoders: dict[str, CopyEncoder | None], photos: int) -> list[float]:
-    """The average precision of each encoder."""
+def looks_at_judged(images: list[ndarray], judgements: list[tuple[int, int, str]], home: Path, quick: bool) -> None:
+    """Report how many pairs of each judgement are accepted, and of all others; `quick` looks at no others."""
+    listed = {(min(a, b), max(a, b)): judgment for a, b, judgment in judgements}
+    rows = sorted({row for pair in listed for row in pair}) if quick else range(len(images))
+    place = {row: number for number, row in enumerate(rows)}
+    looks = Looks([images[row] for row in rows], len(rows), home / "judged")
+    accepted, total = Counter[str](), Counter(listed.values())
+    for (a, b), judgment in listed.items():
+        accepted[judgment] += looks.accepts(place[a], place[b], (0, 4))
+    counts = ", ".join(f"{accepted[name]} of {total[name]} pairs judged {name}" for name in sorted(total))
+    of_others = "others not looked at"
+    if not quick:
+        others = {pair: found for pair, found in looks.candidates().items() if pair not in listed}
+        joined = sum(looks.accepts(*pair, orientations) for pair, orientations in others.items())
+        of_others = f"{joined} of {len(others):,} other candidates"
+    print(f"judged     {'closer look':<10} accepts {counts}; {of_others}", flush=True)
+
+
+@dataclass(frozen=True)
+class AttackedCopies:
+    """Attacked copies of photographs: pixels, the photograph, kind and strength of each."""
+
+    images: list[ndarray]
+    originals: ndarray  # int64
+    kinds: ndarray  # str
+    strengths: ndarray  # float
+
+    @staticmethod
+    def of(images: list[ndarray], photos: int) -> "AttackedCopies":
+        """Copies of as many photographs: those of the first 24 kinds, which the summary counts, and then the others."""
+        random = np.random.default_rng(0)
+        rows = random.permutation(len(images))[:photos].tolist()
+        columns = [
+            (attack(images[row], kind, random, strength), row, kind, strength)
+            for kinds in (ATTACK_KINDS, FURTHER_ATTACK_KINDS)
+            for row in rows
+            for strength in STRENGTHS
+            for kind in kinds
+        ]
+        copies, originals, names, strengths = zip(*columns)
+        return AttackedCopies(list(copies), np.array(originals), np.array(names), np.array(strengths))
+
+    def by_kind(self, value: Callable[[ndarray], float], digits: int = 2) -> str:
+        """A value of the copies of each kind, the worst first."""
+        values = {kind: value(self.kinds == kind) for kind in ALL_ATTACK_KINDS}
+        return ", ".join(f"{kind} {values[kind]:.{digits}f}" for kind in sorted(values, key=values.__getitem__))
+
+
+def attacked_photographs(
+    data: Path, encoders: dict[str, CopyEncoder | None], photos: int, home: Path
+) -> tuple[float, float]:
+    """The average precisions of the last two encoders: the last backbone with pixels, as in curation; and hashes."""
     index, precisions = open_source(data / "photos_cc0_224.tar"), []
     images = [decode(index.read(row)) for row in range(len(index))]
-    random = np.random.default_rng(0)
-    copies, originals, kinds, strengths = [], [], [], []
-    for row in random.permutation(len(index))[:photos].tolist():
-        for strength in STRENGTHS:
-            for kind in ATTACKS:
-                copies.append(attack(images[row], kind, random, strength))
-                originals.append(row)
-                kinds.append(kind)
-                strengths.append(strength)
-    right = np.zeros((len(copies), len(index)), bool)
-    right[np.arange(len(copies)), originals] = True
+    copies = AttackedCopies.of(images, photos)
+    right = np.arange(len(index)) == copies.originals[:, None]
+    is_counted = np.isin(copies.kinds, ATTACK_KINDS)
     for name, encoder in encoders.items():
         base = describe(images, encoder)
         transform = fit_space(encoder, base)
-        score = transform(describe(copies, encoder)) @ transform(base).T
-        ap, recall = average_precision(score.ravel(), right.ravel())
-        by_strength = [average_precision(score[s].ravel(), right[s].ravel())[1] for s in
-              (np.array(strengths) == strength for strength in STRENGTHS)]  # fmt: skip
+        score = transform(describe(copies.images, encoder)) @ transform(base).T
+
+        def precision_recall(chosen: ndarray, score: ndarray = score) -> tuple[float, float]:
+            return average_precision(score[chosen].ravel(), right[chosen].ravel())
+
+        ap, recall = precision_recall(is_counted)
+        by_strength = [precision_recall(is_counted & (copies.strengths == strength))[1] for strength in STRENGTHS]
         shares = ", ".join(f"{strength:g}: {share:.2f}" for strength, share in zip(STRENGTHS, by_strength))
         print(
             f"attacked   {name:<10} average precision {ap:.3f}, recall at no wrong pair {recall:.3f} ({shares})",
             flush=True,
         )
-        nearest = score.argmax(1) == originals
-        by_kind = {kind: nearest[np.array(kinds) == kind].mean() for kind in ATTACKS}
-        worst_first = ", ".join(f"{kind} {by_kind[kind]:.2f}" for kind in sorted(by_kind, key=by_kind.__getitem__))
-        print(f"attacked   {name:<10} nearest is right {nearest.mean():.3f}; by kind: {worst_first}", flush=True)
+        nearest = score.argmax(1) == copies.originals
+        by_kind = copies.by_kind(lambda chosen, nearest=nearest: nearest[chosen].mean())
+        print(f"attacked   {name:<10} nearest is right {nearest[is_counted].mean():.3f}; by kind: {by_kind}")
+        by_kind = copies.by_kind(lambda chosen, measure=precision_recall: measure(chosen)[0], 3)
+        print(f"attacked   {name:<10} average precision by kind: {by_kind}", flush=True)
         precisions.append(ap)
-    return precisions
+    looks_at_attacked(images, copies, home)
+    return precisions[-2], precisions[-1]
+
+
+def looks_at_attacked(images: list[ndarray], copies: AttackedCopies, home: Path) -> None:
+    """Report by kind and strength which copies the closer look accepts, and how many other photographs."""
+    looks = Looks(images + copies.images, len(images), home / "attacked")
+    candidates = {pair: found for pair, found in looks.candidates().items() if pair[1] >= len(images)}
+    own = [(row, len(images) + number) for number, row in enumerate(copies.originals.tolist())]
+    accepted = np.array([looks.accepts(*pair, range(len(ORIENTATIONS))) for pair in own])
+    proposed = np.array([pair in candidates for pair in own])
+    others = {pair: found for pair, found in candidates.items() if pair[0] != copies.originals[pair[1] - len(images)]}
+    wrong = [(i, int(copies.originals[j - len(images)])) for (i, j), o in others.items() if looks.accepts(i, j, o)]
+    print(f"attacked   closer look accepts {accepted.mean():.4f} of {len(own):,} copies; votes and hashes propose "
+          f"{proposed[accepted].mean():.4f} of these, and {len(others):,} other pairs of a copy and a photograph, of "
+          f"which it accepts {len(wrong)}, of the photographs {sorted(set(wrong))}")  # fmt: skip
+    for kind in ALL_ATTACK_KINDS:
+        chosen = copies.kinds == kind
+        by_strength = ", ".join(f"{strength:g}: {accepted[chosen & (copies.strengths == strength)].mean():.2f}"
+                                for strength in STRENGTHS)  # fmt: skip
+        if not accepted[chosen].all():
+            print(f"attacked   closer look {kind:<13} {accepted[chosen].mean():.3f} ({by_strength})", flush=True)
+    print("attacked   closer look accepts all copies of the other kinds", flush=True)
 
 
 def training_images(data: Path) -> tuple[Index, ndarray]:
@@ -141,8 +256,7 @@ def training_images(data: Path) -> tuple[Index, ndarray]:
 
 
 def leaks(data: Path, home: Path, name: str, backbone: Any, hidden: int, seed: int) -> None:
-    """Hide attacked validation images in a pool and report how many remain: by the network alone, with pixels, and then
-    with attacked copies of the validation set, as curation does."""
+    """Hide attacked validation images in a pool and report how many remain, as curation compares them."""
     index, _ = training_images(data)
     benchmark = open_source(data / "cls_tinyin50_64.tar" / "images" / "val")
     random = np.random.default_rng(seed)
@@ -153,11 +267,8 @@ def leaks(data: Path, home: Path, name: str, backbone: Any, hidden: int, seed: i
         Image.fromarray(attack(decode(benchmark.read(row)), kind, random, 0.5)).save(folder / f"{kind}-{i:04d}.png")
     drawn = index.take(np.sort(random.permutation(len(index))[:5000]))
     pool = Index.concat([drawn, open_source(folder)]).without_labels()
-    has_pixels = not isinstance(backbone, PixelBackbone)
-    ways = {"alone": (False, 0)} | ({"pixels": (True, 0)} if has_pixels else {})
-    ways |= {"attacked copies": (has_pixels, 12)}
-    for way, (pixels, benchmark_attacks) in ways.items():
-        config = CurateConfig(gather="all", pixels=pixels, benchmark_attacks=benchmark_attacks)
+    for way in VERIFY:
+        config = CurateConfig(gather="all", verify=way, pixels=not isinstance(backbone, PixelBackbone))
         out = curate(config, index.take([]), pool, backbone, home / f"leaks-{name}-{seed}-{way}", benchmark=benchmark)
         _report_leaks(f"{name}, {way}, {seed}", out, folder)
 
@@ -206,10 +317,9 @@ def pairs(data: Path, home: Path, name: str, backbone: Any, copied: int = 240) -
         Image.fromarray(attack(decode(index.read(row)), kinds[i % len(kinds)], random, 0.5)).save(file)
         originals[f"{folder.name}/{file.name}"] = index.path(row)
     pool = Index.concat([index, open_source(folder)]).without_labels()
-    for way, pixels in (("alone", False), ("pixels", True)):
-        if pixels and isinstance(backbone, PixelBackbone):
-            continue
-        config = CurateConfig(steps=("exact", "hash", "duplicate"), gather="all", pixels=pixels)
+    for way, steps in zip(VERIFY, (("exact", "hash", "duplicate"), ("exact", "duplicate"))):
+        pixels = not isinstance(backbone, PixelBackbone)
+        config = CurateConfig(steps=steps, gather="all", verify=way, pixels=pixels)
         out = curate(config, index.take([]), pool, backbone, home / f"pairs-{name}-{way}")
         rows = pq.read_table(out / "images.parquet").to_pylist()
         kept = {row["path"] for row in rows if row["kept"]}
@@ -221,6 +331,23 @@ def pairs(data: Path, home: Path, name: str, backbone: Any, copied: int = 240) -
         by_kind = ", ".join(f"{kind} {both.count(kind)}" for kind in sorted(set(both), key=lambda k: -both.count(k)))
         print(f"pairs      {name + ', ' + way:<24} {len(both)} of {copied} copies beside their originals: {by_kind}; "
               f"{wrong} other images dropped", flush=True)  # fmt: skip
+
+
+def scenes(data: Path, home: Path) -> None:
+    """De-duplicate frames of videos and views of objects; report how many are joined, and to what."""
+    for name in ("seg_camvid_dev", "retr_eth80_dev"):
+        index = open_source(data / f"{name}.tar" / "images").without_labels()
+        for way in VERIFY:
+            config = CurateConfig(steps=("exact", "duplicate"), gather="all", verify=way, pixels=False)
+            out = curate(config, index.take([]), index, PixelBackbone(3), home / f"scenes-{name}-{way}")
+            rows = pq.read_table(out / "images.parquet").to_pylist()
+            stems = [Path(row["path"]).stem for row in rows]
+            joined = [(stems[number], stems[row["cause"]], row["score"]) for number, row in enumerate(rows)
+                      if not row["kept"]]  # fmt: skip
+            same = sum(re.split("[-_]", a)[0] == re.split("[-_]", b)[0] for a, b, _ in joined)
+            pairs = ", ".join(f"{a} {b} {score:.2f}" for a, b, score in joined[:10])
+            print(f"scenes     {name}, {way:<10} {len(joined)} of {len(rows)} joined to another, {same} of them of the "
+                  f"same video or object: {pairs}", flush=True)  # fmt: skip
 
 
 def retrieval(data: Path, home: Path, name: str, backbone: Any) -> None:
@@ -247,13 +374,29 @@ def retrieval(data: Path, home: Path, name: str, backbone: Any) -> None:
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path, help="folder of the packs that all parts but `pack` need")
+    parser.add_argument("--pack", type=Path, nargs="+", help="packs of the part `pack`; by default neardup_cc0_dev.tar")
     parser.add_argument("--backbone", type=Path, nargs="+", default=[], help="backbones, named by their folders")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--quick", action="store_true", help="eight photographs, and no pools")
+    parser.add_argument("--quick", action="store_true", help="a third of a pack, eight photographs, and no pools")
     parser.add_argument("--photos", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=3, help="draws of hidden images and their attacks")
     arguments = parser.parse_args()
+    if arguments.data is None and (arguments.pack is None or set(arguments.parts) != {"pack"}):
+        parser.error("--data FOLDER is needed by all parts but `--parts pack --pack FILE`")
+    results = []
+    with tempfile.TemporaryDirectory(prefix="troodon-images-") as folder:
+        if "pack" in arguments.parts:
+            for path in arguments.pack or [arguments.data / "neardup_cc0_dev.tar"]:
+                results += pack_results(path, Path(folder), arguments.quick)
+        if set(arguments.parts) != {"pack"}:
+            results += run_parts(arguments, Path(folder))
+    finish(results, arguments)
+
+
+def run_parts(arguments: argparse.Namespace, home: Path) -> list[dict]:
+    """Run the parts that compare by networks; returns rows."""
+    data, parts = arguments.data, arguments.parts
     torch.manual_seed(0)
     untrained = ViTConfig(dim=128, depth=4, heads=2, patch=8, grid=6, layer_scale=1.0)
     networks: dict[str, Any] = {"pixels": PixelBackbone(3)}
@@ -263,22 +406,26 @@ def main() -> None:
     encoders |= {name: CopyEncoder(network, pixels=False) for name, network in networks.items()}
     encoders |= {f"{name}, pixels": CopyEncoder(network) for name, network in networks.items() if name != "pixels"}
     encoders["hash"] = None
-    if "judged" in arguments.parts:
-        judged_pairs(arguments.data, encoders)
-    precisions = attacked_photographs(arguments.data, encoders, 8 if arguments.quick else arguments.photos)
-    if not arguments.quick:
-        with tempfile.TemporaryDirectory(prefix="troodon-images-") as folder:
-            for name, network in networks.items():
-                if "pairs" in arguments.parts:
-                    pairs(arguments.data, Path(folder), name, network)
-                if "leaks" in arguments.parts:
-                    for seed in range(arguments.seeds):
-                        leaks(arguments.data, Path(folder), name, network, 480, seed)
-                if "retrieval" in arguments.parts:
-                    retrieval(arguments.data, Path(folder), name, network)
-    ours, hashes = precisions[-2:]  # the last backbone with pixels, as in curation; and hashes
-    finish([result("attacked_average_precision", ours, hashes, "average precision", more_is_better=True,
-                   rival="perceptual hashes")], arguments)  # fmt: skip
+    if "judged" in parts:
+        judged_pairs(data, encoders, home, arguments.quick)
+    results = []
+    if "attacked" in parts:
+        ours, hashes = attacked_photographs(data, encoders, 8 if arguments.quick else arguments.photos, home)
+        results.append(result("attacked_average_precision", ours, hashes, "average precision", more_is_better=True,
+                              rival="perceptual hashes"))  # fmt: skip
+    if arguments.quick:
+        return results
+    if "scenes" in parts:
+        scenes(data, home)
+    for name, network in networks.items():
+        if "pairs" in parts:
+            pairs(data, home, name, network)
+        if "leaks" in parts:
+            for seed in range(arguments.seeds):
+                leaks(data, home, name, network, 480, seed)
+        if "retrieval" in parts:
+            retrieval(data, home, name, network)
+    return results
 
 
 if __name__ == "__main__":

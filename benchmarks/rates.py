@@ -24,8 +24,8 @@ import numpy as np
 from PIL import Image
 
 from measure import argument_parser, finish, median_seconds, result
+from troodon.copies.hashes import near_hashes
 from troodon.curate.embed import embed
-from troodon.curate.hashes import near_hashes
 from troodon.images.decode import decode
 from troodon.images.sources import open_source
 from troodon.model.backbone import Backbone

@@ -2,7 +2,6 @@
 
 import json
 import re
-import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -208,17 +207,6 @@ def test_each_mark_has_a_table_and_each_table_a_mark(text):
         tables.updated(text, "page.md", [], {"speed": TABLE})
 
 
-@pytest.fixture
-def run_script(monkeypatch):
-    """A function that runs a script of benchmarks/ as Python does, with its own folder on the path."""
-    monkeypatch.syspath_prepend(HOME / "benchmarks")
-    modules = set(sys.modules)
-    yield lambda name, run_name: runpy.run_path(str(HOME / "benchmarks" / name), run_name=run_name)
-    for name in set(sys.modules) - modules:  # `measure`, `step`: names under which only scripts import them
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(HOME / "benchmarks")):
-            del sys.modules[name]
-
-
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_every_benchmark_records(script, run_script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [script.name, "--help"])
@@ -257,5 +245,5 @@ def test_a_finished_demo_gives_rows_of_its_seed(tmp_path, run_script):
 
 
 def test_no_benchmark_is_missed():
-    others = {"measure.py", "tables.py", "usual.py"}
+    others = {"measure.py", "pack.py", "tables.py", "usual.py"}
     assert {path.name for path in (HOME / "benchmarks").glob("*.py")} - {path.name for path in SCRIPTS} == others
