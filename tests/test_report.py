@@ -537,7 +537,7 @@ def test_artifacts_are_found_two_folders_deep(demo: Path, tmp_path: Path) -> Non
 
 
 def test_two_runs_are_distinguished(tmp_path: Path) -> None:
-    make_run(tmp_path / "one", list(metrics(300)))
+    make_run(tmp_path / "one", list(metrics(2000)))
     make_run(tmp_path / "two", list(metrics(100)), finished=False)
     page = read(report([tmp_path / "one", tmp_path / "two", tmp_path / "one"], tmp_path))
     assert re.findall(r"<h3>(.*?)</h3>", (tmp_path / "report.html").read_text()) == ["one", "two"]

@@ -23,7 +23,8 @@ from troodon import cli, launch, lock, recipes, verbs
 from troodon.config import UsageError, fingerprint, to_dict, to_yaml
 from troodon.images.sources import open_source
 from troodon.learn import engine
-from troodon.learn.config import GuardConfig, ParallelConfig, PretrainConfig, shapes_change
+from troodon.learn.config import GuardConfig, ParallelConfig, PretrainConfig
+from troodon.learn.plan import shapes_change
 from troodon.learn.pretrain import pretrain
 from troodon.lock import alone
 from troodon.model.backbone import Backbone
@@ -86,7 +87,9 @@ def test_steps_reach_every_number_of_a_recipe(name, steps):
     assert now.anchor.refresh == max(1, before.anchor.refresh * steps // whole.steps)
     for kind in ("health_every", "probe_every", "checkpoint_every"):
         most = max(10, steps // 4) if steps != whole.steps else whole.steps
-        assert getattr(config, kind) == min(getattr(whole, kind), most)
+        decides = kind == "probe_every" and whole.adapt.patience  # when the run stops
+        share = max(1, whole.probe_every * steps // whole.steps)
+        assert getattr(config, kind) == (share if decides else min(getattr(whole, kind), most))
     learns = sum(not now.at(step, steps).backbone_frozen for step in range(steps))
     assert learns == 0 if name == "heads" else learns >= 0.9 * steps
     recipe = recipes.KNOWN[verb][name]

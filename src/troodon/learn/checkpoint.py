@@ -11,7 +11,6 @@ of the number of the batch. Tensors are copied, and training goes on while the c
 
 import os
 import shutil
-import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,10 +22,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from troodon import dist
-from troodon.config import UsageError, to_dict
+from troodon.config import to_dict
+from troodon.learn import adapters
 from troodon.learn.config import PretrainConfig
 from troodon.learn.method import Method
-from troodon.learn.parallel import empty
 from troodon.model.config import Preprocessing
 from troodon.model.saved import SavedViT
 from troodon.run import environment, full_disk, read_manifest, write_json
@@ -54,15 +53,18 @@ class Saver:
             for partial in (run / "checkpoints").glob("*.partial"):  # of a run that was killed
                 shutil.rmtree(partial)
 
-    def save(self, progress: TrainingProgress, method: Method, optimizer: torch.optim.Optimizer) -> str | None:
-        """Begin to write the state. Returns why the one before could not be written, on every rank, or None."""
+    def save(
+        self, progress: TrainingProgress, method: Method, optimizer: torch.optim.Optimizer, kept: bool = True
+    ) -> str | None:
+        """Begin to write the state; its backbone becomes that of the run if it is `kept`. Returns why the state before
+        could not be written, on every rank, or None."""
         failed, self.step = self.wait(), progress.step
         partial = self.run / "checkpoints" / f"{progress.step:06d}.partial"
-        weights = full_state_dict(method.ema.backbone)
+        weights = backbone_weights(method)
         state = _state(method, optimizer, progress)
         stored = dcp.async_save(state, checkpoint_id=partial, process_group=self.group)
         assert isinstance(stored, Future)
-        self.writing = self.thread.submit(self._publish, stored, partial, weights, progress)
+        self.writing = self.thread.submit(self._publish, stored, partial, weights, progress, kept)
         return failed
 
     def wait(self) -> str | None:
@@ -83,20 +85,26 @@ class Saver:
         if (read_manifest(self.run / "backbone") or {}).get("fingerprint") != saved.fingerprint:
             saved.save(self.run / "backbone")
 
-    def _publish(self, stored: Future, partial: Path, weights: dict[str, Tensor], progress: TrainingProgress) -> None:
+    def _publish(
+        self, stored: Future, partial: Path, weights: dict[str, Tensor], progress: TrainingProgress, kept: bool
+    ) -> None:
         """Give the checkpoint its final name once all ranks have written."""
         try:
             stored.result()
             if dist.rank() == 0:
-                self._complete(partial, weights, progress)
+                self._complete(partial, weights, progress, kept)
         except BaseException:
             if dist.rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
             raise
 
-    def _complete(self, partial: Path, weights: dict[str, Tensor], progress: TrainingProgress) -> None:
-        name, config = self.run.resolve().name, self.config
-        backbone = SavedViT.from_state_dict(weights, config.vit, self.preprocessing, name=name)
+    def backbone(self, weights: dict[str, Tensor]) -> SavedViT:
+        """These weights as the backbone of the run, to be saved."""
+        name = self.run.resolve().name
+        return SavedViT.from_state_dict(weights, self.config.vit, self.preprocessing, name=name)
+
+    def _complete(self, partial: Path, weights: dict[str, Tensor], progress: TrainingProgress, kept: bool) -> None:
+        config, backbone = self.config, self.backbone(weights)
         backbone.save(partial / "backbone")
         text = {"progress": asdict(progress), "config": to_dict(config), "environment": environment()}
         write_json(partial / "run.json", text | {"images_seen": progress.step * config.batch})
@@ -105,9 +113,11 @@ class Saver:
             shutil.rmtree(final)
         partial.rename(final)
         _flush(final.parent)
-        backbone.save(self.run / "backbone")
+        if kept:
+            backbone.save(self.run / "backbone")
+        spared = of_backbone(self.run)
         for old in finished(self.run)[: -config.keep]:
-            if not config.keep_every or int(old.name) % config.keep_every:
+            if old != spared and (not config.keep_every or int(old.name) % config.keep_every):
                 shutil.rmtree(old.rename(old.with_suffix(".partial")))  # never half a checkpoint under a final name
 
 
@@ -124,23 +134,22 @@ def load(checkpoint: Path, method: Method, optimizer: torch.optim.Optimizer) -> 
     return TrainingProgress(**{name: int(value) for name, value in state["progress"].items()})
 
 
-def heads(run: Path, config: PretrainConfig) -> dict[str, Tensor]:
-    """The EMA's heads in the last checkpoint of a run of that config, unsharded, on the CPU."""
-    if not (saved := finished(run)):
-        raise UsageError(f"{run}: has no checkpoint to take heads from")
-    state = {name: w for name, w in empty(config).state_dict().items() if not name.startswith("backbone.")}
-    state = {"average": {name: torch.empty_like(w, device="cpu") for name, w in state.items()}}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it may be
-        dcp.load(state, checkpoint_id=saved[-1], no_dist=True)
-    return state["average"]
-
-
 def full_state_dict(module: torch.nn.Module) -> dict[str, Tensor]:
     """The unsharded weights of a module, on the CPU of rank zero. Every rank must call it."""
     # Copies, as on the CPU these would be the weights that go on learning.
     state = module.state_dict().items()
     return {name: full.to("cpu", copy=True) for name, w in state if (full := dist.full_tensor(w)) is not None}
+
+
+def backbone_weights(method: Method) -> dict[str, Tensor]:
+    """The unsharded weights of the EMA's backbone, as those of an ordinary network. Every rank must call it."""
+    return adapters.merged(full_state_dict(method.ema.backbone))
+
+
+def of_backbone(run: Path) -> Path | None:
+    """The checkpoint whose backbone is that of the run; None if there is none, as for weights that it began with."""
+    of_run, *each = ((read_manifest(folder / "backbone") or {}).get("fingerprint") for folder in (run, *finished(run)))
+    return next((saved for saved, one in zip(finished(run), each) if one and one == of_run), None)
 
 
 def finished(run: Path) -> list[Path]:

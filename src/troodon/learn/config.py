@@ -6,7 +6,7 @@ from typing import Literal
 from troodon.config import Range, UsageError, check_range, pair, within
 from troodon.learn.objective import ObjectiveConfig
 from troodon.learn.schedules import Schedules
-from troodon.model.config import HeadConfig, ViTConfig, depth_group
+from troodon.model.config import HeadConfig, ViTConfig
 from troodon.views.config import CropsConfig, MasksConfig, PhotometricConfig
 
 
@@ -60,6 +60,20 @@ class GuardConfig:
 
 
 @dataclass(frozen=True)
+class AdaptConfig:
+    """How a run that goes on from trained weights keeps what they know."""
+
+    rank: int = 0
+    """Rank of low-rank adapters (https://arxiv.org/abs/2106.09685), which alone learn; 0: all weights learn."""
+    patience: int = 0
+    """Quick k-NN readings in a row, all clearly below the best one, after which the run stops; its backbone is then the
+    best one, if the images have labels. 0: it never stops, and its backbone is the last one."""
+
+    def __post_init__(self) -> None:
+        within(self, "adapt.", 0, None, "rank", "patience")
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     """One pretraining run, whole."""
 
@@ -75,6 +89,7 @@ class PretrainConfig:
     masks: MasksConfig = MasksConfig()
     parallel: ParallelConfig = ParallelConfig()
     guard: GuardConfig = GuardConfig()
+    adapt: AdaptConfig = AdaptConfig()
     reuse: Literal["backbone", "whole"] = "backbone"
     """What is taken of the run given as --init: its backbone, or its heads as well."""
     steps: int = 125_000
@@ -108,6 +123,8 @@ class PretrainConfig:
     """Steps between checkpoints that are kept for ever; 0 is none."""
     max_broken: float = 0.5
     """Share of the images tried that may be unreadable; above it, the run saves and stops."""
+
+    LATER = ("adapt",)
 
     def __post_init__(self) -> None:
         within(self, "", 1, None, "steps", "log_every", "checkpoint_every", "keep")
@@ -149,7 +166,7 @@ def fits(config: PretrainConfig, ranks: int) -> None:
         raise UsageError(
             f"parallel.accumulate {parts}: contrast in objective.terms compares all images of a step: {fix}"
         )
-    if not config.objective.weight("koleo"):
+    if not (config.objective.weight("koleo") or config.objective.weight("kde")):
         return
     if batch % max(group, 1):
         raise UsageError(f"objective.koleo_group {group} does not divide the batch of {batch} images")
@@ -159,14 +176,3 @@ def fits(config: PretrainConfig, ranks: int) -> None:
             f"objective.koleo_group {group} looks for neighbours beyond the {part} images that parallel.accumulate "
             f"{parts} leaves in memory at once; the nearest that can be exact is {part}"
         )
-
-
-def shapes_change(config: PretrainConfig, ranks: int) -> str | None:
-    """Why compiled blocks help little, if stochastic depth keeps another number of crops at each step; else None."""
-    images, group = config.batch // ranks // config.parallel.accumulate, depth_group(config.batch)
-    if not config.vit.drop_path or not config.parallel.compile or images % group == 0:
-        return None
-    return (
-        f"parallel.compile helps little: with vit.drop_path, blocks have one shape only where whole groups of {group} "
-        f"images go through them at once, and here {images} do"
-    )

@@ -33,6 +33,11 @@ def block_parameters(vit: ViTConfig) -> int:
     return products + 2 * 2 * vit.dim + 2 * vit.dim  # two norms, two layer scales
 
 
+def adapter_parameters(vit: ViTConfig, rank: int) -> int:
+    """Both factors of the four linear layers of each block: qkv, proj, and those of the MLP."""
+    return vit.depth * rank * ((1 + 3) * vit.dim + 2 * vit.dim + vit.dim + inner(vit) + vit.mlp_hidden + vit.dim)
+
+
 def inner(vit: ViTConfig) -> int:
     """Output channels of the first layer of the MLP."""
     return vit.mlp_hidden * (2 if vit.mlp == "swiglu" else 1)
@@ -139,6 +144,7 @@ class Cost:
         heads = {"head": c.dino_head} if shared else {n: u.head for n, u in self.uses.items()}
         names = {"head": "head", "cls": "head of classes", "patches": "head of patches"}
         made = {names[name]: head_parameters(head, c.vit.dim) for name, head in heads.items()}
+        made |= {"adapters": adapter_parameters(c.vit, c.adapt.rank)} if c.adapt.rank else {}
         if c.objective.features:
             made["maps"] = len(c.objective.features) * sum((c.vit.dim + 1) * t.dim for t in self.teachers)
         return {"backbone": backbone_parameters(c.vit)} | made
@@ -182,7 +188,9 @@ class Cost:
     def state(self) -> dict[str, int]:
         """Memory after a step: parameters in fp32, and tensors of their shape."""
         own = FP32 * sum(self.parameters.values()) // self.ranks
-        state = {"weights": own, "gradients": own, "moments": 2 * own, "EMA": own}
+        frozen_own = FP32 * self.parameters["backbone"] // self.ranks if self.config.adapt.rank else 0
+        learned = own - frozen_own
+        state = {"weights": own, "gradients": learned, "moments": 2 * learned, "EMA": own}
         anchor = FP32 * self.parameters["backbone"] // self.ranks
         state |= {"anchor": anchor} if ANCHOR in self.config.objective.needs else {}
         width = FP32 if self.ranks > 1 else self.width
@@ -266,7 +274,7 @@ class Cost:
         return 3 * self.width * inner(self.config.vit) + copies
 
     def head_parameters(self) -> int:
-        return sum(self.parameters.values()) - self.parameters["backbone"]
+        return sum(self.parameters.values()) - self.parameters["backbone"] - self.parameters.get("adapters", 0)
 
     def targets(self) -> float:
         """Memory of the targets of all parts: the teacher's prototypes, logits if they are kept, and the anchor."""

@@ -18,16 +18,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from troodon import dist
-from troodon.learn import checkpoint, guard, optim
+from troodon.learn import adapters, best, checkpoint, guard, optim
 from troodon.learn.checkpoint import Saver, TrainingProgress
-from troodon.learn.config import PretrainConfig, shapes_change
+from troodon.learn.config import PretrainConfig
 from troodon.learn.folder import open_folder
 from troodon.learn.loop import Learner, NotFinite, train
 from troodon.learn.losses import Ranks
 from troodon.learn.method import Method
 from troodon.learn.objective import ANCHOR
 from troodon.learn.parallel import build, build_anchor, first_weights
-from troodon.learn.recorder import Probe, Recorder, preprocessing
+from troodon.learn.recorder import OpenLog, Probe, Recorder, preprocessing
 from troodon.learn.teacher import Build, FrozenTeacher, Teacher, no_teachers
 from troodon.model.saved import SavedViT
 from troodon.run import Interrupted, say
@@ -48,6 +48,7 @@ class Task:
     probe: Probe | None = None
     before: Callable[[PretrainConfig, Path], None] | None = None
     attack: Attack | None = None  # what attacks pictures, where the crops ask for it
+    open_log: OpenLog | None = None  # what opens the places of config.log_to
 
 
 class NothingLearned(RuntimeError):
@@ -71,7 +72,8 @@ class Student:
         """Load the state of a checkpoint."""
         folder = self.task.out / "checkpoints" / f"{step:06d}"
         progress = checkpoint.load(folder, self.learner.method, self.learner.optimizer)
-        if dist.rank() == 0:
+        self.recorder.look_back(step)
+        if dist.rank() == 0 and best.is_kept(self.recorder.readings, self.task.config.adapt.patience, step):
             self.recorder.saver.restore(folder)
         return progress
 
@@ -103,8 +105,6 @@ def run(
             open_folder(task.out, task.config, index, task.init, [teacher.backbone for teacher in teachers])
             if len(tasks) > 1:
                 say(f"  {task.out.name}:")
-            if uneven := shapes_change(task.config, dist.world_size()):
-                say(f"warning: {uneven}")
             if task.before is not None:
                 task.before(task.config, task.out)
     dist.barrier()
@@ -112,7 +112,7 @@ def run(
         loader = _loader(config, index, tasks[0].attack)
         students = [_student(task, loader, frozen, device, compute, many=len(tasks) > 1) for task in tasks]
         progress = _resume(tasks, students)
-        if progress.step < config.steps:
+        if progress.step < config.steps and not _given_up(students):
             _train(students, loader, progress, device)
         for student in students:
             student.check_learned()
@@ -164,7 +164,9 @@ def _train(students: Sequence[Student], loader: Loader, progress: TrainingProgre
                         first_step=progress.step,
                         steps=config.steps,
                         accumulate=config.parallel.accumulate,
-                        stop_requested=lambda: bool(requests) or broken_share() > config.max_broken,
+                        stop_requested=lambda: (
+                            bool(requests) or broken_share() > config.max_broken or _given_up(students)
+                        ),
                     )
                 progress = students[0].recorder.progress
                 break
@@ -175,8 +177,13 @@ def _train(students: Sequence[Student], loader: Loader, progress: TrainingProgre
     if (share := max(dist.all_gather_objects(broken_share()))) > config.max_broken:
         what = f"{share:.0%} of the images tried cannot be read, and max_broken is {config.max_broken:g}"
         raise TooManyBroken(f"{what}; stopped at step {progress.step:,}, everything is saved: see quarantine.jsonl")
-    if progress.step < config.steps:
+    if progress.step < config.steps and not _given_up(students):
         raise Interrupted(f"stopped after {progress.step:,} of {config.steps:,} steps; everything is saved")
+
+
+def _given_up(students: Sequence[Student]) -> bool:
+    """Whether the features of all of them have got worse for so long that they stop."""
+    return all(student.recorder.given_up() for student in students)
 
 
 def _student(
@@ -194,6 +201,8 @@ def _student(
     first_bits = _bits(ema)
     if config.schedules.backbone_frozen >= config.steps:  # only heads learn
         student.backbone.requires_grad_(False)
+    elif config.adapt.rank:
+        adapters.freeze_others(student.backbone)
     if frozen:  # the student sees no masks, so the mask token cannot learn
         student.backbone.mask_token.requires_grad_(False)
     anchor = build_anchor(config, weights, device, compute) if ANCHOR in config.objective.needs else None
@@ -202,7 +211,7 @@ def _student(
     optimizer = optim.adamw(student, config.vit.depth, config.optim)
     saver = Saver(task.out, config, preprocessing(config))
     label = f"{task.out.name}: " if many else ""
-    recorder = Recorder(config, method, optimizer, loader, task.out, saver, task.probe, label)
+    recorder = Recorder(config, method, optimizer, loader, task.out, saver, task.probe, task.open_log, label)
     learner = Learner(method, optimizer, config.schedules, config.optim, recorder.after_step)
     return Student(task, learner, recorder, first_bits)
 

@@ -24,7 +24,8 @@ from troodon.views.image_source import ImageSource
 
 CONFIG, ENVIRONMENT, IMAGES = "config.yaml", "environment.json", "images.parquet"
 # What else may be in the folder of a run that has learned nothing.
-BEFORE_STEPS = ("metrics.jsonl", "quarantine.jsonl", "pictures/crops.png", "logged-as", "tensorboard", "checkpoints")
+BEFORE_STEPS = ("metrics.jsonl", "quarantine.jsonl", "pictures/crops.png", "logged-as", "tensorboard", "checkpoints",
+                "backbone")  # fmt: skip
 # What stochastic depth draws by; a run without it began when each rank drew for its own images.
 BY_IMAGE = {"drop_path": "by image"}
 DRAWN_BY_RANK = "each rank drew by itself which crops skip a branch (vit.drop_path)"

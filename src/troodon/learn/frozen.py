@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from troodon import dist
 from troodon.config import pair
-from troodon.learn.config import ParallelConfig, PretrainConfig
+from troodon.learn.config import AdaptConfig, ParallelConfig, PretrainConfig
 from troodon.learn.network import Network
 from troodon.learn.objective import ObjectiveConfig
 from troodon.learn.parallel import build, first_weights
@@ -37,7 +37,8 @@ def build_teacher(
     """The network on its device, sharded over ranks, for crops of a run with this config."""
     parallel = ParallelConfig(compile=config.parallel.compile)
     run = teacher.run or PretrainConfig(objective=WITHOUT_HEADS)
-    run = dataclasses.replace(run, vit=dataclasses.replace(teacher.vit, drop_path=0.0), parallel=parallel)
+    vit = dataclasses.replace(teacher.vit, drop_path=0.0)
+    run = dataclasses.replace(run, vit=vit, parallel=parallel, adapt=AdaptConfig())
     network = build(run, first_weights(run, teacher.backbone, teacher.heads), device, compute)
     if dist.world_size() == 1 and compute != torch.float32:  # shards are gathered in this dtype anyway
         for layer in network.backbone.blocks.modules():

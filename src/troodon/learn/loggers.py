@@ -8,7 +8,8 @@ import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from troodon.config import UsageError
+from troodon.config import UsageError, to_dict
+from troodon.learn.config import PretrainConfig
 from troodon.run import say, write_bytes
 
 PROJECT = "troodon"
@@ -63,6 +64,11 @@ def open_loggers(names: Iterable[str], run: Path, config: dict, *, first_step: i
         except Exception as error:
             _left_out(name, error)
     return Loggers(open_ones)
+
+
+def open_for(config: PretrainConfig, run: Path, first_step: int) -> Loggers:
+    """Open what the config of a run asks for."""
+    return open_loggers(config.log_to, run, to_dict(config), first_step=first_step)
 
 
 def _left_out(name: str, error: Exception) -> None:

@@ -6,7 +6,7 @@ M x K.
 """
 
 from collections.abc import Callable
-from math import inf
+from math import inf, log
 from typing import NamedTuple
 
 import torch
@@ -90,6 +90,14 @@ def koleo(features_BD: Tensor, eps: float = 1e-8) -> Tensor:
     with torch.no_grad():
         nearest_B = (x_BD @ x_BD.T).fill_diagonal_(-1.0).argmax(1)
     return -torch.log(F.pairwise_distance(x_BD, x_BD[nearest_B], eps=eps) + eps).mean()
+
+
+def kde(features_BD: Tensor, concentration: float = 5.0) -> Tensor:
+    """The mean log density of the other images at each one, on the unit sphere, by a von Mises-Fisher kernel over its
+    peak's height: 0 if all are equal (https://arxiv.org/abs/2408.00738). KoLeo, but near-duplicates do not decide."""
+    x_BD = F.normalize(features_BD.float(), dim=-1)
+    near_BB = (concentration * (x_BD @ x_BD.T - 1.0)).fill_diagonal_(-inf)
+    return near_BB.logsumexp(1).mean() - log(len(x_BD) - 1)
 
 
 def contrast(features_2BD: Tensor, temperature: float) -> Tensor:

@@ -22,6 +22,7 @@ TERMS: Mapping[str, tuple[str, ...]] = {
     "ibot": (MASKED_TARGETS,),
     "ibot_visible": (VISIBLE_TARGETS,),
     "koleo": (),
+    "kde": (),
     "contrast": (),
     "gram": (ANCHOR,),
     "cls_features": (CLS_FEATURES,),
@@ -38,7 +39,7 @@ class ObjectiveConfig:
     RENAMED: ClassVar[Mapping[str, str]] = EARLIER
 
     terms: tuple[tuple[str, float], ...] = (("dino", 1.0), ("ibot", 1.0), ("koleo", 0.1))
-    """Names and weights of the terms: dino, ibot, ibot_visible, koleo, contrast, gram; in distillation also
+    """Names and weights of the terms: dino, ibot, ibot_visible, koleo, kde, contrast, gram; in distillation also
     cls_features and patch_features, which compare with the teacher's features and need no heads."""
     targets: Literal["sinkhorn", "centring"] = "sinkhorn"
     """How the teacher's logits become targets."""
@@ -46,7 +47,7 @@ class ObjectiveConfig:
     """Whether the patch objective has a head of its own."""
     student_temperature: float = 0.1
     koleo_group: int = 0
-    """Images, one after another in the step, among which KoLeo looks for the nearest neighbour; 0 is all of them."""
+    """Images, one after another in the step, among which koleo and kde look for others; 0 is all of them."""
     contrast_temperature: float = 0.05
     patch_loss: Literal["smooth_l1", "cosine"] = "smooth_l1"
     """How patch_features compares. The teacher's channels are standardised first."""
@@ -65,7 +66,7 @@ class ObjectiveConfig:
                 raise UsageError(f"objective.terms: {name} is there twice; give it one weight")
             if not 0 < weight < float("inf"):
                 raise UsageError(f"objective.terms {name} {weight:g}: must be above 0; leave out a term not wanted")
-        if not set(names) - {"koleo", "gram"}:
+        if not set(names) - {"koleo", "kde", "gram"}:
             given = " ".join(names) or "(none)"
             raise UsageError(f"objective.terms {given}: nothing to learn from; add dino 1, ibot 1 or contrast 1")
 

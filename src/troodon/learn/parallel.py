@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from troodon import dist
 from troodon.config import UsageError
-from troodon.learn.config import ParallelConfig, PretrainConfig
+from troodon.learn import adapters
+from troodon.learn.config import AdaptConfig, ParallelConfig, PretrainConfig
 from troodon.learn.network import Network
 from troodon.learn.objective import CLS_TARGETS
 from troodon.model.saved import SavedViT
@@ -40,12 +42,14 @@ def empty(config: PretrainConfig, teachers: Sequence[int] = ()) -> Network:
     objective = config.objective
     shared = objective.heads == "shared"
     with torch.device("meta"):
-        return Network(
+        network = Network(
             config.vit,
             config.dino_head if CLS_TARGETS in objective.needs or (shared and objective.prototypes) else None,
             config.ibot_head if objective.patch_targets and not shared else None,
             {kind: teachers for kind in objective.features},
         )
+        adapters.add(network.backbone, config.adapt.rank)
+    return network
 
 
 def first_weights(
@@ -58,12 +62,13 @@ def first_weights(
 
     Positions that were learned on another grid are resized. UsageError if heads do not fit.
     """
-    network = empty(config, teachers).to_empty(device="cpu")
+    network = empty(replace(config, adapt=AdaptConfig()), teachers).to_empty(device="cpu")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network.initialize()
-    if init is not None:
-        network.backbone.load_state_dict(regrid(init.vit.state_dict(), init.config, config.vit.grid))
+        if init is not None:
+            network.backbone.load_state_dict(regrid(init.vit.state_dict(), init.config, config.vit.grid))
+        adapters.add(network.backbone, config.adapt.rank)
     state = network.state_dict()
     for name, tensor in (heads or {}).items():
         if name not in state or state[name].shape != tensor.shape:

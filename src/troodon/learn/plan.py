@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from troodon.learn.config import PretrainConfig
 from troodon.learn.cost import Cost, Grid, total
-from troodon.model.config import ViTConfig
+from troodon.model.config import ViTConfig, depth_group
 from troodon.text import duration, with_prefix
 
 if TYPE_CHECKING:
@@ -108,6 +108,17 @@ def plan(
         },
         images_per_second=images_per_second,
     )  # fmt: skip
+
+
+def shapes_change(config: PretrainConfig, ranks: int) -> str | None:
+    """Why compiled blocks help little, if stochastic depth keeps another number of crops at each step; else None."""
+    images, group = config.batch // ranks // config.parallel.accumulate, depth_group(config.batch)
+    if not config.vit.drop_path or not config.parallel.compile or images % group == 0:
+        return None
+    return (
+        f"parallel.compile helps little: with vit.drop_path, blocks have one shape only where whole groups of {group} "
+        f"images go through them at once, and here {images} do"
+    )
 
 
 def timed(planned: Plan, device: "torch.device", dtype: "torch.dtype") -> Plan:

@@ -10,16 +10,16 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from troodon import dist
-from troodon.config import pair, to_dict
-from troodon.learn import checkpoint, health
+from troodon.config import pair
+from troodon.learn import best, checkpoint, health
 from troodon.learn.checkpoint import Saver, TrainingProgress
 from troodon.learn.config import PretrainConfig
-from troodon.learn.loggers import Loggers, open_loggers
 from troodon.learn.method import Method
 from troodon.model.config import Preprocessing
 from troodon.model.saved import SavedViT
@@ -29,10 +29,11 @@ from troodon.views.batch import Batch
 from troodon.views.loader import Loader
 
 Probe = Callable[[SavedViT], float]
+OpenLog = Callable[[PretrainConfig, Path, int], Any]  # for a run in a folder that goes on at a step: see loggers.py
 WAITING = 0.2  # share of the time spent waiting for images, above which advice is given,
 WAITED = 3  # after so many records in a row
 MANY = 0.1  # share of unreadable images, among those tried, above which there is an alarm
-TERMS = ("dino_global", "dino_local", "ibot", "ibot_visible", "koleo", "contrast", "gram", "cls", "patches")
+TERMS = ("dino_global", "dino_local", "ibot", "ibot_visible", "koleo", "kde", "contrast", "gram", "cls", "patches")
 
 
 class Recorder:
@@ -47,6 +48,7 @@ class Recorder:
         run: Path,
         saver: Saver,
         probe: Probe | None,
+        open_log: OpenLog | None = None,
         label: str = "",
     ):
         self.config, self.method, self.optimizer, self.loader, self.run = config, method, optimizer, loader, run
@@ -56,7 +58,8 @@ class Recorder:
         self.alarms: dict[str, str] = {}
         self.advised = False
         self.broken, self.many_broken = 0, False  # images that cannot be read, as they were told last
-        self.loggers = Loggers({})
+        self.open_log, self.log = open_log, None
+        self.readings: list[best.Reading] = []
 
     def resume(self, progress: TrainingProgress) -> None:
         """Go on from this step. Later records are deleted, as they will be written again."""
@@ -66,18 +69,31 @@ class Recorder:
             self.metrics.rewind(progress.step)
         self.records = [r for r in self.metrics.read() if "step" in r]
         self.seconds_before = self.records[-1]["seconds"] if self.records else 0.0
-        self.loggers.close()
-        if dist.rank() == 0:
-            self.loggers = open_loggers(self.config.log_to, self.run, to_dict(self.config), first_step=progress.step)
+        self.look_back(progress.step)
+        if self.log is not None:
+            self.log.close()
+        if dist.rank() == 0 and self.open_log is not None:
+            self.log = self.open_log(self.config, self.run, progress.step)
         self.start = self.last = time.perf_counter()
         self.first_step, self.waited, self.since = progress.step, 0.0, []
+
+    def look_back(self, step: int) -> None:
+        """Take the k-NN readings of this run up to this step, the same on every rank."""
+        self.readings = dist.all_gather_objects(best.readings(self.metrics.read(), step))[0]
+
+    def given_up(self) -> bool:
+        """Whether features have got worse for so long that the run stops."""
+        return best.given_up(self.readings, self.config.adapt.patience)
 
     def before_training(self) -> None:
         """Record the k-NN of the weights that a run begins with, as that of step -1; by its end it should be higher."""
         if self.probe is not None and self.config.probe_every and not self.records:
-            record = {"step": -1, "knn": self.knn(), "seconds": 0.0}
+            record = {"step": -1, "knn": self.knn(0), "seconds": 0.0}
             self.records.append(record)
+            weights = checkpoint.backbone_weights(self.method)
             if dist.rank() == 0:
+                if self.config.adapt.patience:
+                    self.saver.backbone(weights).save(self.run / "backbone")
                 self.metrics.append(record)
                 say(f"  {self.label}k-NN {record['knn']:.1%} before the first step")
 
@@ -104,8 +120,11 @@ class Recorder:
             readings = {}
             if due(config.health_every):
                 readings = health.read(self.method, batch, config.schedules.at(step, config.steps))
-            self.record(readings, {"knn": self.knn()} if probe else {})
-        if due(config.checkpoint_every):
+            self.record(readings, {"knn": self.knn(done)} if probe else {})
+        patience = config.adapt.patience if probe else 0
+        if patience:
+            self.flush()  # a checkpoint is never ahead of the reading that says what it is worth
+        if due(config.checkpoint_every) or (patience and best.is_kept(self.readings, patience, done)):
             self.save()
 
     def record(self, readings: dict[str, Tensor], known: dict[str, float]) -> None:
@@ -141,7 +160,8 @@ class Recorder:
         record = {"step": step, "loss": loss, **terms, **read, **known}
         self.records.append(record)
         self.metrics.append(record)
-        self.loggers.write(record)
+        if self.log is not None:
+            self.log.write(record)
         self._show(record)
         self._tell_broken(step + 1, int(broken))
         slow = [r for r in self.records[-WAITED:] if r.get("data_wait", 0) > WAITING]
@@ -193,7 +213,8 @@ class Recorder:
             records += [record for record in MetricsFile(path).read() if record["path"] not in now]  # before a resume
             with contextlib.suppress(OSError):  # a full disk; the file is written again with the next checkpoint
                 write_bytes(path, "".join(f"{json.dumps(record)}\n" for record in records).encode())
-        self._report(self.saver.save(self.progress, self.method, self.optimizer))
+        kept = best.is_kept(self.readings, self.config.adapt.patience, self.progress.step)
+        self._report(self.saver.save(self.progress, self.method, self.optimizer, kept))
 
     def settle(self) -> str | None:
         """Wait until everything is written; returns why the last checkpoint is not, on every rank, or None."""
@@ -210,7 +231,8 @@ class Recorder:
         if failed or self.saver.step != self.progress.step:
             self.save()
             failed = self.settle()
-        self.loggers.close()
+        if self.log is not None:
+            self.log.close()
         if self.broken and dist.rank() == 0:
             say(f"  {self.label}{plural(self.broken, 'image')} could not be read: see {self.run / 'quarantine.jsonl'}")
         if failed:
@@ -222,12 +244,15 @@ class Recorder:
             last = f"the last is of step {int(complete[-1].name):,}" if complete else "there is none yet"
             self.event("not saved", self.progress.step, f"a checkpoint could not be written ({failed}); {last}")
 
-    def knn(self) -> float:
-        """The k-NN accuracy of the EMA; computed on rank zero, which has its whole weights and writes the records."""
-        weights = checkpoint.full_state_dict(self.method.ema.backbone)
-        if dist.rank():
-            return float("nan")
-        return self.probe(SavedViT.from_state_dict(weights, self.config.vit, preprocessing(self.config), name="ema"))
+    def knn(self, step: int) -> float:
+        """The k-NN accuracy of the EMA after this step; computed on rank zero, which has its whole weights."""
+        weights, accuracy = checkpoint.backbone_weights(self.method), None
+        if self.probe is not None and dist.rank() == 0:
+            saved = SavedViT.from_state_dict(weights, self.config.vit, preprocessing(self.config), name="ema")
+            accuracy = self.probe(saved)
+        accuracy = dist.all_gather_objects(accuracy)[0]
+        self.readings.append((step, accuracy))
+        return accuracy
 
     def _show(self, record: dict) -> None:
         done, steps = record["step"] + 1, self.config.steps

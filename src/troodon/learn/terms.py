@@ -126,14 +126,22 @@ def ibot_visible(c: Comparison) -> dict[str, Tensor]:
 
 
 def koleo(c: Comparison) -> dict[str, Tensor]:
-    """Class tokens of each view spread evenly, within groups of images that are neighbours in the step, whatever ranks
-    hold them."""
+    """Class tokens of each view spread evenly, away from their nearest neighbours."""
+    return {"koleo": _spread(c, losses.koleo)}
+
+
+def kde(c: Comparison) -> dict[str, Tensor]:
+    """The same, away from where images are dense (https://arxiv.org/abs/2408.00738)."""
+    return {"kde": _spread(c, losses.kde)}
+
+
+def _spread(c: Comparison, of_view: Callable[[Tensor], Tensor]) -> Tensor:
+    """Within groups of images that are neighbours in the step, whatever ranks hold them."""
     group, cls_GBD = c.config.koleo_group, c.student.cls_GBD
     if not group or cls_GBD.shape[1] % group:
         cls_GBD = c.gathered_cls()
     groups = cls_GBD.unflatten(1, (-1, group or cls_GBD.shape[1])).transpose(0, 1)
-    spread = torch.stack([losses.koleo(x_BD) for views in groups for x_BD in views]).sum() / len(groups)
-    return {"koleo": spread}
+    return torch.stack([of_view(x_BD) for views in groups for x_BD in views]).sum() / len(groups)
 
 
 def contrast(c: Comparison) -> dict[str, Tensor]:
@@ -167,5 +175,5 @@ def _feature_loss(c: Comparison, kind: str, distance: Callable[[Tensor, Tensor],
 
 
 FUNCTIONS: dict[str, Term] = {
-    f.__name__: f for f in (dino, ibot, ibot_visible, koleo, contrast, gram, cls_features, patch_features)
+    f.__name__: f for f in (dino, ibot, ibot_visible, koleo, kde, contrast, gram, cls_features, patch_features)
 }

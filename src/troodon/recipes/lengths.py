@@ -10,7 +10,8 @@ from troodon.learn.schedules import Schedule, Schedules
 def for_steps(config: PretrainConfig, steps: int) -> PretrainConfig:
     """The same training in so many steps: what is counted in steps keeps its share of the run.
 
-    Intervals of readings and checkpoints shrink to a quarter of a short run, at least `log_every`, and never grow.
+    Intervals of readings and checkpoints shrink to a quarter of a short run, at least `log_every`, and never grow; but
+    readings that decide when the run stops keep their share too.
     """
     if steps == config.steps:
         return config
@@ -22,9 +23,13 @@ def for_steps(config: PretrainConfig, steps: int) -> PretrainConfig:
         shorter,
         schedules=scaled(config.schedules, steps, config.steps),
         health_every=min(config.health_every, quarter),
-        probe_every=min(config.probe_every, quarter),
+        probe_every=_probe_every(config, steps) if config.adapt.patience else min(config.probe_every, quarter),
         checkpoint_every=min(config.checkpoint_every, quarter),
     )
+
+
+def _probe_every(config: PretrainConfig, steps: int) -> int:
+    return max(1, config.probe_every * steps // config.steps) if config.probe_every else 0
 
 
 def scaled(schedules: Schedules, steps: int, before: int) -> Schedules:

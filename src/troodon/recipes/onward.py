@@ -6,7 +6,7 @@ Of a backbone alone only the network is known, and `start.reuse` is "backbone": 
 from dataclasses import replace
 
 from troodon.config import pair
-from troodon.learn.config import ObjectiveConfig, OptimConfig, PretrainConfig
+from troodon.learn.config import AdaptConfig, ObjectiveConfig, OptimConfig, PretrainConfig
 from troodon.learn.schedules import Schedule, Schedules
 from troodon.model.config import HeadConfig
 from troodon.recipes.lengths import for_steps
@@ -47,6 +47,7 @@ def high_resolution(start: PretrainConfig, steps: int = 10_000) -> PretrainConfi
             backbone_frozen=0 if start.reuse == "whole" else 1000,
             anchor=start.schedules.anchor,
         ),
+        adapt=AdaptConfig(),
     )
     return for_steps(config, steps)
 
@@ -57,14 +58,18 @@ def heads(start: PretrainConfig, steps: int = 5000) -> PretrainConfig:
     Command: troodon pretrain heads --init dinov2_vitl14_pretrain.pth --data photos/ --out HEADS, and then
     troodon distill RECIPE --teacher HEADS ... Not yet run at full size.
     """
-    learning = adapt(start, steps)
-    rate = Schedule(peak=1e-3, end=1e-6, warmup=steps // 10)
-    return replace(
+    learning = adapt(start)
+    config = replace(
         learning,
         vit=replace(start.vit, drop_path=0.0),
-        schedules=replace(learning.schedules, lr=rate, backbone_frozen=steps),
-        objective=replace(learning.objective, terms=learning.objective.without("koleo")),
+        schedules=replace(
+            learning.schedules, lr=Schedule(peak=1e-3, end=1e-6, warmup=500), backbone_frozen=learning.steps
+        ),
+        objective=replace(learning.objective, terms=learning.objective.without("kde")),
+        adapt=AdaptConfig(),
+        probe_every=500,
     )
+    return for_steps(config, steps)
 
 
 def adapt(start: PretrainConfig, steps: int = 5000) -> PretrainConfig:
@@ -79,12 +84,12 @@ def adapt(start: PretrainConfig, steps: int = 5000) -> PretrainConfig:
         vit=replace(start.vit, drop_path=0.1),
         dino_head=head,
         ibot_head=head,
-        objective=ObjectiveConfig(koleo_group=32),
+        objective=ObjectiveConfig(terms=(("dino", 1.0), ("ibot", 1.0), ("kde", 0.05)), koleo_group=32),
         optim=OptimConfig(layer_decay=0.75),
         schedules=Schedules(
-            lr=Schedule(peak=5e-5, end=1e-6, warmup=1000),
+            lr=Schedule(peak=2e-4, end=1e-6, warmup=1000),
             weight_decay=Schedule(peak=0.04, end=0.04),
-            ema_momentum=Schedule(peak=0.996, end=1.0),
+            ema_momentum=Schedule(peak=0.994, end=1.0),
             teacher_temperature=Schedule(start=0.02, peak=0.04, end=0.04, warmup=1000),
             last_layer_frozen=0,
             backbone_frozen=250,
@@ -92,7 +97,8 @@ def adapt(start: PretrainConfig, steps: int = 5000) -> PretrainConfig:
         crops=start.crops,
         photometric=start.photometric,
         steps=5000,
-        batch=64,
-        probe_every=500,
+        batch=128,
+        adapt=AdaptConfig(patience=5),
+        probe_every=250,
     )
     return for_steps(config, steps)

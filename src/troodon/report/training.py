@@ -34,6 +34,7 @@ LEARNING = [
     ("dino_local", "DINO, local crops", "Predict the teacher's targets for large crops from small ones."),
     ("ibot", "iBOT, masked patches", "Predict the teacher's targets for hidden patches, which the teacher sees."),
     ("koleo", "KoLeo, spread", "Pushes images away from their nearest neighbours; lower is wider."),
+    ("kde", "KDE, spread", "Pushes images away from where others are dense; lower is wider."),
     ("contrast", "Contrast", "Find the other view of an image among all views of the step."),
     ("gram", "Gram anchoring", "Keep the cosines between patches as an earlier EMA had them."),
     ("knn", "Quick k-NN", "Accuracy of frozen features by their neighbours; labels are used only here."),
@@ -135,7 +136,8 @@ def _values(records: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
 def _steps_done(run: Artifact, records: list[dict]) -> int:
     """Steps taken: all that were planned if there is a backbone, else up to the last record."""
     recorded = int(records[-1]["step"]) if records else 0
-    return max(recorded, _steps_planned(run) or 0) if records and _finished(run) else recorded
+    ended = records and _finished(run) and not _stopped_early(run)
+    return max(recorded, _steps_planned(run) or 0) if ended else recorded
 
 
 def _steps_planned(run: Artifact) -> int | None:
@@ -143,8 +145,22 @@ def _steps_planned(run: Artifact) -> int | None:
     return int(match[1]) if match else None
 
 
-def _finished(run: Artifact) -> bool:
+def _stopped_early(run: Artifact) -> bool:
+    return any(event["event"] == "stopped" for event in _records(run)[1])
+
+
+def _has_backbone(run: Artifact) -> bool:
     return (run.folder / "backbone" / "backbone.json").is_file()
+
+
+def _finished(run: Artifact) -> bool:
+    """Whether no step is to come: less is left than there is between two records, or it has stopped early. A run has a
+    backbone from its first checkpoint on."""
+    records, planned = _records(run)[0], _steps_planned(run)
+    if not _has_backbone(run) or not records or planned is None or _stopped_early(run):
+        return _has_backbone(run)
+    last, before = records[-1]["step"], records[-2]["step"] if len(records) > 1 else 0
+    return planned - last < max(1, last - before)
 
 
 def _time_text(records: list[dict]) -> str:
@@ -162,9 +178,12 @@ def _state_text(run: Artifact, records: list[dict]) -> str:
     warning = (
         f" The loss was not finite in {plural(len(bad), 'record')}, first at step {number(bad[0])}." if bad else ""
     )
+    if _stopped_early(run):
+        return f"Stopped early: {progress}.{warning}"
     if _finished(run):
         return f"Finished: {progress}.{warning}"
-    return f"Still going, or stopped: {progress}, no backbone yet.{warning}"
+    none = "" if _has_backbone(run) else ", no backbone yet"
+    return f"Still going, or stopped: {progress}{none}.{warning}"
 
 
 def _active_alarms(events: list[dict]) -> dict[str, dict]:

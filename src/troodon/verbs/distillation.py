@@ -12,6 +12,7 @@ from tyro.conf import Fixed, Positional, Suppress, arg
 
 from troodon import recipes
 from troodon.config import UsageError
+from troodon.learn import outcome
 from troodon.learn.config import PretrainConfig
 from troodon.lock import alone
 from troodon.run import say
@@ -21,6 +22,7 @@ from troodon.verbs.common import (
     as_backbone,
     as_list,
     check_devices,
+    is_first,
     launch_ranks,
     open_images,
     range_before,
@@ -62,6 +64,8 @@ def distill(
     with contextlib.nullcontext() if dry_run else alone(Path(out)):
         configs = {name: as_begun(config, Path(out) / name) for name, config in configs.items()}
         _distill(configs, teacher, data, Path(out), devices, dry_run=dry_run)
+        for name, config in configs.items() if is_first() and not dry_run else ():
+            outcome.tell(Path(out) / name, config)
     backbones = {name: Path(out) / name / "backbone" for name in configs}
     return backbones if isinstance(recipe, Mapping) else backbones[""]
 
@@ -72,6 +76,7 @@ def _distill(
     """Train the students, on ranks of this machine where there are several devices; or print their plans."""
     from troodon import dist
     from troodon.learn import distill as training
+    from troodon.learn import loggers
     from troodon.learn.engine import Task
     from troodon.views.attacks import random_attack
 
@@ -85,9 +90,18 @@ def _distill(
     configs = {name: replace(config, range=index.range) for name, config in configs.items()}
     before = before_training(index, [t.vit for t in teachers])
     tasks = [
-        Task(config, out / name, probe=make_probe(index, config), before=before, attack=random_attack)
+        Task(
+            config,
+            out / name,
+            probe=make_probe(index, config),
+            before=before,
+            attack=random_attack,
+            open_log=loggers.open_for,
+        )
         for name, config in configs.items()
     ]
+    for config in configs.values():
+        loggers.check(config.log_to)
     training.check(tasks, index, teachers, max(ranks, 1))
     if dry_run:
         _print_plans(tasks, len(index), teachers, ranks)
@@ -103,14 +117,14 @@ def _distill(
 
 def open_teacher(teacher: "str | Path | Backbone") -> "Teacher":
     """The teacher in a run, with the heads it was trained with; from other weights, without heads."""
-    from troodon.learn import checkpoint
+    from troodon.learn import heads
     from troodon.learn.teacher import Teacher
 
     backbone = as_backbone(teacher)
     if not isinstance(teacher, str | Path) or (run := config_of_weights(teacher)).reuse != "whole":
         return Teacher(backbone, place=str(teacher) if isinstance(teacher, str | Path) else "")
-    heads = checkpoint.heads(Path(teacher), run) if run.objective.prototypes else None
-    return Teacher(backbone, run, heads, str(teacher))
+    own = heads.of_run(Path(teacher), run) if run.objective.prototypes else None
+    return Teacher(backbone, run, own, str(teacher))
 
 
 def _print_plans(tasks: list, images: int, teachers: list, ranks: int) -> None:

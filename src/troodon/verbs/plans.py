@@ -45,9 +45,12 @@ def loader_of(config: "PretrainConfig", index: "Index") -> "Loader":
 def before_training(index: "Index", teachers: Sequence["ViTConfig"] = ()) -> "Callable[[PretrainConfig, Path], None]":
     """A function that prints the plan of a training on this group of ranks, and draws its first crops into its run."""
     from troodon import dist
+    from troodon.learn.plan import shapes_change
     from troodon.views import sheet
 
     def before(config: "PretrainConfig", run: Path) -> None:
+        if uneven := shapes_change(config, dist.world_size()):
+            say(f"warning: {uneven}")
         say(plan_here(config, len(index), dist.world_size(), teachers))
         if longer := longer_than_run(config):
             say(f"  longer than the run of {config.steps:,} steps: {', '.join(longer)}")

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from troodon import recipes, slurm
-from troodon.config import UsageError, differences, fingerprint, from_yaml, to_dict
+from troodon.config import UsageError, differences, fingerprint, from_yaml, pair, to_dict
+from troodon.learn import outcome
 from troodon.learn.config import PretrainConfig
 from troodon.lock import alone
 from troodon.recipes import lengths
@@ -24,8 +25,8 @@ from troodon.verbs.common import (
     as_backbone,
     as_list,
     check_devices,
+    is_first,
     launch_ranks,
-    load,
     open_images,
     range_before,
     require_paths,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from troodon.model.backbone import Backbone
     from troodon.model.saved import SavedViT
 
+LOCAL = 98 / 224  # side of a local crop, of that of a global one
 PROBE_IMAGES = 1000  # labelled images, at most, of the quick k-NN of a training run
 
 
@@ -71,7 +73,11 @@ def pretrain(
         return _print_plan(config, data, init, devices, images_per_second)
     data, out = _require_data_and_out(data, out)
     with alone(Path(out)):
-        return _pretrain(as_begun(config, Path(out)), data, out, init, devices)
+        config = as_begun(config, Path(out))
+        folder = _pretrain(config, data, out, init, devices)
+        if is_first():
+            outcome.tell(Path(out), config)
+        return folder
 
 
 def _pretrain(
@@ -79,38 +85,54 @@ def _pretrain(
 ) -> Path:
     """Train, on ranks of this machine where there are several devices; returns the backbone's folder."""
     from troodon import dist
-    from troodon.learn import checkpoint
+    from troodon.learn import heads, loggers
     from troodon.learn import pretrain as training
     from troodon.views.attacks import random_attack
 
     ranks = dist.ranks_to_start(devices)
     if ranks > 1:
         require_paths(data=data, init=init)
-    start = None if init is None else as_backbone(init)
+    start = None if init is None else first_backbone(config, as_backbone(init))
     index = open_images(data, config.range, range_before(Path(out), start))
     config = replace(config, range=index.range)
+    loggers.check(config.log_to)
     training.check(config, index, start, max(ranks, int(os.environ.get("WORLD_SIZE", 1))))
     if ranks > 1:
         del index, start  # each rank has its own
         with tempfile.TemporaryDirectory(prefix="troodon-") as folder:
             launch_ranks(_command_words(config, data, out, init, Path(folder)), ranks)
         return Path(out) / "backbone"
-    heads = None
+    own = None
     if config.reuse == "whole":
         if not isinstance(init, str | Path) or (first := config_of_weights(init)).reuse != "whole":
             raise UsageError("reuse whole: takes the heads of a run, so --init must be one")
-        heads = checkpoint.heads(Path(init), first)
+        own = heads.of_run(Path(init), first)
     probe = make_probe(index, config)
     return training.pretrain(
         config,
         index,
         Path(out),
         init=start,
-        heads=heads,
+        heads=own,
         probe=probe,
         before=before_training(index),
         attack=random_attack,
+        open_log=loggers.open_for,
     )
+
+
+def first_backbone(config: PretrainConfig, backbone: "Backbone") -> "Backbone":
+    """The weights that a training begins with, for images of as many channels as it has."""
+    colours = config.photometric
+    if backbone.channels == config.vit.channels or len(colours.mean) != config.vit.channels:
+        return backbone
+    from troodon.model.channels import with_channels
+
+    if is_first():
+        say(
+            f"  init has {backbone.channels} channels: each of {config.vit.channels} begins with a share of all of them"
+        )
+    return with_channels(backbone, colours.mean, colours.std)
 
 
 def _print_plan(
@@ -127,9 +149,10 @@ def _print_plan(
 
     images = len(open_source(*as_list(data))) if data else None
     if init is not None:
+        fits(config, 1 if devices == "auto" else int(devices))
         from troodon.learn.pretrain import same_network
 
-        same_network(config, as_backbone(init))
+        same_network(config, first_backbone(config, as_backbone(init)))
     if devices != "auto":  # without torch, which would take most of the time to load
         fits(config, int(devices))
         width = 4 if config.compute == "fp32" else 2
@@ -157,12 +180,22 @@ def pretrain_recipes(init: "str | Path | Backbone | None") -> Callable[[str], Pr
 
 
 def config_of_weights(init: "str | Path | Backbone") -> PretrainConfig:
-    """The config of a run, with reuse "whole"; for other weights only the network's, with reuse "backbone"."""
-    if not isinstance(init, str | Path):
-        return PretrainConfig(vit=init.config)
-    if (recorded := Path(init) / "config.yaml").is_file():
+    """The config of a run, with reuse "whole".
+
+    For other weights only the network's, with reuse "backbone", and what images it knows: their pixels and colours.
+    """
+    if isinstance(init, str | Path) and (recorded := Path(init) / "config.yaml").is_file():
         return replace(from_yaml(PretrainConfig(), recorded), reuse="whole")
-    return PretrainConfig(vit=load(init).config)
+    backbone, default = as_backbone(init), PretrainConfig()
+    seen, patch = backbone.preprocessing, backbone.config.patch
+    side = min(*pair(default.crops.global_px), *pair(seen.crop))  # crops of as many pixels as it knows, if it knows few
+
+    def whole(px: float) -> int:
+        return max(1, round(px / patch)) * patch
+
+    crops = replace(default.crops, global_px=whole(side), local_px=whole(side * LOCAL))
+    colours = replace(default.photometric, mean=seen.mean, std=seen.std)
+    return replace(default, vit=backbone.config, crops=crops, photometric=colours)
 
 
 def submit(
@@ -181,12 +214,15 @@ def submit(
     config = resolve_config(recipe, PretrainConfig(), pretrain_recipes(init), settings)
     data, out = _require_data_and_out(data, out)
     from troodon.images.sources import open_source
+    from troodon.learn import loggers
     from troodon.learn import pretrain as training
 
     slurm.check(job)
     require_paths(data=data, init=init)
     ranks = job.nodes * job.gpus_per_node
-    training.check(config, open_source(*as_list(data)), None if init is None else as_backbone(init), ranks)
+    loggers.check(config.log_to)
+    start = None if init is None else first_backbone(config, as_backbone(init))
+    training.check(config, open_source(*as_list(data)), start, ranks)
     file = write_config(config, slurm.logs_folder(out) / f"{fingerprint(config)}.yaml")
     places = [str(path) for path in as_list(data)], str(out), None if init is None else str(init)
     return slurm.submit(functools.partial(_train, file, *places), "troodon pretrain", out, job)
