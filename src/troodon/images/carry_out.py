@@ -98,7 +98,7 @@ def move(selection: Path, folder: Path) -> Done:
             if os.path.lexists(source):
                 _move(str(source), str(target))
     size, count = sum(max(0, length) for *_, length, _ in plan["files"]), len(plan["files"])
-    text = f"moved {plural(count, 'left-out image')} ({file_size(size)}) to {folder}"
+    text = f"moved {plural(count, 'left-out image')} ({file_size(size)}) to {folder}" if count else "nothing to move"
     if stay:
         text += f"; {plural(stay, 'image')} that cannot be read {'stays' if stay == 1 else 'stay'}"
     return Done(text, "undo" if count else "")
@@ -219,7 +219,7 @@ def _read(selection: Path) -> pa.Table:
 def _read_plan(selection: Path) -> dict | None:
     try:
         return json.loads((selection / MOVES).read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
