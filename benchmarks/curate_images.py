@@ -324,13 +324,12 @@ def pairs(data: Path, home: Path, name: str, backbone: Any, copied: int = 240) -
         rows = pq.read_table(out / "images.parquet").to_pylist()
         kept = {row["path"] for row in rows if row["kept"]}
         both = [Path(copy).name.partition("-")[0] for copy, original in originals.items() if {copy, original} <= kept]
-        wrong = sum(
-            not row["kept"] and {row["path"], rows[row["cause"]]["path"]} not in [{*pair} for pair in originals.items()]
-            for row in rows
-        )
+        right = {frozenset(pair) for pair in originals.items()}
+        dropped = [(row["path"], rows[row["cause"]]["path"], row["score"]) for row in rows if not row["kept"]]
+        wrong = [(*pair, score) for *pair, score in dropped if frozenset(pair) not in right]
         by_kind = ", ".join(f"{kind} {both.count(kind)}" for kind in sorted(set(both), key=lambda k: -both.count(k)))
         print(f"pairs      {name + ', ' + way:<24} {len(both)} of {copied} copies beside their originals: {by_kind}; "
-              f"{wrong} other images dropped", flush=True)  # fmt: skip
+              f"{len(wrong)} other images dropped{_listed(wrong)}", flush=True)  # fmt: skip
 
 
 def scenes(data: Path, home: Path) -> None:
@@ -345,9 +344,14 @@ def scenes(data: Path, home: Path) -> None:
             joined = [(stems[number], stems[row["cause"]], row["score"]) for number, row in enumerate(rows)
                       if not row["kept"]]  # fmt: skip
             same = sum(re.split("[-_]", a)[0] == re.split("[-_]", b)[0] for a, b, _ in joined)
-            pairs = ", ".join(f"{a} {b} {score:.2f}" for a, b, score in joined[:10])
             print(f"scenes     {name}, {way:<10} {len(joined)} of {len(rows)} joined to another, {same} of them of the "
-                  f"same video or object: {pairs}", flush=True)  # fmt: skip
+                  f"same video or object{_listed(joined)}", flush=True)  # fmt: skip
+
+
+def _listed(pairs: list[tuple[str, str, float]], limit: int = 10) -> str:
+    """Some of the images that are dropped, with their causes and scores."""
+    texts = [f"{Path(a).name} for {Path(b).name} ({score:.2f})" for a, b, score in pairs[:limit]]
+    return f": {', '.join(texts)}{', ...' if len(pairs) > limit else ''}" if pairs else ""
 
 
 def retrieval(data: Path, home: Path, name: str, backbone: Any) -> None:

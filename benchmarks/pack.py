@@ -170,23 +170,26 @@ class Score:
     original_kept: float  # %
     missed: list[int]  # images that are kept beyond one of their cluster
     wrong: list[int]  # images dropped for an image of another cluster
+    instead: list[int]  # images that are kept where the original of their cluster is not, nor its pixels
 
 
 def score(pack: Pack, decisions: Decisions, originals: set[int]) -> Score:
-    missed, lost, with_copies, beyond, original_kept = [], 0, 0, 0, 0
+    missed, instead, lost, with_copies, beyond, original_kept = [], [], 0, 0, 0, 0
     for members in pack.clusters():
         kept = [row for row in members if decisions.kept_N[row]]
         kept.sort(key=lambda row: row not in originals)  # the others are beyond this one
         lost += not kept
         missed += kept[1:]
         beyond += len(members) - 1
-        with_copies += len(members) > 1
-        original_kept += bool(len(members) > 1 and kept and kept[0] in originals)
+        if len(members) > 1:
+            with_copies += 1
+            original_kept += bool(originals.intersection(kept))
+            instead += [row for row in kept[:1] if row not in originals]
     cluster = [row["cluster"] for row in pack.rows]
     ends = {row: decisions.stands_for(row) for row in np.flatnonzero(~decisions.kept_N).tolist()}
     wrong = [row for row, end in ends.items() if end >= 0 and cluster[end] != cluster[row]]
     removed = 100 * (1 - len(missed) / beyond) if beyond else 100.0
-    return Score(removed, lost, 100 * original_kept / max(with_copies, 1), missed, wrong)
+    return Score(removed, lost, 100 * original_kept / max(with_copies, 1), missed, wrong, instead)
 
 
 def report(pack: Pack, way: str, decisions: Decisions, found: Score) -> None:
@@ -199,6 +202,9 @@ def report(pack: Pack, way: str, decisions: Decisions, found: Score) -> None:
         missed, total = Counter(pack.rows[row][column] for row in found.missed), Counter(row[column] for row in copies)
         shares = ", ".join(f"{name} {count} of {total[name]}" for name, count in missed.most_common())
         print(f"pack       {way:<10} missed by {column}: {shares or 'none'}", flush=True)
+    kept = Counter(pack.rows[row]["transform"] for row in found.instead)
+    shares = ", ".join(f"{name} {count}" for name, count in kept.most_common())
+    print(f"pack       {way:<10} kept instead of the original: {shares or 'none'}", flush=True)
     for row in found.wrong:
         cause = decisions.stands_for(row)
         (path, what), (other, other_what) = ((pack.rows[k]["path"], pack.rows[k]["transform"]) for k in (row, cause))

@@ -107,6 +107,7 @@ def test_the_truth_counts_what_is_missed_lost_and_wrong(tmp_path, run_script):
     assert found.copies_removed == pytest.approx(100 * 5 / 6)
     assert found.distinct_removed == 1
     assert found.original_kept == 50.0
+    assert found.instead == [at["1", "crop_30"]]
     assert found.missed == [at["0", "crop_30"]]
     assert found.wrong == sorted([at["1", "hflip"], at["1", "same_bytes"], at["2", "none"]])
     assert decisions.stands_for(at["2", "none"]) == at["0", "same_bytes"]
