@@ -25,7 +25,10 @@ MIN_OVERLAP, MAIN_OVERLAP = 0.1, 0.5  # shares that are seen of either image, an
 MIN_DIRECT, DIRECT_OVERLAP = 0.55, 0.6  # agreement and shares of both images, where no points tell the map
 MIN_START = 0.2  # agreement from which a map is refined
 MAX_STRETCH, MAX_SCALE = 2.0, 5.0  # of a map: more is an accident
-AGREEING = 0.8  # share of the structure of both that must agree: text and stickers may cover the rest
+AGREEING = 0.8  # share of the structure of both that must agree
+# Large text and stickers on a small picture cover more. Where nothing is turned or moved, this share may agree instead,
+# if it agrees better by this margin.
+UNCOVERED, MARGIN = 0.6, 0.2
 MIN_STRUCTURE = 0.5  # deviation in levels of 255, on average: less is no structure
 WINDOW = 9  # pixels of a thumbnail that are compared at a time
 INNER_EDGE = 0.5  # share of the inner edge of a frame where the picture has another colour
@@ -65,10 +68,12 @@ def verify(i: LocalFeatures, j: LocalFeatures, orientation: int = 0, start_33: n
 
 def _match_pixels(i: LocalFeatures, j: LocalFeatures, start_33: ndarray, overlap_needed: float) -> Match | None:
     """The match by a map near this one, if the pixels agree."""
-    if compare_pixels(i.thumbnail_GG, j.thumbnail_GG, start_33)[0] < MIN_START:
+    if compare_pixels(i.thumbnail_GG, j.thumbnail_GG, start_33, UNCOVERED)[0] < MIN_START:
         return None
     for map_33 in (start_33, _refine(i.thumbnail_GG, j.thumbnail_GG, start_33)):
         agreement, overlap = compare_pixels(i.thumbnail_GG, j.thumbnail_GG, map_33)
+        uncovered, _ = compare_pixels(i.thumbnail_GG, j.thumbnail_GG, map_33, UNCOVERED)
+        agreement = max(agreement, uncovered - MARGIN)
         if agreement >= MIN_DIRECT and min(overlap) >= overlap_needed and is_plausible(map_33):
             return Match(map_33, 0, agreement, overlap)
     return None
@@ -132,7 +137,9 @@ _THUMBNAIL_33 = np.array(
 _SHARES_33 = np.linalg.inv(_THUMBNAIL_33)
 
 
-def compare_pixels(i_GG: ndarray, j_GG: ndarray, map_33: ndarray) -> tuple[float, tuple[float, float]]:
+def compare_pixels(
+    i_GG: ndarray, j_GG: ndarray, map_33: ndarray, share: float = AGREEING
+) -> tuple[float, tuple[float, float]]:
     """How well the pixels of two thumbnails agree after a map, and the shares of both that overlap.
 
     Correlation in windows, which ignores brightness and contrast, weighted by the structure that both have: an even sky
@@ -140,7 +147,7 @@ def compare_pixels(i_GG: ndarray, j_GG: ndarray, map_33: ndarray) -> tuple[float
     """
     scale = abs(np.linalg.det(map_33[:2, :2]))
     if scale > 1:  # the other is reduced: a reduced image has all that an enlarged one shows
-        agreement, (overlap_j, overlap_i) = compare_pixels(j_GG, i_GG, np.linalg.inv(map_33))
+        agreement, (overlap_j, overlap_i) = compare_pixels(j_GG, i_GG, np.linalg.inv(map_33), share)
         return agreement, (overlap_i, overlap_j)
     if scale < 1e-6:
         return 0.0, (0.0, 0.0)
@@ -157,11 +164,11 @@ def compare_pixels(i_GG: ndarray, j_GG: ndarray, map_33: ndarray) -> tuple[float
     overlap = (min(1.0, overlap_j / scale), overlap_j)
     if inside_GG.sum() < WINDOW:
         return 0.0, overlap
-    return _correlation(x_GG.astype(np.float32), j_GG.astype(np.float32), inside_GG), overlap
+    return _correlation(x_GG.astype(np.float32), j_GG.astype(np.float32), inside_GG, share), overlap
 
 
-def _correlation(x_GG: ndarray, y_GG: ndarray, inside_GG: ndarray) -> float:
-    """The correlation in windows that AGREEING of the structure reaches, which counts where both have it.
+def _correlation(x_GG: ndarray, y_GG: ndarray, inside_GG: ndarray, share: float) -> float:
+    """The correlation in windows that this share of the structure reaches, which counts where both have it.
 
     In pictures of one scene from another place, or with something moved, parts agree and others do not; the
     average of both is high.
@@ -183,7 +190,7 @@ def _correlation(x_GG: ndarray, y_GG: ndarray, inside_GG: ndarray) -> float:
     up_to = np.cumsum(structure_GG.ravel()[order])
     if up_to[-1] <= inside_GG.sum() * MIN_STRUCTURE:
         return 0.0
-    return float(local_GG.ravel()[order[np.searchsorted(up_to, (1 - AGREEING) * up_to[-1])]])
+    return float(local_GG.ravel()[order[np.searchsorted(up_to, (1 - share) * up_to[-1])]])
 
 
 def _refine(i_GG: ndarray, j_GG: ndarray, map_33: ndarray) -> ndarray:
