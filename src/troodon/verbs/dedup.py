@@ -11,20 +11,20 @@ from tyro.conf import Positional, arg
 
 from troodon.config import Range, UsageError, from_dict, to_dict
 from troodon.curate.config import CurateConfig
-from troodon.images import carry_out
 from troodon.text import file_size, plural
 from troodon.verbs.common import (
     Data,
+    Device,
     Paths,
-    as_backbone,
     common_range,
     open_images,
     require_some,
     suggest_next,
 )
-from troodon.verbs.curation import open_copy_encoder, stage_lines
+from troodon.verbs.curation import check_shared, placed, stage_lines
 
 if TYPE_CHECKING:
+    from troodon.images.carry_out import Done
     from troodon.model.backbone import Backbone
 
 # No image is dropped because of a mark: out of focus, dark, blank, tiny, elongated.
@@ -43,6 +43,7 @@ def dedup(
     workers: int = 0,
     settings: dict | None = None,
     range: Range | None = None,
+    device: str = "auto",
 ) -> Path:
     """Find the copies among images, and write a selection of one of each picture; returns the selection.
 
@@ -53,12 +54,14 @@ def dedup(
     """
     from troodon.curate.backends import create_backend
     from troodon.curate.pipeline import NO_IMAGES, curate
+    from troodon.images import carry_out
 
     config = _check(from_dict(DEDUP_CONFIG, settings or {}, source="settings"), bool(benchmark), backbone, copies)
     runner, out = create_backend(backend, workers), Path(out)
+    check_shared(device, backend)
     try:
-        encoder = None if copies is None else open_copy_encoder(copies)
-        network = _pixels(config, encoder) if backbone is None else as_backbone(backbone, range)
+        encoder = None if copies is None else placed(copies, device)
+        network = placed(_pixels(config, encoder) if backbone is None else backbone, device, range)
         range = common_range(range, network, encoder)
         pool = carry_out.made_from(out, open_images(data, range))
         excluded = open_images(benchmark, range) if benchmark else NO_IMAGES
@@ -100,7 +103,9 @@ def _pixels(config: CurateConfig, encoder: Any) -> Any:
     return PixelBackbone(None if config.verify == "geometric" else 3)
 
 
-def _carry_out(selection: Path, action: str, target: str | None = None) -> carry_out.Done:
+def _carry_out(selection: Path, action: str, target: str | None = None) -> "Done":
+    from troodon.images import carry_out
+
     carry_out.check_action(action, target)
     if action == "move":
         return carry_out.move(selection, Path(target or ""))
@@ -115,7 +120,7 @@ def _carry_out(selection: Path, action: str, target: str | None = None) -> carry
     return carry_out.write_list(selection, Path(target or ""))
 
 
-def _print_done(done: carry_out.Done, selection: str) -> None:
+def _print_done(done: "Done", selection: str) -> None:
     if done.text:
         print(done.text)
     if done.undo:
@@ -164,6 +169,8 @@ class Dedup:
     """Where workers run: local, ray (this machine, or its cluster), or a cluster's address, ray://HOST:PORT."""
     workers: int = 0
     """Processes of the backend local; 0 is this one only. They change the time, not the result."""
+    device: Device = "auto"
+    """Where networks and comparisons of vectors compute: auto (a GPU, if there is one), cuda, cuda:1, mps or cpu."""
     range: Range | None = None
     """Values of images of more than 8 bits that become black and white, such as 0 4095; by their type if left out."""
     json: bool = False
@@ -171,6 +178,8 @@ class Dedup:
     config: Annotated[CurateConfig, arg(name="")] = DEDUP_CONFIG
 
     def run(self) -> None:
+        from troodon.images import carry_out
+
         data, done = require_some(self.data, "images to look for copies in"), None
         if self.apply:
             if len(self.apply) > 2:
@@ -179,6 +188,7 @@ class Dedup:
         out = dedup(
             data, self.out, benchmark=self.benchmark, backbone=self.backbone, copies=self.copies, backend=self.backend,
             workers=self.workers, settings=to_dict(self.config), range=self.range,
+            device=self.device,
         )  # fmt: skip
         if self.apply:
             done = _carry_out(out, *self.apply)
