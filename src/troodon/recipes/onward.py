@@ -77,7 +77,8 @@ def adapt(start: PretrainConfig, steps: int = 5000) -> PretrainConfig:
 
     Command: troodon pretrain adapt --init dinov2_vits14_pretrain.pth --data photos/ --out RUN
     New heads learn first, on the frozen backbone. Where the images have labels, the quick k-NN is read before the first
-    step, and the run says so if features get worse. One GPU; not yet run at full size.
+    step and twenty times on the way: the best weights are kept, and the run stops if features stay worse. Low-rank
+    adapters: --adapt.rank 8. One GPU; not yet run at full size (docs/adapt.md).
     """
     head = HeadConfig(prototypes=8192)
     config = PretrainConfig(
@@ -92,7 +93,7 @@ def adapt(start: PretrainConfig, steps: int = 5000) -> PretrainConfig:
             ema_momentum=Schedule(peak=0.994, end=1.0),
             teacher_temperature=Schedule(start=0.02, peak=0.04, end=0.04, warmup=1000),
             last_layer_frozen=0,
-            backbone_frozen=250,
+            backbone_frozen=500,
         ),
         crops=start.crops,
         photometric=start.photometric,
