@@ -142,7 +142,7 @@ def test_a_dry_run_writes_nothing(photos, tmp_path, capsys):
         (["pack", "{photos}"], "--out"),
         (["pack", "{photos}", "--out", "{photos}"], "choose a new --out"),
         (["pack", "{photos}", "--out", "{out}", "--threads", "-2"], "threads -2"),
-        (["show"], "did you mean 'show crops'"),
+        (["show"], "show attention, show crops, show matches, show neighbours, show pca"),
         (["show", "crop", "small"], "did you mean 'show crops'"),
         (["show", "crops"], "say first which recipe"),
         (["show", "crops", "smal", "--data", "{photos}"], "did you mean 'small'"),

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from tests.evaluate_world import COLOURS, FakeBackbone, make_features, make_index
-from troodon.evaluate.pictures import RIGHT, WRONG, draw_neighbours, draw_pca, pca_colours, spread_over_classes
+from troodon.evaluate.components import patch_colours
+from troodon.evaluate.pictures import RIGHT, WRONG, draw_neighbours, draw_pca, spread_over_classes
 
 
 def halves(images: int) -> np.ndarray:
@@ -21,7 +22,7 @@ def halves(images: int) -> np.ndarray:
 
 
 def test_similar_patches_get_one_colour_in_all_images() -> None:
-    colours = pca_colours(halves(3)).astype(int)
+    colours = np.stack(patch_colours([*halves(3)]).colours).astype(int)
     left, right = colours[:, :, :3, 0], colours[:, :, 3:, 0]
     assert left.std() < 10
     assert right.std() < 10
@@ -33,14 +34,16 @@ def test_the_background_is_at_the_border() -> None:
     x[:, 2:6, 2:6, 3] += 1
     inside = np.zeros((8, 8), dtype=bool)
     inside[2:6, 2:6] = True
-    shown = pca_colours(x, foreground=True).any(-1)
+    found = patch_colours([*x], foreground=True)
+    shown = np.stack(found.colours).any(-1)
+    assert np.array_equal(np.stack(found.foreground), np.stack([inside] * 2))
     assert not shown[:, ~inside].any()
     assert shown[:, inside].all()
 
 
 def test_features_of_few_channels_or_of_one_value_are_drawn() -> None:
-    assert pca_colours(np.ones((1, 2, 2, 2))).shape == (1, 2, 2, 3)
-    assert not pca_colours(np.ones((1, 2, 2, 8)), foreground=True).any()
+    assert patch_colours([np.ones((2, 2, 2))]).colours[0].shape == (2, 2, 3)
+    assert not patch_colours([np.ones((2, 2, 8))], foreground=True).colours[0].any()
 
 
 def test_images_are_drawn_beside_their_patches(tmp_path: Path) -> None:

@@ -17,8 +17,12 @@ from troodon.verbs.evaluation import evaluate as evaluate
 from troodon.verbs.export import export as export
 from troodon.verbs.images import pack as pack
 from troodon.verbs.images import scan as scan
-from troodon.verbs.images import show_crops as show_crops
 from troodon.verbs.leakage import leak as leak
+from troodon.verbs.show import show_attention as show_attention
+from troodon.verbs.show import show_crops as show_crops
+from troodon.verbs.show import show_matches as show_matches
+from troodon.verbs.show import show_neighbours as show_neighbours
+from troodon.verbs.show import show_pca as show_pca
 from troodon.verbs.training import pretrain as pretrain
 
 __version__: str

@@ -29,12 +29,15 @@ from troodon.verbs.distillation import Distill, recipes_by_name
 from troodon.verbs.embedding import Embed
 from troodon.verbs.evaluation import Compare, Evaluate
 from troodon.verbs.export import Export
-from troodon.verbs.images import Pack, Scan, ShowCrops
+from troodon.verbs.images import Pack, Scan
 from troodon.verbs.leakage import Leak
+from troodon.verbs.show import ShowAttention, ShowCrops, ShowMatches, ShowNeighbours, ShowPca
 from troodon.verbs.training import Pretrain, pretrain_recipes
 
 VERBS: dict[str, type] = {
-    "doctor": Doctor, "demo": Demo, "scan": Scan, "pack": Pack, "show crops": ShowCrops, "embed": Embed,
+    "doctor": Doctor, "demo": Demo, "scan": Scan, "pack": Pack, "embed": Embed,
+    "show crops": ShowCrops, "show pca": ShowPca, "show attention": ShowAttention, "show neighbours": ShowNeighbours,
+    "show matches": ShowMatches,
     "dedup": Dedup, "apply": Apply, "curate": Curate, "curate calibrate": Calibrate, "pretrain": Pretrain,
     "distill": Distill, "evaluate": Evaluate, "compare": Compare, "leak": Leak, "export": Export,
     "report": Report, "recipes": Recipes,

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from troodon.evaluate.components import patch_colours
 from troodon.evaluate.features import FrozenFeatures
 from troodon.images.decode import to_rgb
 from troodon.images.index import Index
 from troodon.run import write_bytes
 from troodon.search.exact import top_k
 
-# Shape suffixes: B images, h w patches along height and width, D channels, T patches of all images, K neighbours.
+# Shape suffixes: B images, h w patches along height and width, D channels, K neighbours.
 
 WIDTH = 1000  # of a picture, in pixels
 WHITE, INK, GREY = (255, 255, 255), (34, 34, 40), (120, 120, 130)
@@ -24,18 +25,17 @@ PAIRS = 3  # images per row in the PCA picture
 NEIGHBOURS = 7
 
 
-def draw_pca(backbone: Any, images: Sequence[np.ndarray], path: Path, *, foreground: bool = False) -> None:
+def draw_pca(backbone: Any, images: Sequence[np.ndarray], path: Path) -> None:
     """Draw each preprocessed image beside its patch tokens, coloured by their principal components.
 
     Components are computed over the patches of all images, so a colour means the same everywhere. The first three are
-    red, green and blue. With `foreground`, the first component separates objects from the background at the border,
-    which stays black; the next three, computed on the objects alone, are the colours (DINOv2, section 7.6).
+    red, green and blue.
     """
     with torch.inference_mode():
         prepared = backbone.prepare(images)
         patches_BhwD = backbone.features(prepared).patches.float().cpu().numpy()
     inputs = _denormalise(backbone, prepared)
-    colours_Bhw3 = pca_colours(patches_BhwD, foreground=foreground)
+    colours_Bhw3 = patch_colours([*patches_BhwD]).colours
     gap, margin = 4, 16
     cell = (WIDTH - margin * (PAIRS + 1) - gap * PAIRS) // (2 * PAIRS)
     size = (cell, round(cell * prepared.shape[2] / prepared.shape[3]))
@@ -47,22 +47,6 @@ def draw_pca(backbone: Any, images: Sequence[np.ndarray], path: Path, *, foregro
         page.paste(Image.fromarray(to_rgb(image)).resize(size, Image.Resampling.BICUBIC), (x, y))
         page.paste(Image.fromarray(colours_hw3).resize(size, Image.Resampling.BICUBIC), (x + cell + gap, y))
     _save(page, path)
-
-
-def pca_colours(patches_BhwD: np.ndarray, *, foreground: bool = False) -> np.ndarray:
-    """Three principal components of all patches together, each scaled to [0, 255]: uint8 (B, h, w, 3)."""
-    x_TD = patches_BhwD.reshape(-1, patches_BhwD.shape[-1]).astype(np.float64)
-    foreground_T = np.ones(len(x_TD), dtype=bool)
-    if foreground:
-        first_Bhw = _principal_components(x_TD, 1)[:, 0].reshape(patches_BhwD.shape[:3])
-        border = np.concatenate([first_Bhw[:, [0, -1]].ravel(), first_Bhw[:, :, [0, -1]].ravel()])
-        foreground_T = (first_Bhw * (1 if border.mean() <= 0 else -1)).ravel() > 0
-    values_T3 = np.zeros((len(x_TD), 3))
-    if foreground_T.any():
-        values = _principal_components(x_TD[foreground_T], 3)
-        low, high = np.percentile(values, [1, 99], axis=0)
-        values_T3[foreground_T] = np.clip((values - low) / np.maximum(high - low, 1e-12), 0, 1)
-    return (values_T3 * 255).round().astype(np.uint8).reshape(*patches_BhwD.shape[:3], 3)
 
 
 def draw_neighbours(
@@ -103,16 +87,6 @@ def spread_over_classes(labels: Sequence[str | None], count: int) -> list[int]:
     """At most `count` positions, spread evenly over the classes, in the order of the classes."""
     order = sorted(range(len(labels)), key=lambda i: labels[i] or "")
     return [order[i] for i in np.unique(((np.arange(count) + 0.5) * len(order) / count).astype(int))]
-
-
-def _principal_components(x_TD: np.ndarray, count: int) -> np.ndarray:
-    """The first principal components (T, count) of rows. The largest channel of each axis is positive."""
-    x_TD = x_TD - x_TD.mean(0)
-    _, axes_DD = np.linalg.eigh(x_TD.T @ x_TD)
-    axes_DC = axes_DD[:, ::-1][:, :count]
-    axes_DC = axes_DC * np.sign(np.take_along_axis(axes_DC, np.abs(axes_DC).argmax(0)[None], 0))
-    projected_TC = x_TD @ axes_DC
-    return np.pad(projected_TC, ((0, 0), (0, count - projected_TC.shape[1])))
 
 
 def _denormalise(backbone: Any, prepared: torch.Tensor) -> np.ndarray:

@@ -12,8 +12,9 @@ from troodon.verbs.distillation import distill
 from troodon.verbs.embedding import embed
 from troodon.verbs.evaluation import compare, evaluate
 from troodon.verbs.export import export
-from troodon.verbs.images import pack, scan, show_crops
+from troodon.verbs.images import pack, scan
 from troodon.verbs.leakage import leak
+from troodon.verbs.show import show_attention, show_crops, show_matches, show_neighbours, show_pca
 from troodon.verbs.training import pretrain, submit
 
 __all__ = [
@@ -32,6 +33,10 @@ __all__ = [
     "pretrain",
     "report",
     "scan",
+    "show_attention",
     "show_crops",
+    "show_matches",
+    "show_neighbours",
+    "show_pca",
     "submit",
 ]

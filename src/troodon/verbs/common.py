@@ -145,6 +145,14 @@ def as_backbone(backbone: "str | Path | Backbone", range: Range | None = None) -
     return backbone if range is None else with_range(backbone, range)
 
 
+def on_device(backbone: "str | Path | Backbone", range: Range | None) -> "Backbone":
+    """The backbone; on this machine's accelerator, if there is one, where only its path is given."""
+    from troodon.dist import device
+
+    found = as_backbone(backbone, range)
+    return found.to(device()) if isinstance(backbone, str | Path) else found
+
+
 def as_list(data: Data) -> list:
     """The given values as a list, also where there is one."""
     return list(data) if isinstance(data, list | tuple) else [data]

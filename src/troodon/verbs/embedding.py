@@ -14,7 +14,7 @@ from tyro.conf import UseAppendAction, arg
 from troodon.config import Range, UsageError, nearest
 from troodon.run import read_manifest, say, write_bytes
 from troodon.text import printable, set_aside
-from troodon.verbs.common import Data, Paths, as_backbone, common_range, open_images, with_range
+from troodon.verbs.common import Data, Paths, common_range, on_device, open_images, with_range
 
 if TYPE_CHECKING:
     from troodon.model.backbone import Backbone
@@ -55,7 +55,7 @@ def embed(
             raise nearest(name, value, known)
     if batch < 1:
         raise UsageError(f"batch {batch}: must be 1 or more")
-    out, backbone = Path(out), _on_device(backbone, range)
+    out, backbone = Path(out), on_device(backbone, range)
     numbers = backbone.block_numbers(list(blocks)) if blocks else []
     index = open_images(data, common_range(range, backbone))
     faster, is_new = _optimized(backbone, out, compute, compile), not out.exists()
@@ -91,7 +91,7 @@ def find_nearest(
     out, manifest = Path(out), read_manifest(Path(out))
     if manifest is None or manifest["kind"] != "embeddings":
         raise UsageError(f"{out}: holds no finished embeddings; give --data to make them")
-    settings, backbone = manifest["settings"], _on_device(backbone, range)
+    settings, backbone = manifest["settings"], on_device(backbone, range)
     if settings["weights"] != backbone.fingerprint:
         raise UsageError(f"{out}: was made with another backbone, {settings['backbone']}; give that one")
     if settings["tokens"] == "patches":
@@ -100,14 +100,6 @@ def find_nearest(
     prepared = with_range(backbone, saved_range(pq.read_schema(out / "images.parquet"))).prepare(list(queries))
     _, encode = encoder(_optimized(backbone, out, "auto", False), settings["tokens"], settings.get("blocks", ()))
     return nearest_images(encode(prepared), out, k, None if backbone.device.type == "cpu" else str(backbone.device))
-
-
-def _on_device(backbone: "str | Path | Backbone", range: Range | None) -> "Backbone":
-    """The backbone; on this machine's accelerator, if there is one, where only its path is given."""
-    from troodon.dist import device
-
-    found = as_backbone(backbone, range)
-    return found.to(device()) if isinstance(backbone, str | Path) else found
 
 
 def _optimized(backbone: "Backbone", out: Path, compute: str, compile: bool) -> "Backbone":
@@ -188,7 +180,7 @@ class Embed:
         if self.k < 1 or (self.data and self.tokens == "patches"):
             wrong = f"k {self.k}: must be 1 or more" if self.k < 1 else "a query takes --tokens cls, mean or cls+mean"
             raise UsageError(wrong)
-        backbone = _on_device(self.backbone, self.range)
+        backbone = on_device(self.backbone, self.range)
         backbone.prepare(queries)  # before long work: UsageError for an image that cannot be read
         if self.data:
             self._embed(backbone, out)

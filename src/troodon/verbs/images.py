@@ -1,4 +1,4 @@
-"""The verbs on images: `scan`, `pack` and `show_crops`."""
+"""The verbs on images: `scan` and `pack`."""
 
 import json
 import shlex
@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from troodon import recipes
-from troodon.config import Range, UsageError, from_dict, to_dict
+from troodon.config import Range, from_dict, to_dict
 from troodon.images.config import PackConfig
-from troodon.learn.config import PretrainConfig, fits
 from troodon.verbs.common import (
     Data,
     Paths,
@@ -19,10 +17,8 @@ from troodon.verbs.common import (
     open_images,
     progress_callback,
     require_some,
-    resolve_config,
     suggest_next,
 )
-from troodon.verbs.plans import loader_of
 
 if TYPE_CHECKING:
     pass
@@ -114,41 +110,3 @@ class Pack:
         print(self.out)
         if summary["images"]:
             suggest_next(f"troodon pretrain small --data {shlex.quote(self.out)} --out runs/first")
-
-
-def show_crops(recipe: str | PretrainConfig, data: Data, out: str | Path, *, images: int = 8, batch: int = 0) -> Path:
-    """Draw the views that a network gets of some images, a row for each image: its crop boxes, and every view of it.
-
-    The images are the first of batch number `batch` in a run of that recipe. Returns the picture's path, a PNG.
-    """
-    from troodon.views.sheet import draw_crops
-
-    if images < 1 or batch < 0:
-        raise UsageError(f"images {images}, batch {batch}: at least 1 image, and batches are numbered from 0")
-    for place in as_list(data):
-        if isinstance(place, str | Path) and Path(out).resolve().is_relative_to(Path(place).expanduser().resolve()):
-            raise UsageError(f"{out}: would lie in {place} and count as an image there; choose another --out")
-    config = resolve_config(recipe, PretrainConfig(), recipes.pretrain)
-    fits(config, 1)
-    draw_crops(loader_of(config, open_images(data, config.range)), Path(out), batch, images)
-    return Path(out)
-
-
-@dataclass(frozen=True)
-class ShowCrops:
-    """A picture to check before training: images with their crops, as a recipe's network would get them."""
-
-    recipe: Positional[str]
-    """A recipe (see `troodon recipes`) or a YAML file."""
-    data: Paths
-    """Folders, tars, paths inside tars, an index or a selection."""
-    out: str = "crops.png"
-    """The picture."""
-    images: int = 8
-    """Images in the picture, a row for each."""
-    at: int = 0
-    """Number of the batch whose first images are shown."""
-    config: Annotated[PretrainConfig, arg(name="")] = PretrainConfig()
-
-    def run(self) -> None:
-        print(show_crops(self.config, self.data, self.out, images=self.images, batch=self.at))

@@ -1,0 +1,1 @@
+"""What a backbone sees in some images, as pictures with their numbers."""
