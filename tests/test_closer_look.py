@@ -1,6 +1,8 @@
 """Copies are verified by a closer look, look-alikes stay, and the original of a group is kept."""
 
+import csv
 import io
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -349,6 +351,29 @@ def test_edited_images_of_a_benchmark_leak_and_look_alikes_stay(tmp_path):
     flip = next(row for row in ledger if row["path"].endswith("flip.png"))
     assert ledger[flip["cause"]]["path"] == "benchmark/1.png"
     assert flip["reason"].startswith("copy of a benchmark image, pixels agree ")
+
+
+def test_real_copies_are_found_and_originals_kept(shared, tmp_path):
+    """Eight photographs with nine edited copies each, among forty others."""
+    tar = shared("neardup_cc0_dev.tar")
+    with tarfile.open(tar) as pack:
+        truth = list(csv.DictReader(io.TextIOWrapper(pack.extractfile("ground_truth.csv"))))
+    copied = sorted({row["cluster"] for row in truth if row["role"] == "copy"}, key=int)[:8]
+    others = [row for row in truth if row["role"] == "distractor"][:40]
+    chosen = {row["path"]: row for row in truth if row["cluster"] in copied} | {row["path"]: row for row in others}
+    index = open_source(tar / "images")
+    at = [k for k, path in enumerate(index.column("path")) if f"images/{Path(path).name}" in chosen]
+    assert len(at) == 120
+    pool = index.take(at).without_labels()
+    out = pipeline.curate(CONFIG, pool.take([]), pool, PixelBackbone(3), tmp_path / "out")
+    ledger = pq.read_table(out / "images.parquet").to_pylist()
+    known = [chosen[f"images/{Path(row['path']).name}"] for row in ledger]
+    dropped = [(row, mine) for row, mine in zip(ledger, known) if not row["kept"]]
+    assert len(dropped) >= 0.95 * 72
+    assert all(mine["cluster"] == known[row["cause"]]["cluster"] for row, mine in dropped)
+    same = ("none", "same_bytes", "png_same_pixels")
+    kept = {mine["cluster"] for row, mine in zip(ledger, known) if row["kept"] and mine["transform"] in same}
+    assert len(kept.intersection(copied)) >= 7
 
 
 def test_many_copies_of_one_picture_are_one(tmp_path):

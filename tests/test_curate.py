@@ -457,7 +457,7 @@ def test_calibration_separates_copies_from_look_alikes():
     assert again.recall["shrink"] == 1
 
 
-def test_real_near_duplicates_are_found_with_default_settings(shared, tmp_path):
+def test_real_near_duplicates_are_found_by_cosine(shared, tmp_path):
     """156 pairs in CIFAR-10 that people call the same shot; among 4,313 images, seen as eight by eight pixels."""
     tar = shared("neardup_cifar10_dev.tar")
     index = open_source(tar / "images")
@@ -466,7 +466,7 @@ def test_real_near_duplicates_are_found_with_default_settings(shared, tmp_path):
         listed = list(csv.DictReader(io.TextIOWrapper(pack.extractfile("pairs.csv"))))
     pairs = [(row[Path(p["path_a"]).name], row[Path(p["path_b"]).name], p["judgment"]) for p in listed]
 
-    config = CurateConfig(within_curated="drop", threads=2)
+    config = CurateConfig(verify="none", within_curated="drop", threads=2)
     out = pipeline.curate(config, index.take(range(200)), index.take(range(200, len(index))), Pixels(), tmp_path / "s")
     groups = pq.read_table(out / "groups.parquet").to_pydict()
     group = dict(zip(groups["row"], groups["group"], strict=True))
