@@ -40,7 +40,7 @@ def world_size() -> int:
 
 
 def device() -> torch.device:
-    """The device of this rank."""
+    """The device of this rank, or of one of several workers on this machine; others are for `devices` to choose."""
     if torch.cuda.is_available():
         # Modulo: some clusters show each process only its own device.
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
@@ -51,8 +51,9 @@ def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
     """The dtype of "fp32", "bf16" or "auto" on a device: auto is bf16 where matrix products in it are faster."""
     if setting != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[setting]
-    fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
+    on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    is_fast = torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda" else on_cpu
+    return torch.bfloat16 if is_fast else torch.float32
 
 
 @contextlib.contextmanager
@@ -75,9 +76,10 @@ def process_group() -> Iterator[None]:
         yield
     except BaseException:
         claim_first_failure()  # before the group ends: the others wait for this rank, and fail then too
+        if world_size() == 1:
+            dist.destroy_process_group()  # with others, NCCL would wait here for what they never send
         raise
-    finally:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:

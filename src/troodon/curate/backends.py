@@ -62,7 +62,7 @@ class ProcessPool:
     def run(self, stage: Stage, root: Path, pending: Sequence[int]) -> Iterator[int]:
         queue, deaths = deque(pending), Counter[int]()
         while len(self.workers) < min(self.count, len(pending)):
-            self.workers.append(_Worker(self.count))
+            self.workers.append(_Worker(self.count, len(self.workers)))
         try:
             for worker in self.workers[: len(pending)]:
                 worker.assign(stage, root, queue.popleft())
@@ -78,7 +78,7 @@ class ProcessPool:
                             stage, deaths[number] = _exclude_fatal_row(stage, root, number), 0
                         queue.appendleft(number)
                         self.workers.remove(worker)
-                        self.workers.append(worker := _Worker(self.count))
+                        self.workers.append(worker := _Worker(self.count, worker.number))
                     else:
                         yield number
                     if queue:
@@ -126,14 +126,16 @@ def _kills_worker(stage: Stage, root: Path, unit: tuple[int, int]) -> bool:
 class _Worker:
     """A process, the connection to it, the stage that was sent to it, and the number of its current unit."""
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, number: int = 0):
+        self.number = number  # among the workers of this machine, which take its devices in turn
         context = multiprocessing.get_context("spawn")  # fork can deadlock if threads hold locks
         self.connection, child_connection = context.Pipe()
         self.stage: Stage | None = None
         self.unit: int | None = None
         self.process: BaseProcess = context.Process(target=_worker_main, args=(child_connection,), daemon=True)
         threads = str(max(1, (os.cpu_count() or 1) // count))
-        with _environment({name: os.environ.get(name, threads) for name in THREAD_VARIABLES}):
+        variables = {name: os.environ.get(name, threads) for name in THREAD_VARIABLES}
+        with _environment(variables | {"LOCAL_RANK": str(number)}):
             self.process.start()
         child_connection.close()
 
@@ -202,7 +204,8 @@ class RayCluster:
         if not ray.is_initialized():
             ray.init(address=self.address, log_to_driver=False, include_dashboard=False)
         shared_stage = ray.put(stage)  # sent once per machine, not once per unit
-        gpus = {"num_gpus": 1} if ray.cluster_resources().get("GPU") and getattr(stage.work, "gpu", False) else {}
+        device = str(getattr(stage.work, "device", None) or "cpu")
+        gpus = {"num_gpus": 1} if ray.cluster_resources().get("GPU") and not device.startswith("cpu") else {}
         task = ray.remote(_ray_task).options(max_retries=MAX_DEATHS, **gpus)
         queue, submitted = deque(pending), dict[Any, int]()
         limit = max(1, int(ray.cluster_resources().get("CPU", 1))) * self.queued_per_cpu
@@ -222,5 +225,11 @@ class RayCluster:
         pass
 
 
+_KEPT = dict[tuple, Stage]()  # in a process of Ray: the last stage, whose networks are on their device by now
+
+
 def _ray_task(stage: Stage, root: str, number: int) -> None:
-    run_unit(stage, Path(root), number)
+    key = (stage.name, stage.fingerprint, root)
+    if key not in _KEPT:
+        _KEPT.clear()
+    run_unit(_KEPT.setdefault(key, stage), Path(root), number)

@@ -33,7 +33,7 @@ class CurationContext:
     root: Path  # folder of the stages until the selection is published
     name: str  # fingerprint of the embeddings
     backend: Backend
-    device: Any  # of matrix products; None: numpy
+    device: Any  # of matrix products, as `accelerator` takes it: each process has its own
 
     @property
     def curated_N(self) -> ndarray:

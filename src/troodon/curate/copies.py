@@ -28,6 +28,7 @@ from troodon.curate.encoder import CopyEncoder
 from troodon.curate.identical import keep_ranks
 from troodon.curate.stage import Counts, concatenate_matrices, unit_counts
 from troodon.curate.thresholds import choose_thresholds
+from troodon.devices import accelerator
 from troodon.search import join
 from troodon.search.inverted_lists import InvertedLists, kmeans, list_count
 
@@ -201,7 +202,8 @@ class EdgeSearch:
 
         index = context.run_single("layout", build_index, *inputs)
         units = row_ranges(len(join.load_index(index)), 1 if self.method == "exact" else PARTITIONS_PER_UNIT)
-        work = _JoinPartitions(index, matrix, self.threshold, context.device)
+        device = context.device if self.method == "exact" else None  # other methods compute on processors
+        work = _JoinPartitions(index, matrix, self.threshold, device)
         yield from read_edges(context.run_units("join", work, units, self.threshold, *inputs))
 
 
@@ -226,7 +228,7 @@ class _JoinPartitions:
     device: Any
 
     def __call__(self, unit: tuple[int, int], folder: Path) -> Counts:
-        x_ND, index = np.load(self.matrix, mmap_mode="r"), join.load_index(self.index, self.device)
+        x_ND, index = np.load(self.matrix, mmap_mode="r"), join.load_index(self.index, accelerator(self.device))
         tiles = (tile for partition in range(*unit) for tile in index.pairs(x_ND, self.threshold, partition))
         return write_edges(folder, tiles)
 
@@ -261,7 +263,7 @@ def _audit(x_MD: ndarray, threshold: float, dropped_M: ndarray, protected_M: nda
     """Count, for a sample of the remaining images and by exact search, how many still resemble another."""
     remaining = np.flatnonzero(~dropped_M)
     candidates = np.flatnonzero(~protected_M[remaining])
-    result = join.audit(x_MD[remaining], threshold, candidates, seed=seed, device=device)
+    result = join.audit(x_MD[remaining], threshold, candidates, seed=seed, device=accelerator(device))
     interval = f"95 % interval {result.low:.2%} to {result.high:.2%}"
     similar = f"{result.similar:,} of {result.checked:,} remaining images still resemble another"
     run.say(f"audit: {similar} ({result.share:.2%}, {interval})")

@@ -6,7 +6,7 @@ SSCD has its own thresholds: at 0.75 nine of ten matches are right; 0.6 and 0.45
 import hashlib
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,6 +56,14 @@ class CopyDescriptor:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
         return CopyDescriptor(path, network, digest, for_copies=has_unit_length)
 
+    @property
+    def device(self) -> torch.device:
+        return next((tensor.device for tensor in self.network.state_dict().values()), torch.device("cpu"))
+
+    def to(self, device: torch.device) -> "CopyDescriptor":
+        """The same descriptor on a device; this one stays where it is."""
+        return replace(self, network=torch.jit.load(str(self.path), map_location=device).eval())
+
     def __reduce__(self) -> tuple:
         return CopyDescriptor.load, (self.path,)
 
@@ -68,4 +76,4 @@ class CopyDescriptor:
 
     @torch.no_grad()
     def features(self, images: Tensor, blocks: int = 1) -> SimpleNamespace:
-        return SimpleNamespace(cls=self.network(images))
+        return SimpleNamespace(cls=self.network(images.to(self.device)))

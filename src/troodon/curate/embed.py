@@ -185,7 +185,11 @@ class _EmbedUnit:
     batch: int
     threads: int
     excluded: frozenset[int] = frozenset()  # rows that have killed processes
-    gpu = True  # used if the backend has one
+
+    @property
+    def device(self) -> Any:
+        """Where a network computes that has weights; None if there is none."""
+        return next((network.device for network, _ in self.networks.values() if hasattr(network, "to")), None)
 
     def excluding(self, row: int) -> "_EmbedUnit":
         return replace(self, excluded=self.excluded | {row})

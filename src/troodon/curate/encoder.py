@@ -15,6 +15,7 @@ and whitened together, they find more copies than either alone. Measured (docs/l
 A mirrored picture counts as a copy. A copy descriptor from a file, such as SSCD, is used without pixels.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from numpy import ndarray
 from PIL import Image
 from torch import Tensor
 
+from troodon.devices import choose_device
 from troodon.images.decode import to_grey, to_rgb
 from troodon.search.exact import l2_normalise
 
@@ -152,6 +154,44 @@ class Concatenated:
         return np.concatenate([part[rows] for part in self.parts], axis=1)
 
 
+@dataclass(frozen=True)
+class Placed:
+    """A network that computes on a device, to which it moves once in each process.
+
+    It travels as weights of a CPU. `device` is as `choose_device` takes it, so that each worker process has its own.
+    """
+
+    network: Any
+    device: Any
+
+    @functools.cached_property
+    def here(self) -> Any:
+        """The network on the device of this process."""
+        return _moved(self.network, choose_device(self.device))
+
+    def features(self, images: Any, **settings: Any) -> Any:
+        return self.here.features(images, **settings)
+
+    def optimized(self, compute: str) -> "Placed":
+        return Placed(_moved(self.network, choose_device(self.device)).optimized(compute), self.device)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.network, name)
+
+    def __reduce__(self) -> tuple:
+        return Placed, (_moved(without_reader(self.network), torch.device("cpu")), self.device)
+
+
+def _moved(network: Any, device: torch.device) -> Any:
+    """The network on a device, as fast as it was made; itself if it is there, or has no weights."""
+    if not hasattr(network, "to") or network.device == device:
+        return network
+    moved, compute = network.to(device), getattr(network, "compute", torch.float32)
+    if getattr(network, "network", None) is None or not hasattr(moved, "optimized"):
+        return moved
+    return moved.optimized("bf16" if compute == torch.bfloat16 else "fp32")
+
+
 def compute_vectors(network: Any, tokens: str, prepared: Any) -> ndarray:
     """Compute vectors (B, D) float32: the class token, or this and the mean patch token; each of unit length."""
     features = network.features(prepared)
@@ -161,4 +201,6 @@ def compute_vectors(network: Any, tokens: str, prepared: Any) -> ndarray:
 
 def without_reader(backbone: Any) -> Any:
     """Return the backbone without its reader of paths, which may not be picklable. Other processes get pixels."""
+    if isinstance(backbone, Placed):
+        return replace(backbone, network=without_reader(backbone.network))
     return replace(backbone, read=None) if getattr(backbone, "read", None) is not None else backbone

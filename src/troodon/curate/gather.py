@@ -30,6 +30,7 @@ from troodon.curate.sampling import (
     sample_hierarchy,
 )
 from troodon.curate.stage import Counts, unit_counts
+from troodon.devices import accelerator
 from troodon.search.exact import top_k
 from troodon.search.inverted_lists import kmeans
 
@@ -187,7 +188,7 @@ class _RetrieveHits:
     def __call__(self, unit: tuple[int, int], folder: Path) -> Counts:
         x_MD, queries = np.load(self.vectors, mmap_mode="r"), self.queries[slice(*unit)]
         base: Any = _RowView(x_MD, self.candidates)
-        score_Qk, index_Qk = top_k(x_MD[queries], base, self.k, device=self.device)
+        score_Qk, index_Qk = top_k(x_MD[queries], base, self.k, device=accelerator(self.device))
         np.savez(folder / "hits.npz", query=queries, row=self.candidates[index_Qk], score=score_Qk)
         return unit_counts(len(queries))
 

@@ -33,6 +33,7 @@ from troodon.curate.dedup import Edges, components
 from troodon.curate.encoder import CopyEncoder
 from troodon.curate.stage import Counts, ProgressLine, unit_counts
 from troodon.curate.thresholds import limit_size
+from troodon.devices import accelerator
 from troodon.images.decode import BadImage
 from troodon.images.index import Index
 from troodon.images.reading import map_ordered
@@ -136,7 +137,10 @@ class _EncodeAttackedCopies:
     comparison: Path
     attacks: int
     threads: int
-    gpu = True
+
+    @property
+    def device(self) -> Any:
+        return self.encoder.backbone.device if hasattr(self.encoder.backbone, "to") else None
 
     def __call__(self, unit: tuple[int, int], folder: Path) -> Counts:
         index, fitted = self.index.take(range(*unit)), space.Space.load(self.comparison / "space.npz")
@@ -177,11 +181,11 @@ class _FindLeaks:
 
     def _edges(self, x_BD: ndarray) -> Iterator[Edges]:
         benchmark_MD = np.load(self.comparison / "benchmark.npy", mmap_mode="r")
-        yield from iter_pairs_above(x_BD, self.threshold, benchmark_MD, device=self.device)
+        yield from iter_pairs_above(x_BD, self.threshold, benchmark_MD, device=accelerator(self.device))
         for part in self.copies:
             copy_MD, image_M = np.load(part / "vectors.npy", mmap_mode="r"), np.load(part / "of.npy")
             if len(image_M):
-                for i, j, score in iter_pairs_above(x_BD, self.threshold, copy_MD, device=self.device):
+                for i, j, score in iter_pairs_above(x_BD, self.threshold, copy_MD, device=accelerator(self.device)):
                     yield i, image_M[j], score
 
 

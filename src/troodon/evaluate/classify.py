@@ -180,7 +180,7 @@ def _knn_labels(
         if allowed_N.any():
             arrays = x_ND[allowed_N], y_N[allowed_N], data.val.final_ND[rows_M]
             train_ND, train_N, test_MD = map(torch.from_numpy, arrays)
-            for k, predicted_M in knn(train_ND, train_N, test_MD, ks, temperature).items():
+            for k, predicted_M in knn(train_ND, train_N, test_MD, ks, temperature, data.train.device).items():
                 predicted[k][rows_M] = predicted_M.numpy()
     return predicted
 

@@ -63,6 +63,7 @@ class FrozenFeatures:
     mean_NLD: np.ndarray  # mean patch token of the same blocks; D is 0 without patches
     rows: np.ndarray  # (N,) int64
     unreadable: dict[str, str]  # path -> reason
+    device: Any = None  # of the network; None for what has none
 
     @property
     def final_ND(self) -> np.ndarray:
@@ -122,7 +123,8 @@ def extract(
     unreadable = {path: why for part in parts for path, why in part.unreadable.items()}
     cls, mean, rows = (np.concatenate([getattr(p, name) for p in parts]) for name in ("cls_NLD", "mean_NLD", "rows"))
     report_unreadable(unreadable, len(rows), len(index), reader)
-    return reader.in_memory.setdefault(key, FrozenFeatures(backbone.name, cls, mean, rows, unreadable))
+    device = getattr(backbone, "device", None)
+    return reader.in_memory.setdefault(key, FrozenFeatures(backbone.name, cls, mean, rows, unreadable, device))
 
 
 def cache_key(backbone: Extractor, index: Index, *settings: Any) -> str:

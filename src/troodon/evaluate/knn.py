@@ -1,11 +1,13 @@
 """Weighted k-nearest-neighbour classification (https://arxiv.org/abs/1805.01978, section 3.4; paper, section 7.1)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from troodon.devices import accelerator
 from troodon.search.exact import top_k
 
 # Shape suffixes: N training images, M images to classify, D channels, C classes, K the largest k.
@@ -22,14 +24,15 @@ def usable_ks(ks: Sequence[int], images: int) -> dict[int, list[int]]:
 
 
 def knn(
-    train_ND: Tensor, train_labels_N: Tensor, val_MD: Tensor, ks: Sequence[int], temperature: float
+    train_ND: Tensor, train_labels_N: Tensor, val_MD: Tensor, ks: Sequence[int], temperature: float, device: Any = None
 ) -> dict[int, Tensor]:
     """For each k, the predicted label (M,) of each image: the class with the largest vote of its k nearest neighbours.
 
     Features are normalised here. The weight of a neighbour is softmax(cosine / temperature) over the k nearest. A k
-    beyond the number of training images uses all of them. Labels are any integers; ties go to the smallest.
+    beyond the number of training images uses all of them. Labels are any integers; ties go to the smallest. `device`
+    is that of the products, if not the tensors'; it does not change the result.
     """
-    device = None if val_MD.device.type == "cpu" else val_MD.device
+    device = accelerator(val_MD.device if device is None else device)
     score_MK, row_MK = top_k(val_MD.cpu().numpy(), train_ND.cpu().numpy(), max(ks), device=device)
     row_MK = torch.from_numpy(row_MK).to(train_labels_N.device)
     return vote(torch.from_numpy(score_MK).to(row_MK.device), train_labels_N[row_MK], ks, temperature)

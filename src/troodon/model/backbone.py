@@ -3,6 +3,7 @@
 saved.py has its folder; weights.py reads the weights of others into the same object.
 """
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from troodon.config import UsageError, nearest, pair
+from troodon.devices import choose_device, memory_advice
 from troodon.model import inference
 from troodon.model.config import Preprocessing, ViTConfig
 from troodon.model.preprocess import check_divides, crop, whole, with_size
@@ -79,11 +81,7 @@ class Backbone(SavedViT):
         """
         if isinstance(device, torch.dtype):
             raise UsageError(f"to({device}): weights stay in fp32; optimized('bf16') gives a backbone that is faster")
-        try:
-            target = torch.empty(0, device=device).device
-        except (RuntimeError, AssertionError, TypeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UsageError(f"device {str(device)!r}: not on this machine ({reason})") from None
+        target = choose_device(device)
         vit = self.vit if target == self.device else copy.deepcopy(self.vit).to(target)
         return dataclasses.replace(self, vit=vit, compute=torch.float32, network=None)
 
@@ -184,9 +182,14 @@ class Backbone(SavedViT):
     def tokens(self, images_BCHW: Tensor, blocks: Sequence[int], norm: bool = True) -> Iterator[list[Tokens]]:
         """Tokens after each of these blocks, numbered from 0 and ascending, of a few prepared images at a time."""
         for minibatch_BCHW in inference.minibatches(images_BCHW, self.vit):
-            with torch.no_grad(), inference.autocast(self.device, self.compute):
+            with torch.no_grad(), inference.autocast(self.device, self.compute), self._memory_advice(minibatch_BCHW):
                 per_block = (self.network or self.vit).after_blocks([minibatch_BCHW], blocks, norm=norm)
             yield [tokens for (tokens,) in per_block]
+
+    def _memory_advice(self, x_BCHW: Tensor) -> contextlib.AbstractContextManager[None]:
+        count, size = len(x_BCHW), " x ".join(map(str, x_BCHW.shape[2:]))
+        fix = f"a smaller batch takes less (--batch {count // 2})" if count > 1 else "smaller images take less (--size)"
+        return memory_advice(self.device, f"{count} images of {size} pixels at once", fix)
 
     def block_numbers(self, blocks: int | Sequence[int]) -> list[int]:
         """The numbers, from 0, of so many last blocks, or of those in a list, in its order."""

@@ -23,6 +23,7 @@ from troodon.model.config import depth_group, depth_kept
 
 
 DEPTH_STREAM = 2**64 - 3  # random numbers of stochastic depth, in place of an image's: see views.crops.generator
+KERNEL_CAPABILITY = (8, 0)  # of the GPUs from which on there is the variable-length kernel
 SHORT = 512  # tokens of a sequence up to which attention on a CPU makes its whole matrix
 
 
@@ -41,9 +42,9 @@ class Layout:
 
 @lru_cache(maxsize=256)  # the host waits for a transfer to the device: once for each layout, not in every block
 def layout_of(groups: tuple[tuple[int, int], ...], device: torch.device) -> Layout:
-    """The layout of these groups; on a GPU with the cumulative starts (S + 1,) int32 that its kernel takes."""
+    """The layout of these groups; on a GPU that has the kernel, with the cumulative starts (S + 1,) int32 it takes."""
     layout = Layout(groups)
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < KERNEL_CAPABILITY:
         return layout
     with torch.inference_mode(False):  # training may use a layout that inference has made
         starts = torch.tensor([0, *layout.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -76,9 +77,9 @@ def unpack(x_TD: Tensor, layout: Layout) -> list[Tensor]:
 def attend(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, layout: Layout) -> Tensor:
     """Softmax attention within each sequence of the pack, never across: (T, N, H).
 
-    On a GPU in half precision by the variable-length kernel; elsewhere group by group.
+    On a GPU in half precision by the variable-length kernel, if it takes heads of this width; elsewhere by group.
     """
-    kernel = layout.offsets is not None and q_TNH.dtype in (torch.bfloat16, torch.float16)
+    kernel = layout.offsets is not None and q_TNH.dtype in (torch.bfloat16, torch.float16) and q_TNH.shape[2] % 8 == 0
     return (by_kernel if kernel else by_group)(q_TNH, k_TNH, v_TNH, layout)
 
 

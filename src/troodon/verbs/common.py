@@ -11,6 +11,7 @@ from tyro.conf import arg
 
 from troodon import launch
 from troodon.config import Range, UsageError, fingerprint, from_dict, from_yaml, to_yaml
+from troodon.devices import KINDS, check_device, choose_device
 from troodon.learn.config import PretrainConfig
 from troodon.recipes.lengths import for_steps
 from troodon.rendezvous import RENDEZVOUS
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 C = TypeVar("C")
 Data = Any  # a path or URL of any source in images/sources.py, a dataset with len() and [row], or a list of these
+Device = Annotated[str, arg(metavar="auto|cuda|cuda:N|mps|cpu")]
 Paths = Annotated[tuple[str, ...], arg(metavar="PATH [PATH ...]")]
 
 
@@ -44,17 +46,22 @@ class ReadImage:
         return values.array if self.range or not values.window else as_bytes(values, self.channels)
 
 
-def load(path: str | Path, *, range: Range | None = None) -> "Backbone":
+def load(path: str | Path, *, range: Range | None = None, device: str = "cpu") -> "Backbone":
     """Load a backbone from a run, a backbone folder, weights of DINOv2 or DINOv3 in any file, or a name, such as
     dinov2_vits14 or hf:owner/name: see docs/weights.md.
 
     Its `features(images)` takes paths, bytes, uint8 (H, W, C) arrays, PIL images, or a prepared (B, C, H, W) tensor,
     and returns `.cls (B, D)`, `.patches (B, h, w, D)` and `.registers (B, R, D)`. UsageError for anything else.
     `range` gives the values of images of more than 8 bits that become black and white, in place of the backbone's own.
+    `device` is where it computes: "auto" (a GPU, if there is one), "cuda", "cuda:1", "mps" or "cpu".
     """
     from troodon.model.weights import load_weights
 
-    return with_range(load_weights(path), range)
+    if device == "cpu":
+        return with_range(load_weights(path), range)
+    check_device(device)
+    target = choose_device(device)  # before the weights are read
+    return with_range(load_weights(path), range).to(target)
 
 
 def with_range(backbone: "Backbone", range: Range | None) -> "Backbone":
@@ -145,12 +152,18 @@ def as_backbone(backbone: "str | Path | Backbone", range: Range | None = None) -
     return backbone if range is None else with_range(backbone, range)
 
 
-def on_device(backbone: "str | Path | Backbone", range: Range | None) -> "Backbone":
-    """The backbone; on this machine's accelerator, if there is one, where only its path is given."""
-    from troodon.dist import device
+def on_device(
+    backbone: "str | Path | Backbone", range: Range | None, device: str = "auto", kinds: tuple[str, ...] = KINDS
+) -> "Backbone":
+    """The backbone on the device, `choose_device` says which; with "auto", one that is loaded already stays.
 
+    The device is looked at before the backbone is loaded: UsageError if it is not there.
+    """
+    check_device(device)
+    target = choose_device(device, kinds)
     found = as_backbone(backbone, range)
-    return found.to(device()) if isinstance(backbone, str | Path) else found
+    stays = found.device == target or (device == "auto" and not isinstance(backbone, str | Path))
+    return found if stays else found.to(target)
 
 
 def as_list(data: Data) -> list:

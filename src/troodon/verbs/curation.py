@@ -11,7 +11,17 @@ from tyro.conf import Positional, arg
 from troodon import recipes
 from troodon.config import Range, UsageError
 from troodon.curate.config import CurateConfig, SpaceKind, Tokens
-from troodon.verbs.common import Data, Paths, as_backbone, common_range, open_images, resolve_config, suggest_next
+from troodon.devices import check_device, choose_device
+from troodon.verbs.common import (
+    Data,
+    Device,
+    Paths,
+    as_backbone,
+    common_range,
+    open_images,
+    resolve_config,
+    suggest_next,
+)
 
 if TYPE_CHECKING:
     from troodon.model.backbone import Backbone
@@ -32,6 +42,7 @@ def curate(
     workers: int = 0,
     settings: dict | None = None,
     range: Range | None = None,
+    device: str = "auto",
 ) -> Path:
     """Select from the uncurated images, without copies, those that resemble the curated ones; returns the selection.
 
@@ -39,7 +50,8 @@ def curate(
     backbone: another one, or a copy descriptor as a TorchScript file. `backend` is "local", with `workers` processes
     (0: only this one), "ray", or a Ray cluster's address. Without curated images (None), the recipe must gather without
     them. `range` gives the values of images of more than 8 bits that become black and white, in place of the backbone's
-    own.
+    own. `device` is where networks and comparisons compute: "auto" (a GPU, if there is one), "cuda", "cuda:1", "mps" or
+    "cpu"; with "auto" or "cuda", several processes of a machine take its GPUs in turn.
     """
     from troodon.curate.backends import create_backend
     from troodon.curate.pipeline import NO_IMAGES
@@ -47,8 +59,9 @@ def curate(
 
     config = resolve_config(recipe, CurateConfig(), recipes.curate, settings)
     runner = create_backend(backend, workers)
-    network = as_backbone(backbone, range)
-    encoder = None if copies is None else open_copy_encoder(copies)
+    check_shared(device, backend)
+    network = placed(backbone, device, range)
+    encoder = None if copies is None else placed(copies, device)
     range = common_range(range, network, encoder)
     wanted, excluded = (open_images(data, range) if data else NO_IMAGES for data in (curated, benchmark))
     pool = open_images(uncurated, range).without_labels()
@@ -72,11 +85,13 @@ def calibrate(
     strength: float = 0.5,
     seed: int = 0,
     range: Range | None = None,
+    device: str = "auto",
 ) -> dict:
     """Measure how near copies of these images lie by this backbone, and how near other images (curate/calibrate.py).
 
     With `pixels`, 8 x 8 pixels are compared as well, as `curate` does. Returns the threshold, the share of attacked
-    copies found by kind of attack, and a table of both for other rates of false merges. Nothing is written.
+    copies found by kind of attack, and a table of both for other rates of false merges. Nothing is written. `device`:
+    see `curate`.
     """
     from troodon.curate.encoder import CopyEncoder
     from troodon.curate.thresholds import calibrate_index
@@ -86,18 +101,42 @@ def calibrate(
     config = CurateConfig(
         duplicate_space=space, tokens=tokens, calibration_images=images, false_merges=false_merges, seed=seed
     )  # fmt: skip
-    network = open_copy_encoder(backbone)
+    network = placed(backbone, device)
     encoder = CopyEncoder.create(network, tokens, pixels)
     return calibrate_index(config, open_images(data, common_range(range, network)), encoder, strength).as_dict()
 
 
-def open_copy_encoder(backbone: Any) -> Any:
+def placed(backbone: Any, device: str, range: Range | None = None) -> Any:
+    """A backbone or copy descriptor that computes on the device, in every process on one of its own.
+
+    With "auto" one that is loaded already stays where it is. UsageError if the device is not there.
+    """
+    check_device(device)
+    target = choose_device(device)
+    network = open_copy_encoder(backbone, range)
+    from troodon.curate.encoder import Placed
+
+    if not hasattr(network, "to"):
+        return Placed(network, device)
+    if device == "auto" and not isinstance(backbone, str | Path):
+        return Placed(network, str(network.device))
+    return Placed(network if network.device == target else network.to(target), device)
+
+
+def check_shared(device: str, backend: str) -> None:
+    """UsageError for one of several devices where Ray says which one a process may use."""
+    check_device(device)
+    if backend != "local" and device.startswith("cuda:"):
+        raise UsageError(f"device {device}: Ray gives each process a device of its own; set cuda or auto")
+
+
+def open_copy_encoder(backbone: Any, range: Range | None = None) -> Any:
     """A backbone, or a copy descriptor in a TorchScript file."""
     if isinstance(backbone, str | Path) and Path(backbone).suffix in TORCHSCRIPT and Path(backbone).is_file():
         from troodon.curate.descriptor import CopyDescriptor
 
         return CopyDescriptor.load(Path(backbone))
-    return as_backbone(backbone)
+    return as_backbone(backbone, range)
 
 
 def stage_lines(summary: dict) -> list[str]:
@@ -133,6 +172,8 @@ class Curate:
     """Where workers run: local, ray (this machine, or its cluster), or a cluster's address, ray://HOST:PORT."""
     workers: int = 0
     """Processes of the backend local; 0 is this one only. They change the time, not the result."""
+    device: Device = "auto"
+    """Where networks and comparisons of vectors compute: auto (a GPU, if there is one), cuda, cuda:1, mps or cpu."""
     range: Range | None = None
     """Values of images of more than 8 bits that become black and white, such as 0 4095; by the backbone's rule if left
     out."""
@@ -142,7 +183,7 @@ class Curate:
         out = curate(
             self.config, self.curated, self.uncurated, self.backbone, self.out,
             benchmark=self.benchmark, copies=self.copies, backend=self.backend, workers=self.workers,
-            range=self.range,
+            range=self.range, device=self.device,
         )  # fmt: skip
         summary = json.loads((out / "summary.json").read_text())
         for line in stage_lines(summary):
@@ -175,6 +216,8 @@ class Calibrate:
     """Strength of the attacks, up to 1."""
     seed: int = 0
     """Seed of all random draws."""
+    device: Device = "auto"
+    """Where networks and comparisons of vectors compute: auto (a GPU, if there is one), cuda, cuda:1, mps or cpu."""
     range: Range | None = None
     """Values of images of more than 8 bits that become black and white, such as 0 4095; by the backbone's rule if left
     out."""
@@ -185,7 +228,7 @@ class Calibrate:
         result = calibrate(
             self.backbone, self.data, space=self.space, tokens=self.tokens, pixels=self.pixels, images=self.images,
             false_merges=self.false_merges, strength=self.strength, seed=self.seed,
-            range=self.range,
+            range=self.range, device=self.device,
         )  # fmt: skip
         if self.json:
             print(json.dumps(result, indent=1))

@@ -14,14 +14,14 @@ from troodon.curate.config import CurateConfig
 from troodon.text import file_size, plural
 from troodon.verbs.common import (
     Data,
+    Device,
     Paths,
-    as_backbone,
     common_range,
     open_images,
     require_some,
     suggest_next,
 )
-from troodon.verbs.curation import open_copy_encoder, stage_lines
+from troodon.verbs.curation import check_shared, placed, stage_lines
 
 if TYPE_CHECKING:
     from troodon.images.carry_out import Done
@@ -43,6 +43,7 @@ def dedup(
     workers: int = 0,
     settings: dict | None = None,
     range: Range | None = None,
+    device: str = "auto",
 ) -> Path:
     """Find the copies among images, and write a selection of one of each picture; returns the selection.
 
@@ -57,9 +58,10 @@ def dedup(
 
     config = _check(from_dict(DEDUP_CONFIG, settings or {}, source="settings"), bool(benchmark), backbone, copies)
     runner, out = create_backend(backend, workers), Path(out)
+    check_shared(device, backend)
     try:
-        encoder = None if copies is None else open_copy_encoder(copies)
-        network = _pixels(config, encoder) if backbone is None else as_backbone(backbone, range)
+        encoder = None if copies is None else placed(copies, device)
+        network = placed(_pixels(config, encoder), device) if backbone is None else placed(backbone, device, range)
         range = common_range(range, network, encoder)
         pool = carry_out.made_from(out, open_images(data, range))
         excluded = open_images(benchmark, range) if benchmark else NO_IMAGES
@@ -167,6 +169,8 @@ class Dedup:
     """Where workers run: local, ray (this machine, or its cluster), or a cluster's address, ray://HOST:PORT."""
     workers: int = 0
     """Processes of the backend local; 0 is this one only. They change the time, not the result."""
+    device: Device = "auto"
+    """Where networks and comparisons of vectors compute: auto (a GPU, if there is one), cuda, cuda:1, mps or cpu."""
     range: Range | None = None
     """Values of images of more than 8 bits that become black and white, such as 0 4095; by their type if left out."""
     json: bool = False
@@ -184,6 +188,7 @@ class Dedup:
         out = dedup(
             data, self.out, benchmark=self.benchmark, backbone=self.backbone, copies=self.copies, backend=self.backend,
             workers=self.workers, settings=to_dict(self.config), range=self.range,
+            device=self.device,
         )  # fmt: skip
         if self.apply:
             done = _carry_out(out, *self.apply)

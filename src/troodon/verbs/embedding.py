@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import UseAppendAction, arg
 
 from troodon.config import Range, UsageError, nearest
+from troodon.devices import accelerator
 from troodon.run import read_manifest, say, write_bytes
 from troodon.text import printable, set_aside
-from troodon.verbs.common import Data, Paths, common_range, on_device, open_images, with_range
+from troodon.verbs.common import Data, Device, Paths, common_range, on_device, open_images, with_range
 
 if TYPE_CHECKING:
     from troodon.model.backbone import Backbone
@@ -36,6 +37,7 @@ def embed(
     compute: str = "auto",
     compile: bool = False,
     range: Range | None = None,
+    device: str = "auto",
 ) -> Path:
     """Write the vectors of images: class tokens ("cls"), mean patch tokens ("mean"), both ("cls+mean") or "patches".
 
@@ -45,7 +47,8 @@ def embed(
 
     `compute` is the precision of products: "bf16", "fp32", or the faster on this machine ("auto"), which is measured
     once and then kept, also by a command that goes on. `compile` compiles the network first. `range` gives the values
-    of images of more than 8 bits that become black and white, in place of the backbone's own. Returns the folder.
+    of images of more than 8 bits that become black and white, in place of the backbone's own. `device` is "auto" (a
+    GPU, if there is one, or where the given backbone is), "cuda", "cuda:1", "mps" or "cpu". Returns the folder.
     """
     from troodon.curate.embed import embed as write_embeddings
     from troodon.curate.embedding_files import FORMATS, TOKENS
@@ -55,7 +58,7 @@ def embed(
             raise nearest(name, value, known)
     if batch < 1:
         raise UsageError(f"batch {batch}: must be 1 or more")
-    out, backbone = Path(out), on_device(backbone, range)
+    out, backbone = Path(out), on_device(backbone, range, device)
     numbers = backbone.block_numbers(list(blocks)) if blocks else []
     index = open_images(data, common_range(range, backbone))
     faster, is_new = _optimized(backbone, out, compute, compile), not out.exists()
@@ -74,6 +77,7 @@ def find_nearest(
     *,
     k: int = 10,
     range: Range | None = None,
+    device: str = "auto",
 ) -> list[list[dict]]:
     """The k images of embeddings nearest to each query, best first: {"id", "path", "label", "score"}.
 
@@ -91,7 +95,7 @@ def find_nearest(
     out, manifest = Path(out), read_manifest(Path(out))
     if manifest is None or manifest["kind"] != "embeddings":
         raise UsageError(f"{out}: holds no finished embeddings; give --data to make them")
-    settings, backbone = manifest["settings"], on_device(backbone, range)
+    settings, backbone = manifest["settings"], on_device(backbone, range, device)
     if settings["weights"] != backbone.fingerprint:
         raise UsageError(f"{out}: was made with another backbone, {settings['backbone']}; give that one")
     if settings["tokens"] == "patches":
@@ -99,7 +103,7 @@ def find_nearest(
     # A range of their index applies to queries as well.
     prepared = with_range(backbone, saved_range(pq.read_schema(out / "images.parquet"))).prepare(list(queries))
     _, encode = encoder(_optimized(backbone, out, "auto", False), settings["tokens"], settings.get("blocks", ()))
-    return nearest_images(encode(prepared), out, k, None if backbone.device.type == "cpu" else str(backbone.device))
+    return nearest_images(encode(prepared), out, k, accelerator(backbone.device))
 
 
 def _optimized(backbone: "Backbone", out: Path, compute: str, compile: bool) -> "Backbone":
@@ -159,6 +163,8 @@ class Embed:
     range: Range | None = None
     """Values of images of more than 8 bits that become black and white, such as 0 4095; by the backbone's rule if left
     out."""
+    device: Device = "auto"
+    """Where networks and comparisons of vectors compute: auto (a GPU, if there is one), cuda, cuda:1, mps or cpu."""
     compile: bool = False
     """Compile the network first (torch.compile): takes minutes, and pays off after hours."""
 
@@ -180,13 +186,13 @@ class Embed:
         if self.k < 1 or (self.data and self.tokens == "patches"):
             wrong = f"k {self.k}: must be 1 or more" if self.k < 1 else "a query takes --tokens cls, mean or cls+mean"
             raise UsageError(wrong)
-        backbone = on_device(self.backbone, self.range)
+        backbone = on_device(self.backbone, self.range, self.device)
         backbone.prepare(queries)  # before long work: UsageError for an image that cannot be read
         if self.data:
             self._embed(backbone, out)
         else:
             self._check_recorded(Path(out))
-        found = find_nearest(backbone, queries, out, k=self.k)
+        found = find_nearest(backbone, queries, out, k=self.k, device=self.device)
         if self.json:
             print(
                 json.dumps(
@@ -202,7 +208,7 @@ class Embed:
 
     def _embed(self, backbone: "str | Backbone", out: str) -> Path:
         options: dict[str, Any] = {"tokens": self.tokens, "blocks": self.blocks, "format": self.format}
-        options |= {"batch": self.batch, "threads": self.threads, "range": self.range}
+        options |= {"batch": self.batch, "threads": self.threads, "range": self.range, "device": self.device}
         return embed(backbone, self.data, out, **options, compute=self.compute, compile=self.compile)
 
     def _check_recorded(self, out: Path) -> None:

@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from troodon.config import Range, UsageError, nearest
+from troodon.devices import TRAINABLE, check_device, choose_device
 from troodon.evaluate.config import EvaluateConfig, get_suite
 from troodon.verbs.common import (
     Data,
+    Device,
     Paths,
-    as_backbone,
     as_list,
     check_devices,
     common_range,
     is_first,
     launch_ranks,
+    on_device,
     require_some,
     resolve_config,
     suggest_next,
@@ -48,6 +50,7 @@ def evaluate(
     devices: str | int = "auto",
     compute: str = "fp32",
     range: Range | None = None,
+    device: str = "auto",
 ) -> list[dict]:
     """Measure frozen features by the ground truth that the data has (labels, masks, depths, pairs, ...).
 
@@ -59,22 +62,30 @@ def evaluate(
     A place with ground truth in a known layout (see evaluate/sets/layouts.py) is one dataset, and so is a place with
     labels and its own split into training and test images; all other places together are one more dataset. `layout`
     names the layout where the files do not show it. On several devices of this machine ("auto" is all), a process on
-    each device processes a part of the images, if backbone and data are given by their paths. Returns the scores, with
-    their intervals and settings.
+    each device processes a part of the images, if backbone and data are given by their paths. `device` is "auto" or
+    "cuda" for all of these, or the only one that computes: "cuda:1", "mps" or "cpu". Returns the scores, with their
+    intervals and settings.
     """
     config = resolve_config(suite, EvaluateConfig(), get_suite, settings)
     check_devices(devices)
+    check_device(device)
     if compute not in ("fp32", "bf16"):
         raise nearest("compute", compute, ("fp32", "bf16"))
     from troodon import dist
 
     all_paths = all(isinstance(place, str | Path) for place in (*as_list(backbone), *as_list(data)))
-    if all_paths and (ranks := dist.ranks_to_start(devices)) > 1:
+    chosen = choose_device(device, TRAINABLE)
+    ranks = dist.ranks_to_start(devices) if device in ("auto", "cuda") else 1
+    if device not in ("auto", "cuda") and devices not in ("auto", 1, "1"):
+        raise UsageError(f"devices {devices}: {chosen} is one device; set device to auto or cuda")
+    if all_paths and ranks > 1:
         options = {"layout": layout, "threads": threads, "batch": batch, "cache": cache, "compute": compute}
-        options |= {"range": range}
+        options |= {"range": range, "device": device}
         return _evaluate_on_ranks(ranks, config, backbone, data, out, options, baselines)
     with dist.process_group() if "RANK" in os.environ else contextlib.nullcontext():
-        return _evaluate(config, backbone, data, Path(out), baselines, layout, threads, batch, cache, compute, range)
+        return _evaluate(
+            config, backbone, data, Path(out), baselines, layout, threads, batch, cache, compute, range, device
+        )
 
 
 def _evaluate_on_ranks(
@@ -100,7 +111,7 @@ def _evaluate_on_ranks(
 def _evaluate(
     config: EvaluateConfig, backbone: "str | Path | Backbone | list", data: Data, out: Path, baselines: bool,
     layout: str | None, threads: int, batch: int, cache: str | Path | None, compute: str,
-    range: Range | None,
+    range: Range | None, device: str,
 ) -> list[dict]:  # fmt: skip
     """Evaluate on this process, which may be one of several ranks."""
     from troodon import dist
@@ -110,8 +121,7 @@ def _evaluate(
     from troodon.model.backbone import Backbone
 
     benchmarks = open_benchmarks(data, layout)
-    device = dist.device()
-    trained = [as_backbone(b, range).to(device if isinstance(b, str | Path) else b.device) for b in as_list(backbone)]
+    trained = [on_device(b, range, device, TRAINABLE) for b in as_list(backbone)]
     benchmarks = [with_values(benchmark, common_range(range, *trained)) for benchmark in benchmarks]
     first = trained[0]
     # Layer scale 1: at the small values that training starts from, a random network hardly mixes its patches.
@@ -230,6 +240,8 @@ class Evaluate:
     """Images that go through the network together."""
     devices: str = "auto"
     """Devices of this machine; auto is all. Each processes a part of the images."""
+    device: Device = "auto"
+    """Where networks and comparisons of vectors compute: auto (a GPU, if there is one), cuda, cuda:1, mps or cpu."""
     cache: str | None = None
     """A folder that keeps the features, so that they are not computed again."""
     threads: int = 0
@@ -248,6 +260,7 @@ class Evaluate:
             self.config, list(require_some(self.backbone, "backbones")), self.data, self.out,
             baselines=self.baselines, layout=self.layout, batch=self.batch, cache=self.cache,
             threads=self.threads, devices=self.devices, compute=self.compute, range=self.range,
+            device=self.device,
         )  # fmt: skip
         print(json.dumps(scores, indent=1) if self.json else scores_table(scores))
         suggest_next(f"troodon report {shlex.quote(self.out)}")

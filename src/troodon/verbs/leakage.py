@@ -12,7 +12,7 @@ from troodon.config import Range, UsageError, from_dict, to_dict
 from troodon.curate.config import CurateConfig
 from troodon.evaluate.config import get_suite
 from troodon.lock import one_at_a_time
-from troodon.verbs.common import Data, Paths, as_list, suggest_next
+from troodon.verbs.common import Data, Device, Paths, as_list, suggest_next
 from troodon.verbs.curation import curate
 from troodon.verbs.evaluation import evaluate
 
@@ -37,14 +37,15 @@ def leak(
     suite: str = "mine",
     settings: dict | None = None,
     range: Range | None = None,
+    device: str = "auto",
 ) -> dict:
     """Find images of `data` that are near-duplicates of a benchmark's, as `curate` does, and score with and without.
 
     Writes to `out`: `selection`, the images of `data` without those; `benchmark`, an index of the benchmark without the
     images that have leaked; leaks.json; and, where the benchmark has labels, the scores of `backbone` on the whole
     benchmark and on the rest: `scores`, `scores-without`. `settings` are those of CurateConfig, such as
-    benchmark_threshold. `range`: see `curate`. Returns the contents of leaks.json: the counts, and a pair of paths for
-    every leak.
+    benchmark_threshold. `range`, `device`: see `curate`. Returns the contents of leaks.json: the counts, and a pair of
+    paths for every leak.
     """
     from pyarrow.parquet import read_schema
 
@@ -59,7 +60,7 @@ def leak(
         raise UsageError("steps: a search for leaks has the step benchmark")
     selection = curate(
         config, None, data, backbone, out / "selection", benchmark=benchmark, copies=copies, workers=workers,
-        range=range,
+        range=range, device=device,
     )  # fmt: skip
     images, pairs = _leaked_pairs(selection)
     index = open_source(*as_list(benchmark)).with_range(saved_range(read_schema(selection / "images.parquet")))
@@ -78,7 +79,9 @@ def leak(
         leaks["scores"] = {}
         for name, (dataset, folder) in datasets.items():
             try:
-                leaks["scores"][name] = evaluate(suite, backbone, dataset, out / folder, baselines=False, range=range)
+                leaks["scores"][name] = evaluate(
+                    suite, backbone, dataset, out / folder, baselines=False, range=range, device=device
+                )
             except UsageError as error:  # the leaks are found all the same
                 say(f"alarm: {out / folder}: not measured: {error}")
     write_json(out / LEAKS_FILE, leaks)
@@ -131,6 +134,8 @@ class Leak:
     TorchScript file (.pt)."""
     workers: int = 0
     """Processes; 0 is this one only."""
+    device: Device = "auto"
+    """Where networks and comparisons of vectors compute: auto (a GPU, if there is one), cuda, cuda:1, mps or cpu."""
     range: Range | None = None
     """Values of images of more than 8 bits that become black and white, such as 0 4095; by the backbone's rule if left
     out."""
@@ -146,7 +151,7 @@ class Leak:
         suite = "" if self.suite == "none" else self.suite
         leaks = leak(
             self.backbone, self.data, self.benchmark, self.out, copies=self.copies, workers=self.workers, suite=suite,
-            settings=to_dict(self.config), range=self.range,
+            settings=to_dict(self.config), range=self.range, device=self.device,
         )  # fmt: skip
         if self.json:
             print(json.dumps(leaks, indent=1))

@@ -267,6 +267,7 @@ def make_probe(index, config: PretrainConfig) -> "Probe | None":
     import numpy as np
     import torch
 
+    from troodon import dist
     from troodon.evaluate.features import Reader, extract
     from troodon.evaluate.knn import knn_accuracy
     from troodon.model.backbone import Backbone
@@ -281,7 +282,9 @@ def make_probe(index, config: PretrainConfig) -> "Probe | None":
     subset = index.take(rows)
 
     def probe(saved: "SavedViT") -> float:
-        features = extract(Backbone.of(saved), subset, blocks=1, reader=Reader(threads=config.threads))
+        features = extract(
+            Backbone.of(saved).to(dist.device()), subset, blocks=1, reader=Reader(threads=config.threads)
+        )
         return knn_accuracy(torch.from_numpy(features.final_ND), torch.from_numpy(codes[features.rows]))
 
     return probe
