@@ -17,18 +17,16 @@ from troodon.copies.local_features import SIDE, THUMBNAIL, LocalFeatures
 
 MAX_DISTANCE = 64  # bits in which matched descriptors differ
 TOLERANCE = 4.0  # pixels, of SIDE, between a mapped point and its match
-# Matched points that agree on one map, and agreement of the pixels after it (see `_correlation`): few points need high
-# agreement, since pictures with a lattice, as text has, agree on some by chance.
-MIN_POINTS, MANY_POINTS = 10, 20
-MIN_AGREEMENT, HIGH_AGREEMENT = 0.5, 0.75
+MIN_POINTS = 10  # matched points that agree on one map
+MIN_AGREEMENT = 0.8  # of the pixels after a map: frames of a video that are a second apart have about 0.6
+LEAK_AGREEMENT = 0.6  # with an image of a benchmark: another one of its scene is better left out too
 MIN_OVERLAP, MAIN_OVERLAP = 0.1, 0.5  # shares that are seen of either image, and of the one that is seen more
-MIN_DIRECT, DIRECT_OVERLAP = 0.55, 0.6  # agreement and shares of both images, where no points tell the map
+DIRECT_OVERLAP = 0.6  # share that is seen of both images, where no points tell the map
 MIN_START = 0.2  # agreement from which a map is refined
 MAX_STRETCH, MAX_SCALE = 2.0, 5.0  # of a map: more is an accident
-AGREEING = 0.8  # share of the structure of both that must agree
-# Large text and stickers on a small picture cover more. Where nothing is turned or moved, this share may agree instead,
-# if it agrees better by this margin.
-UNCOVERED, MARGIN = 0.6, 0.2
+# Share of the structure of both that must agree: after a map of points, and where nothing is turned or moved, so that
+# large text or a sticker may cover much of a small picture.
+AGREEING, UNCOVERED = 0.8, 0.6
 MIN_STRUCTURE = 0.5  # deviation in levels of 255, on average: less is no structure
 WINDOW = 9  # pixels of a thumbnail that are compared at a time
 INNER_EDGE = 0.5  # share of the inner edge of a frame where the picture has another colour
@@ -40,12 +38,18 @@ class Match(NamedTuple):
 
     map_33: ndarray  # float64, from positions in i to those in j; both are shares of width and height
     points: int  # matched points that agree on the map; 0 if pixels alone were compared
-    agreement: float  # correlation of the pixels that AGREEING of the structure of both reaches, from -1 to 1
+    agreement: float  # correlation of the pixels that enough of the structure of both reaches, from -1 to 1
     overlap: tuple[float, float]  # shares of i and of j that show the same
 
 
-def verify(i: LocalFeatures, j: LocalFeatures, orientation: int = 0, start_33: ndarray | None = None) -> Match | None:
-    """The match of two images; None if they are not copies.
+def verify(
+    i: LocalFeatures,
+    j: LocalFeatures,
+    orientation: int = 0,
+    start_33: ndarray | None = None,
+    least: float = MIN_AGREEMENT,
+) -> Match | None:
+    """The match of two images whose pixels agree by `least`; None if they are not copies.
 
     `orientation` (see ORIENTATIONS) is how i must be turned to look like j, as far as known; -1: as it is, or mirrored.
     Points find any turn; they need to know about a mirror. Pixels are compared in this orientation only, or from the
@@ -54,27 +58,26 @@ def verify(i: LocalFeatures, j: LocalFeatures, orientation: int = 0, start_33: n
     points, map_33 = _map_by_points(i, j, orientation >= 4)
     if points >= MIN_POINTS and map_33 is not None:
         agreement, overlap = compare_pixels(i.thumbnail_GG, j.thumbnail_GG, map_33)
-        needed = MIN_AGREEMENT if points >= MANY_POINTS else HIGH_AGREEMENT
-        if agreement >= needed and min(overlap) >= MIN_OVERLAP and max(overlap) >= MAIN_OVERLAP:
+        if agreement >= least and min(overlap) >= MIN_OVERLAP and max(overlap) >= MAIN_OVERLAP:
             return Match(map_33, points, agreement, overlap)
     if start_33 is not None:
-        return _match_pixels(i, j, start_33, MIN_OVERLAP)
+        return _match_pixels(i, j, start_33, MIN_OVERLAP, least)
     from_i, to_j = np.linalg.inv(_to_inside(i.thumbnail_GG)), _to_inside(j.thumbnail_GG)
     for turned in (orientation,) if orientation >= 0 else (0, 4):
-        if (match := _match_pixels(i, j, to_j @ ORIENTATIONS[turned] @ from_i, DIRECT_OVERLAP)) is not None:
+        if (match := _match_pixels(i, j, to_j @ ORIENTATIONS[turned] @ from_i, DIRECT_OVERLAP, least)) is not None:
             return match
     return None
 
 
-def _match_pixels(i: LocalFeatures, j: LocalFeatures, start_33: ndarray, overlap_needed: float) -> Match | None:
+def _match_pixels(
+    i: LocalFeatures, j: LocalFeatures, start_33: ndarray, overlap_needed: float, least: float
+) -> Match | None:
     """The match by a map near this one, if the pixels agree."""
     if compare_pixels(i.thumbnail_GG, j.thumbnail_GG, start_33, UNCOVERED)[0] < MIN_START:
         return None
     for map_33 in (start_33, _refine(i.thumbnail_GG, j.thumbnail_GG, start_33)):
-        agreement, overlap = compare_pixels(i.thumbnail_GG, j.thumbnail_GG, map_33)
-        uncovered, _ = compare_pixels(i.thumbnail_GG, j.thumbnail_GG, map_33, UNCOVERED)
-        agreement = max(agreement, uncovered - MARGIN)
-        if agreement >= MIN_DIRECT and min(overlap) >= overlap_needed and is_plausible(map_33):
+        agreement, overlap = compare_pixels(i.thumbnail_GG, j.thumbnail_GG, map_33, UNCOVERED)
+        if agreement >= least and min(overlap) >= overlap_needed and is_plausible(map_33):
             return Match(map_33, 0, agreement, overlap)
     return None
 
