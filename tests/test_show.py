@@ -12,9 +12,9 @@ from PIL import Image
 import troodon
 from tests.test_cli import run
 from troodon.config import UsageError
-from troodon.evaluate.components import patch_colours
-from troodon.evaluate.show.matches import mutual_nearest
-from troodon.evaluate.show.sheet import DENSITY, EDGE, GAP, Sheet, Tile, draw, scale_colours, wrap
+from troodon.evaluate.components import patch_colours, principal_components
+from troodon.evaluate.show.matches import APART, CELL, mutual_nearest
+from troodon.evaluate.show.sheet import DENSITY, EDGE, GAP, SCALE, Sheet, Tile, draw, scale_colours, wrap
 from troodon.evaluate.show.views import Picture, View, read_pictures, shown, spread
 from troodon.images.sources import open_source
 from troodon.model.backbone import Backbone
@@ -73,6 +73,22 @@ def test_a_component_is_the_same_whatever_the_order_of_images_and_patches():
     assert np.array_equal(np.stack(forward.foreground), np.stack(backward.foreground[::-1]))
     assert forward.variance.sum() < 1
     assert list(forward.variance) == sorted(forward.variance, reverse=True)
+
+
+def test_a_large_object_that_touches_the_border_is_the_foreground():
+    """It has more patches at the border than the background has, but a smaller share of its own."""
+    x = 0.05 * np.random.default_rng(0).normal(size=(8, 8, 6))
+    x[:, :6, 2] += 1
+    assert np.array_equal(patch_colours([x], foreground=True).foreground[0][0], [True] * 6 + [False] * 2)
+    x[:, :6, 2] -= 2
+    assert np.array_equal(patch_colours([x], foreground=True).foreground[0][0], [True] * 6 + [False] * 2)
+
+
+def test_the_channel_of_the_largest_weight_counts_positive():
+    for seed in range(8):
+        x = np.random.default_rng(seed).normal(size=(50, 3)) * (5, 2, 0.1)  # channels are the axes, the largest first
+        components, _ = principal_components(x, 2)
+        assert ((components * x[:, :2]).sum(0) > 0).all()
 
 
 def test_images_of_any_aspect_are_shown_whole(backbone: Backbone, images: Path, tmp_path: Path):
@@ -188,9 +204,13 @@ def test_an_image_that_is_gone_keeps_its_place(backbone: Backbone, images: Path,
 
 
 def test_matches_are_mutual_and_above_the_score():
-    first, second = np.eye(4)[:3], np.array([[0, 1, 0, 0.2], [1, 0, 0, 0.9], [0.9, 0, 0, 0], [0, 1, 0, 0]])
+    first = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0.9, 0.1, 0, 0], [0, 0, 1, 0]])
+    second = np.array([[0, 1, 0, 0.2], [1, 0, 0, 0.9], [0.9, 0, 0, 0], [0, 1, 0, 0]])
     i, j, score = mutual_nearest(first, second, 0.5)
-    assert (i.tolist(), j.tolist()) == ([0, 1], [2, 3])  # the third row is near to nothing
+    assert (i.tolist(), j.tolist()) == (
+        [0, 1],
+        [2, 3],
+    )  # the third's nearest has a nearer one; the fourth is near to nothing
     assert score.tolist() == pytest.approx([1, 1])
     assert len(mutual_nearest(first, second[:2], 0.99)[0]) == 0
 
@@ -207,6 +227,17 @@ def test_an_image_matches_itself_in_place(backbone: Backbone, images: Path, tmp_
     )
     assert [one["grid"] for one in apart["images"]] == [[4, 4], [5, 4]]
     assert all(m["second"][0] < 5 and m["second"][1] < 4 for m in apart["matches"])
+
+
+def test_a_line_goes_from_patch_to_patch(backbone: Backbone, images: Path, tmp_path: Path):
+    pair, view = [images / "red" / "2.png", images / "blue" / "3.png"], {"whole": True, "size": 24}
+    numbers = troodon.show_matches(backbone, pair, tmp_path / "m.png", lines=1, above=-1, **view)
+    best = numbers["matches"][0]
+    page = np.asarray(Image.open(tmp_path / "m.png"))
+    page = page[len(page) - (EDGE + 2 * GAP + CELL) * DENSITY :]  # below the scale, which has the same colour
+    x = np.flatnonzero((page == SCALE[0]).all(-1).any(0)) / DENSITY - EDGE
+    assert x.min() == pytest.approx((best["first"][1] + 0.5) / 6 * CELL * 24 / 40, abs=4)
+    assert x.max() == pytest.approx(CELL + APART + (best["second"][1] + 0.5) / 6 * CELL, abs=4)
 
 
 # The sheet and the page
@@ -235,7 +266,7 @@ def test_a_page_has_the_picture_and_its_numbers_and_names_are_text(backbone: Bac
     assert "\x1b" not in page
     assert page.count("data:image/png") == 1
     troodon.show_neighbours(backbone, images, tmp_path / "b.html", query=images / "blue", k=2)
-    assert (tmp_path / "b.html").read_text().count("images/blue/4.png") >= 2
+    assert '<td class="word">images/blue/4.png</td>' in (tmp_path / "b.html").read_text()
 
 
 # The command

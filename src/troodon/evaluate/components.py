@@ -23,9 +23,9 @@ def patch_colours(patches: Sequence[np.ndarray], *, foreground: bool = False) ->
     Each component is scaled from its 1st to its 99th percentile. Its sign is such that the channel with the largest
     weight counts positive, which depends neither on the order of images nor on how they were batched.
 
-    With `foreground`, the sign of the first component divides the patches of all images in two; the side with the
-    smaller share of the patches at the borders of images is the foreground. The rest stays black, and the components
-    are those of the foreground alone (DINOv2, section 7.6).
+    With `foreground`, the sign of the first component divides the patches of all images in two; the side of which a
+    smaller share lies at the borders of images is the foreground. The rest stays black, and the components are those of
+    the foreground alone (DINOv2, section 7.6).
     """
     grids = [hwD.shape[:2] for hwD in patches]
     x_TD = np.concatenate([hwD.reshape(-1, hwD.shape[-1]) for hwD in patches]).astype(np.float64)
@@ -33,8 +33,8 @@ def patch_colours(patches: Sequence[np.ndarray], *, foreground: bool = False) ->
     if foreground:
         first_T = principal_components(x_TD, 1)[0][:, 0]
         at_border_T = np.concatenate([_border(*grid).ravel() for grid in grids])
-        is_positive = (first_T[at_border_T] > 0).sum() <= (first_T[at_border_T] < 0).sum()
-        foreground_T = first_T > 0 if is_positive else first_T < 0
+        sides = first_T > 0, first_T < 0
+        foreground_T = min(sides, key=lambda side_T: (side_T & at_border_T).sum() / max(1, side_T.sum()))
     values_T3, variance_3 = np.zeros((len(x_TD), 3)), np.zeros(3)
     if foreground_T.any():
         values, variance_3 = principal_components(x_TD[foreground_T], 3)

@@ -68,8 +68,8 @@ def show_pca(
     """Draw images beside the first three principal components of their patch tokens, as red, green and blue.
 
     Components are those of all images together. The foreground alone is coloured, unless `background` is true: the
-    side of the first component that is rarer at the borders of images (DINOv2, section 7.6). At most `count` images are
-    shown, spread evenly over the data. `size` is that of the crops; `whole` shows all of each image at its own aspect.
+    side of the first component that lies less at the borders (DINOv2, section 7.6). At most `count` images are shown,
+    spread evenly over the data. `size` is that of the crops; `whole` shows all of each image at its own aspect.
     `out` is a PNG, or a page that ends with .html.
 
     Returns {"picture", "explained_variance", "images": [{"path", "grid", "foreground"}]}. UsageError for what is none.

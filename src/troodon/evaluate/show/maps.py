@@ -40,7 +40,7 @@ def pca(
         f"tokens of all images together; they explain {percents} of {of}."
     ]
     if not background:
-        notes.append("Black is background: the side of the first component that is more frequent at the borders.")
+        notes.append("Black is background: the side of the first component that lies more at the borders of images.")
     rows = [tiles[i : i + 2 * PAIRS] for i in range(0, len(tiles), 2 * PAIRS)]
     sheet = Sheet("Principal components of patch tokens", notes, rows, CELL)
     images = [
