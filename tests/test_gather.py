@@ -6,9 +6,9 @@ from PIL import Image
 
 from troodon.config import UsageError
 from troodon.copies import hashes as hashes_module
+from troodon.copies.hashes import near_hashes, perceptual_hash
 from troodon.curate import scores
 from troodon.curate.config import CurateConfig
-from troodon.copies.hashes import near_hashes, perceptual_hash
 from troodon.curate.leak import best_matches, propagate_matches
 from troodon.curate.retrieve import Hits, fill_hits
 from troodon.curate.sampling import balanced_quotas, draw_order, hierarchical_kmeans, sample_clusters, sample_hierarchy

@@ -18,8 +18,8 @@ from PIL import Image
 from troodon import run
 from troodon.config import UsageError
 from troodon.images import decode
-from troodon.images.index import SCHEMA, Index
 from troodon.images.formats import RASTER_EXTENSIONS
+from troodon.images.index import SCHEMA, Index
 from troodon.images.sources import open_source
 
 MEMBERS = ["a/1.jpg", "a/2.PNG", "b/3.jpg", "b/c/4.webp", "notes.txt"]

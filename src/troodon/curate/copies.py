@@ -109,7 +109,6 @@ def look_at_all(
     config, threshold = context.config, run.read_json(comparison / "threshold.json")["threshold"]
     method, protected_M = join.resolve_method(config.search, len(rows)), keep_ranks(context)[1][rows]
     search, active = EdgeSearch(context, comparison, threshold, method), np.arange(len(rows))
-    verdict = look.decide(protected_M)
     for round_number in range(config.rounds):
         found = 0
         if threshold < 1:
@@ -119,13 +118,13 @@ def look_at_all(
             found += look.look(look.candidates(np.isin(np.arange(look.copies.count), active)))
         if not found and round_number:
             break
-        verdict = look.decide(protected_M)
-        active = np.flatnonzero(verdict.cause_N < 0)
+        active = look.distinct()
         if method == "exact" and not look.is_limited():
             break
-    digest_M = _equal_among_kept(context, rows, verdict)
-    for digest in set(digest_M) - {""}:
-        first, *others = np.flatnonzero(digest_M == digest).tolist()
+    distinct = look.distinct()
+    digests = equal.equal_pixels(context, rows[distinct])
+    for digest in sorted({*digests.tolist()} - {""}):
+        first, *others = distinct[digests == digest].tolist()
         for other in others:  # too even for a closer look
             look.copies.add(first, other, Match(np.eye(3), 0, 1.0, (1.0, 1.0)))
     verdict = look.decide(protected_M)
