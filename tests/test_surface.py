@@ -13,8 +13,9 @@ import pytest
 import troodon
 
 VERBS = {
-    "apply", "calibrate", "compare", "curate", "dedup", "demo", "distill", "embed", "evaluate", "export", "leak", "load",
-    "pack", "pretrain", "report", "scan", "show_attention", "show_crops", "show_matches", "show_neighbours", "show_pca",
+    "apply", "calibrate", "compare", "curate", "dedup", "demo", "distill", "embed", "evaluate", "export", "leak",
+    "load", "pack", "pretrain", "report", "scan", "show_attention", "show_crops", "show_matches",
+    "show_neighbours", "show_pca",
 }  # fmt: skip
 TYPES = {"Backbone", "Features", "Interrupted", "UsageError"}
 SCRIPT = """\
