@@ -410,8 +410,8 @@ def test_everything_that_reads_images_reads_arrays(tmp_path, tiny):
     index = open_source(folder)
     assert "data:image/jpeg" in str(thumbnail(index, 0))
     with pytest.raises(UsageError, match=r"threshold None: .* takes 5 channels; set it"):
-        curate(CurateConfig(), index.take([0, 1]), index.take([*range(2, 24)]), tiny, tmp_path / "s")
-    chosen = curate(CurateConfig(threshold=0.999), index.take([0]), index.take([*range(2, 24)]), tiny, tmp_path / "s")
+        curate(CurateConfig(verify="none"), index.take([0, 1]), index.take([*range(2, 24)]), tiny, tmp_path / "s")
+    chosen = curate(CurateConfig(), index.take([0]), index.take([*range(2, 24)]), tiny, tmp_path / "s")
     assert (chosen / "summary.json").exists()
 
 
@@ -419,7 +419,7 @@ def test_curation_calibrates_for_a_grey_backbone(tmp_path, tiny):
     network = replace(tiny.config, channels=1)
     one = Backbone.random(network, Preprocessing(18, 16, (0.4,), (0.3,)))
     index = open_source(fill(tmp_path / "images", 1, 12))
-    settings = CurateConfig(calibration_images=4, threads=1)
+    settings = CurateConfig(verify="none", calibration_images=4, threads=1)
     out = curate(settings, index.take([0, 1]), index.take([*range(2, 12)]), one, tmp_path / "s")
     assert (out / "images.parquet").exists()
 

@@ -453,7 +453,7 @@ def test_from_images_to_transformers(transformers, tmp_path, capsys):
 
     page = (tmp_path / "F" / "README.md").read_text()
     score = json.loads((tmp_path / "scores" / "scores.json").read_text())[0]
-    for part in ("# run", "2 steps of 8 images", "started from the backbone", "12 images.", "A selection (`",
-                 "| hash |", "told by who exported this: CC-BY 4.0 \\*.", f"`{score['fingerprint']}`"):  # fmt: skip
+    for part in ("# run", "2 steps of 8 images", "started from the backbone", "12 images.",
+                 "A selection (`", "| duplicate |", "told by who exported this: CC-BY 4.0 \\*.", f"`{score['fingerprint']}`"):  # fmt: skip
         assert part in page, part
     assert str(tmp_path) not in page

@@ -19,7 +19,6 @@ MAX_DISTANCE = 64  # bits in which matched descriptors differ
 TOLERANCE = 4.0  # pixels, of SIDE, between a mapped point and its match
 MIN_POINTS = 10  # matched points that agree on one map
 MIN_AGREEMENT = 0.8  # of the pixels after a map: frames of a video that are a second apart have about 0.6
-LEAK_AGREEMENT = 0.6  # with an image of a benchmark: another one of its scene is better left out too
 MIN_OVERLAP, MAIN_OVERLAP = 0.1, 0.5  # shares that are seen of either image, and of the one that is seen more
 DIRECT_OVERLAP = 0.6  # share that is seen of both images, where no points tell the map
 MIN_START = 0.2  # agreement from which a map is refined
@@ -42,14 +41,8 @@ class Match(NamedTuple):
     overlap: tuple[float, float]  # shares of i and of j that show the same
 
 
-def verify(
-    i: LocalFeatures,
-    j: LocalFeatures,
-    orientation: int = 0,
-    start_33: ndarray | None = None,
-    least: float = MIN_AGREEMENT,
-) -> Match | None:
-    """The match of two images whose pixels agree by `least`; None if they are not copies.
+def verify(i: LocalFeatures, j: LocalFeatures, orientation: int = 0, start_33: ndarray | None = None) -> Match | None:
+    """The match of two images; None if they are not copies.
 
     `orientation` (see ORIENTATIONS) is how i must be turned to look like j, as far as known; -1: as it is, or mirrored.
     Points find any turn; they need to know about a mirror. Pixels are compared in this orientation only, or from the
@@ -58,26 +51,24 @@ def verify(
     points, map_33 = _map_by_points(i, j, orientation >= 4)
     if points >= MIN_POINTS and map_33 is not None:
         agreement, overlap = compare_pixels(i.thumbnail_GG, j.thumbnail_GG, map_33)
-        if agreement >= least and min(overlap) >= MIN_OVERLAP and max(overlap) >= MAIN_OVERLAP:
+        if agreement >= MIN_AGREEMENT and min(overlap) >= MIN_OVERLAP and max(overlap) >= MAIN_OVERLAP:
             return Match(map_33, points, agreement, overlap)
     if start_33 is not None:
-        return _match_pixels(i, j, start_33, MIN_OVERLAP, least)
+        return _match_pixels(i, j, start_33, MIN_OVERLAP)
     from_i, to_j = np.linalg.inv(_to_inside(i.thumbnail_GG)), _to_inside(j.thumbnail_GG)
     for turned in (orientation,) if orientation >= 0 else (0, 4):
-        if (match := _match_pixels(i, j, to_j @ ORIENTATIONS[turned] @ from_i, DIRECT_OVERLAP, least)) is not None:
+        if (match := _match_pixels(i, j, to_j @ ORIENTATIONS[turned] @ from_i, DIRECT_OVERLAP)) is not None:
             return match
     return None
 
 
-def _match_pixels(
-    i: LocalFeatures, j: LocalFeatures, start_33: ndarray, overlap_needed: float, least: float
-) -> Match | None:
+def _match_pixels(i: LocalFeatures, j: LocalFeatures, start_33: ndarray, overlap_needed: float) -> Match | None:
     """The match by a map near this one, if the pixels agree."""
     if compare_pixels(i.thumbnail_GG, j.thumbnail_GG, start_33, UNCOVERED)[0] < MIN_START:
         return None
     for map_33 in (start_33, _refine(i.thumbnail_GG, j.thumbnail_GG, start_33)):
         agreement, overlap = compare_pixels(i.thumbnail_GG, j.thumbnail_GG, map_33, UNCOVERED)
-        if agreement >= least and min(overlap) >= overlap_needed and is_plausible(map_33):
+        if agreement >= MIN_AGREEMENT and min(overlap) >= overlap_needed and is_plausible(map_33):
             return Match(map_33, 0, agreement, overlap)
     return None
 

@@ -25,7 +25,7 @@ from PIL import Image
 from troodon import run
 from troodon.copies import keeper
 from troodon.copies.local_features import SavedFeatures, grey, local_features, save_features, thumbnail
-from troodon.copies.verify import LEAK_AGREEMENT, MIN_AGREEMENT, Match, verify
+from troodon.copies.verify import Match, verify
 from troodon.copies.votes import MIRRORED, TABLES, Pairs, alike_hashes, most_voted, vote
 from troodon.curate.context import CurationContext, row_ranges
 from troodon.curate.dedup import Verdict
@@ -110,7 +110,7 @@ class CloserLook:
         units = _without_splitting_pairs(table, PAIRS_PER_UNIT)
         digest = hashlib.sha256(np.ascontiguousarray(table).tobytes()).hexdigest()
         parts = self.context.run_units(
-            "looks", _Look(self.features, table, len(self.rows), self.context.config.threads), units, self.name, digest
+            "looks", _Look(self.features, table, self.context.config.threads), units, self.name, digest
         )
         found = [row for part in parts for row in pq.read_table(part / "looks.parquet").to_pylist()]
         for row in found:
@@ -306,7 +306,6 @@ class _Look:
 
     features: SavedFeatures
     table: ndarray
-    first_benchmark: int
     threads: int
 
     def __call__(self, unit: tuple[int, int], folder: Path) -> Counts:
@@ -317,8 +316,7 @@ class _Look:
             for i, j, orientation in table[:, slice(*some)].T.tolist():
                 if (i, j) == last:  # is a copy in another orientation
                     continue
-                least = MIN_AGREEMENT if j < self.first_benchmark else LEAK_AGREEMENT
-                match = verify(reader[i], reader[j], orientation, least=least)
+                match = verify(reader[i], reader[j], orientation)
                 if match is not None:
                     last = i, j
                     values = (i, j, match.points, match.agreement, *match.overlap, *match.map_33[:2].ravel().tolist())
