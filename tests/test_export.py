@@ -453,7 +453,15 @@ def test_from_images_to_transformers(transformers, tmp_path, capsys):
 
     page = (tmp_path / "F" / "README.md").read_text()
     score = json.loads((tmp_path / "scores" / "scores.json").read_text())[0]
-    for part in ("# run", "2 steps of 8 images", "started from the backbone", "12 images.",
-                 "A selection (`", "| duplicate |", "told by who exported this: CC-BY 4.0 \\*.", f"`{score['fingerprint']}`"):  # fmt: skip
+    licence = "told by who exported this: CC-BY 4.0 \\*."
+    story = (
+        "# run",
+        "2 steps of 8 images",
+        "started from the backbone",
+        "12 images.",
+        "A selection (`",
+        "| duplicate |",
+    )
+    for part in (*story, licence, f"`{score['fingerprint']}`"):
         assert part in page, part
     assert str(tmp_path) not in page

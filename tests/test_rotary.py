@@ -161,4 +161,7 @@ def test_a_network_with_rotary_positions_learns_and_teaches(images, tmp_path, ca
     capsys.readouterr()
     out = tmp_path / "out"
     assert cli.run(["export", str(tmp_path / "once"), "--to", "timm", "--out", f"{out}.safetensors"]) == 2
-    assert "--to timm: holds no network with rotary positions; --to onnx, torch" in capsys.readouterr().err
+    assert (
+        "--to timm: Troodon writes no rotary positions under its names; --to huggingface, onnx, torch"
+        in capsys.readouterr().err
+    )

@@ -17,7 +17,8 @@ from troodon.images.sources import open_source
 from troodon.learn import plan as planning
 from troodon.learn.pretrain import check, pretrain
 from troodon.learn.recorder import preprocessing
-from troodon.model.backbone import Backbone, _prepare
+from troodon.model import preprocess
+from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
 from troodon.views import sheet
 from troodon.views.config import CropsConfig, MasksConfig, PhotometricConfig
@@ -237,7 +238,7 @@ def test_preprocessing_covers_the_crop_without_distortion():
     ramp[:, :, 1] = np.arange(90)[:, None]
     plain = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     for crop, resize in (((28, 56), 32), ((56, 28), 32), ((40, 44), 40)):
-        x_CHW = _prepare(ramp, Preprocessing(resize=resize, crop=crop, **plain)) * 255
+        x_CHW = preprocess.crop(ramp, Preprocessing(resize=resize, crop=crop, **plain)) * 255
         assert x_CHW.shape == (3, *crop)
         tall, wide = (side * resize / min(crop) for side in crop)
         scale = max(tall / 90, wide / 160)
@@ -252,7 +253,7 @@ def test_preprocessing_covers_the_crop_without_distortion():
 @pytest.mark.parametrize("crop", [28, (28, 56), (84, 14)])
 def test_images_of_every_shape_fill_the_crop(shape, crop):
     p = Preprocessing(resize=32, crop=crop)
-    x_CHW = _prepare(np.full((*shape, 3), 255, np.uint8), p)
+    x_CHW = preprocess.crop(np.full((*shape, 3), 255, np.uint8), p)
     white = (1 - torch.tensor(p.mean)) / torch.tensor(p.std)
     assert torch.allclose(x_CHW, white[:, None, None].expand(3, *pair(crop)), atol=0.02)
 
@@ -262,7 +263,7 @@ def test_the_middle_of_an_image_much_longer_than_the_crop_is_seen():
         image = np.zeros((6, 3000, 3) if axis else (3000, 6, 3), np.uint8)
         image[(slice(None), slice(1498, 1502)) if axis else slice(1498, 1502)] = 255
         p = Preprocessing(resize=32, crop=crop)
-        line = _prepare(image, p).mean(0).mean(1 - axis)
+        line = preprocess.crop(image, p).mean(0).mean(1 - axis)
         above = line - line.min()
         assert (above * torch.arange(56)).sum() / above.sum() == pytest.approx(27.5, abs=0.1)
         assert above[24:32].min() > 1
