@@ -3,6 +3,7 @@
 import re
 import runpy
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,18 @@ def test_transformers_features(example, tmp_path):
         draw(tmp_path / name, COLOURS["red"], i)
     troodon.export("net", "huggingface", "net-hf")
     check_printed(example("transformers_features.py", "net-hf", "a.png", "b.png"))
+
+
+@pytest.mark.filterwarnings("default")  # those of another library
+def test_timm_features(example, tmp_path):
+    try:
+        import_module("timm")
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"needs timm with a torchvision that imports, which are in no extra: {error}")
+    for i, name in enumerate(("a.png", "b.png")):
+        draw(tmp_path / name, COLOURS["red"], i)
+    troodon.export("net", "timm", "net.safetensors")
+    check_printed(example("timm_features.py", "net.safetensors", "a.png", "b.png"))
 
 
 def check_printed(lines: list[str]) -> None:
