@@ -6,6 +6,7 @@ looks     the pairs that are copies, and how one lies in the other
 traits    what tells which of some copies is kept (copies/keeper.py)
 """
 
+import functools
 import hashlib
 import io
 import os
@@ -24,7 +25,7 @@ from PIL import Image
 
 from troodon import run
 from troodon.copies import keeper
-from troodon.copies.local_features import SavedFeatures, grey, local_features, save_features, thumbnail
+from troodon.copies.local_features import FeatureReader, SavedFeatures, grey, local_features, save_features, thumbnail
 from troodon.copies.verify import Match, verify
 from troodon.copies.votes import MIRRORED, TABLES, Pairs, alike_hashes, most_voted, vote
 from troodon.curate.context import CurationContext, row_ranges
@@ -119,9 +120,8 @@ class CloserLook:
             (self.copies if row["j"] < len(self.rows) else self.leaks).add(row["i"], row["j"], match)
         return len(found)
 
-    def verify(self, i: int, j: int, map_33: ndarray) -> Match | None:
+    def _verify(self, reader: FeatureReader, i: int, j: int, map_33: ndarray) -> Match | None:
         """Look at one pair, given where one lies in the other, from a chain of copies between them."""
-        reader = self.features.reader()
         mirrored = np.linalg.det(map_33[:2, :2]) < 0
         if i < j:
             return verify(reader[i], reader[j], MIRRORED * int(mirrored), map_33)
@@ -147,7 +147,8 @@ class CloserLook:
         parts = context.run_units("traits", work, row_ranges(len(rows), PICTURES_PER_UNIT), self.name, digest)
         preferred = dict(zip(members, context.preferences(rows)))
         traits = TraitsReader(parts, {member: position for position, member in enumerate(members)}, preferred)
-        verdict = resolve(self.copies, traits, self.verify, np.r_[protected_M, self.benchmark_rows >= 0])
+        verify_pair = functools.partial(self._verify, self.features.reader())
+        verdict = resolve(self.copies, traits, verify_pair, np.r_[protected_M, self.benchmark_rows >= 0])
         count = len(self.rows)
         columns = (verdict.cause_N, verdict.score_N, verdict.group_N, verdict.reason_N)
         return Verdict(*(column[:count] for column in columns if column is not None))

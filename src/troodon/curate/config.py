@@ -40,26 +40,29 @@ class CurateConfig:
     duplicate_space: SpaceKind = "whitened"
     """Space in which embeddings are compared to find near-duplicates (see space.py)."""
     threshold: float | None = None
-    """Cosine above which two images are near-duplicates. None: calibrated on the images themselves."""
+    """Cosine above which two images are near-duplicates, or with verify geometric, candidates. None: calibrated on the
+    images themselves; for candidates, the cosine that three others of an image exceed."""
     false_merges: float = 0.001
-    """Calibration: number of other images, on average, that one image may be wrongly taken for a copy of. The actual
+    """verify none: number of other images, on average, that one image may be wrongly taken for a copy of. The actual
     number is smaller, because the threshold is extrapolated conservatively (docs/log.md): at 0.01 a few of 10,000
     images are lost, at 0.001 none was."""
     calibration_images: int = 250
-    """Calibration: number of images that are drawn, attacked and compared."""
+    """Number of images that are drawn to choose a threshold; with verify none they are attacked and compared too."""
     recheck_above: int = 4
-    """Larger groups of near-duplicates may be chains: each of their members must resemble the kept image itself."""
+    """verify none: larger groups of near-duplicates may be chains: each of their members must resemble the kept image
+    itself."""
     search: Literal["auto", "exact", "lists", "faiss"] = "auto"
     """Search for near-duplicates: exact, lists, faiss, or auto: exact up to half a million images, then lists."""
     rounds: int = 2
     """Number of searches. Methods that are not exact search again among the remaining images."""
     benchmark_threshold: float | None = None
-    """Cosine above which an image resembles a benchmark image. None: calibrated."""
+    """The same as threshold, with a benchmark image."""
     benchmark_false_merges: float = 1.0
-    """Calibration: number of images, on average, that are wrongly dropped for one benchmark image."""
+    """verify none: number of images, on average, that are wrongly dropped for one benchmark image."""
     benchmark_attacks: int = 12
-    """Number of attacked copies of each benchmark image (rotated, with text, in a window and so on) that images are
-    compared with. More copies cost more time and find more leaks. At most 16, the most useful first; 0: none."""
+    """verify none: number of attacked copies of each benchmark image (rotated, with text, in a window and so on) that
+    images are compared with. More copies cost more time and find more leaks. At most 16, the most useful first; 0:
+    none."""
     benchmark_mode: Literal["direct", "component"] = "direct"
     """Images dropped for a benchmark image: those that resemble it, or also all that resemble these, and so on."""
     gather: Literal["sample", "cluster", "auto", "balance", "all"] = "sample"

@@ -15,7 +15,8 @@ from troodon.curate.dedup import Edges, Verdict, components
 
 # Shape suffixes: N images, M members of a group.
 
-MAX_RANKED = 64  # members of a group that vote on which is kept; the others follow in the order of their pixels
+MAX_RANKED = 64  # members of a group that vote on which is kept: those with most matches; the others follow
+MAX_FRESH = 10  # kept images of its group that an image is looked at with, besides those it is known to match
 
 
 class Matches:
@@ -84,7 +85,8 @@ def resolve(
         order, reasons, maps = _rank(matches, rows, traits)
         kept: list[int] = []
         for row in order:
-            causes = {k: match for k in kept if (match := _match(matches, verify, maps, row, k)) is not None}
+            near = {*kept[:MAX_FRESH], *(k for k in matches.of[row] if k in kept)}
+            causes = {k: match for k in sorted(near) if (match := _match(matches, verify, maps, row, k)) is not None}
             if protected_N[row] or not causes:
                 kept.append(row)
                 continue
