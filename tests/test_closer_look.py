@@ -12,6 +12,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 from troodon import run
+from troodon.config import UsageError
 from troodon.copies import keeper, local_features, verify, votes
 from troodon.copies.local_features import SavedFeatures, save_features
 from troodon.curate import closer_look, copies, pipeline
@@ -403,3 +404,13 @@ def test_candidates_by_vectors_are_the_nearest():
     pairs = copies.nearest_pairs(iter(edges), 1, 10)
     assert sorted({(i, j) for i, j in zip(pairs.i_P.tolist(), pairs.j_P.tolist())}) == [(0, 1), (0, 2), (0, 3)]
     assert set(pairs.orientation_P.tolist()) == {votes.AS_IS_OR_MIRRORED}
+
+
+def test_settings_of_the_other_way_to_decide_are_named(tmp_path, capsys):
+    small = tmp_path / "pool"
+    small.mkdir()
+    scene(1).save(small / "a.png")
+    select(small, tmp_path / "out", replace(CONFIG, benchmark_attacks=3))
+    assert "warning: benchmark_attacks 3: read with --verify none only" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="prefer, keep_by: a closer look chooses by them"):
+        select(small, tmp_path / "other", replace(CONFIG, verify="none", keep_by="side"))

@@ -198,7 +198,13 @@ def _check_settings(
         if not Path(folder).exists() and not any(path.startswith(f"{folder}/") for path in paths):
             raise nearest("prefer", folder, sorted({str(Path(path).parent) for path in paths}))
     if config.verify == "geometric":
+        default = CurateConfig()
+        for name in ("false_merges", "benchmark_attacks", "recheck_above"):
+            if getattr(config, name) != getattr(default, name):
+                run.say(f"warning: {name} {getattr(config, name)}: read with --verify none only")
         return
+    if config.prefer or config.keep_by:
+        raise UsageError("prefer, keep_by: a closer look chooses by them; leave out --verify none")
     calibrates = any(step in config.steps and threshold is None for step, threshold in thresholds.items())
     if calibrates and copy_network.channels not in (1, 3):
         reason = (
