@@ -1,6 +1,5 @@
 """The section about runs: loss terms, schedules and speed over steps, settings, and pictures of the input."""
 
-import re
 from collections import Counter
 
 import numpy as np
@@ -14,7 +13,6 @@ from troodon.report.markup import (
     Markup,
     Section,
     details,
-    duration,
     flatten,
     h,
     is_number,
@@ -24,6 +22,7 @@ from troodon.report.markup import (
     number,
     table,
 )
+from troodon.report.runs import Run, health_text, state_text, time_text
 from troodon.report.thumbnails import picture
 from troodon.text import plural
 
@@ -77,53 +76,37 @@ PICTURES = {"crops": "The input of the network: augmented large and small crops.
 EVENT_ROWS, QUARANTINE_ROWS, OTHER_CHARTS = 20, 10, 12
 
 
-def training_section(runs: list[Artifact]) -> Section | None:
+def training_section(artifacts: list[Artifact]) -> Section | None:
     """Curves, final numbers, pictures, settings and environment of each run. None without one."""
-    if not runs:
+    if not artifacts:
         return None
-    body, steps, in_progress, alarms = [], 0, False, []
-    for run in runs:
+    body, runs = [], [Run.of(artifact) for artifact in artifacts]
+    for artifact, run in zip(artifacts, runs, strict=True):
         body.append(h("h3", run.name) if len(runs) > 1 else None)
-        body.append(_run_body(run, "h4" if len(runs) > 1 else "h3"))
-        records, events = _records(run)
-        steps, in_progress = max(steps, _steps_done(run, records)), in_progress or not _finished(run)
-        alarms += [name for name in _active_alarms(events) if name not in alarms]
-    longest = max(runs, key=lambda run: _steps_done(run, _records(run)[0]))
-    card = Card("steps", number(steps), "still going" if not _finished(longest) else _time_text(_records(longest)[0]))
+        body.append(_run_body(artifact, run, "h4" if len(runs) > 1 else "h3"))
+    alarms = list(dict.fromkeys(name for run in runs for name in run.alarms))
+    longest = max(runs, key=lambda run: run.done)
+    steps = longest.done
+    card = Card("steps", number(steps), "still going" if not longest.finished else time_text(longest))
     who = "a network" if len(runs) == 1 else f"{number(len(runs))} networks"
-    verb = "has learned" if len(runs) == 1 and in_progress else "learned"
+    verb = "has learned" if len(runs) == 1 and not longest.finished else "learned"
     clause = f"{who} {verb} without labels for {plural(steps, 'step')}" if steps else f"{who} began to learn"
     if alarms:
         clause += f" (not healthy: {', '.join(alarms)})"
     return Section("training", "Training", join(body), (card,) if steps else (), clause)
 
 
-def _run_body(run: Artifact, heading: str) -> Markup:
-    records, events = _records(run)
+def _run_body(artifact: Artifact, run: Run, heading: str) -> Markup:
     return join(
-        h("p", _state_text(run, records), class_="prose"),
-        _health_text(records, events),
-        _charts(records, heading),
-        _final(records),
-        _pictures(run),
-        _quarantine(run),
-        _events(events),
-        _settings(run),
+        h("p", state_text(run), class_="prose"),
+        health_body(run),
+        charts(run.records, heading),
+        _final(run.records),
+        _pictures(artifact),
+        _quarantine(artifact),
+        events_table(run.events),
+        _settings(artifact),
     )
-
-
-def _records(run: Artifact) -> tuple[list[dict], list[dict]]:
-    """Records of steps, in order and each step once (the last counts), and records of events.
-
-    "step" becomes the number of steps taken: 0 for the weights that a run began with.
-    """
-    by_step, events = {}, []
-    for record in run.lines("metrics.jsonl"):
-        if "event" in record:
-            events.append(record)
-        elif is_number(record.get("step")):
-            by_step[record["step"]] = record | {"step": record["step"] + 1}
-    return [by_step[step] for step in sorted(by_step)], events
 
 
 def _values(records: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -133,85 +116,27 @@ def _values(records: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array([x for x, _ in pairs]), np.array([y * scale for _, y in pairs], dtype=float)
 
 
-def _steps_done(run: Artifact, records: list[dict]) -> int:
-    """Steps taken: all that were planned if there is a backbone, else up to the last record."""
-    recorded = int(records[-1]["step"]) if records else 0
-    ended = records and _finished(run) and not _stopped_early(run)
-    return max(recorded, _steps_planned(run) or 0) if ended else recorded
-
-
-def _steps_planned(run: Artifact) -> int | None:
-    match = re.search(r"^steps: *(\d+) *$", run.text("config.yaml") or "", re.MULTILINE)
-    return int(match[1]) if match else None
-
-
-def _stopped_early(run: Artifact) -> bool:
-    return any(event["event"] == "stopped" for event in _records(run)[1])
-
-
-def _has_backbone(run: Artifact) -> bool:
-    return (run.folder / "backbone" / "backbone.json").is_file()
-
-
-def _finished(run: Artifact) -> bool:
-    """Whether no step is to come: less is left than there is between two records, or it has stopped early. A run has a
-    backbone from its first checkpoint on."""
-    records, planned = _records(run)[0], _steps_planned(run)
-    if not _has_backbone(run) or not records or planned is None or _stopped_early(run):
-        return _has_backbone(run)
-    last, before = records[-1]["step"], records[-2]["step"] if len(records) > 1 else 0
-    return planned - last < max(1, last - before)
-
-
-def _time_text(records: list[dict]) -> str:
-    known = [r["seconds"] for r in records if is_number(r.get("seconds"))]
-    return f"in {duration(known[-1])}" if known else ""
-
-
-def _state_text(run: Artifact, records: list[dict]) -> str:
-    done, planned = _steps_done(run, records), _steps_planned(run)
-    goal = f" of {number(planned)}" if planned else ""
-    if not records:
-        return f"Nothing recorded yet; {plural(planned, 'step')} to go." if planned else "Nothing recorded yet."
-    progress = f"{number(done)}{goal} {'step' if done == 1 and not planned else 'steps'} {_time_text(records)}".strip()
-    bad = [r["step"] for r in records if "loss" in r and not is_number(r["loss"])]
-    warning = (
-        f" The loss was not finite in {plural(len(bad), 'record')}, first at step {number(bad[0])}." if bad else ""
-    )
-    if _stopped_early(run):
-        return f"Stopped early: {progress}.{warning}"
-    if _finished(run):
-        return f"Finished: {progress}.{warning}"
-    none = "" if _has_backbone(run) else ", no backbone yet"
-    return f"Still going, or stopped: {progress}{none}.{warning}"
-
-
-def _active_alarms(events: list[dict]) -> dict[str, dict]:
-    """The last event of each alarm that is still on."""
-    last = {event.get("alarm"): event for event in events if event["event"] == "health"}
-    return {str(name): event for name, event in last.items() if not event.get("over")}
-
-
-def _health_text(records: list[dict], events: list[dict]) -> Content:
-    if alarms := _active_alarms(events):
+def health_body(run: Run) -> Content:
+    """The alarms that are on, with their causes, or that there is none; None where nothing is known yet."""
+    if run.alarms:
         return [
             h("p", h("strong", f"{name}, since step {number(event.get('at'))}: "), event.get("message"), class_="alarm")
-            for name, event in alarms.items()
+            for name, event in run.alarms.items()
         ]
-    readings = sum(is_number(r.get("target_entropy")) for r in records)
-    return h("p", f"{plural(readings, 'reading')} of its health: no alarm.", class_="prose") if readings else None
+    text = health_text(run)
+    return h("p", text, class_="prose") if text else None
 
 
-def _pictures(run: Artifact) -> Content:
+def _pictures(artifact: Artifact) -> Content:
     out = []
-    for path in run.pictures():
+    for path in artifact.pictures():
         caption = PICTURES.get(path.stem, path.stem.replace("_", " ").capitalize() + ".")
         shown = picture(path, caption)
         out.append(h("figure", shown, h("figcaption", caption)) if shown else None)
     return out
 
 
-def _charts(records: list[dict], heading: str) -> Content:
+def charts(records: list[dict], heading: str) -> Content:
     extra = sorted({key for r in records for key, value in r.items() if is_number(value)} - KNOWN)[:OTHER_CHARTS]
     others = [(key, key.replace("_", " ").capitalize(), None) for key in extra]
     key, out = legend(("c1", "running mean"), ("faint", "every record")), []
@@ -256,8 +181,8 @@ def _final(records: list[dict]) -> Content:
     return table("Final numbers", head, rows) if rows else None
 
 
-def _quarantine(run: Artifact) -> Content:
-    records = run.lines("quarantine.jsonl")
+def _quarantine(artifact: Artifact) -> Content:
+    records = artifact.lines("quarantine.jsonl")
     if not records:
         return None
     kinds = Counter(str(r.get("status") or r.get("reason") or "unknown") for r in records).most_common(3)
@@ -273,7 +198,7 @@ def _quarantine(run: Artifact) -> Content:
     return join(h("p", text, class_="prose"), details(title, table(title, ("file", "reason"), rows, text=2), rest))
 
 
-def _events(events: list[dict]) -> Content:
+def events_table(events: list[dict]) -> Content:
     if not events:
         return None
     rows = [(str(e["event"]), str(e.get("message", "")), number(e.get("at"))) for e in events[-EVENT_ROWS:]]
@@ -281,12 +206,12 @@ def _events(events: list[dict]) -> Content:
     return table(title, ("event", "what happened", "after step"), rows, text=2)
 
 
-def _settings(run: Artifact) -> Content:
+def _settings(artifact: Artifact) -> Content:
     out = []
-    if settings := run.text("config.yaml"):
+    if settings := artifact.text("config.yaml"):
         out.append(details("Settings (config.yaml)", h("pre", settings)))
     for name, title in (("environment.json", "Environment"), ("plan.json", "Plan")):
-        rows = flatten(run.json(name))
+        rows = flatten(artifact.json(name))
         if rows:
             out.append(details(f"{title} ({name})", table(title, ("what", "value"), rows, text=2)))
     return out
