@@ -24,5 +24,6 @@ from troodon.verbs.show import show_matches as show_matches
 from troodon.verbs.show import show_neighbours as show_neighbours
 from troodon.verbs.show import show_pca as show_pca
 from troodon.verbs.training import pretrain as pretrain
+from troodon.verbs.watching import watch as watch
 
 __version__: str

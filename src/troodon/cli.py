@@ -33,6 +33,7 @@ from troodon.verbs.images import Pack, Scan
 from troodon.verbs.leakage import Leak
 from troodon.verbs.show import ShowAttention, ShowCrops, ShowMatches, ShowNeighbours, ShowPca
 from troodon.verbs.training import Pretrain, pretrain_recipes
+from troodon.verbs.watching import Watch
 
 VERBS: dict[str, type] = {
     "doctor": Doctor, "demo": Demo, "scan": Scan, "pack": Pack, "embed": Embed,
@@ -40,7 +41,7 @@ VERBS: dict[str, type] = {
     "show matches": ShowMatches,
     "dedup": Dedup, "apply": Apply, "curate": Curate, "curate calibrate": Calibrate, "pretrain": Pretrain,
     "distill": Distill, "evaluate": Evaluate, "compare": Compare, "leak": Leak, "export": Export,
-    "report": Report, "recipes": Recipes,
+    "watch": Watch, "report": Report, "recipes": Recipes,
 }  # fmt: skip
 # Verbs whose config starts from a name: the config of a name, what --help shows without a name, and the names.
 CONFIGURED: dict[str, tuple[Callable[[str], Any], Any, Iterable[str]]] = {
@@ -97,6 +98,8 @@ def parse_command(verb: str, words: list[str]) -> Any:
         named, config, known = CONFIGURED[verb]
         if verb == "pretrain":
             named = pretrain_recipes(option_value(words, "--init"))
+        if len(lengths := [o for o in ("--steps", "--minutes", "--hours") if option_value(words, o) is not None]) > 1:
+            raise UsageError(f"{' and '.join(lengths)}: give one of them")
         if words and not words[0].startswith("-"):
             config = resolve_config(words[0], config, named, steps=option_value(words, "--steps"))
         elif not {"--help", "-h"} & set(words):

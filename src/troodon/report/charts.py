@@ -113,6 +113,36 @@ def line_chart(
     return _chart(label, axes, frame, more, _tooltips(x_N, y_N, px, x_name, unit))
 
 
+def overlay_chart(
+    lines: Sequence[tuple[str, str, np.ndarray, np.ndarray]],
+    *,
+    label: str,
+    unit: str = "",
+    floor: float | None = None,
+    smooth: bool = True,
+) -> Markup:
+    """Several lines over steps, each (name, class of its colour, steps, values), as running means or the values."""
+    drawn = [smooth_mean(y_N, max(1.0, len(y_N) / 60)) if smooth and len(y_N) >= 20 else y_N for *_, y_N in lines]
+    every = np.concatenate(drawn)
+    low, high, _ = _axis_range(every, every, floor)
+    steps = np.concatenate([x_N for _, _, x_N, _ in lines])
+    left, right = float(steps.min()), float(steps.max())
+    if left == right:
+        left, right = left - 0.5, right + 0.5
+    scale, shapes = (WIDTH - LEFT - RIGHT) / (right - left), []
+    for (name, colour, x_N, _), y_N in zip(lines, drawn, strict=True):
+        chosen = _evenly_spaced(len(x_N), POINTS)
+        px = LEFT + (x_N[chosen] - left) * scale
+        py = HEIGHT - BOTTOM - (np.clip(y_N[chosen], low, high) - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+        path = h("title", f"{name}: {number(float(y_N[-1]), 4)}{unit} at step {number(x_N[-1])}")
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(px, py))
+        shapes.append(h("polyline", path, points=points, class_=f"line {colour}"))
+        shapes.append(h("circle", cx=px[-1], cy=py[-1], r=2.6, class_=f"dot {colour}"))
+    at_x = ticks(left, right, 4, whole=True)
+    axes = _axes([(LEFT + (t - left) * scale, text) for t, text in zip(at_x, tick_text(at_x))], low, high, unit)
+    return _chart(label, axes, shapes)
+
+
 def histogram(
     counts: Sequence[int], edges: Sequence[float], *, label: str, unit: str = "", colour: str = "c1"
 ) -> Markup:

@@ -80,7 +80,7 @@ def _write_parts(target: Path, title: str, sections: list[Section]) -> dict[str,
             links += [(listed[place + 1][0], "next")] if place + 1 < len(listed) else []
             way = h("nav", (h("a", words, href=quote(file)) for file, words in links), aria_label="Pages")
             main = h("main", h("h1", part.title), way, part.body(), way, id="content")
-            write_bytes(target.with_name(name), _document(f"{part.title}: {title}", main).encode())
+            write_bytes(target.with_name(name), document(f"{part.title}: {title}", main).encode())
     written = {name for listed in names.values() for name, _ in listed}
     for path in target.parent.glob(f"{glob.escape(target.stem)}_groups_[0-9][0-9][0-9].html"):
         if path.name not in written and KICKER in path.read_text(errors="replace"):
@@ -99,21 +99,23 @@ def _title(paths: Sequence[Path]) -> str:
     return ", ".join(Path(path).resolve().name for path in paths)
 
 
-def _document(title: str, *body: Content) -> str:
-    """A page of this title, which loads nothing."""
+def document(
+    title: str, *body: Content, policy: str | None = POLICY, icon: str = "data:,", state: str | None = None
+) -> str:
+    """A page of this title, which loads nothing. Without a `policy` the one it is served with holds alone."""
     style = (Path(__file__).with_name("page.css")).read_text()
     head = h(
         "head",
         h("meta", charset="utf-8"),
-        h("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        h("meta", http_equiv="Content-Security-Policy", content=policy) if policy else None,
         h("meta", name="viewport", content="width=device-width, initial-scale=1"),
         h("meta", name="color-scheme", content="light dark"),
-        h("link", rel="icon", href="data:,"),
-        h("title", f"{title}: a Troodon report"),
+        h("link", rel="icon", href=icon),
+        h("title", title if state else f"{title}: a Troodon report"),
         h("style", Markup(style)),
     )
     skip = h("a", "Skip to the content", href="#content", class_="skip")
-    return f"<!doctype html>\n{h('html', head, h('body', skip, body), lang='en')}\n"
+    return f"<!doctype html>\n{h('html', head, h('body', skip, body, data_state=state), lang='en')}\n"
 
 
 def _page(title: str, sections: list[Section]) -> str:
@@ -130,10 +132,10 @@ def _page(title: str, sections: list[Section]) -> str:
         if alone
         else ("This page and those it links to run no script and load nothing.")
     )
-    return _document(
+    return document(
         title,
         top,
-        _cards(cards) if cards else None,
+        cards_list(cards) if cards else None,
         h("nav", (h("a", s.title, href=f"#{s.anchor}") for s in sections), aria_label="Sections"),
         h("main", (h("section", h("h2", s.title), s.body, id=s.anchor) for s in sections), id="content"),
         h("footer", h("p", f"Written by Troodon. {which}")),
@@ -146,7 +148,7 @@ def _lead(sections: list[Section]) -> str:
     return sentence(clauses) if clauses else "A record of what was made, and how to make it again."
 
 
-def _cards(cards: list[Card]) -> Markup:
+def cards_list(cards: list[Card]) -> Markup:
     shown = []
     for card in cards:
         comment = h("dd", card.note) if card.note else None

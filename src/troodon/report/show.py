@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from troodon.report.markup import Content, data_uri, h, join, number, table
-from troodon.report.page import _document
+from troodon.report.page import document
 
 
 def show_page(title: str, picture: bytes, width: int, numbers: dict) -> str:
@@ -22,7 +22,7 @@ def show_page(title: str, picture: bytes, width: int, numbers: dict) -> str:
         if isinstance(value, list):
             heads, rows, words = _rows(value)
             tables.append(table(name.replace("_", " ").capitalize(), heads, rows, text=words))
-    return _document(title, h("main", h("h1", title), image, h("h2", "Numbers"), join(*tables), id="content"))
+    return document(title, h("main", h("h1", title), image, h("h2", "Numbers"), join(*tables), id="content"))
 
 
 def _rows(values: Sequence) -> tuple[list[str], list[list[Content]], int]:

@@ -1,6 +1,7 @@
 """The section about runs: loss terms, schedules and speed over steps, settings, and pictures of the input."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -60,7 +61,8 @@ MACHINE = [
     ("images_per_second", "Images per second", None),
     ("data_wait", "Waiting for data", "Share of the time in which the device waits."),
 ]
-GROUPS = [
+Groups = Sequence[tuple[str, Sequence[tuple[str, str, str | None]]]]
+GROUPS: Groups = [
     ("Is it learning?", LEARNING),
     ("Is it healthy?", HEALTH),
     ("Schedules, gradient and speed", SCHEDULES + MACHINE),
@@ -109,7 +111,7 @@ def _run_body(artifact: Artifact, run: Run, heading: str) -> Markup:
     )
 
 
-def _values(records: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
+def values(records: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and finite values of one quantity; shares in per cent."""
     pairs = [(r["step"], r[key]) for r in records if is_number(r.get(key))]
     scale = 100.0 if key in SHARES else 1.0
@@ -136,11 +138,12 @@ def _pictures(artifact: Artifact) -> Content:
     return out
 
 
-def charts(records: list[dict], heading: str) -> Content:
+def charts(records: list[dict], heading: str, groups: Groups = GROUPS) -> Content:
+    """The curves of a run, by group; with all groups also those that it has beside these."""
     extra = sorted({key for r in records for key, value in r.items() if is_number(value)} - KNOWN)[:OTHER_CHARTS]
     others = [(key, key.replace("_", " ").capitalize(), None) for key in extra]
     key, out = legend(("c1", "running mean"), ("faint", "every record")), []
-    for title, group in [*GROUPS, ("Also recorded", others)]:
+    for title, group in [*groups, *([("Also recorded", others)] if groups[-1] is GROUPS[-1] else [])]:
         drawn = [_chart(records, *entry) for entry in group]
         if any(drawn):
             out += [h(heading, title, class_="sub"), None if out else key, h("div", drawn, class_="grid")]
@@ -148,7 +151,7 @@ def charts(records: list[dict], heading: str) -> Content:
 
 
 def _chart(records: list[dict], key: str, title: str, caption: str | None) -> Content:
-    x_N, y_N = _values(records, key)
+    x_N, y_N = values(records, key)
     if not len(x_N):
         return None
     unit = f"{SPACE}%" if key in SHARES else ""
@@ -172,7 +175,7 @@ def _format(key: str, value: float) -> str:
 def _final(records: list[dict]) -> Content:
     rows = []
     for key, title, _ in LEARNING + MACHINE:
-        x_N, y_N = _values(records, key)
+        x_N, y_N = values(records, key)
         if len(x_N):
             tail = y_N[-max(1, len(y_N) // 10) :]
             numbers = (y_N[0], y_N.min(), y_N.max(), tail.mean(), y_N[-1])

@@ -16,6 +16,7 @@ from troodon.verbs.images import pack, scan
 from troodon.verbs.leakage import leak
 from troodon.verbs.show import show_attention, show_crops, show_matches, show_neighbours, show_pca
 from troodon.verbs.training import pretrain, submit
+from troodon.verbs.watching import watch
 
 __all__ = [
     "apply",
@@ -39,4 +40,5 @@ __all__ = [
     "show_neighbours",
     "show_pca",
     "submit",
+    "watch",
 ]
