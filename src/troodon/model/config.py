@@ -1,5 +1,6 @@
 """What a network is made of, in numbers. No torch here."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,7 +41,11 @@ class ViTConfig:
     positions: Literal["learned", "rope"] = "learned"
     """Learned, and resized to the grid; or rotary, as in DINOv3 (https://arxiv.org/abs/2508.10104), without `grid`."""
 
-    LATER = ("mlp_width", "norm_eps", "positions")
+    stem: Literal["linear", "convolutional"] = "linear"
+    """What makes a vector of a patch: one linear map of its pixels; or 3 x 3 convolutions of stride 2, which learn much
+    faster from few images (https://arxiv.org/abs/2106.14881), for patches of 2, 4, 8, 16 or 32 pixels."""
+
+    LATER = ("mlp_width", "norm_eps", "positions", "stem")
 
     def __post_init__(self) -> None:
         within(self, "vit.", 1, None, "dim", "depth", "heads", "patch", "grid", "channels", "mlp_width")
@@ -51,6 +56,9 @@ class ViTConfig:
         if self.positions == "rope" and self.dim // self.heads % 4:
             near = f"vit.dim {max(1, round(self.dim / self.heads / 4)) * 4 * self.heads}"
             raise UsageError(f"vit.positions rope: {self.dim // self.heads} channels a head do not divide by 4; {near}")
+        if self.stem == "convolutional" and (self.patch & (self.patch - 1) or self.patch == 1):
+            near = 2 ** max(1, round(math.log2(self.patch)))
+            raise UsageError(f"vit.stem convolutional halves sides: vit.patch {self.patch} is no power of 2; set {near}")
         if not 0.0 <= self.drop_path < 1.0:
             raise UsageError(f"vit.drop_path {self.drop_path} is not in [0, 1)")
 
@@ -118,6 +126,37 @@ def depth_kept(crops: int, drop: float) -> int:
     return max(int(crops * (1.0 - drop)), min(crops, 1))
 
 
+def stem_widths(config: ViTConfig) -> tuple[int, ...]:
+    """Channels after each convolution of a convolutional stem: doubled each time, up to those of a token."""
+    halvings = config.patch.bit_length() - 1
+    return tuple(max(8, config.dim >> (halvings - number)) for number in range(1, halvings + 1))
+
+
+def stem_products(config: ViTConfig) -> int:
+    """Multiply-adds that make the vector of one patch."""
+    if config.stem == "linear":
+        return config.dim * config.channels * config.patch**2
+    widths, products = (config.channels, *stem_widths(config)), 0
+    for number, (before, after) in enumerate(zip(widths, widths[1:]), start=1):
+        products += (config.patch >> number) ** 2 * 9 * before * after
+    return products + widths[-1] * config.dim
+
+
+def stem_parameters(config: ViTConfig) -> int:
+    """Weights and biases of what makes vectors of patches."""
+    if config.stem == "linear":
+        return config.dim * (config.channels * config.patch**2 + 1)
+    widths = (config.channels, *stem_widths(config))
+    convolutions = sum((9 * before + 1) * after for before, after in zip(widths, widths[1:]))
+    return convolutions + config.dim * (widths[-1] + 1)
+
+
+def stem_activations(config: ViTConfig) -> int:
+    """Numbers that a convolutional stem keeps of one patch for the backward pass, besides its pixels."""
+    widths = stem_widths(config) if config.stem == "convolutional" else ()
+    return sum((config.patch >> number) ** 2 * width for number, width in enumerate(widths, start=1))
+
+
 def flops(config: ViTConfig, grid: tuple[int, int], kept: float = 1.0) -> float:
     """Floating-point operations of one image's forward pass: two per multiply-add of every matrix product.
 
@@ -127,4 +166,4 @@ def flops(config: ViTConfig, grid: tuple[int, int], kept: float = 1.0) -> float:
     tokens = 1 + config.registers + patches
     mlp = (2 if config.mlp == "gelu" else 3) * config.dim * config.mlp_hidden
     per_token = 4 * config.dim**2 + 2 * tokens * config.dim + mlp
-    return 2 * (kept * config.depth * tokens * per_token + patches * config.dim * config.channels * config.patch**2)
+    return 2 * (kept * config.depth * tokens * per_token + patches * stem_products(config))
