@@ -209,8 +209,9 @@ class Cost:
                 whole += vit.heads * self.kept(crops) * self.length(grid) ** 2
             else:
                 fused += self.kept(crops) * self.length(grid)
-        # qkv, proj and the second layer of the MLP (inputs of layer scale), the first layer; attention, its log-sums
-        products = self.kept_tokens * w * (5 * dim + (2 if gated else 1) * hidden)
+        # qkv, the first layer of the MLP, and where it is recomputed all products; attention, its log-sums
+        last = 2 if self.config.parallel.recompute == "selective" else 0
+        products = self.kept_tokens * w * ((3 + last) * dim + (2 if gated else 1) * hidden)
         products += fused * (w * dim + FP32 * vit.heads) + whole * w
         # inputs, statistics and outputs of two norms; positions that stochastic depth keeps
         rest = self.kept_tokens * (2 * (FP32 * dim + 8) + 2 * w * dim)
@@ -238,7 +239,8 @@ class Cost:
         copied = w if w == 2 and self.ranks == 1 else 0  # autocast keeps copies for backward; shards are gathered so
         if copied:
             blocks = vit.depth if c.parallel.recompute == "none" else 1
-            lasting["weights in bf16"] = copied * blocks * block_parameters(vit)
+            last = vit.dim * (vit.dim + vit.mlp_hidden)  # weights of the ends of branches, which are made again
+            lasting["weights in bf16"] = copied * blocks * (block_parameters(vit) - last)
         heads = float(copied * self.head_parameters())
         heads += sum(w * head.prototypes * head.bottleneck for head in self.heads)
         logits = chunks = normalising = 0.0

@@ -56,9 +56,7 @@ def train(
         for learner, values in zip(learners, scheduled, strict=True):
             terms.append(_backward(learner, parts, values))
 
-        broken = ~torch.stack([term for of_learner in terms for term in of_learner.values()]).isfinite().all()
-        stop = broken.new_tensor(stop_requested())
-        verdict = learners[0].method.ranks.total(torch.stack([broken, stop]).float())
+        verdict = learners[0].method.ranks.total(broken_and_stop(terms, stop_requested()))
         read_verdict = async_read(verdict)
         for learner in learners:  # with `found_inf` the optimiser changes nothing in a broken step
             setattr(learner.optimizer, "found_inf", verdict[0].clamp(max=1))  # noqa: B010
@@ -75,6 +73,12 @@ def train(
         if stop:
             return step + 1
     return steps
+
+
+def broken_and_stop(terms: Sequence[dict[str, Tensor]], stop: bool) -> Tensor:
+    """(2,): 1 if some term is not finite, else 0; and 1 for a request to stop, else 0."""
+    finite = torch.stack([term for of_learner in terms for term in of_learner.values()]).isfinite().all().float()
+    return torch.stack([1 - finite, torch.full_like(finite, float(stop))])  # it is filled in place, so nothing waits
 
 
 def async_read(x: Tensor) -> Callable[[], list]:

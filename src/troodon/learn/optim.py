@@ -66,5 +66,8 @@ def clip(student: nn.Module, config: OptimConfig) -> dict[str, Tensor]:
 
 
 def _norm(part: nn.Module) -> Tensor:
-    norm = nn.utils.get_total_norm([p.grad for p in part.parameters() if p.grad is not None])
+    gradients = [p.grad for p in part.parameters() if p.grad is not None]
+    if not gradients:  # of a part that is frozen; torch's zero would be on the CPU
+        return torch.zeros((), device=next(part.parameters()).device)
+    norm = nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.attention.varlen  # which defines the kernel's operation
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -34,6 +35,7 @@ PRODUCTS = {  # selective recomputation keeps the results of products and of att
     _ops._scaled_dot_product_efficient_attention.default,
     _ops._scaled_dot_product_cudnn_attention.default,
     _ops._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.torch_attn._varlen_attn.default,
 }
 
 
@@ -47,6 +49,7 @@ def empty(config: PretrainConfig, teachers: Sequence[int] = ()) -> Network:
             config.dino_head if CLS_TARGETS in objective.needs or (shared and objective.prototypes) else None,
             config.ibot_head if objective.patch_targets and not shared else None,
             {kind: teachers for kind in objective.features},
+            objective.projector,
         )
         adapters.add(network.backbone, config.adapt.rank)
     return network

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from troodon.model.vit import Mlp, ViT
+from troodon.model.vit import UNSCALED, Mlp, ViT
 
 # Shape suffixes: B images, C colours, H W pixels, T tokens of the pack, D channels, N heads, Q tokens that attend,
 #                 L tokens of an image, R registers, h w rows and columns of patches.
@@ -42,7 +42,7 @@ def optimized(vit: ViT, compute: torch.dtype, *, compile: bool = False) -> ViT:
             attn, mlp = block.attn, block.mlp
             attn.qkv, attn.proj = Packed(attn.qkv), Packed(attn.proj)
             if isinstance(mlp, Mlp):
-                block.mlp = nn.Sequential(Packed(mlp.fc1, "gelu"), Packed(mlp.fc2))
+                mlp.fc1, mlp.activation, mlp.fc2 = Packed(mlp.fc1, "gelu"), UNSCALED, Packed(mlp.fc2)
             else:
                 mlp.w12, mlp.w3 = Packed(mlp.w12), Packed(mlp.w3)
     return vit

@@ -174,35 +174,56 @@ def _choose(share: Share, kind: int, count: int, drop: float, branches: int) -> 
     return np.concatenate(parts_NVB, 2)[:, :, skipped : skipped + len(images)].reshape(branches, count), crops / keep
 
 
-def residual(x_TD: Tensor, branch: Branch, layout: Layout, kept: KeptSequences | None) -> Tensor:
-    """x + branch(x). The branch computes only the kept sequences."""
+def residual(x_TD: Tensor, branch: Branch, layout: Layout, kept: KeptSequences | None, is_own: bool = False) -> Tensor:
+    """x + branch(x). The branch computes only the kept sequences. If x `is_own`, the sum of these may take its place.
+
+    The gradient that arrives is changed in place: nothing else may hold it.
+    """
     if kept is None:
         return x_TD + branch(x_TD, layout)
     inner = kept.layout
     if layout.rotation is not None:
         inner = Layout(inner.groups, inner.offsets, layout.rotation.index_select(0, kept.tokens_T))
-    output_TD = branch(x_TD.index_select(0, kept.tokens_T), inner).to(x_TD.dtype)
-    return _ScaledAdd.apply(x_TD, output_TD, kept)
+    x_TD, chosen_TD = _Choose.apply(x_TD, kept.tokens_T)
+    return _ScaledAdd.apply(x_TD, branch(chosen_TD, inner), kept, is_own)
+
+
+class _Choose(torch.autograd.Function):
+    """All tokens, and the kept ones. In the backward pass the gradient of these is added to that of all, in place."""
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, tokens_T: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(tokens_T)
+        return x_TD.view_as(x_TD), x_TD.index_select(0, tokens_T)
+
+    @staticmethod
+    def backward(ctx, gradient_TD: Tensor, of_chosen_TD: Tensor):  # pyrefly: ignore[bad-override]
+        (tokens_T,) = ctx.saved_tensors
+        if makes_graph():
+            return gradient_TD.index_add(0, tokens_T, of_chosen_TD), None
+        return gradient_TD.contiguous().index_add_(0, tokens_T, of_chosen_TD), None  # an expanded one is copied
 
 
 class _ScaledAdd(torch.autograd.Function):
     """Adds the branch's scaled output to the kept sequences. Saves neither tensor for backward; index_add saves one."""
 
     @staticmethod
-    def forward(ctx, x_TD: Tensor, output_TD: Tensor, kept: KeptSequences) -> Tensor:
+    def forward(ctx, x_TD: Tensor, output_TD: Tensor, kept: KeptSequences, is_own: bool) -> Tensor:
         ctx.save_for_backward(kept.tokens_T)
-        ctx.scales = kept.scales
+        ctx.scales, ctx.dtype = kept.scales, output_TD.dtype
         ctx.sizes = sizes = [count * length for count, length in kept.layout.groups]
-        x_TD = x_TD.clone()
+        x_TD = x_TD.detach() if is_own and not makes_graph() else x_TD.clone()
         parts = zip(kept.tokens_T.split(sizes), output_TD.split(sizes), kept.scales, strict=True)
         for tokens_T, part_TD, scale in parts:
-            x_TD.index_add_(0, tokens_T, part_TD, alpha=scale)
+            x_TD.index_add_(0, tokens_T, part_TD.to(x_TD.dtype), alpha=scale)
         return x_TD
 
     @staticmethod
     def backward(ctx, gradient_TD: Tensor):  # pyrefly: ignore[bad-override]
         (tokens_T,) = ctx.saved_tensors
-        of_output_TD = gradient_TD.index_select(0, tokens_T)
-        for part_TD, scale in zip(of_output_TD.split(ctx.sizes), ctx.scales, strict=True):
-            part_TD.mul_(scale)
-        return gradient_TD, of_output_TD, None
+        chosen_TD = gradient_TD.index_select(0, tokens_T)
+        of_output_TD = chosen_TD if ctx.dtype == chosen_TD.dtype else torch.empty_like(chosen_TD, dtype=ctx.dtype)
+        parts = zip(chosen_TD.split(ctx.sizes), of_output_TD.split(ctx.sizes), ctx.scales, strict=True)
+        for chosen_part_TD, part_TD, scale in parts:
+            torch.mul(chosen_part_TD, scale, out=part_TD)  # in one pass with the cast
+        return gradient_TD, of_output_TD, None, None

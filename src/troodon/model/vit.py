@@ -42,12 +42,62 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
 
 
+UNSCALED = nn.Identity()
+
+
 class KeysWithoutBias(nn.Linear):
     """Queries, keys and values, of which keys have no bias: a third of it stays zero, as in DINOv3's weights."""
 
     def forward(self, input: Tensor) -> Tensor:
         queries, keys, values = self.bias.chunk(3)
         return F.linear(input, self.weight, torch.cat([queries, torch.zeros_like(keys), values]))
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel (https://arxiv.org/abs/2103.17239)."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.initial = config.layer_scale
+        self.gamma = nn.Parameter(torch.empty(config.dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+def last_linear(
+    x: Tensor, linear: nn.Linear, scale: nn.Module, activation: Callable[[Tensor], Tensor] = UNSCALED
+) -> Tensor:
+    """scale(linear(activation(x))), the end of a branch. In training the scale goes into the weight, which is smaller
+    than the output; only x is saved for the backward pass, which computes the activation again."""
+    is_plain = type(linear) is nn.Linear and isinstance(scale, LayerScale)  # and not an adapter around it
+    if makes_graph() or not torch.is_grad_enabled() or not is_plain:  # a compiler decides what to save
+        return scale(linear(activation(x)))
+    return _LastLinear.apply(x, linear.weight, linear.bias, scale.gamma, activation)
+
+
+class _LastLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, activation: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, gamma)
+        ctx.activation = activation
+        # Autocast has given x the dtype of products.
+        return F.linear(activation(x), (weight * gamma[:, None]).to(x.dtype), (bias * gamma).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # pyrefly: ignore[bad-override]
+        x, weight, bias, gamma = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = ctx.activation(x)
+        of_y = gradient @ (weight * gamma[:, None]).to(x.dtype)
+        (of_x,) = (of_y,) if y is x else torch.autograd.grad(y, x, of_y)
+        rows = gradient.flatten(0, -2)
+        of_product, of_sum = rows.T @ y.detach().flatten(0, -2), rows.sum(0)  # of the scaled weight and bias
+        of_gamma = torch.linalg.vecdot(of_product.to(weight.dtype), weight) + of_sum * bias
+        return of_x, of_product * gamma[:, None], of_sum * gamma, of_gamma, None
 
 
 class Attention(nn.Module):
@@ -57,8 +107,8 @@ class Attention(nn.Module):
         self.qkv = (nn.Linear if config.positions == "learned" else KeysWithoutBias)(config.dim, 3 * config.dim)
         self.proj = nn.Linear(config.dim, config.dim)
 
-    def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
-        return self.proj(attend(*self.heads_of(x_TD, layout), layout).flatten(1))
+    def forward(self, x_TD: Tensor, layout: Layout, scale: nn.Module = UNSCALED) -> Tensor:
+        return last_linear(attend(*self.heads_of(x_TD, layout), layout).flatten(1), self.proj, scale)
 
     def heads_of(self, x_TD: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (T, N, H) of the tokens."""
@@ -76,41 +126,16 @@ class Attention(nn.Module):
         ]
 
 
-def activated_linear(activation: Callable[[Tensor], Tensor], x: Tensor, linear: nn.Linear) -> Tensor:
-    """linear(activation(x)). Only x is saved for the backward pass, which computes the activation again."""
-    is_plain = type(linear) is nn.Linear  # an adapter around it is more than its weight and bias
-    if makes_graph() or not torch.is_grad_enabled() or not is_plain:  # a compiler decides what to save
-        return linear(activation(x))
-    return _ActivatedLinear.apply(x, linear.weight, linear.bias, activation)
-
-
-class _ActivatedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
-        low = weight.to(x.dtype)  # autocast has given x the dtype of products
-        ctx.save_for_backward(x, low)
-        ctx.activation, ctx.dtype = activation, weight.dtype
-        return F.linear(activation(x), low, bias.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):  # pyrefly: ignore[bad-override]
-        x, low = ctx.saved_tensors
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            y = ctx.activation(x)
-        (of_x,) = torch.autograd.grad(y, x, gradient @ low)
-        rows = gradient.flatten(0, -2)
-        return of_x, (rows.T @ y.detach().flatten(0, -2)).to(ctx.dtype), rows.sum(0).to(ctx.dtype), None
-
-
 class Mlp(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.dim, config.mlp_hidden)
         self.fc2 = nn.Linear(config.mlp_hidden, config.dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return activated_linear(F.gelu, self.fc1(x), self.fc2)
+        self.activation: Callable[[Tensor], Tensor] = F.gelu
+
+    def forward(self, x: Tensor, scale: nn.Module = UNSCALED) -> Tensor:
+        return last_linear(self.fc1(x), self.fc2, scale, self.activation)
 
 
 class SwiGLU(nn.Module):
@@ -121,25 +146,13 @@ class SwiGLU(nn.Module):
         self.w12 = nn.Linear(config.dim, 2 * config.mlp_hidden)
         self.w3 = nn.Linear(config.mlp_hidden, config.dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return activated_linear(gated, self.w12(x), self.w3)
+    def forward(self, x: Tensor, scale: nn.Module = UNSCALED) -> Tensor:
+        return last_linear(self.w12(x), self.w3, scale, gated)
 
 
 def gated(x: Tensor) -> Tensor:
     gate, value = x.chunk(2, dim=-1)
     return F.silu(gate) * value
-
-
-class LayerScale(nn.Module):
-    """A learned factor per channel (https://arxiv.org/abs/2103.17239)."""
-
-    def __init__(self, config: ViTConfig):
-        super().__init__()
-        self.initial = config.layer_scale
-        self.gamma = nn.Parameter(torch.empty(config.dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
 
 
 class Block(nn.Module):
@@ -154,8 +167,8 @@ class Block(nn.Module):
 
     def forward(self, x_TD: Tensor, layout: Layout, kept: Sequence[KeptSequences | None] = (None, None)) -> Tensor:
         kept_attention, kept_mlp = kept
-        x_TD = residual(x_TD, lambda x, layout: self.ls1(self.attn(self.norm1(x), layout)), layout, kept_attention)
-        return residual(x_TD, lambda x, layout: self.ls2(self.mlp(self.norm2(x))), layout, kept_mlp)
+        x_TD = residual(x_TD, lambda x, layout: self.attn(self.norm1(x), layout, self.ls1), layout, kept_attention)
+        return residual(x_TD, lambda x, _: self.mlp(self.norm2(x), self.ls2), layout, kept_mlp, is_own=True)
 
 
 class PatchEmbed(nn.Module):
