@@ -25,9 +25,9 @@ from troodon.curate.config import CurateConfig
 from troodon.curate.dedup import components, find_identical, keep_order, near_duplicates
 from troodon.curate.encoder import CopyEncoder
 from troodon.curate.retrieve import Hits, best_hits, retrieve
-from troodon.curate.stage import ProgressLine
 from troodon.images.index import SCHEMA, Index
 from troodon.images.sources import open_source
+from troodon.progress import Progress
 from troodon.search.exact import l2_normalise, pairs_above
 from troodon.views.attacks import attack
 
@@ -504,7 +504,7 @@ def test_retrieval_is_nearest_first_with_a_minimum():
 
 
 def test_embedding_prints_its_progress(capsys):
-    progress = ProgressLine("embed", "images", 1000, interval=0)
+    progress = Progress("embed", "images", 1000, interval=0)
     progress.add(10)
     assert "embed: 10 of 1,000 images" in capsys.readouterr().err
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from troodon.config import UsageError
 from troodon.rendezvous import RENDEZVOUS, SAVING_S, failure_report, first_failure, report_failure
-from troodon.run import COMMAND, Interrupted, current_command, full_disk, say
+from troodon.run import COMMAND, Interrupted, current_command, draw, full_disk, say
 
 # Exit codes: done, failed, a mistake of the user, stopped on request with everything saved.
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
@@ -57,6 +57,7 @@ def run_command(work: Callable[[], object], prog: str, debug: bool = False) -> i
         return FAILED
     except (KeyboardInterrupt, Exception) as error:
         code, message = describe_error(error)
+        draw("")
         if RENDEZVOUS in os.environ:
             report_failure(message, traceback.format_exc())
             return code

@@ -13,6 +13,7 @@ import platform
 import re
 import shutil
 import sys
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -196,11 +197,24 @@ class MetricsFile:
             write_bytes(self.path, kept.encode())
 
 
-def say(message: str = "", passing: bool = False) -> None:
-    """Print one line of progress on standard error; it is lost if that is closed, such as with its terminal.
+_writing = threading.RLock()
+_drawing = [""]  # lines at the bottom of the terminal, below what is said
 
-    On a terminal, the next line replaces one that is `passing`. Control characters, as names may hold, are written out.
+
+def say(message: str = "") -> None:
+    """Print a line of progress on standard error; it is lost if that is closed, such as with its terminal.
+
+    What is drawn stays below it. Control characters, as names may hold, are written out.
     """
-    with contextlib.suppress(OSError):
-        start, end = ("\r\x1b[2K", "" if passing else "\n") if sys.stderr.isatty() else ("", "\n")
-        print(start + "\n".join(map(printable, message.split("\n"))), end=end, file=sys.stderr, flush=True)
+    _write("\n".join(map(printable, message.split("\n"))) + "\n", _drawing[0])
+
+
+def draw(text: str) -> None:
+    """Draw these lines at the bottom of the terminal in place of those before; "" takes them away."""
+    _write("", text)
+
+
+def _write(above: str, below: str) -> None:
+    with contextlib.suppress(OSError), _writing:
+        lines, _drawing[0] = _drawing[0].count("\n"), below
+        print((f"\r\x1b[{lines}A\x1b[J" if lines else "") + above + below, end="", file=sys.stderr, flush=True)

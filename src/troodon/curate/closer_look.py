@@ -32,10 +32,11 @@ from troodon.curate.context import CurationContext, row_ranges
 from troodon.curate.dedup import Verdict
 from troodon.curate.groups import Matches, resolve, reversed_match
 from troodon.curate.scores import Score, load_score
-from troodon.curate.stage import Counts, ProgressLine, unit_counts
+from troodon.curate.stage import Counts, unit_counts
 from troodon.images.decode import BadImage
 from troodon.images.index import Index
 from troodon.images.reading import map_ordered
+from troodon.progress import Progress
 
 T = TypeVar("T")
 
@@ -325,8 +326,7 @@ class _Look:
             return verified
 
         count = self.threads or min(16, os.cpu_count() or 1)
-        progress = ProgressLine("looks", "pairs", table.shape[1])
-        with ThreadPoolExecutor(count, "look") as pool:
+        with Progress("looks", "pairs", table.shape[1]) as progress, ThreadPoolExecutor(count, "look") as pool:
             chunks = _without_splitting_pairs(table, PAIRS_PER_TASK)
             for chunk, verified in zip(chunks, map_ordered(pool, look, chunks, 2 * count)):
                 found += verified

@@ -46,7 +46,6 @@ from troodon.curate.scores import Score, load_scores
 from troodon.curate.stage import (
     Backend,
     Counts,
-    ProgressLine,
     Stage,
     code_fingerprint,
     concatenate_matrices,
@@ -60,6 +59,7 @@ from troodon.images.index import MODIFIED, SCHEMA, Index
 from troodon.images.reading import read_batches
 from troodon.lock import one_at_a_time
 from troodon.model.backbone import Backbone
+from troodon.progress import Progress
 
 # Shape suffixes: N images, B images of one batch, D channels of an embedding.
 
@@ -198,7 +198,7 @@ class _EmbedUnit:
         excluded = frozenset(row - unit[0] for row in self.excluded)
         index, broken = _HashingIndex(**vars(self.index.take(range(*unit))), excluded=excluded), dict[int, BadImage]()
         metadata, matrices = dict[int, dict](), {name: dict[int, ndarray]() for name in self.networks}
-        progress = ProgressLine(f"embed {unit[0]:,} to {unit[1]:,}", "images", len(index))
+        progress = Progress(f"embed {unit[0]:,} to {unit[1]:,}", "images", len(index))
         channels = next(iter(self.networks.values()))[0].channels
 
         def prepare(images: Sequence[ndarray]) -> Any:
@@ -212,6 +212,7 @@ class _EmbedUnit:
                 vectors = encode(prepared).astype(np.float16)
                 matrices[name].update(zip(rows, vectors, strict=True))
             progress.add(len(rows))
+        progress.close()
 
         for name, vectors in matrices.items():
             x_ND = np.zeros((len(index), *next(iter(vectors.values()), np.zeros(0)).shape), np.float16)

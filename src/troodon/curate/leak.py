@@ -31,12 +31,13 @@ from troodon.curate.context import CurationContext, row_ranges
 from troodon.curate.copies import EdgeSearch, nearest_pairs, read_edges, write_edges
 from troodon.curate.dedup import Edges, components
 from troodon.curate.encoder import CopyEncoder
-from troodon.curate.stage import Counts, ProgressLine, unit_counts
+from troodon.curate.stage import Counts, unit_counts
 from troodon.curate.thresholds import limit_size
 from troodon.devices import accelerator
 from troodon.images.decode import BadImage
 from troodon.images.index import Index
 from troodon.images.reading import map_ordered
+from troodon.progress import Progress
 from troodon.search.exact import iter_pairs_above
 from troodon.views.attacks import attacked_copies
 
@@ -142,10 +143,15 @@ class _EncodeAttackedCopies:
     def device(self) -> Any:
         return self.encoder.backbone.device if hasattr(self.encoder.backbone, "to") else None
 
+    def placed(self, processors: int) -> "_EncodeAttackedCopies":
+        """The same with its network on the device of this process, read for by its processors."""
+        device_of(self.encoder.backbone)
+        return replace(self, threads=self.threads or processors)
+
     def __call__(self, unit: tuple[int, int], folder: Path) -> Counts:
         index, fitted = self.index.take(range(*unit)), space.Space.load(self.comparison / "space.npz")
         vectors, image_of = list[ndarray](), list[int]()
-        progress = ProgressLine(f"attacked copies of {unit[0]:,} to {unit[1]:,}", "images", len(index))
+        task = f"attacked copies of {unit[0]:,} to {unit[1]:,}"
 
         def load(row: int) -> Any:
             try:
@@ -155,7 +161,7 @@ class _EncodeAttackedCopies:
                 return None
 
         count = self.index.thread_count(self.threads)
-        with ThreadPoolExecutor(count, "attacks") as threads:
+        with Progress(task, "images", len(index)) as progress, ThreadPoolExecutor(count, "attacks") as threads:
             for row, prepared in enumerate(map_ordered(threads, load, range(len(index)), count + 1)):
                 if prepared is not None:
                     vectors.append(fitted(self.encoder.encode(prepared)).astype(np.float16))

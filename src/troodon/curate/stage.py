@@ -25,14 +25,19 @@ from typing import Any, Protocol
 import numpy as np
 
 from troodon import run
-from troodon.text import duration
+from troodon.progress import Progress
 
 Counts = dict[str, Any]
+MAX_DEATHS = 3  # of processes by one unit
 
 
 @dataclass(frozen=True)
 class Stage:
-    """`work(unit, folder)` fills a folder and returns its counts. It depends only on files and on its own fields."""
+    """`work(unit, folder)` fills a folder and returns its counts. It depends only on files and on its own fields.
+
+    Work that holds networks has a method `placed(processors)`: the same work, its networks where they compute in this
+    process, which has so many processors. Processes that compute several units call it first.
+    """
 
     name: str
     work: Callable[[Any, Path], Counts]
@@ -71,9 +76,9 @@ def run_stage(stage: Stage, root: Path, backend: Backend) -> list[Path]:
     pending = [number for number, part in enumerate(parts) if not part.is_dir()]
     if pending:
         _remove_partial(parts[0].parent)
-        progress = ProgressLine(stage.name, "units", len(pending))
-        for _ in backend.run(stage, root, pending):
-            progress.add(1)
+        with Progress(stage.name, "units", len(pending)) as progress:
+            for _ in backend.run(stage, root, pending):
+                progress.add(1)
         _remove_partial(parts[0].parent)
     return parts
 
@@ -138,22 +143,3 @@ def _fsync(folder: Path) -> None:
         if path.is_file():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-
-
-class ProgressLine:
-    """Prints progress every few seconds: items done, items per second, time remaining."""
-
-    def __init__(self, task: str, items: str, total: int, interval: float = 5.0):
-        self.task, self.items, self.total, self.interval = task, items, total, interval
-        self.start = self.last_print = time.monotonic()
-        self.done = 0
-
-    def add(self, count: int) -> None:
-        self.done, now = self.done + count, time.monotonic()
-        if now - self.last_print >= self.interval:
-            self.last_print, rate = now, max(self.done, 1) / (now - self.start)
-            remaining, speed = (
-                duration((self.total - self.done) / rate),
-                f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}",
-            )
-            run.say(f"{self.task}: {self.done:,} of {self.total:,} {self.items}, {speed} a second, {remaining} left")

@@ -25,6 +25,7 @@ from troodon.images.changes import file_states
 from troodon.images.decode import BadImage
 from troodon.images.index import Index
 from troodon.images.reading import read_batches
+from troodon.progress import Progress
 
 # Shape suffixes: N images, B images of a batch, L last blocks (oldest first), D channels.
 
@@ -79,6 +80,7 @@ class Reader:
     threads: int = 0
     cache: Path | None = None
     shared: bool = False  # all ranks extract the same features at the same time, and each computes some parts
+    task: str = ""  # what its progress is called; "" shows none
     in_memory: dict[str, FrozenFeatures] = field(default_factory=dict, repr=False)  # by cache key
     set_aside: dict[str, str] = field(default_factory=dict, repr=False)  # path of an image or its ground truth: reason
 
@@ -90,8 +92,11 @@ class Reader:
         part = index.take(rows)
         keep: Callable[[Sequence[np.ndarray]], Any] = list
         batches = read_batches(part, self.batch, keep, channels=backbone.channels, threads=self.threads, broken=errors)
-        for rows_B, images in batches:
-            yield [rows[i] for i in rows_B], list(images)  # pyrefly: ignore[invalid-yield]
+        with Progress(f"{self.task} of {backbone.name}", "images", len(index)) as progress:
+            for rows_B, images in batches:
+                yield [rows[i] for i in rows_B], list(images)  # pyrefly: ignore[invalid-yield]
+                if self.task and dist.rank() == 0:
+                    progress(rows[max(rows_B)] + 1, len(index))
         broken.update({rows[i]: error for i, error in errors.items()})
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from troodon.config import pair
 from troodon.export.network import Network
 from troodon.model.config import Preprocessing
+from troodon.progress import watched
 
 Read = Callable[[Tensor], dict[str, Tensor]]  # images (B, C, H, W) -> outputs by name, as those of `Network`
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}  # largest difference of a token, as a share of its length
@@ -50,7 +51,7 @@ def compare(network: Network, reader: Reader, preprocessing: Preprocessing, tole
     ExportDiffers for any other difference above the tolerance.
     """
     rows, config, random = [], network.vit.config, torch.Generator().manual_seed(0)
-    for images, height, width in cases(network, preprocessing):
+    for images, height, width in watched(cases(network, preprocessing), "export", "sizes read back"):
         x_BCHW = torch.randn(images, config.channels, height, width, generator=random)
         ours, theirs = network(x_BCHW), reader.read(x_BCHW)
         own_grid = config.positions == "learned" and height == width == config.grid * config.patch

@@ -5,10 +5,10 @@ A thread of its own reads numbers from the device and writes them, while the tra
 
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from troodon.learn.config import PretrainConfig
 from troodon.learn.method import Method
 from troodon.model.config import Preprocessing
 from troodon.model.saved import SavedViT
+from troodon.progress import POINTS, clear, draw, is_live, panel
 from troodon.run import MetricsFile, say, write_bytes
 from troodon.text import duration, plural
 from troodon.views.batch import Batch
@@ -231,6 +232,7 @@ class Recorder:
         if failed or self.saver.step != self.progress.step:
             self.save()
             failed = self.settle()
+        clear(self)
         if self.log is not None:
             self.log.close()
         if self.broken and dist.rank() == 0:
@@ -268,9 +270,19 @@ class Recorder:
             f"{duration((steps - done) * rate)} left",
         ]
         line = f"  {self.label}" + " | ".join(parts)
-        line_is_due = done == steps or "knn" in record or done % (10 * self.config.log_every) == 0
-        if line_is_due or sys.stderr.isatty():
-            say(line, passing=done < steps)
+        if is_live() and done < steps:
+            return self._draw(record, done / steps, parts)
+        clear(self)
+        if done == steps or "knn" in record or done % (10 * self.config.log_every) == 0:
+            say(line)
+
+    def _draw(self, record: dict, share: float, parts: list[str]) -> None:
+        """Show the run at the bottom of the terminal: its progress, its losses as small curves, and its health."""
+        recent = [*self.records[:: -(-len(self.records) // POINTS)], record]
+        curves = {n: [r[n] for r in recent if n in r] for n in ("loss", *TERMS) if n in record}
+        verdict = "no alarm" if any("feature_cosine" in r for r in reversed(self.records)) else ""
+        facts = [parts[0], parts[1], *parts[3:]]
+        draw(self, partial(panel, self.label.strip(": "), share, facts, curves, self.alarms, verdict), now=True)
 
 
 def preprocessing(config: PretrainConfig) -> Preprocessing:

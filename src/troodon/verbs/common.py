@@ -1,7 +1,6 @@
 """Shared by the verbs: from arguments to configs, backbones and lists of paths; ranks; lines of progress."""
 
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -199,18 +198,6 @@ def launch_ranks(words: list[str], ranks: int) -> None:
     Raises what ended the first rank that failed: UsageError, Interrupted or RankFailed.
     """
     launch.raise_failure(launch.launch(words, ranks))
-
-
-def progress_callback(verb: str) -> Callable[[int, int], None]:
-    """A callback (images done, images in all) that prints a line every five seconds."""
-    last = [time.monotonic()]
-
-    def show(done: int, total: int) -> None:
-        if time.monotonic() - last[0] > 5:
-            last[0] = time.monotonic()
-            say(f"{verb}: {done:,} of {total:,} images")
-
-    return show
 
 
 def is_first() -> bool:

@@ -141,7 +141,8 @@ def _evaluate(
         PatchColours(first.preprocessing, first.config.patch),
         LocationPrior(),
     ]
-    reader = Reader(batch, threads, None if cache is None else Path(cache), shared=dist.world_size() > 1)
+    folder = None if cache is None else Path(cache)
+    reader = Reader(batch, threads, folder, shared=dist.world_size() > 1, task="features")
     return run_suite([*networks, *(descriptors if baselines else [])], benchmarks, config, out, reader=reader)
 
 

@@ -10,12 +10,12 @@ from tyro.conf import Positional, arg
 
 from troodon.config import Range, from_dict, to_dict
 from troodon.images.config import PackConfig
+from troodon.progress import Progress
 from troodon.verbs.common import (
     Data,
     Paths,
     as_list,
     open_images,
-    progress_callback,
     require_some,
     suggest_next,
 )
@@ -42,8 +42,10 @@ def scan(data: Data, out: str | Path | None = None, *, threads: int = 0, range: 
     if out is None:
         index = open_source(*paths)
         index = index.with_range(measured(index, range, threads))
-        return summarise(scan(index, threads, progress_callback("scan"))[0])
-    summary = scan_to(paths, Path(out), threads, progress_callback("scan"), range)
+        with Progress("scan") as progress:
+            return summarise(scan(index, threads, progress)[0])
+    with Progress("scan") as progress:
+        summary = scan_to(paths, Path(out), threads, progress, range)
     if not (page := Path(out) / "report.html").exists():
         report([Path(out)], page)
     return summary
@@ -86,7 +88,8 @@ def pack(data: Data, out: str | Path, *, settings: dict | None = None, threads: 
     from troodon.images.pack import pack
 
     config = from_dict(PackConfig(), settings or {}, source="settings")
-    return pack(open_images(data), Path(out), config, threads, progress_callback("pack"))
+    with Progress("pack") as progress:
+        return pack(open_images(data), Path(out), config, threads, progress)
 
 
 @dataclass(frozen=True)

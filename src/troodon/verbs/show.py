@@ -11,6 +11,7 @@ from tyro.conf import Positional, arg
 from troodon import recipes
 from troodon.config import Range, UsageError
 from troodon.learn.config import PretrainConfig, fits
+from troodon.progress import Progress
 from troodon.run import read_manifest, say, write_bytes
 from troodon.text import plural
 from troodon.verbs.common import (
@@ -20,7 +21,6 @@ from troodon.verbs.common import (
     common_range,
     on_device,
     open_images,
-    progress_callback,
     require_some,
     resolve_config,
 )
@@ -176,7 +176,8 @@ def show_neighbours(
             nearest = find_nearest(found, [q.pixels_HWC for q in queries], places[0], k=k)
             return neighbours(found, index, queries, nearest, f"embeddings in {Path(places[0]).name}")
         images = open_images(data, common_range(range, found))
-        nearest, broken = find(found, images, queries, view, k, progress_callback("show neighbours"))
+        with Progress("show neighbours") as progress:
+            nearest, broken = find(found, images, queries, view, k, progress)
         _say_broken("neighbours", [f"{images.path(row)}: {error}" for row, error in broken.items()], len(images))
         return neighbours(found, images, queries, nearest, view.sizes(found))
 

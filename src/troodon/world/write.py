@@ -29,6 +29,7 @@ from PIL import Image
 
 from troodon import run
 from troodon.config import UsageError, fingerprint, to_dict
+from troodon.progress import watched
 from troodon.views.attacks import ATTACKS, attack
 from troodon.world.offtopic import render_offtopic
 from troodon.world.scene import DEFAULT, Picture, WorldConfig, render
@@ -88,9 +89,7 @@ def write_world(folder: Path, seed: int, config: WorldConfig = DEFAULT) -> dict[
 def _fill(folder: Path, seed: int, config: WorldConfig) -> Iterator[_File]:
     """Write every file, and yield its ground truth."""
     pictures = _pictures(seed, config)
-    for done, file in enumerate(pictures):
-        if done % 1000 == 0:
-            run.say(f"world: {done} of {len(pictures)} pictures")
+    for file in watched(pictures, "world", "pictures"):
         picture = render(seed, file.image, identity=file.identity, px=config.px, config=config)
         _write_file(folder, file.path, _encode(picture.image, file.path))
         if file.role == "dense":

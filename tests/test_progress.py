@@ -1,0 +1,156 @@
+"""Progress: bars where they can be drawn again, lines where they cannot, and nothing among the results."""
+
+import re
+import sys
+import types
+from collections.abc import Iterator
+
+import pytest
+
+from troodon import progress, run
+from troodon.progress import Progress, panel, sparkline, watched
+
+
+@pytest.fixture(autouse=True)
+def _nothing_drawn() -> Iterator[None]:
+    yield
+    progress._active.clear()
+    progress._drawn["cell"] = None
+    run._drawing[0] = ""
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Standard error is a terminal, 80 columns wide."""
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda self: True)
+    for name, value in {"TERM": "xterm-256color", "COLUMNS": "80"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(progress, "DRAWING_S", 0.0)
+
+
+def screen(written: str) -> list[str]:
+    """What a terminal shows after this was written."""
+    lines, at = [""], 0
+    for part in re.split(r"(\x1b\[\d*[AJm]|\x1b\[[\d;]*m|\r|\n)", written):
+        if move := re.fullmatch(r"\x1b\[(\d+)A", part):
+            at -= int(move[1])
+        elif part == "\x1b[J":
+            lines = [*lines[:at], ""]
+        elif part == "\n":
+            at += 1
+            lines += [""] * (at + 1 - len(lines))
+        elif part != "\r" and not part.startswith("\x1b"):
+            lines[at] += part
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+def test_a_bar_stands_below_what_is_said_and_is_gone_at_the_end(terminal: None, capsys: pytest.CaptureFixture) -> None:
+    with Progress("scan", "images", 1000) as bar:
+        bar.add(250)
+        run.say("a.jpg: cannot be read")
+        bar.add(250)
+        drawn = capsys.readouterr().err
+        said, line = screen(drawn)
+        assert said == "a.jpg: cannot be read"
+        assert re.match(r"scan +━+.* 50% +500 of 1,000 images +[\d,.]+ a second", line)
+    run.say("done")
+    assert screen(drawn + capsys.readouterr().err) == ["a.jpg: cannot be read", "done"]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_bar_within_another_stands_below_it(terminal: None, capsys: pytest.CaptureFixture) -> None:
+    drawn = ""
+    for unit in watched(range(3), "duplicate", "units"):
+        if unit == 1:
+            Progress("looks", "pairs", 4).add(4)  # all are done: it closes itself
+            with Progress("embed", "images", 4) as inner:
+                inner.add(1)
+                outer, inside = screen(drawn := capsys.readouterr().err)
+                assert outer.startswith("duplicate")
+                assert inside.startswith("embed")
+    assert screen(drawn + capsys.readouterr().err) == []
+
+
+def test_an_error_takes_the_bar_away(terminal: None, capsys: pytest.CaptureFixture) -> None:
+    from troodon.launch import run_command
+
+    def work() -> None:
+        Progress("pack", "images", 10).add(1)
+        raise OSError("no more")
+
+    assert run_command(work, "troodon pack") == 1
+    shown = screen(capsys.readouterr().err)
+    assert len(shown) == 1
+    assert "no more" in shown[0]
+
+
+def test_a_pipe_gets_a_line_now_and_then(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with Progress("scan", total=1000) as show:
+        for done in range(500, 1000, 100):  # 500 were done by an earlier command
+            show(done, 1000)
+            now[0] += 2.0
+    assert capsys.readouterr().err.splitlines() == ["scan: 800 of 1,000 images, 50 a second, 4 s left"]
+
+
+def test_parts_of_the_work_of_another_process_draw_nothing(
+    terminal: None, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "parent_process", lambda: object())
+    Progress("embed", "images", 10, interval=0.0).add(1)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda self: False)
+    Progress("embed", "images", 10, interval=0.0).add(1)
+    assert "embed: 1 of 10 images" in capsys.readouterr().err
+
+
+def test_a_training_shows_its_losses_as_curves_and_its_alarms(terminal: None, capsys: pytest.CaptureFixture) -> None:
+    owner, curves = object(), {"loss": [8.0, 6.0, 4.0], "ibot": [1.0, 2.0, 3.0]}
+    facts = ["step 30/100", "12 images/s", "k-NN 31.0%", "2 min left"]
+    progress.draw(owner, lambda: panel("first", 0.3, facts, curves, {}, "no alarm"), now=True)
+    text = "\n".join(screen(drawn := capsys.readouterr().err))
+    assert "█▅▁" in text
+    assert "▁▅█" in text
+    for words in ("first", "30%", "step 30/100", "2 min left", "12 images/s | k-NN 31.0%", "4.000", "no alarm"):
+        assert words in text, words
+    assert max(map(len, text.splitlines())) <= 80
+    progress.clear(owner)
+    progress.draw(owner, lambda: panel("", 0.3, facts, curves, {"flat": "targets are \x1b[31muniform"}, ""), now=True)
+    assert "alarm, flat: targets are" in "\n".join(screen(drawn + capsys.readouterr().err))
+
+
+def test_curves_of_any_values() -> None:
+    assert sparkline([]) == ""
+    assert sparkline([3.0]) == "▅"
+    assert sparkline([0.0, float("nan"), 1.0], 3)[0] != " "
+    assert len(sparkline([float(i) for i in range(1000)])) == progress.POINTS
+
+
+def test_a_notebook_gets_a_part_that_is_drawn_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    shown: list[str] = []
+
+    class Handle:
+        def update(self, page: str) -> None:
+            shown[-1] = page
+
+    def display(page: str, display_id: bool) -> Handle:
+        shown.append(page)
+        return Handle()
+
+    inner = types.SimpleNamespace(HTML=lambda text: text, display=display)
+    shell = types.SimpleNamespace(get_ipython=lambda: types.SimpleNamespace(kernel=object()), display=inner)
+    monkeypatch.setitem(sys.modules, "IPython", shell)
+    monkeypatch.setitem(sys.modules, "IPython.display", inner)
+    monkeypatch.setattr(progress, "DRAWING_S", 0.0)
+    with Progress("scan", total=100) as bar:
+        bar(10, 100)
+        bar(60, 100)
+        assert len(shown) == 1
+        assert "60 of 100 images" in re.sub(r"<[^>]+>", "", shown[0])
+    with Progress("pack", total=100) as bar:
+        bar(10, 100)
+    assert len(shown) == 2, "the next cell has its own"
+    assert capsys.readouterr().err == ""
