@@ -13,8 +13,8 @@ import pytest
 import troodon
 
 VERBS = {
-    "apply", "calibrate", "compare", "curate", "dedup", "demo", "distill", "embed", "evaluate", "export", "leak",
-    "load", "pack", "pretrain", "report", "scan", "show_attention", "show_crops", "show_matches",
+    "apply", "calibrate", "compare", "curate", "dedup", "demo", "distill", "embed", "evaluate", "explore", "export",
+    "leak", "load", "pack", "pretrain", "report", "scan", "show_attention", "show_crops", "show_matches",
     "show_neighbours", "show_pca", "watch",
 }  # fmt: skip
 TYPES = {"Backbone", "Features", "Interrupted", "UsageError"}

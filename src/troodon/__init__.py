@@ -14,8 +14,8 @@ shards, `show_crops` draws what a network is shown, and `show_pca`, `show_attent
 `apply` carries a selection out on the disk, `calibrate` measures near-duplicates. `pretrain` and `distill` train.
 `load` gives a `Backbone`, which turns images into `Features`, and `export` writes it for other libraries. `evaluate`
 measures features, `leak` looks for a benchmark's images in training data, `compare` and `report` show results, and
-`watch` shows a run while it trains. `demo`
-does all of it on a small embedded world.
+`watch` shows a run while it trains. `explore` serves a page to look around among images. `demo` does all of it on a
+small embedded world.
 
 A mistake in an argument raises `UsageError`; a run that a signal stopped has saved everything and raises `Interrupted`.
 """
@@ -28,9 +28,10 @@ import types
 MODULES = {
     "Backbone": "model.backbone", "Features": "model.backbone", "Interrupted": "run", "UsageError": "config",
     "apply": "verbs", "calibrate": "verbs", "compare": "verbs", "curate": "verbs", "dedup": "verbs", "demo": "demo",
-    "distill": "verbs", "embed": "verbs", "evaluate": "verbs", "export": "verbs", "leak": "verbs", "load": "verbs",
-    "pack": "verbs", "pretrain": "verbs", "report": "verbs", "scan": "verbs", "show_attention": "verbs",
-    "show_crops": "verbs", "show_matches": "verbs", "show_neighbours": "verbs", "show_pca": "verbs", "watch": "verbs",
+    "distill": "verbs", "embed": "verbs", "evaluate": "verbs", "explore": "verbs", "export": "verbs", "leak": "verbs",
+    "load": "verbs", "pack": "verbs", "pretrain": "verbs", "report": "verbs", "scan": "verbs",
+    "show_attention": "verbs", "show_crops": "verbs", "show_matches": "verbs",
+    "show_neighbours": "verbs", "show_pca": "verbs", "watch": "verbs",
 }  # fmt: skip
 __all__ = list(MODULES)
 

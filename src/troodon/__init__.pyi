@@ -14,6 +14,7 @@ from troodon.verbs.distillation import distill as distill
 from troodon.verbs.embedding import embed as embed
 from troodon.verbs.evaluation import compare as compare
 from troodon.verbs.evaluation import evaluate as evaluate
+from troodon.verbs.exploration import explore as explore
 from troodon.verbs.export import export as export
 from troodon.verbs.images import pack as pack
 from troodon.verbs.images import scan as scan

@@ -28,6 +28,7 @@ from troodon.verbs.dedup import Apply, Dedup
 from troodon.verbs.distillation import Distill, recipes_by_name
 from troodon.verbs.embedding import Embed
 from troodon.verbs.evaluation import Compare, Evaluate
+from troodon.verbs.exploration import Explore
 from troodon.verbs.export import Export
 from troodon.verbs.images import Pack, Scan
 from troodon.verbs.leakage import Leak
@@ -40,7 +41,8 @@ VERBS: dict[str, type] = {
     "show crops": ShowCrops, "show pca": ShowPca, "show attention": ShowAttention, "show neighbours": ShowNeighbours,
     "show matches": ShowMatches,
     "dedup": Dedup, "apply": Apply, "curate": Curate, "curate calibrate": Calibrate, "pretrain": Pretrain,
-    "distill": Distill, "evaluate": Evaluate, "compare": Compare, "leak": Leak, "export": Export,
+    "distill": Distill, "evaluate": Evaluate, "compare": Compare, "leak": Leak, "explore": Explore,
+    "export": Export,
     "watch": Watch, "report": Report, "recipes": Recipes,
 }  # fmt: skip
 # Verbs whose config starts from a name: the config of a name, what --help shows without a name, and the names.

@@ -11,6 +11,7 @@ from troodon.verbs.dedup import apply, dedup
 from troodon.verbs.distillation import distill
 from troodon.verbs.embedding import embed
 from troodon.verbs.evaluation import compare, evaluate
+from troodon.verbs.exploration import explore
 from troodon.verbs.export import export
 from troodon.verbs.images import pack, scan
 from troodon.verbs.leakage import leak
@@ -27,6 +28,7 @@ __all__ = [
     "distill",
     "embed",
     "evaluate",
+    "explore",
     "export",
     "leak",
     "load",

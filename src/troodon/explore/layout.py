@@ -1,0 +1,180 @@
+"""A map of images: two coordinates for each, such that near images lie near one another.
+
+The k nearest neighbours of each image pull it, and images drawn at random push it away, as in UMAP
+(https://arxiv.org/abs/1802.03426) with a = b = 1; all forces of a step act at once, and Adam makes the step, as in
+PaCMAP (https://arxiv.org/abs/2012.04456). The first two principal components are the start.
+"""
+
+import io
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy import ndarray
+from torch import Tensor
+
+from troodon.config import fingerprint
+from troodon.run import say, write_bytes
+from troodon.search.exact import l2_normalise
+from troodon.search.inverted_lists import kmeans, nearest_centroids
+
+# Shape suffixes: N images, D channels, k neighbours, B rows of a block, C candidates.
+
+VERSION = 1  # of what this file computes
+NEIGHBOURS = 15
+STEPS = 250
+PUSHES = 5  # images that push one image, in each step
+MAX_EXACT = 20_000  # more images are searched by lists; a GPU compares all
+LIST_ROWS, PROBES = 500, 10  # images in a list, and lists that a list is compared with
+BLOCK = 2048
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The places of N images on the map, and the nearest neighbours that they were computed from."""
+
+    place_N2: ndarray  # float32, nan for an image without a vector
+    row_Nk: ndarray  # int32, -1 where there is no neighbour
+    score_Nk: ndarray  # float16, cosine
+
+    def save(self, file: Path, name: str) -> None:
+        data = io.BytesIO()
+        np.savez(data, place=self.place_N2, row=self.row_Nk, score=self.score_Nk, name=np.array(name))
+        write_bytes(file, data.getvalue())
+
+    @staticmethod
+    def load(file: Path, name: str) -> "Layout | None":
+        """The layout of this name; None if the file is missing, damaged or of another name."""
+        try:
+            with np.load(file) as arrays:
+                if str(arrays["name"]) != name:
+                    return None
+                return Layout(arrays["place"], arrays["row"], arrays["score"])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+
+
+def layout_of(x_ND: ndarray, has_vector_N: ndarray, file: Path, vectors: str, device: Any = None) -> Layout:
+    """The layout of the images that have a vector, from `file`, or computed and written there.
+
+    `vectors` is the fingerprint of the vectors.
+    """
+    name = fingerprint(vectors, VERSION, NEIGHBOURS, STEPS)
+    if (found := Layout.load(file, name)) is not None and len(found.place_N2) == len(x_ND):
+        return found
+    rows = np.flatnonzero(has_vector_N)
+    say(f"explore: lays out {len(rows):,} images; the next time they are there at once")
+    row_Mk, score_Mk = nearest_neighbours(x_ND[rows], NEIGHBOURS, device)
+    place_M2 = arrange(start_of(x_ND[rows]), row_Mk, device)
+    count, k = len(x_ND), row_Mk.shape[1]
+    layout = Layout(
+        np.full((count, 2), np.nan, np.float32), np.full((count, k), -1, np.int32), np.zeros((count, k), np.float16)
+    )
+    layout.place_N2[rows], layout.score_Nk[rows] = place_M2, score_Mk
+    layout.row_Nk[rows] = np.where(row_Mk < 0, -1, rows[row_Mk])
+    try:
+        layout.save(file, name)
+    except OSError as error:
+        say(f"explore: the layout is not kept: {file}: {error.strerror}")
+    return layout
+
+
+def nearest_neighbours(x_ND: ndarray, k: int, device: Any = None, seed: int = 0) -> tuple[ndarray, ndarray]:
+    """The k nearest other rows of each row (N, k) int32, -1 where there are fewer, and their cosines, best first.
+
+    Exact up to MAX_EXACT rows or on a GPU. More rows go into lists by k-means; a list is compared with the PROBES lists
+    nearest to its centre, which finds nearly all.
+    """
+    count, k = len(x_ND), min(k, max(0, len(x_ND) - 1))
+    row_Nk, score_Nk = np.full((count, k), -1, np.int32), np.full((count, k), -np.inf, np.float32)
+    if not k:
+        return row_Nk, np.zeros((count, k), np.float32)
+    whole = None
+    if device is not None or count <= MAX_EXACT:
+        whole = torch.from_numpy(l2_normalise(x_ND)).to(device or "cpu")
+        all_rows = np.arange(count)
+        tasks = ((all_rows[start : start + BLOCK], all_rows) for start in range(0, count, BLOCK))
+    else:
+        tasks = _lists(x_ND, seed)
+    for rows_B, rows_C in tasks:
+        x_CD = torch.from_numpy(l2_normalise(x_ND[rows_C])) if whole is None else whole
+        for start in range(0, len(rows_B), BLOCK):
+            rows = rows_B[start : start + BLOCK]
+            x_BD = whole[torch.from_numpy(rows)] if whole is not None else torch.from_numpy(l2_normalise(x_ND[rows]))
+            s_BC = x_BD @ x_CD.T
+            own = torch.from_numpy(np.searchsorted(rows_C, rows)).to(s_BC.device)
+            s_BC[torch.arange(len(rows), device=s_BC.device), own] = -torch.inf
+            best = s_BC.topk(min(k, len(rows_C) - 1), dim=1)
+            found = best.indices.shape[1]
+            row_Nk[rows, :found] = rows_C[best.indices.cpu().numpy()]
+            score_Nk[rows, :found] = best.values.cpu().numpy()
+    return row_Nk, np.clip(score_Nk, -1, 1)
+
+
+def _lists(x_ND: ndarray, seed: int) -> Any:
+    """The rows of each list, and those that they are compared with, sorted."""
+    centroids_LD = kmeans(x_ND, len(x_ND) // LIST_ROWS, seed)
+    list_N = nearest_centroids(x_ND, centroids_LD, 1)[1][:, 0]
+    order = np.argsort(list_N, kind="stable")
+    members = np.split(order, np.cumsum(np.bincount(list_N, minlength=len(centroids_LD)))[:-1])
+    near_LP = nearest_centroids(centroids_LD, centroids_LD, PROBES + 1)[1]
+    for number, rows in enumerate(members):
+        if len(rows):
+            yield rows, np.sort(np.concatenate([members[n] for n in {number, *near_LP[number].tolist()}]))
+
+
+def start_of(x_ND: ndarray, sample: int = 20_000, seed: int = 0) -> ndarray:
+    """The first two principal components of each row (N, 2), of a small spread."""
+    if len(x_ND) < 2 or x_ND.shape[1] < 2:
+        return np.zeros((len(x_ND), 2), np.float32)
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(x_ND))[:sample])
+    x_BD = l2_normalise(x_ND[drawn]).astype(np.float64)
+    mean_D = x_BD.mean(0)
+    _, axes_D2 = np.linalg.eigh((x_BD - mean_D).T @ (x_BD - mean_D))
+    axes_D2 = axes_D2[:, :-3:-1]
+    axes_D2 *= np.sign(axes_D2[np.abs(axes_D2).argmax(0), [0, 1]])
+    parts = [(l2_normalise(x_ND[a : a + 65_536]) - mean_D) @ axes_D2 for a in range(0, len(x_ND), 65_536)]
+    place_N2 = np.concatenate(parts)
+    return (place_N2 / max(place_N2.std(), 1e-9)).astype(np.float32)
+
+
+def arrange(start_N2: ndarray, row_Nk: ndarray, device: Any = None, seed: int = 0) -> ndarray:
+    """Move the places (N, 2), such that neighbours lie near one another and others do not."""
+    count, k = row_Nk.shape
+    if count < 3 or not k:
+        return start_N2
+    y = torch.from_numpy(start_N2).to(device or "cpu", copy=True)
+    near = torch.from_numpy(np.where(row_Nk < 0, np.arange(count)[:, None], row_Nk).astype(np.int64)).to(y.device)
+    generator = torch.Generator(y.device).manual_seed(seed)
+    mean, square = torch.zeros_like(y), torch.zeros_like(y)
+    for step in range(1, STEPS + 1):
+        rate = 1.0 if step <= STEPS // 2 else 2 * (STEPS - step) / STEPS + 0.02
+        force = _force(y, near, generator)
+        mean.lerp_(force, 0.1)
+        square.lerp_(force * force, 0.01)
+        y += rate * (mean / (1 - 0.9**step)) / ((square / (1 - 0.99**step)).sqrt() + 1e-7)
+    y -= y.mean(0)
+    return (y / y.abs().quantile(0.99) if count < 1_000_000 else y / y.std() / 2).cpu().numpy()
+
+
+def _force(y_N2: Tensor, near_Nk: Tensor, generator: torch.Generator) -> Tensor:
+    """The sum of what pulls and pushes each place."""
+    count, k = near_Nk.shape
+    pull = y_N2[near_Nk.T.reshape(-1)].view(k, count, 2) - y_N2
+    pull /= 1 + (pull * pull).sum(-1, keepdim=True)
+    force = pull.sum(0)
+    force.index_add_(0, near_Nk.T.reshape(-1), pull.view(-1, 2), alpha=-1)
+    order = torch.randperm(count, generator=generator, device=y_N2.device)
+    shuffled = y_N2[order]
+    pushed = torch.zeros_like(y_N2)
+    for shift in range(1, PUSHES + 1):
+        push = shuffled - shuffled.roll(shift, 0)
+        squared = (push * push).sum(-1, keepdim=True)
+        push /= (squared + 1e-3) * (1 + squared)
+        pushed += push
+        pushed -= push.roll(-shift, 0)
+    force[order] += pushed * (k / PUSHES)
+    return force
