@@ -100,22 +100,24 @@ def test_koleo_of_duplicates_is_finite_and_has_finite_gradients():
     assert x.grad.isfinite().all()
 
 
-def test_contrast_is_finding_the_other_view_among_all_but_itself():
+@pytest.mark.parametrize("views", [2, 3])
+def test_contrast_is_finding_each_other_view_among_those_of_other_images(views):
     torch.manual_seed(0)
-    views = torch.randn(2, 5, 4)
+    x = torch.randn(views, 5, 4)
     each = []
-    for view in range(2):
+    for view in range(views):
         for image in range(5):
-            others = [(v, i) for v in range(2) for i in range(5) if (v, i) != (view, image)]
-            cosine = [torch.cosine_similarity(views[view, image], views[v, i], dim=0) for v, i in others]
-            p = (torch.stack(cosine) / 0.1).softmax(0)
-            each.append(-p[others.index((1 - view, image))].log())
-    torch.testing.assert_close(losses.contrast(views, 0.1), torch.stack(each).mean())
+            for positive in set(range(views)) - {view}:
+                choices = [(positive, image)] + [(v, i) for v in range(views) for i in range(5) if i != image]
+                cosine = [torch.cosine_similarity(x[view, image], x[v, i], dim=0) for v, i in choices]
+                each.append(-(torch.stack(cosine) / 0.1).softmax(0)[0].log())
+    torch.testing.assert_close(losses.contrast(x, 0.1), torch.stack(each).mean())
 
 
-def test_contrast_of_equal_views_is_that_of_chance_with_finite_gradients():
-    x = torch.ones(2, 6, 8, requires_grad=True)
+@pytest.mark.parametrize("views", [2, 4])
+def test_contrast_of_equal_views_is_that_of_chance_with_finite_gradients(views):
+    x = torch.ones(views, 6, 8, requires_grad=True)
     loss = losses.contrast(x, 0.05)
     loss.backward()
-    assert loss.item() == pytest.approx(math.log(11))
+    assert loss.item() == pytest.approx(math.log(views * 5 + 1))
     assert x.grad.isfinite().all()

@@ -100,13 +100,20 @@ def kde(features_BD: Tensor, concentration: float = 5.0) -> Tensor:
     return near_BB.logsumexp(1).mean() - log(len(x_BD) - 1)
 
 
-def contrast(features_2BD: Tensor, temperature: float) -> Tensor:
-    """NT-Xent: each of two views of B images finds the other among all views but itself. The mean cross-entropy of
-    cosines / temperature (https://arxiv.org/abs/2002.05709, section 2.1; for copies https://arxiv.org/abs/2202.10261,
-    section 3.3). It is ln(2B - 1) if all views are equal."""
-    x_ND = F.normalize(features_2BD.float(), dim=-1).flatten(0, 1)
-    logits_NN = (x_ND @ x_ND.T / temperature).fill_diagonal_(-inf)
-    return F.cross_entropy(logits_NN, torch.arange(len(x_ND), device=x_ND.device).roll(len(x_ND) // 2))
+def contrast(features_VBD: Tensor, temperature: float) -> Tensor:
+    """NT-Xent: each view of B images finds each other view of its image among those of other images. The mean
+    cross-entropy of cosines / temperature (https://arxiv.org/abs/2002.05709, section 2.1, of two views; for copies
+    https://arxiv.org/abs/2202.10261, section 3.3). It is ln(V (B - 1) + 1) if all views are equal."""
+    views, images = features_VBD.shape[:2]
+    x_ND = F.normalize(features_VBD.float(), dim=-1).flatten(0, 1)
+    logits_NVB = (x_ND @ x_ND.T / temperature).unflatten(1, (views, images))
+    place = torch.arange(views * images, device=x_ND.device)
+    positives_NV = logits_NVB[place, :, place % images]
+    is_own_NB = place[:, None] % images == place[:images]
+    others_N1 = logits_NVB.masked_fill(is_own_NB[:, None], -inf).flatten(1).logsumexp(1, keepdim=True)
+    loss_NV = torch.logaddexp(others_N1, positives_NV) - positives_NV
+    is_itself_NV = place[:, None] // images == place[:views]
+    return loss_NV[~is_itself_NV].mean()
 
 
 def cosine_distance(x_MD: Tensor, y_MD: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from troodon.learn.network import Network
 from troodon.learn.objective import ANCHOR, CLS_TARGETS, VISIBLE_TARGETS, ObjectiveConfig
 from troodon.learn.schedules import ScheduledValues
 from troodon.learn.teacher import FrozenTeacher
-from troodon.learn.terms import FUNCTIONS, Comparison, PatchSelection, StudentOutput, Targets
+from troodon.learn.terms import FUNCTIONS, Comparison, PatchSelection, StudentOutput, Targets, gathered
 from troodon.model.head import HeadOutput
 from troodon.model.vit import ViT
 from troodon.views.batch import Batch
@@ -74,8 +74,11 @@ class Method:
             heads = self.student.heads(tokens, self.compute)
             if self.config.features:
                 mapped = self.student.maps(cls=of_globals.cls_BD, patches=of_globals.patches_BPD)
-        cls_GBD = of_globals.cls_BD.unflatten(0, batch.globals_GBCHW.shape[:2])
-        return StudentOutput(cls_GBD, of_globals.patches_BPD, heads, mapped)
+            cls_GBD, projected_GBD = of_globals.cls_BD.unflatten(0, batch.globals_GBCHW.shape[:2]), None
+            if self.config.projector:
+                all_GBD = gathered(cls_GBD, self.ranks)
+                projected_GBD = self.student.projector(all_GBD.flatten(0, 1)).unflatten(0, all_GBD.shape[:2])
+        return StudentOutput(cls_GBD, of_globals.patches_BPD, heads, mapped, projected_GBD)
 
     def _patch_selection(self, batch: Batch) -> PatchSelection:
         """Masked patches; all of them if visible ones are compared too, or if the student sees no masks."""

@@ -1,6 +1,7 @@
 """The networks of training: a backbone with the heads and the linear maps that the objective needs."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from types import MappingProxyType
 
 import torch
@@ -16,8 +17,8 @@ NO_MAPS: Mapping[str, Sequence[int]] = MappingProxyType({})
 
 
 class Network(nn.Module):
-    """A backbone with a head for class tokens, one for patches, or one for both; and with linear maps to the features
-    of frozen teachers (see LinearMaps)."""
+    """A backbone with a head for class tokens, one for patches, or one for both; with linear maps to the features of
+    frozen teachers (see LinearMaps), and a projector for contrast (see Projector)."""
 
     def __init__(
         self,
@@ -25,6 +26,7 @@ class Network(nn.Module):
         dino_head: HeadConfig | None,
         ibot_head: HeadConfig | None,
         maps: Mapping[str, Sequence[int]] = NO_MAPS,
+        projector: Sequence[int] = (),
     ):
         super().__init__()
         self.backbone = ViT(vit)
@@ -34,6 +36,8 @@ class Network(nn.Module):
             self.ibot_head = Head(vit.dim, ibot_head)
         if maps:
             self.maps = LinearMaps(vit.dim, maps)
+        if projector:
+            self.projector = Projector((vit.dim, *projector))
 
     @property
     def patch_head(self) -> Head:
@@ -75,3 +79,22 @@ class LinearMaps(nn.Module):
     def forward(self, **tokens: Tensor) -> dict[str, list[Tensor]]:
         """The mapped tokens, for each teacher."""
         return {kind: [layer(tokens[kind]) for layer in self.get_submodule(kind).children()] for kind in self.kinds}
+
+
+class Projector(nn.Sequential):
+    """An MLP whose hidden layers are normalised over the rows it is given (https://arxiv.org/abs/2002.05709, section
+    4.2). Only training uses it, on whole steps, so it keeps no statistics."""
+
+    def __init__(self, widths: Sequence[int]):
+        super().__init__()
+        *hidden, last = pairwise(widths)
+        for number, (before, after) in enumerate(hidden):
+            self.add_module(f"linear{number}", nn.Linear(before, after, bias=False))
+            self.add_module(f"norm{number}", nn.BatchNorm1d(after, track_running_stats=False))
+            self.add_module(f"relu{number}", nn.ReLU())
+        self.add_module("last", nn.Linear(*last))
+
+    def initialize(self) -> None:
+        for layer in self:
+            if isinstance(layer, nn.Linear | nn.BatchNorm1d):
+                layer.reset_parameters()

@@ -49,14 +49,20 @@ class ObjectiveConfig:
     koleo_group: int = 0
     """Images, one after another in the step, among which koleo and kde look for others; 0 is all of them."""
     contrast_temperature: float = 0.05
+    projector: tuple[int, ...] = ()
+    """Widths of an MLP between class tokens and contrast, such as 512 512 128; its hidden layers are normalised over
+    the images of the step (https://arxiv.org/abs/2002.05709, section 4.2). Empty: contrast compares class tokens."""
     patch_loss: Literal["smooth_l1", "cosine"] = "smooth_l1"
     """How patch_features compares. The teacher's channels are standardised first."""
     centre_momentum: float = 0.9
     """Share of the centre that stays at each step, with centring."""
 
+    LATER = ("projector",)
+
     def __post_init__(self) -> None:
         within(self, "objective.", 1e-4, None, "student_temperature", "contrast_temperature")
         within(self, "objective.", 0, None, "koleo_group")
+        within(self, "objective.", 1, None, *(["projector"] if self.projector else []))
         within(self, "objective.", 0, 1, "centre_momentum")
         names = [name for name, _ in self.terms]
         for name, weight in self.terms:
@@ -69,6 +75,10 @@ class ObjectiveConfig:
         if not set(names) - {"koleo", "kde", "gram"}:
             given = " ".join(names) or "(none)"
             raise UsageError(f"objective.terms {given}: nothing to learn from; add dino 1, ibot 1 or contrast 1")
+
+        if self.projector and "contrast" not in names:
+            given = " ".join(map(str, self.projector))
+            raise UsageError(f"objective.projector {given}: it is for contrast, which is not in objective.terms")
 
     def weight(self, term: str) -> float:
         """The weight of a term; 0 if the objective has no such term."""

@@ -43,6 +43,7 @@ class StudentOutput:
     patches_NPD: Tensor
     heads: dict[str, HeadOutput]  # "cls": V * B class tokens, view after view; "patches": M patches
     mapped: dict[str, list[Tensor]]  # for each frozen teacher: "cls" (N, D), "patches" (N, P, D)
+    projected_GBD: Tensor | None = None  # class tokens of all ranks, through the projector if there is one
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,12 @@ class Comparison:
 
     def gathered_cls(self) -> Tensor:
         """(G, B, D) with the images of all ranks."""
-        return self.ranks.gather(self.student.cls_GBD.transpose(0, 1)).transpose(0, 1)
+        return gathered(self.student.cls_GBD, self.ranks)
+
+
+def gathered(cls_GBD: Tensor, ranks: Ranks) -> Tensor:
+    """(G, B, D) with the images of all ranks."""
+    return ranks.gather(cls_GBD.transpose(0, 1)).transpose(0, 1)
 
 
 Term = Callable[[Comparison], dict[str, Tensor]]
@@ -145,8 +151,9 @@ def _spread(c: Comparison, of_view: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def contrast(c: Comparison) -> dict[str, Tensor]:
-    """Each global view finds the other of its image among those of the step (https://arxiv.org/abs/2202.10261)."""
-    return {"contrast": losses.contrast(c.gathered_cls(), c.config.contrast_temperature)}
+    """Each global view finds the others of its image among those of the step (https://arxiv.org/abs/2202.10261)."""
+    views_GBD = c.gathered_cls() if c.student.projected_GBD is None else c.student.projected_GBD
+    return {"contrast": losses.contrast(views_GBD, c.config.contrast_temperature)}
 
 
 def gram(c: Comparison) -> dict[str, Tensor]:
