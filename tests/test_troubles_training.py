@@ -430,21 +430,23 @@ def test_stochastic_depth_is_the_same_on_any_number_of_ranks(images, tmp_path):
 
 
 def test_a_run_whose_ranks_drew_by_themselves_is_told(images, tmp_path, capsys):
-    """A run with vit.drop_path that an earlier version began goes on | it goes on, and says that other crops skip"""
+    """A run that an earlier version began goes on, with other draws | it goes on, and says which draws are others"""
     config, index, run = replace(CONFIG, vit=replace(CONFIG.vit, drop_path=0.4)), open_source(images), tmp_path / "run"
     pretrain(config, index, run)
     shutil.rmtree(run / "checkpoints" / "000006")
     pretrain(config, index, run)
-    assert "drop_path" not in capsys.readouterr().err
+    assert "this run began" not in capsys.readouterr().err
     manifest = json.loads((run / "manifest.json").read_text())
-    assert manifest["settings"].pop("drop_path") == "by image"
+    assert [manifest["settings"].pop(name) for name in ("drop_path", "masks")] == ["by image", "by crop"]
     manifest["fingerprint"] = fingerprint(
         manifest["settings"], fingerprint(index.column("path"), index.column("length"))
     )
     (run / "manifest.json").write_text(json.dumps(manifest))
     shutil.rmtree(run / "checkpoints" / "000006")
     pretrain(config, index, run)
-    assert "warning: this run began when each rank drew by itself" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "warning: this run began when each rank drew by itself" in told
+    assert "warning: this run began when the masks of a batch were drawn one after another" in told
     with pytest.raises(UsageError, match=r"other settings \(config.seed: 0 -> 1\)"):
         pretrain(replace(config, seed=1), index, run)
 

@@ -26,9 +26,12 @@ CONFIG, ENVIRONMENT, IMAGES = "config.yaml", "environment.json", "images.parquet
 # What else may be in the folder of a run that has learned nothing.
 BEFORE_STEPS = ("metrics.jsonl", "quarantine.jsonl", "pictures/crops.png", "logged-as", "tensorboard", "checkpoints",
                 "backbone")  # fmt: skip
-# What stochastic depth draws by; a run without it began when each rank drew for its own images.
-BY_IMAGE = {"drop_path": "by image"}
-DRAWN_BY_RANK = "each rank drew by itself which crops skip a branch (vit.drop_path)"
+# What is drawn by what; and how it was drawn when a run began that does not have this among its settings.
+DRAWN = {"drop_path": "by image", "masks": "by crop"}
+BEFORE = {
+    "drop_path": "each rank drew by itself which crops skip a branch (vit.drop_path)",
+    "masks": "the masks of a batch were drawn one after another",
+}
 # Settings that say how a run is done and watched. They do not change what it learns, so they may change on the way.
 FREE = (
     "threads", "processes", "log_every", "log_to", "health_every", "probe_every", "checkpoint_every", "keep",
@@ -42,7 +45,8 @@ def open_folder(
     """Make the folder of a run, or check that the one that is there is of this run, and record the latest settings."""
     settings = {"config": to_dict(config), "images": len(index), "init": init and init.fingerprint}
     settings |= {"teachers": [teacher.fingerprint for teacher in teachers]} if teachers else {}
-    settings |= BY_IMAGE if config.vit.drop_path else {}
+    draws = {"drop_path": config.vit.drop_path, "masks": config.masks.share and not teachers}
+    settings |= {name: DRAWN[name] for name, is_drawn in draws.items() if is_drawn}
     data = index.fingerprint or fingerprint(index.column("path"), index.column("length"))
     manifest = read_manifest(out)
     if manifest is not None and manifest["kind"] != "run":
@@ -53,8 +57,8 @@ def open_folder(
             raise UsageError(f"{out}: a run with other settings ({'; '.join(changes)}); {_way_out(out, settings)}")
         if (out / CONFIG).read_text() != to_yaml(config):
             write_bytes(out / CONFIG, to_yaml(config).encode())
-        if config.vit.drop_path and not BY_IMAGE.items() <= manifest["settings"].items():
-            say(f"warning: this run began when {DRAWN_BY_RANK}; the steps from here on draw others, by image")
+        for name in [name for name in DRAWN if name in settings and name not in manifest["settings"]]:
+            say(f"warning: this run began when {BEFORE[name]}; the steps from here on draw others, {DRAWN[name]}")
         if (changed := index.first_changed(out / IMAGES)) is not None:
             say(f"warning: {changed} has changed since this run began, and is read as it is now")
         return
@@ -76,7 +80,7 @@ def _changes(manifest: dict, settings: dict, config: PretrainConfig, data: str) 
     if manifest["fingerprint"] == fingerprint(settings, data):
         return []
     before = manifest["settings"] | {"config": _decisive(_recorded(manifest))}
-    before |= {name: value for name, value in BY_IMAGE.items() if name in settings}
+    before |= {name: value for name, value in DRAWN.items() if name in settings}
     now = settings | {"config": _decisive(config)}
     if before == now and manifest["fingerprint"] == fingerprint(manifest["settings"], data):
         return []

@@ -28,14 +28,14 @@ NUMBERS_PER_CROP = 2 * MAX_TRIES + 3  # of a crop: area and aspect of each try, 
 UINT64_MAX = 2**64 - 1
 
 
-def generator(seed: int, image: int, visit: int) -> np.random.Generator:
-    """The random generator of one visit to one image; different (seed, image, visit) share no random numbers.
+def generator(seed: int, image: int, visit: int, part: int = 0) -> np.random.Generator:
+    """The random generator of a part of one visit to one image; other (seed, image, visit, part) share no numbers.
 
-    A counter-based generator with these three as key and counter: about ten microseconds, without state to save. Use
+    A counter-based generator with these four as key and counter: about ten microseconds, without state to save. Use
     image -1 for what belongs to no image. Integers are taken modulo 2^64.
     """
     key = np.array([seed & UINT64_MAX, image & UINT64_MAX], np.uint64)
-    counter = np.array([0, 0, visit & UINT64_MAX, 0], np.uint64)
+    counter = np.array([0, part & UINT64_MAX, visit & UINT64_MAX, 0], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 

@@ -37,11 +37,12 @@ MASK_STREAM, SIZE_STREAM = -1, -2  # in place of an image: random numbers for th
 
 @dataclass(frozen=True)
 class PartialBatch:
-    """Some images of a batch, from one worker: crops in uint8, parameters of their colours, and broken images."""
+    """Some images of a batch, from one worker: crops in uint8, parameters of their colours, masks, broken images."""
 
     globals_GBCHW: Tensor
     locals_VBCHW: Tensor
     colours_BVP: Tensor
+    masks_GBP: Tensor
     images_B2: Tensor
     broken: dict[int, str]
 
@@ -150,8 +151,23 @@ class Loader:
     def load_partial(self, positions: range) -> PartialBatch:
         """The crops of the images at these positions, stacked."""
         wide, narrow, colours, images = zip(*map(self.load_views, positions))
-        colours_BVP, images_B2 = torch.from_numpy(np.stack(colours)), torch.tensor(images)
-        return PartialBatch(torch.stack(wide, 1), torch.stack(narrow, 1), colours_BVP, images_B2, dict(self.broken))
+        height, width = (side // self.patch for side in wide[0].shape[-2:])
+        return PartialBatch(
+            torch.stack(wide, 1),
+            torch.stack(narrow, 1),
+            torch.from_numpy(np.stack(colours)),
+            self.draw_masks(positions, (height, width)),
+            torch.tensor(images),
+            dict(self.broken),
+        )
+
+    def draw_masks(self, positions: range, grid: tuple[int, int]) -> Tensor:
+        """(2, B, P): the masks of the images at these positions of one batch, which depend on their places in it."""
+        batch, first = divmod(positions.start, self.batch_size)
+        size, random = self.batch_size, functools.partial(generator, self.seed, MASK_STREAM, batch)
+        sizes_N = masks.draw_sizes(2 * size, grid, self.masks, random())
+        crops = [view * size + first + i for view in range(2) for i in range(len(positions))]
+        return masks.draw_masks(sizes_N, crops, grid, lambda crop: random(1 + crop)).unflatten(0, (2, -1))
 
     def preview(self, batch: int, images: int) -> Batch:
         """The first images of a batch, exactly as in it, without computing the others."""
@@ -215,11 +231,11 @@ class Loader:
         torch.cat([part.locals_VBCHW for part in parts], 1, out=narrow)
         for part in parts:
             self.broken.update(part.broken)
-        colours, images = ([getattr(part, name) for part in parts] for name in ("colours_BVP", "images_B2"))
-        return PartialBatch(wide, narrow, torch.cat(colours), torch.cat(images), {})
+        colours, masks_GBP = torch.cat([p.colours_BVP for p in parts]), torch.cat([p.masks_GBP for p in parts], 1)
+        return PartialBatch(wide, narrow, colours, masks_GBP, torch.cat([p.images_B2 for p in parts]), {})
 
     def _finish(self, batch: int, views: PartialBatch, device: torch.device) -> Batch:
-        """Send the crops to the device, apply their colours there, and draw the masks."""
+        """Send the crops to the device, and apply their colours there."""
         colours_VBP = views.colours_BVP.numpy().swapaxes(0, 1)
         finished = []
         for crops, parameters in ((views.globals_GBCHW, colours_VBP[:2]), (views.locals_VBCHW, colours_VBP[2:])):
@@ -227,14 +243,10 @@ class Loader:
             crops_NCHW = crops_NCHW.to(device, non_blocking=True)
             x_NCHW = photometric.apply(crops_NCHW, parameters_NP, self.photometric, self.compiled)
             finished.append(x_NCHW.unflatten(0, crops.shape[:2]))
-        height, width = (side // self.patch for side in views.globals_GBCHW.shape[-2:])
-        random = generator(self.seed, MASK_STREAM, batch)
-        masks_NP = masks.draw_masks(2 * self.batch_size, (height, width), self.masks, random)
-        masks_GBP = masks_NP.unflatten(0, (2, self.world_size, -1))[:, self.rank, : views.globals_GBCHW.shape[1]]
         globals_GBCHW, locals_VBCHW = finished
         first, count = self.rank * (self.batch_size // self.world_size), views.globals_GBCHW.shape[1]
         share = Share(self.seed, batch, self.batch_size, range(first, first + count))
-        return Batch(globals_GBCHW, locals_VBCHW, masks_GBP.flatten(0, 1), views.images_B2, share)
+        return Batch(globals_GBCHW, locals_VBCHW, views.masks_GBP.flatten(0, 1), views.images_B2, share)
 
 
 _worker_loader: list[Loader] = []  # the loader of a worker process

@@ -1,10 +1,11 @@
 """Block masks of the global crops for the patch objective (section 4 of https://arxiv.org/abs/2106.08254 and of
 https://arxiv.org/abs/2304.07193).
 
-Pure functions of the grid of patches and a random generator.
+Pure functions of the grid of patches and of random generators.
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -19,8 +20,8 @@ MIN_ASPECT = 0.3  # height over width of a block; the maximum is its inverse
 MAX_TRIES = 10  # blocks that are drawn before the mask is left incomplete
 
 
-def draw_masks(count: int, grid: tuple[int, int], config: MasksConfig, random: np.random.Generator) -> Tensor:
-    """Draw the masks of `count` global crops: bool (count, h * w), True where the student sees the mask token.
+def draw_sizes(count: int, grid: tuple[int, int], config: MasksConfig, random: np.random.Generator) -> np.ndarray:
+    """How many patches the masks of `count` global crops are to cover: integers (count,), 0 for no mask.
 
     Exactly int(count * share) crops get a mask. The range of ratios is divided into as many equal slices, with one mask
     from each, so that every step has small and large masks; they are assigned to crops at random.
@@ -28,10 +29,23 @@ def draw_masks(count: int, grid: tuple[int, int], config: MasksConfig, random: n
     mask_count = int(count * config.share)
     edges = np.linspace(*config.ratio, mask_count + 1)
     ratios = edges[:-1] + np.diff(edges) * random.random(mask_count)
-    masks_Nhw = np.zeros((count, *grid), dtype=bool)
-    for row, ratio in zip(random.permutation(count)[:mask_count], ratios):
-        masks_Nhw[row] = block_mask(grid, int(grid[0] * grid[1] * ratio), random)
-    return torch.from_numpy(masks_Nhw.reshape(count, grid[0] * grid[1]))
+    sizes_N = np.zeros(count, int)
+    sizes_N[random.permutation(count)[:mask_count]] = grid[0] * grid[1] * ratios
+    return sizes_N
+
+
+def draw_masks(
+    sizes_N: np.ndarray, crops: Sequence[int], grid: tuple[int, int], random: Callable[[int], np.random.Generator]
+) -> Tensor:
+    """Draw the masks of these of N global crops: bool (crops, h * w), True where the student sees the mask token.
+
+    `random` has a generator for each crop, so the mask of a crop does not depend on which others are drawn.
+    """
+    masks_Nhw = np.zeros((len(crops), *grid), dtype=bool)
+    for mask_hw, crop in zip(masks_Nhw, crops):
+        if sizes_N[crop]:
+            mask_hw[:] = block_mask(grid, sizes_N[crop], random(crop))
+    return torch.from_numpy(masks_Nhw.reshape(len(crops), grid[0] * grid[1]))
 
 
 def block_mask(grid: tuple[int, int], target: int, random: np.random.Generator) -> np.ndarray:
