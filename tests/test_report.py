@@ -1,6 +1,7 @@
 """The report: one page, complete, closed, and calm whatever the artifacts hold."""
 
 import contextlib
+import html
 import itertools
 import json
 import math
@@ -622,3 +623,62 @@ def test_a_made_world_has_a_section(tmp_path: Path) -> None:
     )
     assert page.of("img")[0]["alt"] == "first look"
     assert "A record of what was made, and how to make it again." in page.text
+
+
+def first_words(folder: Path, out: Path) -> str:
+    """What the first screen says, from the title to the cards."""
+    text = report([folder], out).read_text()
+    words = re.sub(r"<[^>]+>", " ", text[text.index("<header>") : text.index("</header>")])
+    plain = html.unescape(words).translate(str.maketrans({SPACE: " ", MISSING: "-"}))
+    return " ".join(plain.split())
+
+
+def score(backbone: str, value: float, low: float, high: float) -> dict:
+    return {"protocol": "knn", "dataset": "shapes", "metric": "accuracy", "value": value, "low": low, "high": high,
+            "settings": {}, "backbone": backbone}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ours", "verdict", "command"),
+    [
+        (
+            (0.70, 0.65, 0.75),
+            "It worked: k-NN on shapes is 70.0 %, against 35.0 % of the best baseline, random",
+            "export",
+        ),
+        ((0.36, 0.31, 0.41), "Whether it worked is not sure: k-NN on shapes is 36.0 %", "--init"),
+        ((0.20, 0.15, 0.25), "It did not work yet: k-NN on shapes is 20.0 %, not better than the 35.0 %", "--init"),
+    ],
+)
+def test_the_first_screen_judges_by_baselines(
+    tmp_path: Path, ours: tuple[float, float, float], verdict: str, command: str
+) -> None:
+    make_run(tmp_path / "a" / "run", [*metrics(2000)])
+    entries = [score("run", *ours), score("random", 0.35, 0.30, 0.40), score("raw pixels", 0.22, 0.18, 0.26)]
+    make_scores(tmp_path / "a" / "scores", entries)
+    words = first_words(tmp_path / "a", tmp_path / "page.html")
+    assert verdict in words
+    assert command in words
+
+
+def test_the_first_screen_says_what_comes_next(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = tmp_path / "page.html"
+    assert f"troodon pretrain small --data {demo / 'index'} --out" in first_words(demo / "index", page)
+    make_run(tmp_path / "run", [*metrics(2000)])
+    words = first_words(tmp_path / "run", page)
+    assert "What its features are worth is not measured yet. Its quick k-NN is 68.4 %." in words
+    assert "troodon evaluate mine --backbone run --data LABELLED --out run-scores" in words
+    make_run(tmp_path / "onward", [{"step": -1, "knn": 0.3, "seconds": 0.0}, *metrics(2000)])
+    assert "its quick k-NN 68.4 %, 30.0 % before the first step." in first_words(tmp_path / "onward", page)
+    make_run(tmp_path / "going", [*metrics(300)], finished=False)
+    assert "troodon pretrain small --data selection --out run" in first_words(tmp_path / "going", page)
+
+
+def test_the_first_screen_shows_an_alarm(tmp_path: Path) -> None:
+    alarm = {"event": "health", "at": 90, "alarm": "flat", "message": "targets are nearly uniform"}
+    make_run(tmp_path / "run", [*metrics(2000), alarm])
+    make_scores(tmp_path / "scores")
+    words = first_words(tmp_path, tmp_path / "page.html")
+    assert "The training is not healthy: flat" in words
+    assert "It worked" not in words

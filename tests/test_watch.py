@@ -18,7 +18,7 @@ from troodon import cli
 from troodon.images.index import SCHEMA, Index
 from troodon.report.follow import Follower
 from troodon.report.live import Column, Sight, live_page, news, state_of
-from troodon.report.runs import Run
+from troodon.report.runs import Run, ordered
 from troodon.serve import Server
 from troodon.verbs import watching
 
@@ -124,6 +124,16 @@ def test_a_run_is_called_what_it_is(going: Path, tmp_path: Path) -> None:
     make_run(tmp_path / "done", [*metrics(2000)])
     assert state_of(run_of(tmp_path / "done"), 9e9) == ("done", "finished")
     assert run.seconds_left == pytest.approx(0.37 * (2000 - 391))
+
+
+def test_a_run_of_so_many_minutes_is_followed_by_its_time(tmp_path: Path) -> None:
+    records = [{"step": i, "loss": 1.0, "seconds": 30.0 * i, "share": i / 20} for i in range(10)]
+    (tmp_path / "backbone").mkdir()
+    (tmp_path / "backbone" / "backbone.json").write_text("{}")
+    run = Run(tmp_path, "run", "steps: 2000\nminutes: 10.0\n", *ordered(records))
+    assert (run.planned, run.finished, run.share, run.seconds_left) == (None, False, 0.45, 330.0)
+    ended = Run(tmp_path, "run", run.config, *ordered([*records, {"event": "time", "at": 10, "message": "10 steps"}]))
+    assert (ended.finished, ended.share, ended.seconds_left) == (True, 1.0, None)
 
 
 def test_several_runs_lie_over_one_another(going: Path, tmp_path: Path) -> None:

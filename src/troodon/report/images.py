@@ -42,7 +42,8 @@ def world_section(artifacts: list[Artifact]) -> Section | None:
             title = path.stem.replace("_", " ")
             shown = picture(path, title)
             body.append(figure(shown, title.capitalize()) if shown else None)
-        body.append(table(f"Settings of {artifact.name}", ("setting", "value"), numbers) if numbers else None)
+        title = f"Settings of {artifact.name}"
+        body.append(details(title, table(title, ("setting", "value"), numbers)) if numbers else None)
     return Section("world", "The world", join(h("p", "The images were made, not collected."), body))
 
 

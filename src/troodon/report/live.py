@@ -119,8 +119,8 @@ def _title(runs: Sequence[Run], states: Sequence[tuple[str, str]]) -> str:
     if state == BAD:
         alarms = [name for run in runs for name in run.alarms]
         return f"⚠ {', '.join(dict.fromkeys(alarms)) or words}: {names}"
-    if state == GOING and len(runs) == 1 and runs[0].planned:
-        return f"{runs[0].done / runs[0].planned:.0%} {names}"
+    if state == GOING and len(runs) == 1:
+        return f"{runs[0].share:.0%} {names}"
     return f"{words}: {names}"
 
 
@@ -133,13 +133,12 @@ def _now(runs: Sequence[Run], states: Sequence[tuple[str, str]]) -> Markup:
     """The top of the page: the state of each run, its progress, and what is wrong."""
     out: list[Content] = []
     for run, (state, words) in zip(runs, states, strict=True):
-        share = min(1.0, run.done / run.planned) if run.planned else 0.0
         name = h("strong", f"{run.name}: ") if len(runs) > 1 else None
         goal = f" of {number(run.planned)} steps" if run.planned else " steps"
         left = f", {duration(run.seconds_left)} left" if run.seconds_left is not None and state != WAITING else ""
         words = words if len(runs) > 1 else words[:1].upper() + words[1:]
         line = f"{words}{SPACE}· {number(run.done)}{goal}{left}" if run.records else words
-        bar = h("div", h("i", style=f"width: {100 * share:.1f}%"), class_="bar", aria_hidden="true")
+        bar = h("div", h("i", style=f"width: {100 * run.share:.1f}%"), class_="bar", aria_hidden="true")
         out.append(h("div", h("p", name, line), bar, class_=f"run {state}"))
         out.append(health_body(run) if run.alarms else None)
     if len(runs) == 1:

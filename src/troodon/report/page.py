@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from troodon.report.artifacts import Artifact, find_artifacts
+from troodon.report.first import first_screen
 from troodon.report.images import images_section, world_section
 from troodon.report.markup import Card, Content, Markup, Section, file_size, flatten, h, join, sentence, table
 from troodon.report.scores import scores_section
@@ -54,7 +55,7 @@ def report(paths: Sequence[Path], out: Path, title: str | None = None) -> Path:
     target = out if out.suffix.lower() in (".html", ".htm") and not out.is_dir() else out / "report.html"
     parts = _write_parts(target, title, sections)
     sections = [replace(section, body=join(section.body, _links(parts[section.anchor]))) for section in sections]
-    page = _page(title, [*sections, _repeat_section(artifacts)])
+    page = _page(title, [*sections, _repeat_section(artifacts)], artifacts)
     write_bytes(target, page.encode())
     count = sum(map(len, parts.values()))
     beside = f", and {plural(count, 'further page')} beside it" if count else ""
@@ -118,12 +119,13 @@ def document(
     return f"<!doctype html>\n{h('html', head, h('body', skip, body, data_state=state), lang='en')}\n"
 
 
-def _page(title: str, sections: list[Section]) -> str:
+def _page(title: str, sections: list[Section], artifacts: list[Artifact]) -> str:
     top = h(
         "header",
         h("p", LOGO, KICKER, class_="kicker"),
         h("h1", title),
         h("p", _lead(sections), class_="lead"),
+        first_screen(artifacts),
     )
     cards = [card for section in sections for card in section.cards]
     alone = not any(section.parts for section in sections)

@@ -34,14 +34,23 @@ class Run:
     @cached_property
     def planned(self) -> int | None:
         """Steps to take."""
-        match = re.search(r"^steps: *(\d+) *$", self.config, re.MULTILINE)
-        return int(match[1]) if match else None
+        return None if self.minutes else int(self._setting("steps")) or None
 
     @cached_property
-    def batch(self) -> int | None:
-        """Images of a step."""
-        match = re.search(r"^batch: *(\d+) *$", self.config, re.MULTILINE)
-        return int(match[1]) if match else None
+    def minutes(self) -> float:
+        """What the run takes; 0 where its steps are planned."""
+        return self._setting("minutes")
+
+    def _setting(self, name: str) -> float:
+        match = re.search(rf"^{name}: *([\d.]+) *$", self.config, re.MULTILINE)
+        return float(match[1]) if match else 0.0
+
+    @cached_property
+    def share(self) -> float:
+        """How much of the run is behind it, from 0 to 1."""
+        if self.finished:
+            return 1.0
+        return min(1.0, self.done / self.planned if self.planned else self.last("share") or 0.0)
 
     @cached_property
     def done(self) -> int:
@@ -62,6 +71,8 @@ class Run:
     def finished(self) -> bool:
         """Whether no step is to come: less is left than there is between two records, or it has stopped early. A run
         has a backbone from its first checkpoint on."""
+        if self.minutes:  # it says so at its end
+            return self.has_backbone and (self.stopped_early or any(event["event"] == "time" for event in self.events))
         if not self.has_backbone or not self.records or self.planned is None or self.stopped_early:
             return self.has_backbone
         last = self.records[-1]["step"]
@@ -100,6 +111,8 @@ class Run:
     @cached_property
     def seconds_left(self) -> float | None:
         """What the steps to come take at the speed of now; None before that is known."""
+        if self.minutes and self.seconds is not None and not self.finished:
+            return max(0.0, 60 * self.minutes - self.seconds)
         timed = [r for r in self.records[-RECENT:] if is_number(r.get("seconds"))]
         if self.finished or self.planned is None or len(timed) < 2 or timed[-1]["step"] <= timed[0]["step"]:
             return None

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 
 from troodon.report import charts
 from troodon.report.artifacts import Artifact
@@ -53,11 +54,7 @@ def scores_section(artifacts: list[Artifact]) -> Section | None:
     if not artifacts:
         return None
     entries = label_unlike_protocols([_entries(artifact) for artifact in artifacts])
-    groups = defaultdict(list)
-    for entry in entries:
-        groups[entry["dataset"], entry["protocol"], entry["metric"]].append(entry)
-    for group in groups.values():
-        group.sort(key=lambda e: (-_sort_key(e), e["backbone"]))
+    groups = _groups(entries)
     main = main_metrics(groups)
     others = details("All metrics", _table(groups)) if len(main) < len(groups) else None
     body = [
@@ -70,6 +67,50 @@ def scores_section(artifacts: list[Artifact]) -> Section | None:
     if not entries:
         body.insert(0, note("The scores are empty."))
     return Section("scores", "What the features are worth", join(body, _settings(entries)), _cards(main), _clause(main))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether features are better than those that learned nothing, by one score, and the sentence that says so."""
+
+    better: bool | None  # None where intervals overlap
+    text: str
+
+
+def verdict(artifacts: list[Artifact]) -> Verdict | None:
+    """The best trained backbone against the best baseline, by k-NN if that was measured; None without both."""
+    groups = main_metrics(_groups(label_unlike_protocols([_entries(artifact) for artifact in artifacts])))
+    both = {key: group for key, group in groups.items() if _best_trained(group) and _baselines(group)}
+    if not both:
+        return None
+    key = next((key for key in both if key[1].partition(" [")[0] == "knn"), next(iter(both)))
+    best, baseline = _best_trained(both[key]), _baselines(both[key])[0]
+    assert best is not None
+    ours, theirs = _interval_text(best), _interval_text(baseline)
+    ends = ("high", "low") if _is_error(key[2]) else ("low", "high")
+    apart = bool(ours and theirs) and _better(best | {"value": best[ends[0]]}, baseline | {"value": baseline[ends[1]]})
+    where = f" on {key[0]}" if key[0] else ""
+    said = f"{_protocol_name(key[1])}{where} is {_value_text(best)}"
+    other = f"{_value_text(baseline)} of the best baseline, {baseline['backbone']}"
+    if not _better(best, baseline):
+        return Verdict(False, f"It did not work yet: {said}, not better than the {other}.")
+    if not apart:
+        return Verdict(None, f"Whether it worked is not sure: {said}, against {other}, and the intervals overlap.")
+    return Verdict(True, f"It worked: {said}, against {other}.")
+
+
+def _better(entry: dict, other: dict) -> bool:
+    return _sort_key(entry) > _sort_key(other)
+
+
+def _groups(entries: list[dict]) -> dict[tuple[str, str, str], list[dict]]:
+    """The entries by dataset, protocol and metric, the best of each first."""
+    groups = defaultdict(list)
+    for entry in entries:
+        groups[entry["dataset"], entry["protocol"], entry["metric"]].append(entry)
+    for group in groups.values():
+        group.sort(key=lambda e: (-_sort_key(e), e["backbone"]))
+    return groups
 
 
 def _entries(artifact: Artifact) -> list[dict]:

@@ -171,18 +171,24 @@ def _retrieved(path: Path, ledger: Index) -> Content:
     rows_table = _read_table(path, len(ledger), "query")
     if rows_table is None:
         return None
-    queries = np.unique(rows_table["query"].to_numpy())
+    queries, labels = np.unique(rows_table["query"].to_numpy()), ledger.column("label")
     shown = []
     for query, hits in _records(rows_table, "query", [int(q) for q in spread(list(queries), QUERIES)]).items():
-        cells = [thumbnail(ledger, query, Frame("curated", True)), h("span", "→", class_="arrow", aria_hidden="true")]
+        curated = Frame(_labelled("curated", labels[query]), True)
+        cells = [thumbnail(ledger, query, curated), h("span", "→", class_="arrow", aria_hidden="true")]
         nearest = sorted(hits, key=lambda r: r["rank"])[:HITS]
-        cells += [thumbnail(ledger, r["row"], Frame(_cosine_text(r))) for r in nearest]
+        cells += [thumbnail(ledger, r["row"], Frame(_labelled(_cosine_text(r), labels[r["row"]]))) for r in nearest]
         shown.append(h("div", cells, class_="strip"))
     caption = (
         f"Left, framed: a curated image. Right: the images nearest to it among the others, with their cosine. "
         f"{plural(len(queries), 'curated image')} in all, {number(len(shown))} of them shown."
     )
     return figure(h("div", shown, class_="groups"), "Retrieved neighbours", caption)
+
+
+def _labelled(text: str, label: str | None) -> Content:
+    """The text below an image, and its class where it has one."""
+    return text if label is None else [text, h("br"), label]
 
 
 def _not_retrieved(ledger: Index) -> Content:
