@@ -2,12 +2,15 @@
 
     python benchmarks/embed.py [--quick] [--size base] [--px 224] [--images 32] [--rounds 3] [--compile]
                                [--against auto | transformers | usual] [--record]
+    python benchmarks/embed.py --pipeline [--quick] [--images 512] [--rounds 5] [--cores 1]
 
 `embed_images_per_second` is ours, in the precision that it chooses itself, against the rival in its default precision,
 fp32; the two other results compare both sides in one precision. The settings hold the differences of the features.
 Without transformers (pip install 'troodon[bench]') the rival is the same network written the usual way
 (benchmarks/usual.py); `against` in the settings says which it was. Images and weights are random and already in memory:
 nothing is decoded.
+
+`--pipeline` measures the rest: from files to vectors with a network of no cost (benchmarks/pipeline.py).
 """
 
 import importlib.util
@@ -22,6 +25,7 @@ from torch import Tensor
 
 import usual
 from measure import argument_parser, device, finish, median_seconds, result
+from pipeline import pipeline
 from troodon.model.backbone import Backbone
 from troodon.model.config import BASE, GIANT, LARGE, SMALL, Preprocessing
 from troodon.model.weights import load_weights
@@ -66,12 +70,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="ViT-S/14, 8 images")
     parser.add_argument("--size", choices=[*SIZES], default="base")
     parser.add_argument("--px", type=int, default=224)
-    parser.add_argument("--images", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--images", type=int, help="32; of --pipeline 512")
+    parser.add_argument("--rounds", type=int, help="3; of --pipeline 5")
+    parser.add_argument("--pipeline", action="store_true", help="from files, with a network of no cost")
+    parser.add_argument("--cores", type=int, default=0, help="of --pipeline; 0: all")
     parser.add_argument("--compile", action="store_true", help="compile our side only")
     parser.add_argument("--against", choices=["auto", "transformers", "usual"], default="auto")
     arguments = parser.parse_args()
-    size, count = ("small", 8) if arguments.quick else (arguments.size, arguments.images)
+    if arguments.pipeline:
+        images, rounds = (128, 3) if arguments.quick else (512, 5)
+        rows = pipeline(arguments.images or images, arguments.rounds or rounds, arguments.cores)
+        finish(rows, arguments)
+        return
+    size, count = ("small", 8) if arguments.quick else (arguments.size, arguments.images or 32)
     against = arguments.against
     if against == "auto":
         against = "transformers" if importlib.util.find_spec("transformers") else "usual"
@@ -94,7 +105,7 @@ def main() -> None:
         }  # fmt: skip
         functions = {("ours", dtype): lambda b=b: b.features(images) for dtype, b in ours.items()}
         functions |= {("rival", dtype): lambda d=dtype: rival(images, d) for dtype in DTYPES.values()}
-        times = median_seconds([*functions.values()], arguments.rounds)
+        times = median_seconds([*functions.values()], arguments.rounds or 3)
         rates = {side: count / seconds for side, seconds in zip(functions, times, strict=True)}
     settings = {
         "size": size, "px": arguments.px, "images": count, "against": against, "compile": arguments.compile,

@@ -5,6 +5,9 @@ import io
 import json
 import re
 import shlex
+import tempfile
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -318,3 +321,44 @@ def test_the_page_on_features_runs(world, tmp_path, capsys, monkeypatch):
 
         (statement,) = page_blocks("sql")
         assert len(duckdb.sql(statement).fetchall()) == 10
+
+
+def test_threads_prepare_while_the_network_computes(world, net, monkeypatch):
+    """Pixels are prepared and hashed by reading threads, and later batches while the network has the first."""
+    names, ahead = set(), []
+    prepare, features = Backbone.prepare, Backbone.features
+
+    def prepared(self, images, **options):
+        names.add(threading.current_thread().name.rpartition("_")[0])
+        ahead.append(len(images))
+        return prepare(self, images, **options)
+
+    def computed(self, batch, **options):
+        deadline = time.monotonic() + 10
+        while sum(ahead) < 6 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert sum(ahead) >= 6
+        return features(self, batch, **options)
+
+    monkeypatch.setattr(Backbone, "prepare", prepared)
+    monkeypatch.setattr(Backbone, "features", computed)
+    with tempfile.TemporaryDirectory() as folder:
+        troodon.embed(net, world / "photos", Path(folder, "e"), batch=2, threads=2, compute="fp32")
+    assert names == {"prepare"}
+
+
+def test_files_give_the_same_features_by_one_thread_and_by_many(world, tmp_path, monkeypatch):
+    from troodon.model import backbone as module
+    from troodon.verbs.common import with_range
+
+    paths = sorted((world / "photos").rglob("*.png"))
+    net = with_range(Backbone.random(CONFIG, SIGHT), None)
+    found = []
+    for threads in (1, 3):
+        monkeypatch.setattr(module, "default_threads", lambda threads=threads: threads)
+        f = net.features([*paths, tmp_path / "none.png"], on_error="skip")
+        found.append((f.rows, f.cls.numpy().tobytes(), f.patches.numpy().tobytes()))
+        with pytest.raises(UsageError, match=r"05.png: not an image.*on_error='skip' leaves it out"):
+            net.features([*paths, tmp_path / "none.png"])
+    assert found[0] == found[1]
+    assert len(found[0][0]) == COUNT - 1

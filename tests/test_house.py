@@ -19,7 +19,22 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "troodon"
 
 FLOORS = (
-    {"config", "run", "rendezvous", "devices", "dist", "launch", "text", "bad_image", "pixels", "pillow", "lock", "serve", "progress"},
+    {
+        "config",
+        "run",
+        "rendezvous",
+        "devices",
+        "dist",
+        "launch",
+        "text",
+        "bad_image",
+        "pixels",
+        "pillow",
+        "lock",
+        "serve",
+        "progress",
+        "stream",
+    },
     {"model", "images", "search", "copies"},
     {"views"},
     {"learn", "evaluate", "curate", "export", "report", "explore", "world"},

@@ -130,7 +130,11 @@ def test_no_local_crops(index):
 
 def test_read_batches_gives_every_readable_image_once_in_order(index):
     broken = {}
-    got = list(read_batches(index, 4, lambda images: torch.tensor([im.shape[0] for im in images]), broken=broken))
+    got = list(
+        read_batches(
+            index, 4, lambda images: torch.tensor([im.shape[0] for im in images]), join=torch.cat, broken=broken
+        )
+    )
     rows = [r for rows, _ in got for r in rows]
     assert rows == [0, 1, 2, 3, 6, 7, 8, 9, 10, 11, 12]
     assert torch.cat([x for _, x in got]).tolist() == [20 + r for r in rows]

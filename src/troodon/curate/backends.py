@@ -2,8 +2,7 @@
 
 The backend does not change the result. If a worker process dies, a new one computes its unit again. If a unit has
 killed MAX_DEATHS processes, the image that kills them is searched for, named and excluded; if no single image is the
-cause, the stage fails. A Ray cluster receives numbers of units, never pixels. Ray takes care of placement, retries,
-lost nodes and GPUs; all of its machines must see `root` under the same path.
+cause, the stage fails. clusters.py has the Ray cluster.
 """
 
 import contextlib
@@ -21,9 +20,9 @@ from typing import Any
 
 from troodon import run
 from troodon.config import UsageError, fingerprint, nearest
-from troodon.curate.stage import Backend, Stage, run_unit
+from troodon.curate.clusters import RayCluster
+from troodon.curate.stage import MAX_DEATHS, Backend, Stage, run_unit
 
-MAX_DEATHS = 3  # of processes by one unit
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # read when a process starts
 
 
@@ -132,9 +131,10 @@ class _Worker:
         self.connection, child_connection = context.Pipe()
         self.stage: Stage | None = None
         self.unit: int | None = None
-        self.process: BaseProcess = context.Process(target=_worker_main, args=(child_connection,), daemon=True)
-        threads = str(max(1, (os.cpu_count() or 1) // count))
-        variables = {name: os.environ.get(name, threads) for name in THREAD_VARIABLES}
+        threads = max(1, (os.cpu_count() or 1) // count)
+        arguments = child_connection, threads
+        self.process: BaseProcess = context.Process(target=_worker_main, args=arguments, daemon=True)
+        variables = {name: os.environ.get(name, str(threads)) for name in THREAD_VARIABLES}
         with _environment(variables | {"LOCAL_RANK": str(number)}):
             self.process.start()
         child_connection.close()
@@ -163,14 +163,18 @@ class _Worker:
         self.process.join()
 
 
-def _worker_main(connection: Connection) -> None:
+def _worker_main(connection: Connection, processors: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles it
     with contextlib.suppress(EOFError, OSError):  # the main process has ended
         stage, root = connection.recv()
+        is_placed = False
         while True:
             while isinstance(message := connection.recv(), tuple):
-                stage, root = message
+                (stage, root), is_placed = message, False
             try:
+                if not is_placed and hasattr(stage.work, "placed"):
+                    stage = replace(stage, work=stage.work.placed(processors))
+                is_placed = True
                 run_unit(stage, root, message)
                 reply: Any = True
             except Exception as error:
@@ -187,49 +191,3 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-@dataclass(frozen=True)
-class RayCluster:
-    """A Ray cluster: the one at `address`, the one this process is connected to, or a new one on this machine."""
-
-    address: str | None = None
-    queued_per_cpu: int = 4  # submitted units per processor
-
-    def run(self, stage: Stage, root: Path, pending: Sequence[int]) -> Iterator[int]:
-        try:
-            import ray
-        except ImportError:
-            raise UsageError("backend ray: needs the extra: pip install 'troodon[ray]'") from None
-        if not ray.is_initialized():
-            ray.init(address=self.address, log_to_driver=False, include_dashboard=False)
-        shared_stage = ray.put(stage)  # sent once per machine, not once per unit
-        device = str(getattr(stage.work, "device", None) or "cpu")
-        gpus = {"num_gpus": 1} if ray.cluster_resources().get("GPU") and not device.startswith("cpu") else {}
-        task = ray.remote(_ray_task).options(max_retries=MAX_DEATHS, **gpus)
-        queue, submitted = deque(pending), dict[Any, int]()
-        limit = max(1, int(ray.cluster_resources().get("CPU", 1))) * self.queued_per_cpu
-        while queue or submitted:
-            while queue and len(submitted) < limit:
-                number = queue.popleft()
-                submitted[task.remote(shared_stage, str(root.resolve()), number)] = number
-            ready, _ = ray.wait(list(submitted), num_returns=1)
-            for result in ready:
-                try:
-                    ray.get(result)
-                except ray.exceptions.RayTaskError as error:
-                    raise error.cause from None
-                yield submitted.pop(result)
-
-    def close(self) -> None:
-        pass
-
-
-_KEPT = dict[tuple, Stage]()  # in a process of Ray: the last stage, whose networks are on their device by now
-
-
-def _ray_task(stage: Stage, root: str, number: int) -> None:
-    key = (stage.name, stage.fingerprint, root)
-    if key not in _KEPT:
-        _KEPT.clear()
-    run_unit(_KEPT.setdefault(key, stage), Path(root), number)

@@ -40,6 +40,8 @@ from troodon.curate.encoder import (
     PIXEL_MATRIX,
     PixelBackbone,
     compute_vectors,
+    device_of,
+    join_inputs,
     without_reader,
 )
 from troodon.curate.scores import Score, load_scores
@@ -191,6 +193,12 @@ class _EmbedUnit:
         """Where a network computes that has weights; None if there is none."""
         return next((network.device for network, _ in self.networks.values() if hasattr(network, "to")), None)
 
+    def placed(self, processors: int) -> "_EmbedUnit":
+        """The same with its networks on the device of this process, read for by its processors."""
+        for network, _ in self.networks.values():
+            device_of(network)
+        return replace(self, threads=self.threads if self.index.is_remote else self.threads or processors)
+
     def excluding(self, row: int) -> "_EmbedUnit":
         return replace(self, excluded=self.excluded | {row})
 
@@ -200,12 +208,10 @@ class _EmbedUnit:
         metadata, matrices = dict[int, dict](), {name: dict[int, ndarray]() for name in self.networks}
         progress = Progress(f"embed {unit[0]:,} to {unit[1]:,}", "images", len(index))
         channels = next(iter(self.networks.values()))[0].channels
-
-        def prepare(images: Sequence[ndarray]) -> Any:
-            inputs = [network.prepare(images) for network, _ in self.networks.values()]
-            return [self._metadata(image) for image in images], inputs
-
-        batches = read_batches(index, self.batch, prepare, channels=channels, threads=self.threads, broken=broken)
+        join = functools.partial(join_inputs, [network for network, _ in self.networks.values()])
+        batches = read_batches(
+            index, self.batch, self._prepare, join=join, channels=channels, threads=self.threads, broken=broken
+        )
         for rows, (batch_metadata, inputs) in batches:
             metadata.update(zip(rows, batch_metadata, strict=True))
             for (name, (_, encode)), prepared in zip(self.networks.items(), inputs, strict=True):
@@ -221,6 +227,11 @@ class _EmbedUnit:
             np.save(folder / f"{name}.npy", x_ND)
         pq.write_table(self._table(index, metadata, broken), folder / "images.parquet", compression="zstd")
         return unit_counts(len(index), len(metadata), **Counter(image.status for image in broken.values()))
+
+    def _prepare(self, images: Sequence[ndarray]) -> tuple[list[dict], list[Any]]:
+        """Metadata, and the inputs of each network."""
+        inputs = [network.prepare(images) for network, _ in self.networks.values()]
+        return [self._metadata(image) for image in images], inputs
 
     def _metadata(self, image: ndarray) -> dict:
         scores = {f"score_{name}": float(score(image)) for name, score in self.scores.items()}

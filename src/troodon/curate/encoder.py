@@ -30,6 +30,8 @@ from torch import Tensor
 
 from troodon.devices import choose_device
 from troodon.images.decode import to_grey, to_rgb
+from troodon.images.reading import listed
+from troodon.model.preprocess import joined
 from troodon.search.exact import l2_normalise
 
 # Shape suffixes: N images, B of one batch, D channels.
@@ -119,6 +121,10 @@ class CopyEncoder:
     def prepare(self, images: Sequence[ndarray]) -> list[Any]:
         return [network.prepare(images) for network, _ in self.networks]
 
+    def join(self, parts: Sequence[tuple[list[Any], list[Any]]]) -> tuple[list[Any], list[Any]]:
+        """`join_inputs` of what `prepare` returned."""
+        return join_inputs([network for network, _ in self.networks], parts)
+
     def encode(self, prepared: list[Any]) -> ndarray:
         """Compute vectors (B, D) float32 from the output of `prepare` for B images."""
         pairs = zip(self.networks, prepared, strict=True)
@@ -180,6 +186,22 @@ class Placed:
 
     def __reduce__(self) -> tuple:
         return Placed, (_moved(without_reader(self.network), torch.device("cpu")), self.device)
+
+
+def join_inputs(networks: Sequence[Any], parts: Sequence[tuple[list[Any], list[Any]]]) -> tuple[list[Any], list[Any]]:
+    """One batch of several parts, each with something of each image and with what every network has prepared of them.
+
+    The inputs are where their networks compute.
+    """
+    inputs, devices = zip(*(prepared for _, prepared in parts), strict=True), map(device_of, networks)
+    batch = [joined(parts_of_one, device) for parts_of_one, device in zip(inputs, devices, strict=True)]
+    return listed([of_images for of_images, _ in parts]), batch
+
+
+def device_of(network: Any) -> torch.device | None:
+    """Where a network computes in this process; None if it has no weights."""
+    network = network.here if isinstance(network, Placed) else network
+    return network.device if hasattr(network, "to") else None
 
 
 def _moved(network: Any, device: torch.device) -> Any:

@@ -15,7 +15,7 @@ benchmark   which images resemble a benchmark image
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from troodon.curate.closer_look import CloserLook
 from troodon.curate.context import CurationContext, row_ranges
 from troodon.curate.copies import EdgeSearch, nearest_pairs, read_edges, write_edges
 from troodon.curate.dedup import Edges, components
-from troodon.curate.encoder import CopyEncoder
+from troodon.curate.encoder import CopyEncoder, device_of
 from troodon.curate.stage import Counts, unit_counts
 from troodon.curate.thresholds import limit_size
 from troodon.devices import accelerator

@@ -135,14 +135,15 @@ def calibrate_index(config: CurateConfig, index: Index, encoder: CopyEncoder, st
     parts, rows = list[ndarray](), list[int]()
     drawn = random.permutation(len(index))[:MAX_OTHERS]
 
-    def encode(images: Sequence[ndarray]) -> Any:
-        return np.array([perceptual_hash(image) is not None for image in images]), encoder(images)
+    def prepare(images: Sequence[ndarray]) -> Any:
+        return [perceptual_hash(image) is not None for image in images], encoder.prepare(images)
 
-    batches: Any = read_batches(
-        index.take(drawn), config.batch, encode, channels=encoder.channels, threads=config.threads
+    batches = read_batches(
+        index.take(drawn), config.batch, prepare, join=encoder.join, channels=encoder.channels, threads=config.threads
     )
     blank = 0
-    for batch_rows, (structured_B, vectors) in batches:
+    for batch_rows, (structured, prepared) in batches:
+        structured_B, vectors = np.array(structured), encoder.encode(prepared)
         blank += int((~structured_B).sum())
         rows += drawn[batch_rows][structured_B].tolist()
         parts.append(vectors[structured_B])

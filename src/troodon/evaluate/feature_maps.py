@@ -7,6 +7,7 @@ memory-mapped if there is a cache: they are a thousand times larger than class t
 
 import io
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from troodon import run
 from troodon.evaluate.features import Reader, cache_key, check_finite, compute_in_parts, report_unreadable
 from troodon.images.decode import BadImage
 from troodon.images.index import Index
+from troodon.images.reading import listed
 
 # Shape suffixes: N windows, B of a batch, L chosen blocks (first to last), h w patches, D channels, S pixels per side.
 
@@ -48,6 +50,15 @@ class WindowGrid:
             for length in (height, width)
         )
         return [(int(top), int(left)) for top in rows for left in columns]
+
+    def windows(self, images: Sequence[np.ndarray]) -> list[Any]:
+        """Of each image the size it is resized to, the corners of its windows, and these: uint8 (C, S, S)."""
+        found = []
+        for image_HWC in images:
+            size, side = self.resized(*image_HWC.shape[:2]), self.side
+            corners, x_CHW = self.corners(*size), resize(image_HWC, size)
+            found.append((size, corners, [x_CHW[:, y : y + side, x : x + side] for y, x in corners]))
+        return found
 
 
 @dataclass(frozen=True)
@@ -162,12 +173,10 @@ def _extract(
 ) -> FeatureMapsPart:
     rows, positions, maps, cls = [], [], [], []
     broken: dict[int, BadImage] = {}
-    for rows_B, images in reader.images(backbone, index, part, broken):
+    for rows_B, images in reader.prepared(backbone, index, part, broken, grid.windows, listed):
         windows = []
-        for row, image in zip(rows_B, images):
-            size, side = grid.resized(*image.shape[:2]), grid.side
-            corners, x_CHW = grid.corners(*size), resize(image, size)
-            windows += [x_CHW[:, top : top + side, left : left + side] for top, left in corners]
+        for row, (size, corners, windows_of_one) in zip(rows_B, images, strict=True):
+            windows += windows_of_one
             rows += [row] * len(corners)
             positions += [(*corner, *size) for corner in corners]
         for start in range(0, len(windows), reader.batch):

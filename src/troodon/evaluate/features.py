@@ -24,7 +24,8 @@ from troodon.evaluate.results import versions
 from troodon.images.changes import file_states
 from troodon.images.decode import BadImage
 from troodon.images.index import Index
-from troodon.images.reading import read_batches
+from troodon.images.reading import listed, read_batches
+from troodon.model.preprocess import joined
 from troodon.progress import Progress
 
 # Shape suffixes: N images, B images of a batch, L last blocks (oldest first), D channels.
@@ -88,13 +89,23 @@ class Reader:
         self, backbone: Extractor, index: Index, rows: range, broken: dict[int, BadImage]
     ) -> Iterator[tuple[list[int], list[np.ndarray]]]:
         """Yield (rows, images) of the readable images in batches; add the errors of the others to `broken`."""
+        return self.prepared(backbone, index, rows, broken, list, listed)
+
+    def prepared(
+        self,
+        backbone: Extractor,
+        index: Index,
+        rows: range,
+        broken: dict[int, BadImage],
+        prepare: Callable[[list[np.ndarray]], Any],
+        join: Callable[[list[Any]], Any],
+    ) -> Iterator[tuple[list[int], Any]]:
+        """As `images`, with what threads make of the images by `prepare` and `join`; see `read_batches`."""
         errors: dict[int, BadImage] = {}
-        part = index.take(rows)
-        keep: Callable[[Sequence[np.ndarray]], Any] = list
-        batches = read_batches(part, self.batch, keep, channels=backbone.channels, threads=self.threads, broken=errors)
+        part, options = index.take(rows), {"channels": backbone.channels, "threads": self.threads, "broken": errors}
         with Progress(f"{self.task} of {backbone.name}", "images", len(index)) as progress:
-            for rows_B, images in batches:
-                yield [rows[i] for i in rows_B], list(images)  # pyrefly: ignore[invalid-yield]
+            for rows_B, batch in read_batches(part, self.batch, prepare, join=join, **options):
+                yield [rows[i] for i in rows_B], batch
                 if self.task and dist.rank() == 0:
                     progress(rows[max(rows_B)] + 1, len(index))
         broken.update({rows[i]: error for i, error in errors.items()})
@@ -220,10 +231,12 @@ def _extract(
     cls: list[Tensor] = []
     means: list[Tensor] = []
     broken: dict[int, BadImage] = {}
-    for rows_B, images in reader.images(backbone, index, part, broken):
-        images = [_crop(image, boxes.get(row)) for row, image in zip(rows_B, images)]
+    device = getattr(backbone, "device", None)
+    boxed = _BoxedIndex(**vars(index), boxes=boxes) if boxes else index
+    batches = reader.prepared(backbone, boxed, part, broken, backbone.prepare, lambda parts: joined(parts, device))
+    for rows_B, x_BCHW in batches:
         with torch.inference_mode():
-            per_block = backbone.features(backbone.prepare(images), blocks=blocks).blocks
+            per_block = backbone.features(x_BCHW, blocks=blocks).blocks
         rows += rows_B
         cls.append(torch.stack([block.cls for block in per_block], dim=1).float().cpu())
         means.append(torch.stack([block.mean for block in per_block], dim=1).float().cpu())
@@ -248,9 +261,22 @@ def _empty_features(backbone: Extractor, blocks: int) -> tuple[np.ndarray, np.nd
     return cls, mean
 
 
-def _crop(image_HWC: np.ndarray, box: Box | None) -> np.ndarray:
-    if box is None:
-        return image_HWC
+@dataclass(frozen=True)
+class _BoxedIndex(Index):
+    """An index of images that are cropped to their box, where they have one."""
+
+    boxes: dict[int, Box] = field(default_factory=dict)  # by row
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> "_BoxedIndex":
+        boxes = {i: self.boxes[row] for i, row in enumerate(rows) if row in self.boxes}
+        return _BoxedIndex(**vars(super().take(rows)) | {"boxes": boxes})
+
+    def decode(self, row: int, channels: int | None = 3, reduction: Any = None) -> np.ndarray:
+        image_HWC = super().decode(row, channels, reduction)
+        return _crop(image_HWC, self.boxes[row]) if row in self.boxes else image_HWC
+
+
+def _crop(image_HWC: np.ndarray, box: Box) -> np.ndarray:
     left, top, right, bottom = (max(0, round(edge)) for edge in box)
     cropped_HWC = image_HWC[top:bottom, left:right]
     return cropped_HWC if cropped_HWC.size else image_HWC

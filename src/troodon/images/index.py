@@ -33,6 +33,7 @@ import pyarrow.parquet as pq
 from troodon.config import Range, UsageError, check_range
 from troodon.images import containers, files
 from troodon.images.decode import decode
+from troodon.stream import default_threads
 
 SCHEMA = pa.schema(
     [
@@ -91,7 +92,7 @@ class Index:
         """
         if threads < 0:
             raise UsageError(f"threads {threads}: must be 0, which is one per processor, or more")
-        return threads or (files.MAX_REMOTE_READS if self.is_remote else min(16, os.cpu_count() or 1))
+        return threads or (files.MAX_REMOTE_READS if self.is_remote else default_threads())
 
     def file(self, row: int) -> str:
         """The path or URL of the file that holds an image."""

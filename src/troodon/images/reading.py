@@ -1,63 +1,54 @@
-"""Read images in order by threads, and the ordered results of their tasks."""
+"""Read images in order by threads, which also prepare them."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from troodon.images.decode import BadImage
 from troodon.images.index import Index
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-T = TypeVar("T")
-R = TypeVar("R")
-
-BATCHES_AHEAD = 2  # read while one batch is used
+from troodon.stream import map_ordered as map_ordered  # for those who read
+from troodon.stream import prepared_batches
 
 
-def map_ordered(pool: Executor, task: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
-    """The results of `task` on each item, in order; at most `ahead` tasks are submitted and not yet yielded."""
-    pending: deque[Future[R]] = deque()
-    for item in items:
-        pending.append(pool.submit(task, item))
-        if len(pending) >= ahead:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+def listed(parts: Sequence[Sequence[Any]]) -> list[Any]:
+    """What was prepared of single images, as one list."""
+    return [one for part in parts for one in part]
 
 
 def read_batches(
     index: Index,
     batch: int,
-    prepare: Callable[[Sequence[np.ndarray]], "Tensor"],
+    prepare: Callable[[list[np.ndarray]], Any],
     *,
+    join: Callable[[list[Any]], Any] = listed,
     channels: int | None = 3,
     threads: int = 0,
     broken: dict[int, BadImage] | None = None,
-) -> Iterator[tuple[list[int], "Tensor"]]:
+) -> Iterator[tuple[list[int], Any]]:
     """Yield all readable images in order, `batch` rows at a time: their rows, and what `prepare` makes of their pixels.
+
+    Threads call `prepare` with a few images of a batch, and one thread calls `join` with what it returned for all of
+    these: both run ahead, while a batch is used, so neither may depend on what is done with batches.
 
     Images that cannot be read, or do not have `channels` channels, are skipped and recorded in `broken`, by row.
     """
     broken = {} if broken is None else broken
 
-    def load(row: int) -> np.ndarray | None:
-        try:
-            return index.decode(row, channels)
-        except BadImage as error:
-            broken[row] = error
-        except OSError as error:
-            broken[row] = BadImage("decode error", str(error))
-        return None
+    def load(rows: Sequence[int]) -> tuple[list[int], Any] | None:
+        images = dict[int, np.ndarray]()
+        for row in rows:
+            try:
+                images[row] = index.decode(row, channels)
+            except BadImage as error:
+                broken[row] = error
+            except OSError as error:
+                broken[row] = BadImage("decode error", str(error))
+        return (list(images), prepare(list(images.values()))) if images else None
 
-    with ThreadPoolExecutor(index.thread_count(threads), "read") as pool:
-        loaded = map_ordered(pool, load, range(len(index)), (1 + BATCHES_AHEAD) * batch)
-        for start in range(0, len(index), batch):
-            rows = range(start, min(start + batch, len(index)))
-            images = {row: image for row, image in zip(rows, loaded) if image is not None}
-            if images:
-                yield list(images), prepare(list(images.values()))
+    def joined(parts: list[tuple[list[int], Any] | None]) -> tuple[list[int], Any] | None:
+        found = [part for part in parts if part is not None]
+        return (listed([rows for rows, _ in found]), join([prepared for _, prepared in found])) if found else None
+
+    batches = prepared_batches(range(len(index)), batch, load, joined, index.thread_count(threads))
+    yield from (each for each in batches if each is not None)

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,12 +20,13 @@ from troodon.config import UsageError, nearest, pair
 from troodon.devices import choose_device, memory_advice
 from troodon.model import inference
 from troodon.model.config import Preprocessing, ViTConfig
-from troodon.model.preprocess import check_divides, crop, whole, with_size
+from troodon.model.preprocess import check_divides, crop, joined, stacked, whole, with_size
 from troodon.model.saved import SavedViT
 from troodon.model.vit import Tokens, ViT
 from troodon.pillow import band_count, of_pillow
 from troodon.pixels import BadImage, advice, of_array, to_uint8, used
 from troodon.run import say
+from troodon.stream import default_threads, map_ordered
 
 # Shape suffixes: B images, C colours, H W pixels, D channels, N heads, R registers, h w rows and columns of patches.
 
@@ -103,7 +105,7 @@ class Backbone(SavedViT):
         """Pictures of any sizes, as `features` takes them -> (B, C, *crop), resized, cropped and normalised."""
         p = with_size(self.preprocessing, size, self.config.patch)
         batches = [x_BCHW for _, x_BCHW in self._batches(images, p, False, "raise")]
-        return torch.cat(batches) if batches else torch.zeros(0, self.channels, *pair(p.crop))
+        return joined(batches) if batches else torch.zeros(0, self.channels, *pair(p.crop))
 
     @torch.no_grad()
     def features(
@@ -234,41 +236,66 @@ class Backbone(SavedViT):
                     "keep_aspect=True takes images of any sizes"
                 )
             if len(of_size) >= inference.images_at_once(self.vit, x_CHW.shape[1:]):
-                yield [row for row, _ in of_size], torch.stack([x for _, x in of_size])
+                yield [row for row, _ in of_size], stacked([x for _, x in of_size], self.device)
                 of_size.clear()
         for of_size in waiting.values():
             if of_size:
-                yield [row for row, _ in of_size], torch.stack([x for _, x in of_size])
+                yield [row for row, _ in of_size], stacked([x for _, x in of_size], self.device)
 
     def _prepared(
         self, images: Picture | Sequence[Picture], p: Preprocessing, keep_aspect: bool, on_error: str
     ) -> Iterator[tuple[int, Tensor]]:
-        """Each readable picture as a tensor (C, H, W), with its number. It says which are left out, and why."""
+        """Each readable picture as a tensor (C, H, W), with its number. It says which are left out, and why.
+
+        Files are read, decoded and prepared by threads, ahead of the network.
+        """
         pictures, seen, broken = _as_list(images), [], []
-        for row, picture in enumerate(pictures):
+
+        def prepare(numbered: tuple[int, Picture]) -> tuple[Tensor | Exception, Any]:
+            row, picture = numbered
             if isinstance(picture, Tensor) and picture.is_floating_point():
                 if picture.ndim != 3:
                     raise UsageError(
                         f"image {row}, a tensor of shape {tuple(picture.shape)}: in a list each is one "
                         f"image ({self.channels}, height, width)"
                     )
-                yield row, self._check(picture)[0].cpu()
-                continue
+                return self._check(picture)[0].cpu(), None
             try:
                 values = self._values(picture)
             except (BadImage, OSError) as error:
-                name = str(picture) if isinstance(picture, str | Path) else f"image {row}"
-                broken.append(f"{name}: {error.strerror or error if isinstance(error, OSError) else error}")
+                return error, None
+            pixels_HWC = self._to_uint8(values)
+            prepared = whole(pixels_HWC, p, self.config.patch) if keep_aspect else crop(pixels_HWC, p)
+            return prepared, None if p.range else used(values)
+
+        for row, (prepared, values_used) in enumerate(self._mapped(prepare, pictures, p)):
+            if isinstance(prepared, Exception):
+                name = str(pictures[row]) if isinstance(pictures[row], str | Path) else f"image {row}"
+                reason = (prepared.strerror or prepared) if isinstance(prepared, OSError) else prepared
+                broken.append(f"{name}: {reason}")
                 if on_error == "raise":
                     raise UsageError(f"{broken[0]}; on_error='skip' leaves it out") from None
                 continue
-            seen += [] if p.range or (one := used(values)) is None else [one]
-            pixels_HWC = self._to_uint8(values)
-            yield row, whole(pixels_HWC, p, self.config.patch) if keep_aspect else crop(pixels_HWC, p)
+            seen += [] if values_used is None else [values_used]
+            yield row, prepared
         if broken:
             say(f"features: {len(broken)} of {len(pictures)} images left out: {'; '.join(broken)}"[:500])
         if seen and (line := advice(seen)):
             say(f"features: {line} (troodon.load(..., range=...))")
+
+    def _mapped(self, prepare: Callable, pictures: list[Picture], p: Preprocessing) -> Iterator[Any]:
+        """What `prepare` makes of each picture with its number, in order: by threads if all of them are files.
+
+        Others may be the same object twice, and arrays are often prepared by threads already.
+        """
+        are_files = all(isinstance(picture, str | Path | bytes | bytearray) for picture in pictures)
+        threads = min(default_threads(), len(pictures)) if are_files else 1
+        if threads < 2:
+            yield from map(prepare, enumerate(pictures))
+            return
+        ahead = max(2 * threads, inference.images_at_once(self.vit, pair(p.crop)))
+        with ThreadPoolExecutor(threads, "prepare") as pool:
+            yield from map_ordered(pool, prepare, enumerate(pictures), ahead)
 
     def _pixels(self, picture: Picture) -> np.ndarray:
         """uint8 (H, W, C) of a picture, as the network sees it before it is resized."""

@@ -1,4 +1,4 @@
-"""From pixels to the network's input: resized, cropped or whole, normalised."""
+"""From pixels to the network's input: resized, cropped or whole, normalised; and put together to batches."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 from troodon.config import UsageError, pair
 from troodon.model.config import Preprocessing
 
-# Shape suffixes: C colours, H W pixels.
+# Shape suffixes: B images, C colours, H W pixels.
 
 LONGEST = 4  # the longer side of what is resized is at most as many times the shorter one that is shown
 
@@ -67,13 +67,45 @@ def whole(image_HWC: np.ndarray, p: Preprocessing, patch: int) -> Tensor:
     return _normalised(_resized(image_HWC, [max(1, round(side * scale / patch)) * patch for side in sides]), p)
 
 
+def joined(parts: Sequence[Tensor], device: torch.device | None = None) -> Tensor:
+    """Prepared images (B, C, H, W) of several threads as one batch, on the device if there is one.
+
+    For a GPU it is called beside the network, from another thread: the copy starts from pinned memory, on a stream of
+    its own, and has ended when the batch is returned.
+    """
+    if device is None or device.type != "cuda":
+        batch = parts[0] if len(parts) == 1 else torch.from_numpy(np.concatenate([part.numpy() for part in parts]))
+        return batch if device is None else batch.to(device)
+    pinned = torch.empty(sum(map(len, parts)), *parts[0].shape[1:], dtype=parts[0].dtype, pin_memory=True)
+    np.concatenate([part.numpy() for part in parts], out=pinned.numpy())
+    copies = torch.cuda.Stream(device)
+    with torch.cuda.stream(copies):
+        batch = pinned.to(device, non_blocking=True)
+    copies.synchronize()
+    batch.record_stream(torch.cuda.default_stream(device))  # keeps its memory until the network has read it
+    return batch
+
+
+def stacked(images: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Prepared images (C, H, W) as one batch (B, C, H, W), in pinned memory if it is to go to a GPU."""
+    if device.type != "cuda":
+        return torch.stack(list(images))
+    batch = torch.empty(len(images), *images[0].shape, dtype=images[0].dtype, pin_memory=True)
+    return torch.stack(list(images), out=batch)
+
+
 def _resized(image_HWC: np.ndarray, size: list[int]) -> Tensor:
-    x_CHW = torch.from_numpy(np.array(image_HWC)).permute(2, 0, 1)  # a copy: some are read-only
+    is_plain = image_HWC.flags.writeable and image_HWC.flags.c_contiguous
+    x_CHW = torch.from_numpy(image_HWC if is_plain else np.array(image_HWC)).permute(2, 0, 1)
     if size == list(image_HWC.shape[:2]):
         return x_CHW
     return F.interpolate(x_CHW[None], size=size, mode="bicubic", antialias=True)[0]
 
 
 def _normalised(x_CHW: Tensor, p: Preprocessing) -> Tensor:
-    mean, std = (torch.tensor(v)[:, None, None] for v in (p.mean, p.std))
-    return (x_CHW.float() / 255.0 - mean) / std
+    """By numpy, which starts no threads of its own: this runs in threads, and torch would start some in each."""
+    mean, std = (np.array(v, np.float32)[:, None, None] for v in (p.mean, p.std))
+    out_CHW = np.divide(x_CHW.numpy(), np.float32(255), dtype=np.float32, order="C")
+    out_CHW -= mean
+    out_CHW /= std
+    return torch.from_numpy(out_CHW)

@@ -38,9 +38,9 @@ def find(
         return backbone.features(images, **view.options).cls.float().cpu()
 
     rows, parts = [], []
-    for batch_rows, cls_BD in read_batches(index, BATCH, encode, channels=backbone.channels, broken=broken):
+    for batch_rows, images in read_batches(index, BATCH, list, channels=backbone.channels, broken=broken):
         rows += batch_rows
-        parts.append(cls_BD.numpy())
+        parts.append(encode(images).numpy())
         progress(batch_rows[-1] + 1, len(index))
     if not parts:
         return [[] for _ in queries], broken
