@@ -82,13 +82,16 @@ def test_a_device_without_a_meaning_is_a_mistake(wrong):
         check_device(right)
 
 
-@pytest.mark.parametrize("verb", ["embed", "curate", "leak", "calibrate", "dedup", "evaluate", "load"])
+@pytest.mark.parametrize(
+    "verb", ["embed", "curate", "leak", "calibrate", "dedup", "evaluate", "load", "show_pca", "show_matches"]
+)
 def test_every_verb_looks_at_the_device_before_anything_else(cuda, tmp_path, verb):
     """Neither the backbone nor the images exist: the device is what is refused, and nothing is written."""
     none, out = tmp_path / "none", tmp_path / "out"
     calls = {
         "embed": (none, none, out), "curate": ("curate_small", none, none, none, out), "leak": (none, none, none, out),
         "calibrate": (none, none), "dedup": (none, out), "evaluate": ("mine", none, none, out), "load": (none,),
+        "show_pca": (none, none, out.with_suffix(".png")), "show_matches": (none, none, out.with_suffix(".png")),
     }  # fmt: skip
     cuda(1)
     for device, message in (("cuda:3", "this machine has 1 CUDA device, cuda:0"), ("gpu", "device 'gpu'|device gpu")):

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -65,19 +65,6 @@ def test_all_backends_write_the_same_files(tmp_path):
         "left out": {"odd": 6},
     }
     assert list(stage_seconds(run_stage(stage(), tmp_path / "here", SingleProcess()))) == ["count"]
-
-
-def test_ray_writes_the_same_files(tmp_path):
-    ray = pytest.importorskip("ray")
-    expected = sha256_of(run_stage(stage(), tmp_path / "here", SingleProcess()))
-    environment = {"PYTHONPATH": os.pathsep.join(sys.path)}
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": environment})
-    try:
-        assert sha256_of(run_stage(stage(), tmp_path / "ray", RayCluster())) == expected
-        with pytest.raises(UsageError, match="unit 2 is a mistake"):
-            run_stage(stage(fail=(2,)), tmp_path / "wrong", RayCluster())
-    finally:
-        ray.shutdown()
 
 
 def test_complete_units_are_not_computed_again(tmp_path):
@@ -185,3 +172,94 @@ def test_backends_are_created_by_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match=r"pip install 'troodon\[ray\]'"):
         run_stage(stage(), Path("unused"), RayCluster())
+
+
+@dataclass(frozen=True)
+class Placing(Count):
+    """Work that holds networks: it must be placed, once in each process, before it computes."""
+
+    processors: int = 0
+
+    def placed(self, processors: int) -> "Placing":
+        with open(Path(self.log) / "placed", "a") as file:
+            file.write(f"{os.getpid()} {processors}\n")
+        return replace(self, processors=processors)
+
+    def __call__(self, unit: int, folder: Path) -> dict:
+        if not self.processors:
+            raise UsageError("not placed")
+        return super().__call__(unit, folder)
+
+
+def placing(units: int, **behaviour) -> Stage:
+    return Stage("count", Placing(**behaviour), list(range(1, units + 1)), "0123")
+
+
+def test_a_process_places_networks_once(tmp_path):
+    expected = sha256_of(run_stage(stage(), tmp_path / "here", SingleProcess()))
+    assert sha256_of(run_stage(placing(6, log=str(tmp_path)), tmp_path / "two", ProcessPool(2))) == expected
+    lines = (tmp_path / "placed").read_text().splitlines()
+    assert len(lines) == len({*lines}) == 2
+    assert {line.split()[1] for line in lines} == {str(max(1, (os.cpu_count() or 1) // 2))}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray = pytest.importorskip("ray", reason="needs ray: pip install 'troodon[ray]'")
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=True,
+             object_store_memory=10**8, runtime_env={"env_vars": environment})  # fmt: skip
+    yield ray
+    ray.shutdown()
+
+
+def test_ray_writes_the_same_files(tmp_path, cluster):
+    expected = sha256_of(run_stage(stage(), tmp_path / "here", SingleProcess()))
+    assert sha256_of(run_stage(stage(), tmp_path / "ray", RayCluster())) == expected
+    with pytest.raises(UsageError, match="unit 2 is a mistake"):
+        run_stage(stage(fail=(2,)), tmp_path / "wrong", RayCluster())
+
+
+def test_actors_that_die_cost_only_their_units(tmp_path, cluster):
+    """As where a machine is lost: the units that they had go to others."""
+    expected = sha256_of(run_stage(stage(8), tmp_path / "calm", SingleProcess()))
+    dying = placing(8, kill=(2, 5), log=str(tmp_path))
+    assert sha256_of(run_stage(dying, tmp_path / "killed", RayCluster())) == expected
+    assert sorted(map(int, (tmp_path / "done").read_text().split())) == list(range(1, 9))
+    assert len((tmp_path / "placed").read_text().splitlines()) == 3  # the first, and after each death
+    with pytest.raises(RuntimeError, match="count: unit 1 has killed 3 processes: 2"):
+        run_stage(placing(6, kill=(2,), always=True, log=str(tmp_path)), tmp_path / "always", RayCluster())
+    with pytest.raises(UsageError, match="unit 3 is a mistake"):
+        run_stage(placing(6, fail=(3,), log=str(tmp_path)), tmp_path / "wrong", RayCluster())
+
+
+@dataclass(frozen=True)
+class OnGpu(Placing):
+    device: str = "cuda"
+
+    def __call__(self, unit: int, folder: Path) -> dict:
+        with open(Path(self.log) / "gpus", "a") as file:
+            file.write(f"{os.environ.get('CUDA_VISIBLE_DEVICES')} {os.getpid()}\n")
+        return super().__call__(unit, folder)
+
+
+def test_each_gpu_of_a_cluster_has_an_actor(tmp_path, cluster):
+    parts = run_stage(Stage("count", OnGpu(log=str(tmp_path), slow=0.3), [1] * 8, "0"), tmp_path / "h", RayCluster())
+    assert len(parts) == 8
+    pairs = {tuple(line.split()) for line in (tmp_path / "gpus").read_text().splitlines()}
+    assert {gpu for gpu, _ in pairs} == {"0", "1"}
+    assert len(pairs) == 2  # one process each
+
+
+def test_an_array_of_slurm_jobs_writes_the_same_files(tmp_path):
+    pytest.importorskip("submitit", reason="needs submitit: pip install 'troodon[slurm]'")
+    from troodon.slurm import ArrayConfig, SlurmArray
+
+    expected = sha256_of(run_stage(stage(4), tmp_path / "here", SingleProcess()))
+    array = SlurmArray(2, ArrayConfig(cluster="local", cpus_per_job=3), poll_s=0.2)
+    dying = placing(4, kill=(2,), log=str(tmp_path))
+    assert sha256_of(run_stage(dying, tmp_path / "array", array)) == expected
+    assert sorted(map(int, (tmp_path / "done").read_text().split())) == [1, 2, 3, 4]
+    assert {line.split()[1] for line in (tmp_path / "placed").read_text().splitlines()} == {"3"}
+    with pytest.raises(UsageError, match="unit 3 is a mistake"):
+        run_stage(placing(4, fail=(3,), log=str(tmp_path)), tmp_path / "wrong", array)

@@ -1,7 +1,9 @@
 """The one rule of where torch computes: the device that `--device` names, or the best that there is."""
 
 import contextlib
+import os
 import re
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +11,11 @@ from troodon.config import UsageError, nearest
 
 if TYPE_CHECKING:
     import torch
+
+if (
+    sys.platform == "darwin"
+):  # torch reads it when it is imported: what MPS lacks, the processor computes, with a warning
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 KINDS = ("cuda", "mps", "cpu")  # the best first
 TRAINABLE = ("cuda", "cpu")  # training and its protocols are not tried on MPS, which has no float64

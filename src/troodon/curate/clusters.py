@@ -110,7 +110,7 @@ class _Actors:
             while self.queue or any(number is not None for _, number in self.jobs.values()):
                 ready, _ = self.ray.wait(list(self.jobs), num_returns=1, timeout=PATIENCE_S)
                 if not ready and all(number is None for _, number in self.jobs.values()):
-                    run.say(f"{self.stage.name}: waits until the Ray cluster has free processors or GPUs for it")
+                    run.say(f"{self.stage.name}: no actor has started yet; has Ray free processors or GPUs?")
                 for future in ready:
                     actor, number = self.jobs.pop(future)
                     if not self._is_done(future, actor, number, shared):

@@ -178,8 +178,10 @@ class Placed:
     def features(self, images: Any, **settings: Any) -> Any:
         return self.here.features(images, **settings)
 
-    def optimized(self, compute: str) -> "Placed":
-        return Placed(_moved(self.network, choose_device(self.device)).optimized(compute), self.device)
+    def optimized(self, compute: str, *, compile: bool = False) -> "Placed":
+        """As that of a backbone; what is compiled stays in this process."""
+        network = _moved(self.network, choose_device(self.device))
+        return Placed(network.optimized(compute, compile=compile), self.device)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.network, name)

@@ -12,6 +12,7 @@ from troodon import recipes
 from troodon.config import Range, UsageError
 from troodon.curate.config import CurateConfig, SpaceKind, Tokens
 from troodon.devices import check_device, choose_device
+from troodon.slurm import NO_ARRAY, ArrayConfig, open_backend
 from troodon.verbs.common import (
     Data,
     Device,
@@ -43,22 +44,23 @@ def curate(
     settings: dict | None = None,
     range: Range | None = None,
     device: str = "auto",
+    slurm: ArrayConfig = NO_ARRAY,
 ) -> Path:
     """Select from the uncurated images, without copies, those that resemble the curated ones; returns the selection.
 
     No image is copied. Images that resemble one of `benchmark` are excluded. `copies` finds copies instead of the
     backbone: another one, or a copy descriptor as a TorchScript file. `backend` is "local", with `workers` processes
-    (0: only this one), "ray", or a Ray cluster's address. Without curated images (None), the recipe must gather without
-    them. `range` gives the values of images of more than 8 bits that become black and white, in place of the backbone's
-    own. `device` is where networks and comparisons compute: "auto" (a GPU, if there is one), "cuda", "cuda:1", "mps" or
-    "cpu"; with "auto" or "cuda", several processes of a machine take its GPUs in turn.
+    (0: only this one), "ray", a Ray cluster's address, or "slurm", where each stage is an array of `workers` jobs with
+    the settings `slurm`. Without curated images (None), the recipe must gather without them. `range` gives the values
+    of images of more than 8 bits that become black and white, in place of the backbone's own. `device` is where
+    networks and comparisons compute: "auto" (a GPU, if there is one), "cuda", "cuda:1", "mps" or "cpu"; with "auto" or
+    "cuda", several processes of a machine take its GPUs in turn.
     """
-    from troodon.curate.backends import create_backend
     from troodon.curate.pipeline import NO_IMAGES
     from troodon.curate.pipeline import curate as run_curation
 
     config = resolve_config(recipe, CurateConfig(), recipes.curate, settings)
-    runner = create_backend(backend, workers)
+    runner = open_backend(backend, workers, slurm)
     check_shared(device, backend)
     network = placed(backbone, device, range)
     encoder = None if copies is None else placed(copies, device)
@@ -124,10 +126,11 @@ def placed(backbone: Any, device: str, range: Range | None = None) -> Any:
 
 
 def check_shared(device: str, backend: str) -> None:
-    """UsageError for one of several devices where Ray says which one a process may use."""
+    """UsageError for one of several devices where a cluster says which one a process may use."""
     check_device(device)
     if backend != "local" and device.startswith("cuda:"):
-        raise UsageError(f"device {device}: Ray gives each process a device of its own; set cuda or auto")
+        cluster = "Slurm" if backend == "slurm" else "Ray"
+        raise UsageError(f"device {device}: {cluster} gives each process a device of its own; set cuda or auto")
 
 
 def open_copy_encoder(backbone: Any, range: Range | None = None) -> Any:
@@ -169,11 +172,13 @@ class Curate:
     """Finds copies instead of the backbone: another one, such as a run of copies_small, or a copy descriptor's
     TorchScript file (.pt)."""
     backend: Annotated[str, arg(aliases=("--engine",))] = "local"
-    """Where workers run: local, ray (this machine, or its cluster), or a cluster's address, ray://HOST:PORT."""
+    """Where workers run: local, ray (this machine, or its cluster), a cluster's address, ray://HOST:PORT, or slurm."""
     workers: int = 0
-    """Processes of the backend local; 0 is this one only. They change the time, not the result."""
+    """Processes of the backend local, 0 for this one only; jobs of the backend slurm. They do not change the result."""
+    slurm: ArrayConfig = ArrayConfig()
     device: Device = "auto"
-    """Where networks and comparisons of vectors compute: auto (a GPU, if there is one), cuda, cuda:1, mps or cpu."""
+    """Where networks and comparisons of vectors compute: auto (a GPU, if there is one), cuda, cuda:1, mps or cpu. Lists
+    of vectors and k-means stay on processors."""
     range: Range | None = None
     """Values of images of more than 8 bits that become black and white, such as 0 4095; by the backbone's rule if left
     out."""
@@ -183,7 +188,7 @@ class Curate:
         out = curate(
             self.config, self.curated, self.uncurated, self.backbone, self.out,
             benchmark=self.benchmark, copies=self.copies, backend=self.backend, workers=self.workers,
-            range=self.range, device=self.device,
+            range=self.range, device=self.device, slurm=self.slurm,
         )  # fmt: skip
         summary = json.loads((out / "summary.json").read_text())
         for line in stage_lines(summary):

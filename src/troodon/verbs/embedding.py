@@ -14,8 +14,10 @@ from tyro.conf import UseAppendAction, arg
 from troodon.config import Range, UsageError, nearest
 from troodon.devices import accelerator
 from troodon.run import read_manifest, say, write_bytes
+from troodon.slurm import NO_ARRAY, ArrayConfig, open_backend
 from troodon.text import printable, set_aside
 from troodon.verbs.common import Data, Device, Paths, common_range, on_device, open_images, with_range
+from troodon.verbs.curation import check_shared, placed
 
 if TYPE_CHECKING:
     from troodon.model.backbone import Backbone
@@ -38,6 +40,9 @@ def embed(
     compile: bool = False,
     range: Range | None = None,
     device: str = "auto",
+    backend: str = "local",
+    workers: int = 0,
+    slurm: ArrayConfig = NO_ARRAY,
 ) -> Path:
     """Write the vectors of images: class tokens ("cls"), mean patch tokens ("mean"), both ("cls+mean") or "patches".
 
@@ -48,7 +53,8 @@ def embed(
     `compute` is the precision of products: "bf16", "fp32", or the faster on this machine ("auto"), which is measured
     once and then kept, also by a command that goes on. `compile` compiles the network first. `range` gives the values
     of images of more than 8 bits that become black and white, in place of the backbone's own. `device` is "auto" (a
-    GPU, if there is one, or where the given backbone is), "cuda", "cuda:1", "mps" or "cpu". Returns the folder.
+    GPU, if there is one, or where the given backbone is), "cuda", "cuda:1", "mps" or "cpu". `backend`, `workers` and
+    `slurm` share the work, as in `curate`. Returns the folder.
     """
     from troodon.curate.embed import embed as write_embeddings
     from troodon.curate.embedding_files import FORMATS, TOKENS
@@ -58,13 +64,22 @@ def embed(
             raise nearest(name, value, known)
     if batch < 1:
         raise UsageError(f"batch {batch}: must be 1 or more")
-    out, backbone = Path(out), on_device(backbone, range, device)
+    is_alone = (backend, workers) == ("local", 0)
+    if compile and not is_alone:
+        raise UsageError("compile: a network is compiled in this process only; leave out --compile, or the workers")
+    check_shared(device, backend)
+    runner = open_backend(backend, workers, slurm)
+    out, backbone = Path(out), on_device(backbone, range, device) if is_alone else placed(backbone, device, range)
     numbers = backbone.block_numbers(list(blocks)) if blocks else []
     index = open_images(data, common_range(range, backbone))
     faster, is_new = _optimized(backbone, out, compute, compile), not out.exists()
-    write_embeddings(
-        faster, index, out, batch=batch, threads=threads, tokens=tokens, blocks=numbers, file_format=format
-    )
+    try:
+        write_embeddings(
+            faster, index, out, batch=batch, threads=threads, tokens=tokens, blocks=numbers, file_format=format,
+            backend=runner,
+        )  # fmt: skip
+    finally:
+        runner.close()
     if is_new:
         _say_unreadable(out)
     return out
@@ -165,6 +180,11 @@ class Embed:
     out."""
     device: Device = "auto"
     """Where networks and comparisons of vectors compute: auto (a GPU, if there is one), cuda, cuda:1, mps or cpu."""
+    backend: str = "local"
+    """Where workers run: local, ray (this machine, or its cluster), a cluster's address, ray://HOST:PORT, or slurm."""
+    workers: int = 0
+    """Processes of the backend local, 0 for this one only; jobs of the backend slurm. They do not change the result."""
+    slurm: ArrayConfig = ArrayConfig()
     compile: bool = False
     """Compile the network first (torch.compile): takes minutes, and pays off after hours."""
 
@@ -209,6 +229,7 @@ class Embed:
     def _embed(self, backbone: "str | Backbone", out: str) -> Path:
         options: dict[str, Any] = {"tokens": self.tokens, "blocks": self.blocks, "format": self.format}
         options |= {"batch": self.batch, "threads": self.threads, "range": self.range, "device": self.device}
+        options |= {"backend": self.backend, "workers": self.workers, "slurm": self.slurm}
         return embed(backbone, self.data, out, **options, compute=self.compute, compile=self.compile)
 
     def _check_recorded(self, out: Path) -> None:

@@ -16,6 +16,7 @@ from troodon.run import read_manifest, say, write_bytes
 from troodon.text import plural
 from troodon.verbs.common import (
     Data,
+    Device,
     Paths,
     as_list,
     common_range,
@@ -64,13 +65,15 @@ def show_pca(
     size: "int | Sequence[int] | None" = None,
     whole: bool = False,
     range: Range | None = None,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Draw images beside the first three principal components of their patch tokens, as red, green and blue.
 
     Components are those of all images together. The foreground alone is coloured, unless `background` is true: the
     side of the first component that lies less at the borders (DINOv2, section 7.6). At most `count` images are shown,
     spread evenly over the data. `size` is that of the crops; `whole` shows all of each image at its own aspect.
-    `out` is a PNG, or a page that ends with .html.
+    `out` is a PNG, or a page that ends with .html. `device` is where the backbone computes: "auto" (a GPU, if there is
+    one, or where the given backbone is), "cuda", "cuda:1", "mps" or "cpu".
 
     Returns {"picture", "explained_variance", "images": [{"path", "grid", "foreground"}]}. UsageError for what is none.
     """
@@ -82,7 +85,7 @@ def show_pca(
             say("show pca: there is no foreground, since all patches have the same features")
         return image, numbers
 
-    return _show("pca", backbone, data, out, draw, count=count, size=size, whole=whole, range=range)
+    return _show("pca", backbone, data, out, draw, count=count, size=size, whole=whole, range=range, device=device)
 
 
 def show_attention(
@@ -95,6 +98,7 @@ def show_attention(
     size: "int | Sequence[int] | None" = None,
     whole: bool = False,
     range: Range | None = None,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Draw over images what the class token and the registers attend to in a block: the mean of its heads, and each.
 
@@ -107,7 +111,19 @@ def show_attention(
     def draw(found: "Backbone", pictures: "list[Picture]", view: "View") -> "Drawn":
         return attention(found, pictures, view, block=block)
 
-    return _show("attention", backbone, data, out, draw, count=count, size=size, whole=whole, range=range, block=block)
+    return _show(
+        "attention",
+        backbone,
+        data,
+        out,
+        draw,
+        count=count,
+        size=size,
+        whole=whole,
+        range=range,
+        device=device,
+        block=block,
+    )
 
 
 def show_matches(
@@ -120,6 +136,7 @@ def show_matches(
     size: "int | Sequence[int] | None" = None,
     whole: bool = False,
     range: Range | None = None,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Draw lines between the patches of two images that are each other's nearest, by the cosine of their tokens.
 
@@ -135,7 +152,7 @@ def show_matches(
     def draw(found: "Backbone", pictures: "list[Picture]", view: "View") -> "Drawn":
         return matches(found, pictures, view, above=above, count=lines)
 
-    return _show("matches", backbone, data, out, draw, count=2, size=size, whole=whole, range=range)
+    return _show("matches", backbone, data, out, draw, count=2, size=size, whole=whole, range=range, device=device)
 
 
 def show_neighbours(
@@ -149,6 +166,7 @@ def show_neighbours(
     size: "int | Sequence[int] | None" = None,
     whole: bool = False,
     range: Range | None = None,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Draw images, the queries, beside the k nearest to each among the data, by the cosine of their class tokens.
 
@@ -173,7 +191,7 @@ def show_neighbours(
 
     def draw(found: "Backbone", queries: "list[Picture]", view: "View") -> "Drawn":
         if is_embedded:
-            nearest = find_nearest(found, [q.pixels_HWC for q in queries], places[0], k=k)
+            nearest = find_nearest(found, [q.pixels_HWC for q in queries], places[0], k=k, device=device)
             return neighbours(found, index, queries, nearest, f"embeddings in {Path(places[0]).name}")
         images = open_images(data, common_range(range, found))
         with Progress("show neighbours") as progress:
@@ -182,7 +200,9 @@ def show_neighbours(
         return neighbours(found, images, queries, nearest, view.sizes(found))
 
     _check_outside(out, data)
-    return _show("neighbours", backbone, query, out, draw, count=count, size=size, whole=whole, range=range)
+    return _show(
+        "neighbours", backbone, query, out, draw, count=count, size=size, whole=whole, range=range, device=device
+    )
 
 
 def _show(
@@ -196,6 +216,7 @@ def _show(
     size: "int | Sequence[int] | None",
     whole: bool,
     range: Range | None,
+    device: str,
     block: int = -1,
 ) -> dict[str, Any]:
     """Draw `count` images of the data by `draw(backbone, pictures, view)`, write the picture or page, return numbers.
@@ -212,7 +233,7 @@ def _show(
     if count < 1:
         raise UsageError(f"count {count}: must be 1 or more")
     _check_outside(out, data)
-    found = on_device(backbone, range)
+    found = on_device(backbone, range, device)
     view.sizes(found)  # UsageError for a size that is none
     found.block_numbers([block])
     pictures = _pictures(name, open_images(data, common_range(range, found)), found, count)
@@ -285,6 +306,8 @@ class _Show:
     range: Range | None = None
     """Values of images of more than 8 bits that become black and white, such as 0 4095; by the backbone's rule if left
     out."""
+    device: Device = "auto"
+    """Where the backbone computes: auto (a GPU, if there is one), cuda, cuda:1, mps or cpu."""
     json: bool = False
     """Print the numbers of the picture as JSON."""
 
@@ -292,7 +315,8 @@ class _Show:
         """Draw, and print where the picture is, or its numbers."""
         images = require_some(self.images, "images to show")
         size = self.size[0] if len(self.size) == 1 else self.size or None
-        numbers = verb(self.backbone, images, out, size=size, whole=self.whole, range=self.range, **options)
+        options |= {"size": size, "whole": self.whole, "range": self.range, "device": self.device}
+        numbers = verb(self.backbone, images, out, **options)
         print(json.dumps(numbers, indent=1) if self.json else numbers["picture"])
 
 
