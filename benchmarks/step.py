@@ -98,7 +98,7 @@ def build_config(recipe: str, size: str | None, images: int, drop_path: float | 
         chosen = SIZES[size]
         vit = replace(vit, dim=chosen.dim, depth=chosen.depth, heads=chosen.heads, mlp=chosen.mlp)
     vit = vit if drop_path is None else replace(vit, drop_path=drop_path)
-    parallel = ParallelConfig(compile=compile)
+    parallel = ParallelConfig(compile="always" if compile else "never")
     return replace(config, vit=vit, batch=images, parallel=parallel,
                    objective=replace(config.objective, koleo_group=0))  # fmt: skip
 

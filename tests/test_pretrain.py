@@ -425,7 +425,7 @@ def test_compiled_blocks_have_the_same_gradients(recompute):
     eager.initialize()
     compiled.load_state_dict(eager.state_dict())
     for block in compiled.blocks:
-        prepare(block, ParallelConfig(recompute=recompute, compile=True))
+        prepare(block, recompute, compiled=True)
     crops, gradients = [torch.randn(8, 3, 16, 16), torch.randn(16, 3, 8, 8)], []
     for network in (eager, compiled):
         torch.manual_seed(1)  # of stochastic depth

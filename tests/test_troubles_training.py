@@ -190,7 +190,7 @@ def test_settings_that_change_no_result_may_change_on_resume(images, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"steps": 8}, {"seed": 1}, {"batch": 4}, {"compute": "bf16"}, {"parallel": ParallelConfig(compile=True)},
+    [{"steps": 8}, {"seed": 1}, {"batch": 4}, {"compute": "bf16"}, {"parallel": ParallelConfig(reduce="bf16")},
      {"parallel": ParallelConfig(accumulate=2)}, {"guard": GuardConfig("skip")}, {"weights": (1.0,)}],
 )  # fmt: skip
 def test_settings_that_may_change_the_result_are_refused_with_the_way_out(images, tmp_path, change):
@@ -454,7 +454,7 @@ def test_a_run_whose_ranks_drew_by_themselves_is_told(images, tmp_path, capsys):
 def test_compiled_blocks_with_changing_shapes_are_told():
     """parallel.compile with vit.drop_path and few images on a device | a warning says why it helps little"""
     config = replace(
-        PretrainConfig(), batch=48, vit=replace(SMALL, drop_path=0.1), parallel=ParallelConfig(compile=True)
+        PretrainConfig(), batch=48, vit=replace(SMALL, drop_path=0.1), parallel=ParallelConfig(compile="always")
     )
     assert [shapes_change(config, ranks) is None for ranks in (1, 2, 4, 3)] == [True, True, True, False]
     assert "whole groups of 12 images go through them at once, and here 16 do" in (shapes_change(config, 3) or "")

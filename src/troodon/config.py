@@ -120,7 +120,8 @@ def renewed(arguments: list[str], default: Any, prog: str) -> list[str]:
         words, options = [], {}
         for flag, values in _options(arguments) if changes else []:
             field, dot, rest = flag.removeprefix(prefix).partition(".")
-            if flag.startswith(prefix) and field in changes:
+            kept = field == changes.get(field) and values  # a flag that takes a value now, and has one
+            if flag.startswith(prefix) and field in changes and not kept:
                 options[f"{field}{dot}{rest}"] = values
             else:
                 words += ([_flag(flag)] if flag else []) + values

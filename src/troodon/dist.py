@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from troodon.config import UsageError
 from troodon.rendezvous import RENDEZVOUS, claim_first_failure, stop_with_parent
+
+PATIENCE = timedelta(minutes=30)  # of ranks that wait for one, as for rank zero's k-NN; NCCL's own is 10 minutes
 
 
 class Share(NamedTuple):
@@ -67,9 +70,10 @@ def process_group() -> Iterator[None]:
     if folder := os.environ.get(RENDEZVOUS):
         stop_with_parent()
         number, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        dist.init_process_group(store=dist.FileStore(f"{folder}/store", ranks), rank=number, world_size=ranks)
+        store = dist.FileStore(f"{folder}/store", ranks)
+        dist.init_process_group(store=store, rank=number, world_size=ranks, timeout=PATIENCE)
     elif "RANK" in os.environ:
-        dist.init_process_group()
+        dist.init_process_group(timeout=PATIENCE)
     else:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -116,13 +120,15 @@ def full_tensor(x: Tensor) -> Tensor | None:
     """
     if not isinstance(x, DTensor):
         return x.detach() if rank() == 0 else None
-    each = -(-len(x) // world_size())  # the last ranks may hold fewer, or none
+    last = x.device_mesh.ndim - 1  # the devices of a machine, where machines hold replicas
+    group, shards = x.device_mesh.get_group(last), x.device_mesh.size(last)
+    each = -(-len(x) // shards)  # the last ranks may hold fewer, or none
     local = x.to_local().detach()
     padded = local.new_zeros(each, *x.shape[1:])
     padded[: len(local)] = local
-    rows = [torch.empty_like(padded) for _ in range(world_size())] if rank() == 0 else None
-    dist.gather(padded, rows)
-    return torch.cat(rows)[: len(x)] if rows else None
+    rows = [torch.empty_like(padded) for _ in range(shards)] if dist.get_rank(group) == 0 else None
+    dist.gather(padded, rows, group=group, group_dst=0)
+    return torch.cat(rows)[: len(x)] if rows and rank() == 0 else None
 
 
 def all_gather_objects(value: Any) -> list[Any]:

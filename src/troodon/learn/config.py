@@ -1,12 +1,13 @@
 """What can be set about a training run. No torch here."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from troodon.config import Range, UsageError, check_range, pair, within
 from troodon.learn.objective import ObjectiveConfig
 from troodon.learn.schedules import Schedules
-from troodon.model.config import HeadConfig, ViTConfig
+from troodon.model.config import HeadConfig, ViTConfig, depth_group
 from troodon.views.config import CropsConfig, MasksConfig, PhotometricConfig
 
 
@@ -37,10 +38,18 @@ class ParallelConfig:
     """Parts into which a rank's images are cut, to go through the networks one after another and save memory."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again: nothing; all but products and attention; whole blocks."""
-    compile: bool = False
-    """Compile every block, and what is done to colours (torch.compile)."""
+    compile: Literal["auto", "always", "never"] = "auto"
+    """Compile every block, and what is done to colours (torch.compile); auto is on a GPU, if Triton and a C compiler
+    are there, and if blocks have one shape: with vit.drop_path, where whole groups of images go through them."""
     reduce: Literal["fp32", "bf16"] = "fp32"
     """Precision in which the backbone's gradients are summed over ranks; those of heads always in fp32."""
+
+    RENAMED: ClassVar[Mapping[str, str]] = {"compile": "compile", "no_compile": "compile"}  # it was a flag
+
+    @staticmethod
+    def renewed(options: dict[str, list[str]]) -> dict[str, list[str]]:
+        """The option `compile` for the flag of earlier versions."""
+        return {"compile": ["never" if "no_compile" in options else "always"]}
 
     def __post_init__(self) -> None:
         within(self, "parallel.", 1, None, "accumulate")
@@ -133,6 +142,12 @@ class PretrainConfig:
         check_range(self.range)
         if self.batch < 2:
             raise UsageError(f"batch {self.batch}: a step compares images, so it needs at least 2")
+
+
+def constant_shapes(config: PretrainConfig, ranks: int) -> bool:
+    """Whether blocks have the same shapes at every step: with stochastic depth, where whole groups of images do."""
+    images = config.batch // ranks // config.parallel.accumulate
+    return not config.vit.drop_path or images % depth_group(config.batch) == 0
 
 
 def fits(config: PretrainConfig, ranks: int) -> None:

@@ -16,6 +16,7 @@ from troodon.learn.objective import ANCHOR, CLS_TARGETS, VISIBLE_TARGETS
 from troodon.model.config import HeadConfig, ViTConfig, depth_group, depth_kept, flops
 
 FP32 = 4
+WHOLE = 2**32  # bytes of a frozen backbone up to which each rank holds all of it, so that nothing is gathered
 SHORT = 512  # tokens up to which a CPU keeps attention's whole matrix in bf16: that of model/packing.py
 
 Grid = tuple[int, int]  # rows and columns of patches
@@ -25,6 +26,11 @@ def backbone_parameters(vit: ViTConfig) -> int:
     positions = 1 + vit.grid**2 if vit.positions == "learned" else 0
     embedding = vit.dim * (vit.channels * vit.patch**2 + 1) + vit.dim * (2 + positions + vit.registers)
     return embedding + vit.depth * block_parameters(vit) + 2 * vit.dim
+
+
+def stays_whole(vit: ViTConfig, width: int) -> bool:
+    """Whether each rank holds the whole of a frozen backbone whose numbers have so many bytes."""
+    return width * backbone_parameters(vit) <= WHOLE
 
 
 def block_parameters(vit: ViTConfig) -> int:
@@ -193,8 +199,12 @@ class Cost:
         state = {"weights": own, "gradients": learned, "moments": 2 * learned, "EMA": own}
         anchor = FP32 * self.parameters["backbone"] // self.ranks
         state |= {"anchor": anchor} if ANCHOR in self.config.objective.needs else {}
-        width = FP32 if self.ranks > 1 else self.width
-        frozen = sum(width * backbone_parameters(t) for t in self.teachers) // self.ranks
+        frozen = sum(
+            self.width * backbone_parameters(t)
+            if self.ranks == 1 or stays_whole(t, self.width)
+            else FP32 * backbone_parameters(t) // self.ranks
+            for t in self.teachers
+        )
         return state | ({"teacher": frozen} if frozen else {})
 
     def block(self) -> tuple[float, float, float]:

@@ -26,7 +26,7 @@ from troodon.learn.loop import Learner, NotFinite, train
 from troodon.learn.losses import Ranks
 from troodon.learn.method import Method
 from troodon.learn.objective import ANCHOR
-from troodon.learn.parallel import build, build_anchor, first_weights
+from troodon.learn.parallel import build, build_anchor, compiles, first_weights
 from troodon.learn.recorder import OpenLog, Probe, Recorder, preprocessing
 from troodon.learn.teacher import Build, FrozenTeacher, Teacher, no_teachers
 from troodon.model.saved import SavedViT
@@ -124,7 +124,7 @@ def _loader(config: PretrainConfig, index: ImageSource, attack: Attack | None) -
         index, config.crops, config.photometric, config.masks, config.vit.patch, config.batch, config.seed,
         threads=config.threads or _share_of_processors(world_size), rank=rank, world_size=world_size,
         channels=config.vit.channels, processes=config.processes, weights=config.weights,
-        compiled=config.parallel.compile, attack=attack,
+        compiled=compiles(config, dist.device()), attack=attack,
     )  # fmt: skip
 
 

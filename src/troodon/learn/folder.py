@@ -97,7 +97,7 @@ def _decisive(config: PretrainConfig) -> dict:
     config = replace(
         config,
         guard=replace(config.guard, limit=default.guard.limit),
-        parallel=replace(config.parallel, recompute=default.parallel.recompute),
+        parallel=replace(config.parallel, recompute=default.parallel.recompute, compile=default.parallel.compile),
     )
     return {name: value for name, value in to_dict(config).items() if name not in FREE}
 

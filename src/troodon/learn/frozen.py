@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from troodon import dist
 from troodon.config import pair
 from troodon.learn.config import AdaptConfig, ParallelConfig, PretrainConfig
+from troodon.learn.cost import stays_whole
 from troodon.learn.network import Network
 from troodon.learn.objective import ObjectiveConfig
 from troodon.learn.parallel import build, first_weights
@@ -34,13 +35,14 @@ WITHOUT_HEADS = ObjectiveConfig(terms=(("cls_features", 1.0),))
 def build_teacher(
     teacher: Teacher, config: PretrainConfig, device: torch.device, compute: torch.dtype
 ) -> "FrozenNetwork":
-    """The network on its device, sharded over ranks, for crops of a run with this config."""
+    """The network on its device, whole or if it is very large a shard of it, for crops of a run with this config."""
     parallel = ParallelConfig(compile=config.parallel.compile)
     run = teacher.run or PretrainConfig(objective=WITHOUT_HEADS)
     vit = dataclasses.replace(teacher.vit, drop_path=0.0)
     run = dataclasses.replace(run, vit=vit, parallel=parallel, adapt=AdaptConfig())
-    network = build(run, first_weights(run, teacher.backbone, teacher.heads), device, compute)
-    if dist.world_size() == 1 and compute != torch.float32:  # shards are gathered in this dtype anyway
+    is_whole = dist.world_size() == 1 or stays_whole(vit, compute.itemsize)
+    network = build(run, first_weights(run, teacher.backbone, teacher.heads), device, compute, is_whole=is_whole)
+    if is_whole and compute != torch.float32:  # shards are gathered in this dtype anyway
         for layer in network.backbone.blocks.modules():
             if isinstance(layer, nn.Linear):  # the same numbers that autocast computes at each step
                 layer.to(compute)

@@ -9,6 +9,7 @@ from torch import Tensor
 from troodon.learn import optim
 from troodon.learn.config import OptimConfig
 from troodon.learn.method import Method
+from troodon.learn.parallel import reduce_between_machines
 from troodon.learn.schedules import ScheduledValues, Schedules
 from troodon.views.batch import Batch
 
@@ -100,7 +101,8 @@ def _backward(learner: Learner, parts: list[Batch], scheduled: ScheduledValues) 
     """Leave the clipped gradients of a step in the student; returns the terms and the gradient norms."""
     method, terms_of_parts = learner.method, []
     optim.apply(learner.optimizer, scheduled)
-    for part, targets in zip(parts, method.targets(parts, scheduled), strict=True):
+    for number, (part, targets) in enumerate(zip(parts, method.targets(parts, scheduled), strict=True), 1):
+        reduce_between_machines(method.student, is_due=number == len(parts))
         terms = method.losses(part, targets)
         (torch.stack([*terms.values()]).sum() / len(parts)).backward()
         terms_of_parts.append({name: term.detach() for name, term in terms.items()})

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from troodon.learn.config import PretrainConfig
+from troodon.learn.config import PretrainConfig, constant_shapes
 from troodon.learn.cost import Cost, Grid, total
 from troodon.model.config import ViTConfig, depth_group
 from troodon.text import duration, with_prefix
@@ -113,7 +113,7 @@ def plan(
 def shapes_change(config: PretrainConfig, ranks: int) -> str | None:
     """Why compiled blocks help little, if stochastic depth keeps another number of crops at each step; else None."""
     images, group = config.batch // ranks // config.parallel.accumulate, depth_group(config.batch)
-    if not config.vit.drop_path or not config.parallel.compile or images % group == 0:
+    if config.parallel.compile != "always" or constant_shapes(config, ranks):
         return None
     return (
         f"parallel.compile helps little: with vit.drop_path, blocks have one shape only where whole groups of {group} "
