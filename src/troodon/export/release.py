@@ -63,6 +63,8 @@ def release(
     if backbone.config.positions == "rope" and to in ("timm", "original"):
         others = ", ".join(("huggingface", *GRAPHS))
         raise UsageError(f"--to {to}: Troodon writes no rotary positions under its names; --to {others} have them")
+    if backbone.config.stem != "linear" and to not in GRAPHS:
+        raise UsageError(f"--to {to}: its networks have no convolutional stem; --to {', '.join(GRAPHS)} have it")
     blocks = backbone.block_numbers(list(blocks))
     backbone = _as_saved(backbone)
     network = Network(backbone.vit, blocks, norm).eval()

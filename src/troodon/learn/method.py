@@ -185,6 +185,8 @@ class Method:
     def after_step(self, scheduled: ScheduledValues) -> None:
         """Update the EMA and the centres. Under FSDP each rank updates its own shards."""
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.student.parameters()), 1.0 - scheduled.ema_momentum)
+        for of_ema, of_student in zip(self.ema.buffers(), self.student.buffers(), strict=True):  # running statistics
+            of_ema.copy_(of_student)
         self.centres |= self._next_centres
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from troodon.config import fingerprint
+from troodon.config import UsageError, fingerprint
 from troodon.model.backbone import Backbone
 
 # Shape suffixes: D channels of a token, C channels of the given network, K of the wanted one, p pixels of a patch.
@@ -16,8 +16,13 @@ def with_channels(backbone: Backbone, mean: Sequence[float], std: Sequence[float
     """The backbone for images of `len(mean)` channels, which are normalised by `mean` and `std`.
 
     Each channel gets the same share of all weights of the patch embedding. So a picture that is the same in all
-    channels has the features that it has in the given network: a grey picture those of its RGB repetition.
+    channels has the features that it has in the given network: a grey picture those of its RGB repetition. UsageError
+    for a network with a convolutional stem.
     """
+    if backbone.config.stem != "linear":
+        raise UsageError(
+            f"{backbone.name}: its convolutional stem is for {backbone.channels} channels, and no other number"
+        )
     p = backbone.preprocessing
     state = dict(backbone.vit.state_dict())
     state |= _embedding(state, (p.mean, p.std), (mean, std))

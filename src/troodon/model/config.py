@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from troodon.config import Range, UsageError, check_range, to_dict, within
@@ -42,8 +43,9 @@ class ViTConfig:
     """Learned, and resized to the grid; or rotary, as in DINOv3 (https://arxiv.org/abs/2508.10104), without `grid`."""
 
     stem: Literal["linear", "convolutional"] = "linear"
-    """What makes a vector of a patch: one linear map of its pixels; or 3 x 3 convolutions of stride 2, which learn much
-    faster from few images (https://arxiv.org/abs/2106.14881), for patches of 2, 4, 8, 16 or 32 pixels."""
+    """What makes a vector of a patch: one linear map of its pixels; or 3 x 3 convolutions of stride 2 with batch
+    normalisation, which learn much faster from few images (https://arxiv.org/abs/2106.14881), for patches of 2, 4, 8,
+    16 or 32 pixels."""
 
     LATER = ("mlp_width", "norm_eps", "positions", "stem")
 
@@ -58,7 +60,9 @@ class ViTConfig:
             raise UsageError(f"vit.positions rope: {self.dim // self.heads} channels a head do not divide by 4; {near}")
         if self.stem == "convolutional" and (self.patch & (self.patch - 1) or self.patch == 1):
             near = 2 ** max(1, round(math.log2(self.patch)))
-            raise UsageError(f"vit.stem convolutional halves sides: vit.patch {self.patch} is no power of 2; set {near}")
+            raise UsageError(
+                f"vit.stem convolutional halves sides: vit.patch {self.patch} is no power of 2; set {near}"
+            )
         if not 0.0 <= self.drop_path < 1.0:
             raise UsageError(f"vit.drop_path {self.drop_path} is not in [0, 1)")
 
@@ -137,7 +141,7 @@ def stem_products(config: ViTConfig) -> int:
     if config.stem == "linear":
         return config.dim * config.channels * config.patch**2
     widths, products = (config.channels, *stem_widths(config)), 0
-    for number, (before, after) in enumerate(zip(widths, widths[1:]), start=1):
+    for number, (before, after) in enumerate(pairwise(widths), start=1):
         products += (config.patch >> number) ** 2 * 9 * before * after
     return products + widths[-1] * config.dim
 
@@ -147,14 +151,15 @@ def stem_parameters(config: ViTConfig) -> int:
     if config.stem == "linear":
         return config.dim * (config.channels * config.patch**2 + 1)
     widths = (config.channels, *stem_widths(config))
-    convolutions = sum((9 * before + 1) * after for before, after in zip(widths, widths[1:]))
+    convolutions = sum((9 * before + 2) * after for before, after in pairwise(widths))  # with their norms
     return convolutions + config.dim * (widths[-1] + 1)
 
 
 def stem_activations(config: ViTConfig) -> int:
-    """Numbers that a convolutional stem keeps of one patch for the backward pass, besides its pixels."""
+    """Numbers that a convolutional stem keeps of one patch for the backward pass, besides its pixels: those before and
+    after each norm."""
     widths = stem_widths(config) if config.stem == "convolutional" else ()
-    return sum((config.patch >> number) ** 2 * width for number, width in enumerate(widths, start=1))
+    return 2 * sum((config.patch >> number) ** 2 * width for number, width in enumerate(widths, start=1))
 
 
 def flops(config: ViTConfig, grid: tuple[int, int], kept: float = 1.0) -> float:

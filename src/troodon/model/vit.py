@@ -18,6 +18,7 @@ from troodon.model.config import ViTConfig
 from troodon.model.packing import KeptSequences, Layout, attend, draw_kept, makes_graph, pack, residual, unpack
 from troodon.model.positions import resize_by_products
 from troodon.model.rotary import RotaryPositions, turned
+from troodon.model.stem import STEMS
 
 # Shape suffixes, besides those of packing.py: B images, C colours, P patches, R registers,
 #                                              h w rows and columns of patches.
@@ -171,21 +172,6 @@ class Block(nn.Module):
         return residual(x_TD, lambda x, _: self.mlp(self.norm2(x), self.ls2), layout, kept_mlp, is_own=True)
 
 
-class PatchEmbed(nn.Module):
-    def __init__(self, config: ViTConfig):
-        super().__init__()
-        self.patch = config.patch
-        self.proj = nn.Conv2d(config.channels, config.dim, config.patch, config.patch)
-
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, h * w, D), row by row. A matrix product, as patches do not overlap."""
-        if type(self.proj) is not nn.Conv2d:  # an adapter around it
-            return self.proj(images_BCHW).flatten(2).transpose(1, 2)
-        p = self.patch
-        x_BhwCpp = images_BCHW.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)
-        return F.linear(x_BhwCpp.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
-
-
 class ViT(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -198,7 +184,7 @@ class ViT(nn.Module):
         if config.registers:
             self.register_tokens = nn.Parameter(torch.empty(1, config.registers, config.dim))
         self.mask_token = nn.Parameter(torch.empty(1, config.dim))
-        self.patch_embed = PatchEmbed(config)
+        self.patch_embed = STEMS[config.stem](config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = LayerNorm(config.dim, eps=config.norm_eps)
 
@@ -209,12 +195,14 @@ class ViT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm | nn.Conv2d):
+            elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
+            elif module is self.patch_embed:
+                module.initialize()
             elif isinstance(module, LayerScale):
                 module.gamma.fill_(module.initial)
         if self.config.positions == "learned":
-            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+            nn.init.trunc_normal_(self.pos_embed, std=self.patch_embed.position_std)
         else:
             self.rope_embed.initialize()
         nn.init.normal_(self.cls_token, std=1e-6)
