@@ -362,3 +362,37 @@ def test_files_give_the_same_features_by_one_thread_and_by_many(world, tmp_path,
             net.features([*paths, tmp_path / "none.png"])
     assert found[0] == found[1]
     assert len(found[0][0]) == COUNT - 1
+
+
+def test_workers_and_jobs_write_the_same_files(world, net, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("submitit", reason="needs submitit: pip install 'troodon[slurm]'")
+    monkeypatch.setitem(embedding.embed.__wrapped__.__kwdefaults__, "partition_size", 4)
+    words = ["embed", "--backbone", world / "net", "--data", world / "photos", "--compute", "fp32"]
+    shared = {
+        "alone": [], "two": ["--workers", "2"],
+        "array": ["--backend", "slurm", "--workers", "2", "--slurm.cluster", "local", "--slurm.cpus-per-job", "1"],
+    }  # fmt: skip
+    for name, options in shared.items():
+        assert run(*words, "--out", tmp_path / name, *options, capsys=capsys)[0] == 0
+    files = [
+        {(tmp_path / name / file).read_bytes() for name in shared} for file in ("embeddings.npy", "images.parquet")
+    ]
+    assert [len(contents) for contents in files] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--backend", "slurm"], "workers 0: of the backend slurm, the jobs of an array; 1 or more"),
+        (["--slurm.partition", "gpus"], "they need --backend slurm, and it is local"),
+        (["--workers", "2", "--compile"], "a network is compiled in this process only"),
+        (["--backend", "slrum"], "backend 'slrum'"),
+        (["--backend", "ray", "--device", "cuda:1"], "Ray gives each process a device of its own"),
+    ],
+)
+def test_mistakes_about_backends_are_refused(world, tmp_path, capsys, options, said):
+    words = ["embed", "--backbone", world / "net", "--data", world / "photos", "--out", tmp_path / "e"]
+    code, _, err = run(*words, *options, capsys=capsys)
+    assert code == 2
+    assert said in err
+    assert not (tmp_path / "e").exists()

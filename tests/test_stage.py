@@ -207,8 +207,12 @@ def test_a_process_places_networks_once(tmp_path):
 def cluster():
     ray = pytest.importorskip("ray", reason="needs ray: pip install 'troodon[ray]'")
     environment = {"PYTHONPATH": os.pathsep.join(sys.path)}
-    ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=True,
-             object_store_memory=10**8, runtime_env={"env_vars": environment})  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "0,1")  # made ones, which no test computes on
+        ray.init(
+            num_cpus=2, num_gpus=2, include_dashboard=False, object_store_memory=10**8,
+            runtime_env={"env_vars": environment},
+        )  # fmt: skip
     yield ray
     ray.shutdown()
 

@@ -20,6 +20,7 @@ from troodon.config import UsageError, nearest, pair
 from troodon.devices import choose_device, memory_advice
 from troodon.model import inference
 from troodon.model.config import Preprocessing, ViTConfig
+from troodon.model.notebook import backbone_table, features_table
 from troodon.model.preprocess import check_divides, crop, joined, stacked, whole, with_size
 from troodon.model.saved import SavedViT
 from troodon.model.vit import Tokens, ViT
@@ -54,6 +55,9 @@ class Features:
             return self.patches.mean((1, 2))
         return torch.stack([hwD.mean((0, 1)) for hwD in self.patches]) if self.patches else torch.zeros_like(self.cls)
 
+    def _repr_html_(self) -> str:
+        return features_table(self)
+
 
 @dataclass(frozen=True)
 class Backbone(SavedViT):
@@ -70,6 +74,9 @@ class Backbone(SavedViT):
         c, size = self.config, " x ".join(map(str, pair(self.preprocessing.crop)))
         shape = f"depth {c.depth}, dim {c.dim}, patch {c.patch}, images of {size} pixels"
         return f"Backbone({self.name!r}, {shape}, {self.dtype}, computes in {self.compute}, on {self.device})"
+
+    def _repr_html_(self) -> str:
+        return backbone_table(self)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,6 +111,11 @@ class Backbone(SavedViT):
     def prepare(self, images: Picture | Sequence[Picture], *, size: Size = None) -> Tensor:
         """Pictures of any sizes, as `features` takes them -> (B, C, *crop), resized, cropped and normalised."""
         p = with_size(self.preprocessing, size, self.config.patch)
+        if isinstance(images, list) and images and len(p.mean) == self.channels and all(map(is_pixels, images)):
+            batch_BCHW = torch.empty(len(images), self.channels, *pair(p.crop))  # written once: this is what threads do
+            for image_HWC, x_CHW in zip(images, batch_BCHW, strict=True):
+                crop(self._pixels(image_HWC), p, x_CHW)
+            return batch_BCHW
         batches = [x_BCHW for _, x_BCHW in self._batches(images, p, False, "raise")]
         return joined(batches) if batches else torch.zeros(0, self.channels, *pair(p.crop))
 
@@ -356,6 +368,11 @@ class Backbone(SavedViT):
             vit = ViT(config)
             vit.initialize()
         return Backbone.from_state_dict(vit.state_dict(), config, preprocessing, name="random")
+
+
+def is_pixels(picture: Picture) -> bool:
+    """Whether this is what reading gives: an array (H, W, C) of 8 bits."""
+    return isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim == 3
 
 
 def _as_list(images: Picture | Sequence[Picture]) -> list[Picture]:

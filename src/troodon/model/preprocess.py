@@ -40,8 +40,8 @@ def check_divides(sides: Sequence[int], patch: int, what: str) -> None:
         raise UsageError(f"{what} of {size} pixels does not divide into patches of {patch}; the nearest is {near}")
 
 
-def crop(image_HWC: np.ndarray, p: Preprocessing) -> Tensor:
-    """uint8 (H, W, C) -> (C, *crop): resized to cover the crop, cut to its middle, and normalised."""
+def crop(image_HWC: np.ndarray, p: Preprocessing, out: Tensor | None = None) -> Tensor:
+    """uint8 (H, W, C) -> (C, *crop): resized to cover the crop, cut to its middle, normalised; into `out`, if any."""
     crop_h, crop_w = pair(p.crop)
     height, width = image_HWC.shape[:2]
     # What a long image has beyond these is never shown, and is cut before resizing.
@@ -54,7 +54,7 @@ def crop(image_HWC: np.ndarray, p: Preprocessing) -> Tensor:
     size = [max(round(cover[0]), round(height * scale)), max(round(cover[1]), round(width * scale))]
     x_CHW = _resized(image_HWC, size)
     top, left = (size[0] - crop_h) // 2, (size[1] - crop_w) // 2
-    return _normalised(x_CHW[:, top : top + crop_h, left : left + crop_w], p)
+    return _normalised(x_CHW[:, top : top + crop_h, left : left + crop_w], p, out)
 
 
 def whole(image_HWC: np.ndarray, p: Preprocessing, patch: int) -> Tensor:
@@ -102,10 +102,11 @@ def _resized(image_HWC: np.ndarray, size: list[int]) -> Tensor:
     return F.interpolate(x_CHW[None], size=size, mode="bicubic", antialias=True)[0]
 
 
-def _normalised(x_CHW: Tensor, p: Preprocessing) -> Tensor:
+def _normalised(x_CHW: Tensor, p: Preprocessing, out: Tensor | None = None) -> Tensor:
     """By numpy, which starts no threads of its own: this runs in threads, and torch would start some in each."""
     mean, std = (np.array(v, np.float32)[:, None, None] for v in (p.mean, p.std))
-    out_CHW = np.divide(x_CHW.numpy(), np.float32(255), dtype=np.float32, order="C")
+    out_CHW = np.empty(x_CHW.shape, np.float32) if out is None else out.numpy()
+    np.divide(x_CHW.numpy(), np.float32(255), out=out_CHW)
     out_CHW -= mean
     out_CHW /= std
     return torch.from_numpy(out_CHW)
