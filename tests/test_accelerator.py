@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -19,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.test_plan import batch
-from troodon import dist
+from troodon import devices, dist
 from troodon.config import from_dict
-from troodon.learn import optim
+from troodon.learn import engine, health, optim
 from troodon.learn.config import OptimConfig, ParallelConfig, PretrainConfig
 from troodon.learn.loop import broken_and_stop
 from troodon.learn.method import Method
@@ -209,3 +210,58 @@ def test_ranks_wait_longer_for_one_than_its_quick_readings_take(
     with dist.process_group():
         pass
     assert joined[0]["timeout"].total_seconds() >= 1800
+
+
+def test_processors_are_those_this_process_may_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of a machine of 64, by affinity 8, by the quota of a container two and a half."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(devices, "QUOTA", tmp_path / "cpu.max")
+    assert devices.processors() == 8
+    for quota, expected in (("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1)):
+        (tmp_path / "cpu.max").write_text(quota)
+        assert devices.processors() == expected
+
+
+def test_what_is_sent_to_a_gpu_is_pinned() -> None:
+    """A copy from other memory would wait for the device."""
+
+    class Host:
+        pinned = False
+
+        def pin_memory(self) -> "Host":
+            self.pinned = True
+            return self
+
+        def to(self, device: torch.device, non_blocking: bool) -> tuple[bool, bool]:
+            return self.pinned, non_blocking
+
+    assert [devices.send(Host(), device) for device in (CUDA, CPU)] == [(True, True), (False, True)]  # type: ignore
+
+
+def test_processes_read_for_a_gpu_where_they_can(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def processes(device: torch.device, **settings: Any) -> int:
+        return engine._processes(replace(CONFIG, **settings), 6, device, 1)
+
+    monkeypatch.setattr(engine, "SHARED_MEMORY", tmp_path)
+    assert processes(CUDA) == 0  # a script of a user, which would run in each of them
+    monkeypatch.setattr(engine, "current_command", ["pretrain"])
+    assert (processes(CUDA), processes(CPU)) == (6, 0)
+    assert (processes(CUDA, processes=0), processes(CPU, processes=2)) == (0, 2)
+    free = shutil.disk_usage(tmp_path)._replace(free=4 * 4 * 3 * (2 * 16**2 + 2 * 8**2) - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    assert processes(CUDA) == 0
+
+
+def test_health_is_read_of_the_parts_of_a_step() -> None:
+    """A batch whose parts go through one after another would not fit as a whole."""
+    weights, seen, scheduled = first_weights(CONFIG, None), batch(CONFIG), CONFIG.schedules.at(50, 100)
+    method = Method(CONFIG.objective, *(build(CONFIG, weights, CPU, torch.float32) for _ in range(2)))
+    images: list[int] = []
+    method.ema.backbone.register_forward_pre_hook(lambda _, groups: images.append(len(groups[0][0])))
+    whole = health.read(method, seen.chunk(1), scheduled)
+    assert images == [8, 4]
+    images.clear()
+    parts = health.read(method, seen.chunk(2), scheduled)
+    assert images == [4, 4, 2, 2]
+    assert {n: x.item() for n, x in parts.items()} == pytest.approx({n: x.item() for n, x in whole.items()}, rel=1e-5)

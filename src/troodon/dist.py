@@ -66,6 +66,7 @@ def process_group() -> Iterator[None]:
         yield
         return
     if device().type == "cuda":
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # masked patches vary in number
         torch.cuda.set_device(device())
     if folder := os.environ.get(RENDEZVOUS):
         stop_with_parent()

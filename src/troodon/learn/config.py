@@ -114,8 +114,9 @@ class PretrainConfig:
     """How often each source of --data is shown, relative to the others; by its number of images if left out."""
     threads: int = 0
     """Threads that read and crop images; 0 is one per processor, at most 16."""
-    processes: int = 0
-    """Processes that read and crop images in their place, for data sets whose Python code holds threads up."""
+    processes: int | None = None
+    """Processes that read and crop images in their place; 0 is none. If left out, on a GPU as many as threads, where
+    shared memory (/dev/shm) holds the batches."""
     log_every: int = 10
     """Steps between records of metrics.jsonl."""
     log_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()

@@ -5,7 +5,9 @@ each writes a run of its own, as if it were alone.
 """
 
 import contextlib
+import math
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from troodon import dist
+from troodon.devices import processors
 from troodon.learn import adapters, best, checkpoint, guard, optim
 from troodon.learn.checkpoint import Saver, TrainingProgress
 from troodon.learn.config import PretrainConfig
@@ -30,10 +33,12 @@ from troodon.learn.parallel import build, build_anchor, compiles, first_weights
 from troodon.learn.recorder import OpenLog, Probe, Recorder, preprocessing
 from troodon.learn.teacher import Build, FrozenTeacher, Teacher, no_teachers
 from troodon.model.saved import SavedViT
-from troodon.run import Interrupted, say
+from troodon.run import Interrupted, current_command, say
 from troodon.views.crops import Attack
 from troodon.views.image_source import ImageSource
-from troodon.views.loader import Loader
+from troodon.views.loader import BATCHES_AHEAD, Loader
+
+SHARED_MEMORY = Path("/dev/shm")  # through which processes hand over crops; small in some containers
 
 
 @dataclass(frozen=True)
@@ -119,12 +124,13 @@ def run(
 
 
 def _loader(config: PretrainConfig, index: ImageSource, attack: Attack | None) -> Loader:
-    rank, world_size = dist.rank(), dist.world_size()
+    rank, world_size, device = dist.rank(), dist.world_size(), dist.device()
+    threads = config.threads or _share_of_processors(world_size)
     return Loader(
         index, config.crops, config.photometric, config.masks, config.vit.patch, config.batch, config.seed,
-        threads=config.threads or _share_of_processors(world_size), rank=rank, world_size=world_size,
-        channels=config.vit.channels, processes=config.processes, weights=config.weights,
-        compiled=compiles(config, dist.device()), attack=attack,
+        threads=threads, rank=rank, world_size=world_size,
+        channels=config.vit.channels, processes=_processes(config, threads, device, world_size), weights=config.weights,
+        compiled=compiles(config, device), attack=attack,
     )  # fmt: skip
 
 
@@ -234,7 +240,24 @@ def _common_step(tasks: Sequence[Task]) -> int:
 
 def _share_of_processors(world_size: int) -> int:
     """Threads that read images, if the ranks of one machine share its processors."""
-    return max(1, min(16, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))))
+    return max(1, min(16, processors() // _ranks_here(world_size)))
+
+
+def _ranks_here(world_size: int) -> int:
+    """Ranks of this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+
+
+def _processes(config: PretrainConfig, threads: int, device: torch.device, world_size: int) -> int:
+    """Processes that read images in place of so many threads: on a GPU, whose steps need the interpreter, if a command
+    started this process (the start of a script would run in each of them), and shared memory holds the batches."""
+    if config.processes is not None or device.type != "cuda" or not current_command:
+        return config.processes or 0
+    sizes = [(2, wide, config.crops.locals, narrow) for wide, narrow, _ in config.crops.sizes()]
+    pixels = max(a * math.prod(wide) + b * math.prod(narrow) for a, wide, b, narrow in sizes)
+    needed = (BATCHES_AHEAD + 2) * config.batch // world_size * config.vit.channels * pixels * _ranks_here(world_size)
+    has_room = SHARED_MEMORY.exists() and needed < shutil.disk_usage(SHARED_MEMORY).free
+    return threads if has_room else 0
 
 
 def _recover(error: NotFinite, students: Sequence[Student], loader: Loader) -> TrainingProgress:

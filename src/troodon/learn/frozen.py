@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import platform
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,9 +13,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from troodon import dist
 from troodon.config import pair
+from troodon.devices import send
 from troodon.learn.config import AdaptConfig, ParallelConfig, PretrainConfig
 from troodon.learn.cost import stays_whole
 from troodon.learn.network import Network
@@ -67,18 +70,21 @@ def frozen_teachers(
 ) -> Iterator[list["FrozenNetwork"]]:
     """Frozen teachers on their device. If crops come again, each has a cache below the folder `run`, until the end."""
     frozen = [build_teacher(teacher, config, device, compute) for teacher in teachers]
-    crops, home = config.crops, run / "seen-by-teachers"
+    # Each machine has its own: on a disk of the network, others may see that tokens are there before they are.
+    crops, home = config.crops, run / "seen-by-teachers" / platform.node()
     if not frozen or not crops.visits or crops.mixed:
         yield frozen
         return
     if dist.rank() == 0:
-        shutil.rmtree(home, ignore_errors=True)
-        home.mkdir()
+        shutil.rmtree(home.parent, ignore_errors=True)
     dist.barrier()
+    home.mkdir(parents=True, exist_ok=True)
     try:
         for number, teacher in enumerate(frozen):
             height, width = pair(crops.global_px)
             tokens = 1 + height // teacher.vit.patch * (width // teacher.vit.patch)
+            if isinstance(next(teacher.network.parameters()), DTensor):
+                continue  # where some ranks had read what others compute, these would wait for their shards for ever
             sizes = (images, crops.visits, 2, tokens, teacher.vit.dim)
             if TeacherCache.fits(home / f"{number}", *sizes):
                 teacher.cache = TeacherCache(home / f"{number}", *sizes)
@@ -88,7 +94,7 @@ def frozen_teachers(
         yield frozen
     finally:
         if dist.rank() == 0:
-            shutil.rmtree(home, ignore_errors=True)
+            shutil.rmtree(home.parent, ignore_errors=True)
 
 
 class FrozenNetwork:
@@ -168,8 +174,8 @@ class TeacherCache:
         rows = self._rows(batch)
         if not self.present[rows].all():
             return None
-        tokens_BGTD = torch.from_numpy(self.tokens[rows])
-        return tokens_BGTD.transpose(0, 1).flatten(0, 1).float().to(batch.globals_GBCHW.device)
+        tokens_BGTD = send(torch.from_numpy(self.tokens[rows]), batch.globals_GBCHW.device)  # half as many bytes
+        return tokens_BGTD.transpose(0, 1).flatten(0, 1).float()
 
     def write(self, batch: Batch, tokens_NTD: Tensor) -> None:
         rows = self._rows(batch)

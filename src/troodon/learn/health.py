@@ -20,18 +20,20 @@ READINGS = 3  # that a verdict looks at
 
 
 @torch.no_grad()
-def read(method: Method, batch: Batch, scheduled: ScheduledValues) -> dict[str, Tensor]:
+def read(method: Method, parts: list[Batch], scheduled: ScheduledValues) -> dict[str, Tensor]:
     """Readings, () each, that tell a network that learns from one that collapses; the same on every rank.
 
-    They describe the teacher's prototype targets, if there are any, and the EMA's features of this batch. They cost a
-    forward pass of each.
+    They describe the teacher's prototype targets, if there are any, and the EMA's features of this batch, of which
+    memory holds a part at a time. They cost a forward pass of each.
     """
-    (targets,) = method.targets([batch], replace(scheduled, anchored=False, new_anchor=False))  # no anchor changes
-    prototype_targets = targets.patches if targets.cls is None else targets.cls
-    readings = {} if prototype_targets is None else target_readings(prototype_targets.whole(), method)
+    targets = method.targets(parts, replace(scheduled, anchored=False, new_anchor=False))  # no anchor changes
+    of_parts = [part.patches if part.cls is None else part.cls for part in targets]
+    wholes = [prototype_targets.whole() for prototype_targets in of_parts if prototype_targets is not None]
+    targets_MK = wholes[0] if len(wholes) == 1 else torch.cat(wholes) if wholes else None  # one is large enough
+    readings = {} if targets_MK is None else target_readings(targets_MK, method)
     with method.autocast():
-        (tokens,) = method.ema.backbone([batch.globals_GBCHW[0]])
-    return readings | feature_readings(method.ranks.gather(tokens.cls_BD.float()))
+        features = [method.ema.backbone([part.globals_GBCHW[0]])[0].cls_BD.float() for part in parts]
+    return readings | feature_readings(method.ranks.gather(torch.cat(features)))
 
 
 def target_readings(targets_MK: Tensor, method: Method) -> dict[str, Tensor]:

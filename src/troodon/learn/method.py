@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from troodon.devices import send
 from troodon.learn import prototypes
 from troodon.learn.features import moments, standardised
 from troodon.learn.losses import ALONE, Ranks
@@ -63,7 +64,7 @@ class Method:
     def _student_output(self, batch: Batch, patches: PatchSelection | None) -> StudentOutput:
         """The student sees global crops, masked unless a frozen teacher teaches, and local crops."""
         crops = [batch.globals_GBCHW.flatten(0, 1)] + [batch.locals_VBCHW.flatten(0, 1)] * (len(batch.locals_VBCHW) > 0)
-        masks = [None if self.teachers else batch.masks_NP.to(crops[0].device, non_blocking=True), None]
+        masks = [None if self.teachers else send(batch.masks_NP, crops[0].device), None]
         with self.autocast():
             of_globals, *of_locals = self.student.backbone(crops, masks[: len(crops)], batch.share)
             tokens, mapped = {}, {}
@@ -89,7 +90,7 @@ class Method:
             weight_M = torch.full((crops * patches,), 1.0 / patches, device=device)
             return PatchSelection(None, weight_M, weight_M)
         if VISIBLE_TARGETS in self.config.needs:
-            weights = (_shares(mask_NP).to(device, non_blocking=True) for mask_NP in (batch.masks_NP, ~batch.masks_NP))
+            weights = (send(_shares(mask_NP), device) for mask_NP in (batch.masks_NP, ~batch.masks_NP))
             return PatchSelection(None, *weights)
         index_M, weight_M = batch.masked_patches()
         return PatchSelection(index_M, weight_M, torch.zeros_like(weight_M))

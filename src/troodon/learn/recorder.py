@@ -120,7 +120,8 @@ class Recorder:
         if due(config.health_every) or due(config.log_every) or probe:
             readings = {}
             if due(config.health_every):
-                readings = health.read(self.method, batch, config.schedules.at(step, config.steps))
+                parts = batch.chunk(config.parallel.accumulate)
+                readings = health.read(self.method, parts, config.schedules.at(step, config.steps))
             self.record(readings, {"knn": self.knn(done)} if probe else {})
         patience = config.adapt.patience if probe else 0
         if patience:

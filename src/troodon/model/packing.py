@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from troodon.devices import send
 from troodon.dist import Share
 from troodon.model.config import depth_group, depth_kept
 
@@ -144,7 +145,7 @@ def draw_kept(
     lengths_S = np.array(layout.lengths)
     length_K, start_K = lengths_S[sequence_K], (lengths_S.cumsum() - lengths_S)[sequence_K]
     sent_2K = torch.from_numpy(np.stack([start_K - (length_K.cumsum() - length_K), length_K]))
-    shift_K, length_K = (sent_2K.pin_memory() if device.type == "cuda" else sent_2K).to(device, non_blocking=True)
+    shift_K, length_K = send(sent_2K, device)
     inner = [tuple((n, length) for n, (_, length) in zip(kept, layout.groups)) for kept in counts]
     sizes = [sum(n * length for n, length in groups) for groups in inner]
     tokens_T = shift_K.repeat_interleave(length_K, output_size=sum(sizes)) + torch.arange(sum(sizes), device=device)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from troodon.devices import send
 from troodon.dist import Share
 
 # Shape suffixes: G global and V local crops of each of B images, C colours, H W pixels,
@@ -41,4 +42,4 @@ class Batch:
         index_M = self.masks_NP.flatten().nonzero().squeeze(1)
         weight_M = (1.0 / count_N1).expand_as(self.masks_NP).flatten()[index_M]
         device = self.globals_GBCHW.device
-        return index_M.to(device, non_blocking=True), weight_M.to(device, non_blocking=True)
+        return send(index_M, device), send(weight_M, device)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from troodon.bad_image import BadImage
 from troodon.config import UsageError
+from troodon.devices import processors
 from troodon.dist import Share
 from troodon.views import masks, photometric
 from troodon.views.batch import Batch
@@ -175,10 +176,10 @@ class Loader:
 
     def advice(self) -> list[str]:
         """What would make loading faster here, the most likely first."""
-        advice, processors = [], os.cpu_count() or 1
+        advice, there = [], processors()
         workers = self.processes or self.index.thread_count(self.threads)
-        if workers * self.world_size < processors:
-            advice.append(f"more threads (threads {workers} on {processors} processors)")
+        if workers * self.world_size < there:
+            advice.append(f"more threads (threads {workers} on {there} processors)")
         if self.index.packing_helps:
             advice.append("`troodon pack` puts the images on the disk of this machine, and makes each fast to read")
         if importlib.util.find_spec("simplejpeg") is None:
