@@ -1,23 +1,44 @@
 """The losses streamed over prototypes: equal to their plain form, on any number of ranks, and without its matrices."""
 
+import os
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from benchmarks.measure import peak_memory
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests import parity
 from tests.ranks import on_ranks
 from troodon import dist
-from troodon.learn import losses, prototypes
+from troodon.learn import chunks, fused, losses, prototypes
 from troodon.learn.losses import ALONE, Ranks
 from troodon.model.head import HeadOutput
 
+OPERATIONS = ("log_row_sums", "log_column_sums", "cross_entropies", "logit_gradients")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run as Python; read where they are imported
 
-@pytest.fixture(params=["kept", "made again", "one chunk"])
+
+@pytest.fixture(params=["kept", "made again", "one chunk", "kernels"])
 def form(request, monkeypatch):
-    """Whether logits are kept, and how many prototypes come at a time; the last chunk is shorter than the others."""
+    """Whether logits are kept, and how many come at a time; the last chunk is shorter than the others."""
     monkeypatch.setattr(prototypes, "CACHED", 0 if request.param == "made again" else 1 << 26)
-    monkeypatch.setattr(prototypes, "chunk_size", lambda device: 64 if request.param == "one chunk" else 7)
+    if request.param != "one chunk":
+        in_chunks(monkeypatch)
+    if request.param == "kernels":
+        kernels = pytest.importorskip("troodon.learn.kernels", reason="needs triton", exc_type=ImportError)
+        for name in OPERATIONS:
+            monkeypatch.setattr(fused, name, getattr(kernels, name))
+
+
+def in_chunks(patch) -> None:
+    """Of 7 rows with all prototypes, or of 280 logits with all rows."""
+    patch.setattr(chunks, "ROWS_ON_PROCESSOR", 7)
+    patch.setattr(chunks, "ON_PROCESSOR", 280)
 
 
 def answer(rows: int, seed: int, count: int = 40, length: float = 1.0) -> HeadOutput:
@@ -30,7 +51,7 @@ def near(ours, theirs):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
 
 
-@pytest.mark.parametrize(("temperature", "length"), [(0.07, 1.0), (0.005, 1.0), (0.04, 10.0)])
+@pytest.mark.parametrize(("temperature", "length"), [(0.1, 1.0), (0.07, 1.0), (0.005, 1.0), (0.04, 10.0)])
 def test_targets_are_those_of_the_plain_form(form, temperature, length):
     given = answer(24, 0, length=length)
     scaled = prototypes.sinkhorn(given, temperature, ALONE)
@@ -90,7 +111,7 @@ def test_ranks_with_different_numbers_of_rows_are_one():
 
 
 def _share(divisions):
-    prototypes.chunk_of, prototypes.KEPT, found = lambda device: 7, 0, []
+    prototypes.CACHED, chunks.ROWS_ON_PROCESSOR, found = 0, 2, []
     rows_MD, prototypes_KD = answer(10, 3)
     ranks = Ranks(dist.sum_over_ranks, dist.max_over_ranks, dist.all_gather)
     for counts in divisions:
@@ -100,6 +121,47 @@ def _share(divisions):
     return found
 
 
+def test_ranks_speak_once_a_round_however_many_chunks_there_are(monkeypatch):
+    """And once more in the first, whose sums have no bound that fp32 holds."""
+    in_chunks(monkeypatch)
+    spoken = []
+
+    def counted(name):
+        return lambda x: spoken.append((name, len(x))) or x
+
+    prototypes.sinkhorn(answer(24, 0), 0.05, Ranks(*map(counted, ("total", "largest", "gather"))))
+    assert spoken == [("largest", 40), *[("total", 40)] * 3]
+
+
+def test_the_loss_reads_logits_a_few_times(monkeypatch):
+    """All that is no product, on tensors without numbers: 5 times for Sinkhorn-Knopp, and once for each of student and
+    teacher forward and backward."""
+    monkeypatch.setattr(prototypes, "CACHED", 0)
+    for name, value in (("ON_PROCESSOR", 2**24), ("ROWS_ON_PROCESSOR", 999)):
+        monkeypatch.setattr(chunks, name, value)
+    rows, count, dim = 2000, 30_000, 64
+    with FakeTensorMode(), Moved() as moved:
+        x, w = (torch.empty(n, dim, dtype=torch.bfloat16) for n in (rows, count))
+        targets = prototypes.sinkhorn(HeadOutput(x, w), 0.05, ALONE)
+        context = SimpleNamespace(save_for_backward=lambda *saved: setattr(context, "saved_tensors", saved))
+        prototypes._CrossEntropies.forward(context, x[None], w, targets, 0.1)
+        prototypes._CrossEntropies.backward(context, torch.empty(1, 1, rows))
+    assert moved.bytes / (rows * count) == pytest.approx(2 * (5 + 2 + 2) + 2, rel=0.05)  # in bf16, and the gradient
+
+
+class Moved(TorchDispatchMode):
+    """Bytes of tensors that operations besides products and views take and give."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        is_view = any(returned.alias_info and not returned.alias_info.is_write for returned in function._schema.returns)
+        if function.namespace != "prim" and function._opname != "mm" and not is_view:
+            self.bytes += sum(x.nbytes for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor))
+        return result
+
+
 def test_golden_numbers_hold_however_they_are_streamed(shared, form):
     lines = list(parity.compare(shared("step_sinkhorn_separate.npz", "golden")))
     assert [line for line in lines if not line.holds] == []
@@ -107,7 +169,8 @@ def test_golden_numbers_hold_however_they_are_streamed(shared, form):
 
 def test_memory_does_not_grow_with_rows_times_prototypes(monkeypatch):
     monkeypatch.setattr(prototypes, "CACHED", 0)
-    monkeypatch.setattr(prototypes, "chunk_size", lambda device: 256)
+    monkeypatch.setattr(chunks, "ROWS_ON_PROCESSOR", 16)
+    monkeypatch.setattr(chunks, "ON_PROCESSOR", 512 * 256)
     peaks = []
     for rows, count in ((64, 4096), (512, 4096), (512, 8192)):
         teacher, student = answer(rows, 1, count), answer(rows, 2, count)

@@ -1,8 +1,19 @@
-"""How the product of features and prototypes is cut into chunks. No torch here."""
+"""How logits, products of M rows and K prototypes, are cut into chunks. No torch here."""
 
 CACHED = 1 << 26  # logits of one head output up to which they are kept, and not computed again
 
+# An accelerator takes half a gigabyte of fp32 at a time, so that products, which read all prototypes or rows for it,
+# keep it busy. A processor takes what is small beside the prototypes, or fits into its caches.
+ON_ACCELERATOR = 1 << 27  # logits
+ON_PROCESSOR = 1 << 20  # logits with all rows
+ROWS_ON_PROCESSOR = 128  # with all prototypes
 
-def chunk_size(device: str) -> int:
-    """Prototypes of a chunk: few enough for the caches of a CPU, enough to keep an accelerator busy."""
-    return 1024 if device == "cpu" else 8192
+
+def rows_at_a_time(prototypes: int, device: str) -> int:
+    """Rows of a chunk that has all prototypes."""
+    return ROWS_ON_PROCESSOR if device == "cpu" else max(1, ON_ACCELERATOR // prototypes)
+
+
+def prototypes_at_a_time(rows: float, device: str) -> int:
+    """Prototypes of a chunk that has all rows."""
+    return max(1, (ON_PROCESSOR if device == "cpu" else ON_ACCELERATOR) // max(1, int(rows)))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from troodon.learn.chunks import CACHED, chunk_size
+from troodon.learn.chunks import CACHED, prototypes_at_a_time
 from troodon.learn.config import PretrainConfig
 from troodon.learn.objective import ANCHOR, CLS_TARGETS, VISIBLE_TARGETS
 from troodon.model.config import HeadConfig, ViTConfig, depth_group, depth_kept, flops
@@ -165,7 +165,7 @@ class Cost:
             student += crops * flops(vit, grid, self.kept(crops) / max(crops, 1))
             embedding += crops * flops(vit, grid, 0.0)
         heads, again = 0.0, {"full": student - embedding}.get(self.config.parallel.recompute, 0.0)
-        repeated = 4 if self.config.objective.targets == "sinkhorn" else 2  # products of the teacher, after the first
+        repeated = 4 if self.config.objective.targets == "sinkhorn" else 1  # products of the teacher, after the first
         for use in self.uses.values():
             head, last = use.head, 2 * use.head.bottleneck * use.head.prototypes
             products = 2 * sum(a * b for a, b in pairwise(widths(head, vit.dim))) + last
@@ -189,7 +189,7 @@ class Cost:
 
     def chunk(self, rows: float, head: HeadConfig) -> float:
         """Bytes of one matrix of a chunk of prototypes."""
-        return FP32 * rows * min(head.prototypes, chunk_size(self.device))
+        return FP32 * rows * min(head.prototypes, prototypes_at_a_time(rows, self.device))
 
     def state(self) -> dict[str, int]:
         """Memory after a step: parameters in fp32, and tensors of their shape."""

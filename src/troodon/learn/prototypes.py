@@ -1,105 +1,108 @@
-"""The targets and cross-entropies of losses.py in chunks of prototypes: logits and probabilities are never whole.
+"""The targets and cross-entropies of losses.py in chunks: logits and probabilities are never whole.
 
-With 131,072 prototypes these matrices are the largest tensors of a step. The result of Sinkhorn-Knopp is a scaling of
-rows and columns of exp(logits / temperature), and so is that of centring: two vectors describe it, and any chunk of the
-targets follows from them and from a product that is computed again. losses.py is the specification.
+With 131,072 prototypes these matrices are the largest tensors of a step. Sinkhorn-Knopp and centring both end in a
+softmax over prototypes of scaled logits minus a vector `column`, which describes the targets: any chunk of them follows
+from it and from a product that is computed again. Libraries compute the products, fused.py what is between them.
+losses.py is the specification.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import inf
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from troodon.learn.chunks import CACHED, chunk_size
-from troodon.learn.losses import Ranks, exp_of_negative
+from troodon.learn import fused
+from troodon.learn.chunks import CACHED, prototypes_at_a_time, rows_at_a_time
+from troodon.learn.losses import Ranks
 from troodon.model.head import HeadOutput
 
-# Shape suffixes: K prototypes, C of them in a chunk, D channels, M rows; of a batch of B images (or B masked patches)
-#                 V views of the student and G of the teacher.
+# Shape suffixes: K prototypes, C of them in a chunk, D channels, M rows, R of them in a chunk; of a batch of B images
+#                 (or B masked patches) V views of the student and G of the teacher.
+
+ALL = slice(None)
 
 
+@dataclass(frozen=True)
 class Logits:
-    """The product of rows (M, D) and prototypes, a chunk (M, C) at a time, in fp32; do not change it in place."""
+    """The product of rows (..., M, D) and prototypes (K, D), computed where a part of it is asked for, or kept.
 
-    def __init__(self, rows_MD: Tensor, prototypes_KD: Tensor, cache: dict[int, Tensor] | None = None):
-        self.rows_MD, self.prototypes_KD, self.cache = rows_MD.detach(), prototypes_KD.detach(), cache
-        if cache is None and len(rows_MD) * len(prototypes_KD) <= CACHED:
-            self.cache = {}
+    In fp32 where the library can: rounding to bf16 moves targets of temperature 0.04 by one per cent.
+    """
 
-    def chunks(self) -> Iterator[slice]:
-        step, count = chunk_size(self.rows_MD.device.type), len(self.prototypes_KD)
-        return (slice(start, min(start + step, count)) for start in range(0, count, step))
+    rows_MD: Tensor
+    prototypes_KD: Tensor
+    kept_MK: Tensor | None
 
-    def __getitem__(self, chunk: slice) -> Tensor:
-        if self.cache is None:
-            return self._product(chunk).float()
-        if chunk.start not in self.cache:
-            self.cache[chunk.start] = self._product(chunk)
-        return self.cache[chunk.start].float()
+    @staticmethod
+    def of(rows_MD: Tensor, prototypes_KD: Tensor) -> "Logits":
+        rows_MD, prototypes_KD = rows_MD.detach(), prototypes_KD.detach()
+        few = rows_MD.shape[:-1].numel() * len(prototypes_KD) <= CACHED
+        return Logits(rows_MD, prototypes_KD, product(rows_MD, prototypes_KD) if few else None)
 
-    def _product(self, chunk: slice) -> Tensor:
-        return self.rows_MD @ self.prototypes_KD[chunk].T
+    def part(self, rows: slice = ALL, prototypes: slice = ALL) -> Tensor:
+        """(..., R, C): do not change it in place."""
+        if self.kept_MK is not None:
+            return self.kept_MK[..., rows, prototypes]
+        return product(self.rows_MD[..., rows, :], self.prototypes_KD[prototypes])
 
     def split(self, counts: list[int]) -> "list[Logits]":
         """Parts with these numbers of rows."""
-        caches: list[dict[int, Tensor]] = [{} for _ in counts]
-        for start, logits_MC in (self.cache or {}).items():
-            for cache, part_MC in zip(caches, logits_MC.split(counts), strict=True):
-                cache[start] = part_MC
-        parts = zip(self.rows_MD.split(counts), caches, strict=True)
-        return [Logits(rows_MD, self.prototypes_KD, cache or None) for rows_MD, cache in parts]
+        kept = [None] * len(counts) if self.kept_MK is None else self.kept_MK.split(counts)
+        return [Logits(rows, self.prototypes_KD, k) for rows, k in zip(self.rows_MD.split(counts), kept, strict=True)]
+
+    def views(self, images: int) -> "Logits":
+        """Rows (M, D) that come view after view, as (G, B, D)."""
+        shape = (len(self.rows_MD) // images if images else 1, images)
+        kept_MK = None if self.kept_MK is None else self.kept_MK.unflatten(0, shape)
+        return Logits(self.rows_MD.unflatten(0, shape), self.prototypes_KD, kept_MK)
 
 
 @dataclass(frozen=True)
 class PrototypeTargets:
-    """The teacher's targets of M rows: exp(logits / temperature - column - row), which sums to one over prototypes."""
+    """The teacher's targets of M rows: softmax(logits / temperature - column) over prototypes."""
 
     logits: Logits
     temperature: float
     column_K: Tensor
-    row_M: Tensor
-
-    def __getitem__(self, chunk: slice) -> Tensor:
-        """(M, C): a chunk of the targets."""
-        log_q_MC = (self.logits[chunk] / self.temperature).sub_(self.column_K[chunk])
-        return exp_of_negative(log_q_MC.sub_(self.row_M[:, None]))
 
     def split(self, counts: list[int]) -> list["PrototypeTargets"]:
         """The targets of the parts of a step, which have these numbers of rows."""
-        parts = zip(self.logits.split(counts), self.row_M.split(counts), strict=True)
-        return [PrototypeTargets(logits, self.temperature, self.column_K, row_M) for logits, row_M in parts]
+        return [PrototypeTargets(logits, self.temperature, self.column_K) for logits in self.logits.split(counts)]
 
     def whole(self) -> Tensor:
         """(M, K): all targets, for health readings."""
-        return torch.cat([self[chunk] for chunk in self.logits.chunks()], dim=1)
+        return F.softmax((self.logits.part().float() / self.temperature).sub_(self.column_K), dim=-1)
 
 
 @torch.no_grad()
 def sinkhorn(output: HeadOutput, temperature: float, ranks: Ranks, rounds: int = 3) -> PrototypeTargets:
-    """`losses.sinkhorn`, one product a round. Ranks may hold different numbers of rows."""
-    logits = Logits(*output)
-    row_M1 = logits.rows_MD.new_zeros(len(logits.rows_MD), 1, dtype=torch.float32)
-    column_K = row_M1.new_empty(len(logits.prototypes_KD))
+    """`losses.sinkhorn`, one product and one sum over ranks a round. Ranks may hold different numbers of rows.
+
+    Only the first round needs the maximum over ranks: its sums lie within e^(length / temperature) of one, which fp32
+    cannot hold below temperature 0.012. Later ones, relative to the round before, lie between 1 / K and the number of
+    rows: where columns of positive numbers add up to one, rows add up to at most K, and are divided by that.
+    """
+    logits = Logits.of(*output)
+    (count, device), prototypes = (len(logits.rows_MD), logits.rows_MD.device), len(logits.prototypes_KD)
+    column_K = None
     for _ in range(rounds):
-        log_sums = []
-        for chunk in logits.chunks():
-            log_q_MC = torch.sub(logits[chunk] / temperature, row_M1)
-            highest_C = log_q_MC.amax(0) if len(row_M1) else log_q_MC.new_full(log_q_MC.shape[1:], -inf)
-            highest_C = ranks.largest(highest_C)
-            column_K[chunk] = highest_C + ranks.total(exp_of_negative(log_q_MC - highest_C).sum(0)).log()
-            log_sums.append(_log_sum_exp(log_q_MC.sub_(column_K[chunk])))
-        row_M1 = row_M1 + torch.stack(log_sums).logsumexp(0)[:, None]
-    return PrototypeTargets(logits, temperature, column_K, row_M1[:, 0])
+        sums_K = torch.full((prototypes,), -torch.inf, device=device)
+        for rows in slices(count, rows_at_a_time(prototypes, device.type)):
+            logits_RK = logits.part(rows)
+            row_R = (sums_K.new_zeros(len(logits_RK)) if column_K is None
+                     else fused.log_row_sums(logits_RK, temperature, column_K))  # fmt: skip
+            sums_K = torch.logaddexp(sums_K, fused.log_column_sums(logits_RK, temperature, row_R))
+        about_K = ranks.largest(sums_K) if column_K is None else column_K
+        column_K = about_K + ranks.total((sums_K - about_K).exp()).log()
+    assert column_K is not None, "one round at least"
+    return PrototypeTargets(logits, temperature, column_K)
 
 
-@torch.no_grad()
 def centred(output: HeadOutput, temperature: float, centre_K: Tensor) -> PrototypeTargets:
-    """`losses.centred`, in one product."""
-    logits, column_K = Logits(*output), centre_K / temperature
-    log_sums = [_log_sum_exp((logits[chunk] / temperature).sub_(column_K[chunk])) for chunk in logits.chunks()]
-    return PrototypeTargets(logits, temperature, column_K, torch.stack(log_sums).logsumexp(0))
+    """`losses.centred`."""
+    return PrototypeTargets(Logits.of(*output), temperature, centre_K / temperature)
 
 
 @torch.no_grad()
@@ -108,12 +111,8 @@ def mean(output: HeadOutput, ranks: Ranks) -> Tensor:
     rows_MD = output.bottleneck_MD.float()
     count = ranks.total(torch.full((), float(len(rows_MD)), device=rows_MD.device))
     mean_D = ranks.total(rows_MD.sum(0)) / count.clamp(min=1.0)
-    return torch.cat(
-        [
-            prototypes_CD.float() @ mean_D
-            for prototypes_CD in output.prototypes_KD.split(chunk_size(rows_MD.device.type))
-        ]
-    )
+    step = prototypes_at_a_time(rows_MD.shape[1], rows_MD.device.type)
+    return torch.cat([prototypes_CD.float() @ mean_D for prototypes_CD in output.prototypes_KD.split(step)])
 
 
 def cross_entropies(
@@ -127,41 +126,53 @@ def cross_entropies(
 
 
 class _CrossEntropies(torch.autograd.Function):
+    """Forward in chunks of rows, whose log-sums are then known; these describe any chunk of prototypes, for backward,
+    which so writes the gradient of each prototype once."""
+
     @staticmethod
     def forward(
         ctx, student_VBD: Tensor, prototypes_KD: Tensor, targets: PrototypeTargets, temperature: float
     ) -> Tensor:
-        (views, images, _), logits = student_VBD.shape, Logits(student_VBD.flatten(0, 1), prototypes_KD)
-        teacher_views = len(targets.row_M) // images if images else 1
-        dot_VGB, log_sums = student_VBD.new_zeros(views, teacher_views, images, dtype=torch.float32), []
-        for chunk in logits.chunks():
-            scaled_VBC = (logits[chunk] / temperature).unflatten(0, (views, images))
-            for g, target_BC in enumerate(targets[chunk].chunk(teacher_views)):
-                dot_VGB[:, g] += (scaled_VBC * target_BC).sum(-1)
-            log_sums.append(_log_sum_exp(scaled_VBC))
-        log_sum_VB = torch.stack(log_sums).logsumexp(0)
-        ctx.save_for_backward(student_VBD, prototypes_KD, log_sum_VB)
-        ctx.targets, ctx.temperature, ctx.logits = targets, temperature, logits
-        return log_sum_VB[:, None] - dot_VGB
+        (views, images, _), device = student_VBD.shape, student_VBD.device
+        student, teacher = Logits.of(student_VBD, prototypes_KD), targets.logits.views(images)
+        teacher_views = len(teacher.rows_MD)
+        pairs_VGB = student_VBD.new_empty(views, teacher_views, images, dtype=torch.float32)
+        log_sum_VB, row_GB = pairs_VGB.new_empty(views, images), pairs_VGB.new_empty(teacher_views, images)
+        step = rows_at_a_time(len(prototypes_KD), device.type) // max(views, teacher_views)
+        for rows in slices(images, max(1, step)):
+            pairs_VGB[..., rows], log_sum_VB[:, rows], row_GB[:, rows] = fused.cross_entropies(
+                student.part(rows), temperature, teacher.part(rows), targets.temperature, targets.column_K
+            )
+        ctx.save_for_backward(student_VBD, prototypes_KD, log_sum_VB, row_GB)
+        ctx.student, ctx.teacher, ctx.targets, ctx.temperature = student, teacher, targets, temperature
+        return pairs_VGB
 
     @staticmethod
     def backward(ctx, gradient_VGB: Tensor):  # pyrefly: ignore[bad-override]
-        student_VBD, prototypes_KD, log_sum_VB = ctx.saved_tensors
+        student_VBD, prototypes_KD, log_sum_VB, row_GB = ctx.saved_tensors
         rows_MD, gradient_VGB = student_VBD.flatten(0, 1), gradient_VGB / ctx.temperature
         gradient_student = torch.zeros_like(rows_MD, dtype=torch.float32)
         gradient_prototypes = torch.empty_like(prototypes_KD)
-        for chunk in ctx.logits.chunks():
-            log_p_VBC = (ctx.logits[chunk] / ctx.temperature).unflatten(0, log_sum_VB.shape).sub_(log_sum_VB[..., None])
-            gradient_logits_VBC = exp_of_negative(log_p_VBC).mul_(gradient_VGB.sum(1)[..., None])
-            for g, target_BC in enumerate(ctx.targets[chunk].chunk(gradient_VGB.shape[1])):
-                gradient_logits_VBC.addcmul_(gradient_VGB[:, g, :, None], target_BC, value=-1.0)
-            gradient_logits_MC = gradient_logits_VBC.flatten(0, 1).to(rows_MD.dtype)
-            gradient_student += gradient_logits_MC @ prototypes_KD[chunk]
-            gradient_prototypes[chunk] = gradient_logits_MC.T @ rows_MD
+        for chunk in slices(len(prototypes_KD), prototypes_at_a_time(len(rows_MD), rows_MD.device.type)):
+            gradient_MC = fused.logit_gradients(
+                ctx.student.part(prototypes=chunk), ctx.temperature, log_sum_VB,
+                ctx.teacher.part(prototypes=chunk), ctx.targets.temperature, ctx.targets.column_K[chunk], row_GB,
+                gradient_VGB, rows_MD.dtype,
+            ).flatten(0, 1)  # fmt: skip
+            gradient_student += product(gradient_MC, prototypes_KD[chunk].T)
+            torch.mm(gradient_MC.T, rows_MD, out=gradient_prototypes[chunk])
         return gradient_student.view_as(student_VBD).to(student_VBD.dtype), gradient_prototypes, None, None
 
 
-def _log_sum_exp(x: Tensor) -> Tensor:
-    """Over the last dimension."""
-    highest = x.amax(-1, keepdim=True)
-    return exp_of_negative(x - highest).sum(-1).log() + highest[..., 0]
+def product(x_MD: Tensor, y_KD: Tensor) -> Tensor:
+    """(..., M, K): in fp32 where the library can."""
+    rows_MD = x_MD.flatten(0, -2)
+    if rows_MD.is_cuda and rows_MD.dtype != torch.float32:
+        result = torch.mm(rows_MD, y_KD.T, out_dtype=torch.float32)
+    else:
+        result = rows_MD @ y_KD.T
+    return result.view(*x_MD.shape[:-1], len(y_KD))
+
+
+def slices(count: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
