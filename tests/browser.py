@@ -28,6 +28,7 @@ OPTIONS = (
     "--disable-extensions", "--disable-background-networking", "--hide-scrollbars", "--mute-audio",
     "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--disable-features=Translate,MediaRouter",
 )  # fmt: skip
+KEYS = {"Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
 SECONDS = 90  # for one answer, also on a loaded machine
 
 
@@ -121,13 +122,14 @@ class Browser:
     def wait(self, condition: str, seconds: float = SECONDS) -> None:
         """Wait until an expression is true in the page."""
         deadline = time.monotonic() + seconds
-        while not self.run(f"Boolean({condition})"):
+        while not self.run(f"(() => {{ try {{ return Boolean({condition}); }} catch {{ return false; }} }})()"):
             assert time.monotonic() < deadline, f"never: {condition}; the console says {self.messages}"
             time.sleep(0.05)
 
     def place(self, selector: str) -> tuple[float, float]:
         """The middle of the element, in view."""
-        script = f"""(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: "nearest"}});
+        script = f"""(() => {{ const e = document.querySelector({json.dumps(selector)});
+            e.scrollIntoView({{block: "nearest"}});
             const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; }})()"""
         x, y = self.run(script)
         return x, y
@@ -149,8 +151,7 @@ class Browser:
 
     def press(self, key: str) -> None:
         text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
-        code = {"Enter": 13, "Escape": 27, "ArrowRight": 39, "ArrowLeft": 37, "ArrowUp": 38, "ArrowDown": 40}.get(key, 0)
-        event = {"key": key, "windowsVirtualKeyCode": code}
+        event = {"key": key, "windowsVirtualKeyCode": KEYS.get(key, 0)}
         self.call("Input.dispatchKeyEvent", type="keyDown", **event, **({"text": text} if text else {}))
         self.call("Input.dispatchKeyEvent", type="keyUp", **event)
 

@@ -5,11 +5,12 @@
     kept     whether the image is in the selection
     weight   1, or how often it was retrieved; 0 if not kept
     stage    the stage that decided: "curated" (kept as it is), "decode", "exact", "hash", "colour", "duplicate",
-             "benchmark" or "retrieve"
+             "benchmark" or "retrieve"; "decided" if a person did (images/decisions.py)
     reason   in words
     cause    row of this table: the image kept in its place at that stage, the benchmark image that it resembles, or
              the curated image that retrieved it; -1 for none
     score    cosine with the cause, in the space of that stage, or share of equal bits of hashes; nan without a cause
+    tags     those that a person gave the image, if any image has one
     marks    the marks of the image; no image is dropped because of a mark
     score_<name>    the scores that marks compare
     modified        when its file was last changed, as in an index (images/scan.py)
@@ -18,7 +19,8 @@ A cause may itself be dropped later: the first of two identical files as a near-
 retrieved it.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +32,11 @@ from troodon.curate.context import CurationContext
 from troodon.curate.dedup import Verdict
 from troodon.curate.retrieve import Hits, best_hits
 from troodon.curate.scores import has_mark, image_marks
+from troodon.images.decisions import STAGE, Decision, decided_rows, resolve
 from troodon.images.index import MODIFIED, SCHEMA
 from troodon.search.exact import cosines
 
-STAGES = ("curated", "decode", "exact", "hash", "colour", "duplicate", "benchmark", "retrieve")
+STAGES = ("curated", "decode", "exact", "hash", "colour", "duplicate", "benchmark", "retrieve", STAGE)
 # By column of a verdict.
 DROPS = {"exact": "exact", "hash": "hash", "colour": "colour", "near": "duplicate", "leak": "benchmark"}
 BY_CLOSER_LOOK = {  # of images that have a cause, where a closer look decided
@@ -61,14 +64,17 @@ class Decisions:
     rank_N: ndarray  # int32, rank of the best hit; 0 for none
     drawn_N: ndarray  # bool, drawn from clusters or evenly
     benchmark_N: ndarray  # bool, readable benchmark images
-    why_N: ndarray  # object, what makes the cause of a copy better than this image, if known
+    why_N: ndarray  # object, what makes the cause of a copy better than this image, if known; the reason of a person
+    tags: Mapping[int, tuple[str, ...]] = field(default_factory=dict)  # by row
 
     def is_at(self, stage: str) -> ndarray:
         return self.stage_N == STAGES.index(stage)
 
 
-def combine_decisions(context: CurationContext, verdict: pa.Table, gathered: Path) -> Decisions:
-    """Combine the decisions of all stages, and assert that they are consistent."""
+def combine_decisions(
+    context: CurationContext, verdict: pa.Table, gathered: Path, made: Mapping[str, Decision] | None = None
+) -> Decisions:
+    """Combine the decisions of all stages, assert that they are consistent, and follow those that a person made."""
     count, curated_N = len(context.index), context.curated_N
     survives_N = verdict["survives"].to_numpy()
     cause_N, score_N = verdict["cause"].to_numpy().copy(), verdict["score"].to_numpy().copy()
@@ -93,7 +99,21 @@ def combine_decisions(context: CurationContext, verdict: pa.Table, gathered: Pat
     why_N = np.array(verdict["why"].to_pylist(), object)
     decisions = Decisions(stage_N, cause_N, score_N, kept_N, weight_N, rank_N, drawn_N, benchmark_N, why_N)
     _check_consistency(decisions, context)
-    return decisions
+    return follow(decisions, context, made) if made else decisions
+
+
+def follow(decisions: Decisions, context: CurationContext, made: Mapping[str, Decision]) -> Decisions:
+    """The decisions of the stages, with those that a person made in their place."""
+    decided = resolve(made, context.images, ~context.readable_N | context.benchmark_N, "curate")
+    tags = {row: one.tags for row, one in decided_rows(made, context.images).items() if one.tags}
+    columns = {
+        "stage_N": STAGES.index(STAGE), "cause_N": decided.cause_M, "score_N": np.nan, "kept_N": decided.keep_M,
+        "weight_N": decided.keep_M, "rank_N": 0, "drawn_N": False, "why_N": decided.reason_M,
+    }  # fmt: skip
+    changed = {name: getattr(decisions, name).copy() for name in columns}
+    for name, value in columns.items():
+        changed[name][decided.row_M] = value
+    return replace(decisions, **changed, tags=tags)
 
 
 def write_ledger(context: CurationContext, decisions: Decisions, path: Path) -> None:
@@ -126,6 +146,7 @@ def _ledger_rows(context: CurationContext, decisions: Decisions, rows: slice) ->
     reason[decisions.benchmark_N[rows]] = "of a benchmark: not to train on"
     reason[stage_name == "curated"] = "kept as is"
     reason[stage_name == "retrieve"] = _not_gathered_reason(context)
+    reason[stage_name == STAGE] = why[stage_name == STAGE]
     reason[drawn] = {"all": "kept: no copy of another", "balance": "drawn evenly"}.get(
         config.gather, "drawn from a cluster of curated images"
     )
@@ -141,6 +162,9 @@ def _ledger_rows(context: CurationContext, decisions: Decisions, rows: slice) ->
         "cause": pa.array(decisions.cause_N[rows]),
         "score": pa.array(score, pa.float32()),
     }
+    if decisions.tags:
+        tags = [decisions.tags.get(row) for row in range(rows.start, rows.start + len(images))]
+        columns["tags"] = pa.array(tags, pa.list_(pa.string()))
     if config.marks:
         columns["marks"] = pa.array(image_marks(config.marks, _scores_by_name(images)), pa.string())
     table = images.select(SCHEMA.names)
@@ -211,6 +235,7 @@ def summarise(context: CurationContext, decisions: Decisions) -> dict:
         "duplicate": "near-duplicates of an image that stays",
         "benchmark": "images of benchmarks, and those that resemble one",
         "retrieve": _gather_description(context),
+        STAGE: "images that a person left out",
     }
     stages, remaining = [], len(kept_N)
     for name, what in steps.items():
@@ -226,6 +251,8 @@ def summarise(context: CurationContext, decisions: Decisions) -> dict:
     counts: dict = {"stages": stages, "images": len(kept_N), "kept": int(kept_N.sum())}
     counts["weight"] = float(decisions.weight_N.sum(dtype=np.float64))
     counts |= {name: {"in": int(pool_N.sum()), "kept": int((pool_N & kept_N).sum())} for name, pool_N in pools.items()}
+    if (decided_N := decisions.is_at(STAGE)).any():
+        counts[STAGE] = {"kept": int((decided_N & kept_N).sum()), "left_out": int((decided_N & ~kept_N).sum())}
     if config.marks:
         scores = _scores_by_name(context.images)
         counts["marked"] = {mark: int(has_mark(mark, scores).sum()) for mark in config.marks}

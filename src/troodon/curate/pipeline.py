@@ -17,6 +17,7 @@ import os
 import shutil
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from troodon.curate.scores import load_score, load_scores
 from troodon.curate.stage import Backend, stage_seconds
 from troodon.images.carry_out import write_lists
 from troodon.images.changes import refuse_changed, times_fingerprint
+from troodon.images.decisions import Decision
 from troodon.images.index import MODIFIED, SCHEMA, Index
 from troodon.lock import one_at_a_time
 from troodon.model.backbone import Backbone
@@ -64,15 +66,16 @@ def curate(
     benchmark: Index = NO_IMAGES,
     copies: Any = None,
     backend: Backend | None = None,
+    decisions: Mapping[str, Decision] | None = None,
 ) -> Path:
     """Select images of `uncurated` that resemble `curated`, without copies and leaks of `benchmark`; publish as `out`.
 
-    `copies` is the network that finds copies, if not `backbone`. If the selection exists, nothing is done. Raises
-    UsageError if no curated image is readable and gathering needs one, if `out` was made with other settings or from
-    other images, and if a backbone that takes neither RGB nor grey images has no threshold.
+    `copies` is the network that finds copies, if not `backbone`; `decisions` are a person's, by path. If the selection
+    exists, nothing is done. Raises UsageError if no curated image is readable and gathering needs one, if `out` has
+    other settings or images, and if a backbone that takes neither RGB nor grey images has no threshold.
     """
     _check_settings(config, curated, uncurated, benchmark, backbone if copies is None else copies)
-    settings = _recorded(config, backbone, copies)
+    settings = _recorded(config, backbone, copies, decisions or {})
     name = fingerprint(settings, *(index.content_hash() for index in (curated, uncurated, benchmark)))
     root = out.with_name(f"{out.name}.work")
     index = Index.concat([curated, uncurated, *([benchmark] if len(benchmark) else [])])
@@ -100,11 +103,11 @@ def curate(
     gathered = gather(context, embeddings, verdicts)
 
     start = time.monotonic()
-    decisions = ledger.combine_decisions(context, pq.read_table(verdicts / "verdict.parquet"), gathered)
-    summary = ledger.summarise(context, decisions) | run.read_json(duplicates / "threshold.json")
+    combined = ledger.combine_decisions(context, pq.read_table(verdicts / "verdict.parquet"), gathered, decisions)
+    summary = ledger.summarise(context, combined) | run.read_json(duplicates / "threshold.json")
     summary |= {"backbone": backbone.name, "finds_copies": encoder.backbone.name}
     with run.publish(out, "selection", name, settings) as partial:
-        ledger.write_ledger(context, decisions, partial / "images.parquet")
+        ledger.write_ledger(context, combined, partial / "images.parquet")
         write_lists(partial)
         _copy_results(partial, embeddings, duplicates, gathered)
         run.write_json(partial / "summary.json", summary)
@@ -125,10 +128,11 @@ def _drop_copies(context: CurationContext, embeddings: Path, encoder: CopyEncode
     return duplicates, remove_leaks(context, comparison, duplicates, encoder, look)
 
 
-def _recorded(config: CurateConfig, backbone: Backbone, copies: Any) -> dict:
+def _recorded(config: CurateConfig, backbone: Backbone, copies: Any, decisions: Mapping[str, Decision]) -> dict:
     """The settings that determine a selection, besides its images."""
     settings = {name: value for name, value in config.recorded().items() if name not in SPEED_SETTINGS}
     settings |= {"backbone": backbone.name, "weights": backbone.fingerprint}
+    settings |= {"decisions": fingerprint(*sorted(map(str, decisions.values())))} if decisions else {}
     return settings | ({} if copies is None else {"copies": copies.fingerprint})
 
 
@@ -199,7 +203,7 @@ def _check_settings(
             raise nearest("prefer", folder, sorted({str(Path(path).parent) for path in paths}))
     if config.verify == "geometric":
         default = CurateConfig()
-        for name in ("false_merges", "benchmark_attacks", "recheck_above"):
+        for name in ("false_merges", "benchmark_false_merges", "benchmark_attacks", "recheck_above"):
             if getattr(config, name) != getattr(default, name):
                 run.say(f"warning: {name} {getattr(config, name)}: read with --verify none only")
         return

@@ -30,6 +30,10 @@ from troodon.images.decode import BadImage
 MAX_NEIGHBOURS = 1000
 MAX_DESCRIBED = 1000  # images at once
 MAX_FOUND = 20_000  # images whose names hold a text
+MISSING = (
+    b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64"><rect width="64" height="64" fill="#8c9298" '
+    b'fill-opacity=".25"/><path d="M20 20 44 44M44 20 20 44" stroke="#8c9298" stroke-width="3"/></svg>'
+)
 TEXTS = ("path", "label", "split", "status", "stage", "reason", "pool", "marks")
 NUMBERS = ("width", "height", "length", "score", "weight")
 
@@ -55,7 +59,7 @@ class Api:
         self.collection, self.made = collection, Made(collection)
         self.pictures = Pictures(collection.index)
         self.nearest: Future[Nearest] = in_background(lambda: Nearest(collection.x_ND, collection.has_vector_N))
-        self.layout: Future[Layout] = in_background(lambda: (self.nearest.result(), layout())[1])
+        self.layout: Future[Layout] = in_background(layout)
         self.encoding = threading.Lock()  # one image at a time goes through the network
         self.computed: dict[str, Any] = {}
         self.computing = threading.Lock()
@@ -136,15 +140,17 @@ class Api:
         return described
 
     def thumbnail(self, request: Request) -> Answer:
+        """A JPEG. For an image that cannot be read 404, or with `missing=drawn` a drawing that says so."""
         row, size = self._id(request), request.values.get("size", "small")
         if size not in SIDES:
             raise Refused(400, f"size: one of {', '.join(SIDES)}")
         try:
             data = self.pictures.get(row, size)
         except (BadImage, OSError) as error:
-            raise Refused(
-                404, error.reason if isinstance(error, BadImage) else "the file is gone, or cut short"
-            ) from None
+            if request.values.get("missing") == "drawn":
+                return Answer(MISSING, "image/svg+xml")
+            reason = error.reason if isinstance(error, BadImage) else "the file is gone, or cut short"
+            raise Refused(404, reason) from None
         return Answer(data, "image/jpeg", {"Cache-Control": "private, max-age=3600"})
 
     def neighbours(self, request: Request) -> Answer:

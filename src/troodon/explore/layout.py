@@ -49,7 +49,7 @@ class Layout:
     def load(file: Path, name: str) -> "Layout | None":
         """The layout of this name; None if the file is missing, damaged or of another name."""
         try:
-            with np.load(file) as arrays:
+            with open(file, "rb") as stream, np.load(stream) as arrays:
                 if str(arrays["name"]) != name:
                     return None
                 return Layout(arrays["place"], arrays["row"], arrays["score"])

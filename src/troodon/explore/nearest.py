@@ -6,7 +6,7 @@ A million vectors of 384 numbers take 1.5 GB, and one product with them less tha
 import numpy as np
 from numpy import ndarray
 
-from troodon.search.exact import l2_normalise
+from troodon.search.exact import SLACK, l2_normalise
 
 # Shape suffixes: N images, D channels, k neighbours.
 
@@ -26,12 +26,18 @@ class Nearest:
         self.position_N[self.row_M] = np.arange(len(self.row_M))
 
     def of_vector(self, vector_D: ndarray, k: int) -> tuple[ndarray, ndarray]:
-        """The rows (k,) int64 of the nearest images and their cosines (k,) float32, the best first."""
-        score_M = self.x_MD @ l2_normalise(vector_D[None])[0]
-        k = min(k, len(score_M))
-        best = np.argpartition(score_M, len(score_M) - k)[len(score_M) - k :] if k else np.zeros(0, np.int64)
-        best = best[np.lexsort((best, -score_M[best]))]
-        return self.row_M[best], np.clip(score_M[best], -1, 1)
+        """The rows (k,) int64 of the nearest images and their cosines (k,) float32, the best first.
+
+        As in search/exact.py, the product only proposes: its last bits differ for equal rows.
+        """
+        if not (k := min(k, len(self.row_M))):
+            return np.zeros(0, np.int64), np.zeros(0, np.float32)
+        vector_D = l2_normalise(vector_D[None])[0]
+        score_M = self.x_MD @ vector_D
+        candidates = np.flatnonzero(score_M >= np.partition(score_M, -k)[-k] - SLACK)
+        score_C = np.einsum("cd,d->c", self.x_MD[candidates], vector_D)
+        best = np.argsort(-score_C, kind="stable")[:k]
+        return self.row_M[candidates[best]], np.clip(score_C[best], -1, 1)
 
     def of_row(self, row: int, k: int) -> tuple[ndarray, ndarray]:
         """The same for an image of the set, without itself. No rows for an image that has no vector."""

@@ -144,7 +144,7 @@ def page_files() -> dict[str, Answer]:
 class Handler(BaseHTTPRequestHandler):
     """Checks a request, and answers it by a route or a file of the page."""
 
-    server: Server
+    server: Server  # pyrefly: ignore[bad-override-mutable-attribute]
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "troodon", ""
     timeout = IDLE_SECONDS

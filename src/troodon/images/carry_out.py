@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from troodon import run
 from troodon.config import UsageError, nearest
 from troodon.images import containers, files
+from troodon.images.decisions import followed
 from troodon.images.index import MIN_MAPPED_IMAGES, MODIFIED, SCHEMA, UNKNOWN, Index
 from troodon.lock import alone
 from troodon.text import file_size, plural
@@ -213,7 +214,7 @@ def _read(selection: Path) -> pa.Table:
     table = pq.read_table(selection / "images.parquet")
     if MODIFIED.name not in table.column_names:
         raise UsageError(f"{selection}: an earlier release made it, which did not record times of files; make it again")
-    return table
+    return followed(table, selection)
 
 
 def _read_plan(selection: Path) -> dict | None:

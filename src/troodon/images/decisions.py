@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy import ndarray
 
 from troodon.config import UsageError
@@ -141,8 +142,6 @@ def decided_rows(decisions: Mapping[str, Decision], images: pa.Table) -> dict[in
 
 def _first_rows(column: Any, values: pa.Array) -> list[int | None]:
     """The first row of each value in a column; None for one that is not there."""
-    import pyarrow.compute as pc
-
     hits = np.flatnonzero(pc.is_in(column, values).to_numpy(zero_copy_only=False)) if len(values) else []
     first: dict[str, int] = {}
     for row, value in zip(list(hits), column.take(pa.array(hits, pa.int64())).to_pylist() if len(hits) else []):
@@ -158,18 +157,18 @@ def resolve(decisions: Mapping[str, Decision], images: pa.Table, barred_N: ndarr
     found = decided_rows(decisions, images)
     if len(found) < len(decisions):
         say(f"{what}: {len(decisions) - len(found):,} of {len(decisions):,} decisions are about images not here")
-    row_by_path = {made.path: row for row, made in found.items()}
+    others = sorted({made.instead_of for made in found.values() if made.keep and made.instead_of})
+    place_of = dict(zip(others, _first_rows(images["path"], pa.array(others, pa.string()))))
+    kept = {row for row, made in found.items() if made.keep}
     outcome: dict[int, tuple[bool, int, str]] = {}
     barred = 0
     for row, made in sorted(found.items()):
-        if made.keep is None:
-            continue
-        if made.keep and barred_N[row]:
-            barred += 1
+        if made.keep is None or barred_N[row]:
+            barred += bool(made.keep)
             continue
         outcome.setdefault(row, (made.keep, -1, KEPT if made.keep else LEFT_OUT))
-        replaced = row_by_path.get(made.instead_of)
-        if made.keep and replaced is not None and found[replaced].keep is not True:
+        replaced = place_of.get(made.instead_of) if made.keep else None
+        if replaced is not None and not barred_N[replaced] and replaced not in kept:
             outcome[replaced] = (False, row, REPLACED)
     if barred:
         say(f"{what}: {plural(barred, 'decision')} to keep cannot be followed: unreadable, or of a benchmark")
@@ -180,7 +179,30 @@ def resolve(decisions: Mapping[str, Decision], images: pa.Table, barred_N: ndarr
     )
 
 
-def tags_column(decisions: Mapping[str, Decision], images: pa.Table) -> pa.Array | None:
-    """The tags of each image, a list in each row; None where no image has any."""
-    tags = {row: list(made.tags) for row, made in decided_rows(decisions, images).items() if made.tags}
-    return pa.array([tags.get(row) for row in range(len(images))], pa.list_(pa.string())) if tags else None
+def followed(images: pa.Table, folder: Path) -> pa.Table:
+    """The table of an artifact, as the decisions in its folder say: a ledger with other rows kept, others without the
+    rows that are left out."""
+    if not (decisions := read_decisions(folder / FILE)):
+        return images
+    is_ledger = "kept" in images.column_names
+    barred_N = np.zeros(len(images), bool)
+    if is_ledger:
+        unreadable, benchmark = pc.equal(images["stage"], "decode"), pc.equal(images["pool"], "benchmark")
+        barred_N = pc.or_(unreadable, benchmark).to_numpy()
+    decided = resolve(decisions, images, barred_N, str(folder))
+    if not len(decided.row_M):
+        return images
+    say(f"{folder}: {decided.words()} ({FILE})")
+    if not is_ledger:
+        left_out = decided.row_M[~decided.keep_M]
+        return images.take(pa.array(np.setdiff1d(np.arange(len(images)), left_out)))
+    values = {
+        "kept": decided.keep_M, "weight": decided.keep_M, "stage": np.full(len(decided.row_M), STAGE, object),
+        "reason": decided.reason_M, "cause": decided.cause_M, "score": np.full(len(decided.row_M), np.nan),
+    }  # fmt: skip
+    for name, value_M in values.items():
+        place = images.schema.get_field_index(name)
+        column = images[name].to_numpy().copy()
+        column[decided.row_M] = value_M
+        images = images.set_column(place, images.schema.field(place), pa.array(column, images.schema.field(place).type))
+    return images

@@ -10,8 +10,8 @@
     list        .txt: a path or URL per line; .csv, .tsv, .jsonl and Parquet: a column `path`, `url` ..., optionally
                 `label` and `split`. Paths are relative to the list
     volume      NIfTI, and DICOM of several frames, in a folder: each slice is an image, `brain.nii.gz#012` (volumes.py)
-    artifact    an index or embeddings: the rows that could be read; a selection: the rows that it kept. It is refused
-                if its files have changed (changes.py)
+    artifact    an index or embeddings: the rows that could be read; a selection: the rows that it kept; and what a
+                person decided about these (decisions.py). It is refused if its files have changed (changes.py)
     dataset     a Python object with len() and [row], whose items are or contain an image
 
 An image is what has the extension of one, and any other local file or member that begins like one. A message says, by
@@ -36,6 +36,7 @@ import pyarrow.parquet as pq
 from troodon import run
 from troodon.config import UsageError
 from troodon.images import changes, containers, files, listing
+from troodon.images.decisions import FILE, followed
 from troodon.images.entries import Listing
 from troodon.images.formats import IMAGE_EXTENSIONS, LIST_EXTENSIONS, extension, extensions_hint, is_hidden
 from troodon.images.index import SCHEMA, Index, join_path, saved_range, usable_rows
@@ -136,11 +137,11 @@ def _open_artifact(root: str) -> Index | None:
     if kind not in ("index", "embeddings", "selection") or not files.exists(images):
         raise UsageError(f"{root}: is {run.article(kind)}, which lists no images: give a folder, a tar, an index ...")
     mapped = Path(root, "images.arrow")
-    if mapped.exists():
+    if mapped.exists() and not Path(root, FILE).exists():
         changes.check_mapped(root)
         return Index.open_mapped(mapped, root, fingerprint)
     with files.open_file(images) as file:
-        table = usable_rows(pq.read_table(file))
+        table = usable_rows(followed(pq.read_table(file), Path(root)))
     if not table.num_rows:
         raise UsageError(f"{root}: this {kind} has no usable image")
     changes.check_opened(root, table)

@@ -25,6 +25,7 @@ from troodon.verbs.common import (
 )
 
 if TYPE_CHECKING:
+    from troodon.images.decisions import Decision
     from troodon.model.backbone import Backbone
 
 TORCHSCRIPT = (".pt", ".torchscript")
@@ -44,6 +45,7 @@ def curate(
     settings: dict | None = None,
     range: Range | None = None,
     device: str = "auto",
+    decisions: str | Path | None = None,
     slurm: ArrayConfig = NO_ARRAY,
 ) -> Path:
     """Select from the uncurated images, without copies, those that resemble the curated ones; returns the selection.
@@ -54,12 +56,14 @@ def curate(
     the settings `slurm`. Without curated images (None), the recipe must gather without them. `range` gives the values
     of images of more than 8 bits that become black and white, in place of the backbone's own. `device` is where
     networks and comparisons compute: "auto" (a GPU, if there is one), "cuda", "cuda:1", "mps" or "cpu"; with "auto" or
-    "cuda", several processes of a machine take its GPUs in turn.
+    "cuda", several processes of a machine take its GPUs in turn. `decisions` is a file that `explore` wrote: what a
+    person decided holds.
     """
     from troodon.curate.pipeline import NO_IMAGES
     from troodon.curate.pipeline import curate as run_curation
 
     config = resolve_config(recipe, CurateConfig(), recipes.curate, settings)
+    made = open_decisions(decisions)
     runner = open_backend(backend, workers, slurm)
     check_shared(device, backend)
     network = placed(backbone, device, range)
@@ -69,8 +73,9 @@ def curate(
     pool = open_images(uncurated, range).without_labels()
     try:
         return run_curation(
-            config, wanted, pool, network, Path(out), benchmark=excluded, copies=encoder, backend=runner
-        )
+            config, wanted, pool, network, Path(out), benchmark=excluded, copies=encoder, backend=runner,
+            decisions=made,
+        )  # fmt: skip
     finally:
         runner.close()
 
@@ -123,6 +128,15 @@ def placed(backbone: Any, device: str, range: Range | None = None) -> Any:
     if device == "auto" and not isinstance(backbone, str | Path):
         return Placed(network, str(network.device))
     return Placed(network if network.device == target else network.to(target), device)
+
+
+def open_decisions(file: str | Path | None) -> "dict[str, Decision]":
+    """The decisions in a file, by path. UsageError if it is missing, or a line of it is none."""
+    from troodon.images.decisions import read_decisions
+
+    if file is not None and not Path(file).is_file():
+        raise UsageError(f"decisions {file}: no such file; `troodon explore` writes one")
+    return read_decisions(Path(file)) if file is not None else {}
 
 
 def check_shared(device: str, backend: str) -> None:
@@ -182,13 +196,15 @@ class Curate:
     range: Range | None = None
     """Values of images of more than 8 bits that become black and white, such as 0 4095; by the backbone's rule if left
     out."""
+    decisions: str | None = None
+    """A file of decisions to keep, leave out or tag images, which `troodon explore` writes; they hold in any case."""
     config: Annotated[CurateConfig, arg(name="")] = CurateConfig()
 
     def run(self) -> None:
         out = curate(
             self.config, self.curated, self.uncurated, self.backbone, self.out,
             benchmark=self.benchmark, copies=self.copies, backend=self.backend, workers=self.workers,
-            range=self.range, device=self.device, slurm=self.slurm,
+            range=self.range, device=self.device, decisions=self.decisions, slurm=self.slurm,
         )  # fmt: skip
         summary = json.loads((out / "summary.json").read_text())
         for line in stage_lines(summary):

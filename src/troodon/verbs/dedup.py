@@ -21,7 +21,7 @@ from troodon.verbs.common import (
     require_some,
     suggest_next,
 )
-from troodon.verbs.curation import check_shared, placed, stage_lines
+from troodon.verbs.curation import check_shared, open_decisions, placed, stage_lines
 
 if TYPE_CHECKING:
     from troodon.images.carry_out import Done
@@ -44,18 +44,21 @@ def dedup(
     settings: dict | None = None,
     range: Range | None = None,
     device: str = "auto",
+    decisions: str | Path | None = None,
 ) -> Path:
     """Find the copies among images, and write a selection of one of each picture; returns the selection.
 
     Copied images may be cropped, turned, framed, written on and so on (copies/verify.py); the one that most looks like
     the original is kept (copies/keeper.py). No network is needed; `backbone` and `copies`, as of `curate`, add
     candidates. Images like one of `benchmark` are left out too. `settings` are those of CurateConfig, such as
-    {"prefer": ["originals"]}. No image is changed: see `apply`. UsageError if `out` was made with other settings.
+    {"prefer": ["originals"]}. `decisions` is a file that `explore` wrote: what a person decided holds. No image is
+    changed: see `apply`. UsageError if `out` was made with other settings.
     """
     from troodon.curate.backends import create_backend
     from troodon.curate.pipeline import NO_IMAGES, curate
     from troodon.images import carry_out
 
+    made = open_decisions(decisions)
     config = _check(from_dict(DEDUP_CONFIG, settings or {}, source="settings"), bool(benchmark), backbone, copies)
     runner, out = create_backend(backend, workers), Path(out)
     check_shared(device, backend)
@@ -65,7 +68,9 @@ def dedup(
         range = common_range(range, network, encoder)
         pool = carry_out.made_from(out, open_images(data, range))
         excluded = open_images(benchmark, range) if benchmark else NO_IMAGES
-        return curate(config, NO_IMAGES, pool, network, out, benchmark=excluded, copies=encoder, backend=runner)
+        return curate(
+            config, NO_IMAGES, pool, network, out, benchmark=excluded, copies=encoder, backend=runner, decisions=made
+        )
     finally:
         runner.close()
 
@@ -175,6 +180,8 @@ class Dedup:
     """Values of images of more than 8 bits that become black and white, such as 0 4095; by their type if left out."""
     json: bool = False
     """Print the summary as JSON."""
+    decisions: str | None = None
+    """A file of decisions to keep, leave out or tag images, which `troodon explore` writes; they hold in any case."""
     config: Annotated[CurateConfig, arg(name="")] = DEDUP_CONFIG
 
     def run(self) -> None:
@@ -188,7 +195,7 @@ class Dedup:
         out = dedup(
             data, self.out, benchmark=self.benchmark, backbone=self.backbone, copies=self.copies, backend=self.backend,
             workers=self.workers, settings=to_dict(self.config), range=self.range,
-            device=self.device,
+            device=self.device, decisions=self.decisions,
         )  # fmt: skip
         if self.apply:
             done = _carry_out(out, *self.apply)

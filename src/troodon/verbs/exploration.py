@@ -173,7 +173,9 @@ def _encoder(settings: dict, backbone: Any, found_range: Range | None, folder: P
         return None
     if settings["weights"] != backbone.fingerprint:
         raise UsageError(f"{folder}: was made with another backbone, {settings['backbone']}; give that one")
-    network = with_range(backbone, found_range)
+    from troodon.verbs.embedding import PRECISIONS
+
+    network = with_range(backbone, found_range).optimized(PRECISIONS[settings.get("compute", "float32")])
     _, encode = encoder(network, settings["tokens"], settings.get("blocks", ()))
 
     def vector(data: bytes) -> "ndarray":

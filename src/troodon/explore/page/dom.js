@@ -44,18 +44,9 @@ export const send = async (path, file) => (await request(path, {
   method: "POST", headers: { "Content-Type": "application/octet-stream" }, body: file,
 })).json();
 
-export const thumbnail = (id, size = "small") => `api/thumbnail?id=${id}&size=${size}`;
+export const thumbnail = (id, size = "small") => `api/thumbnail?id=${id}&size=${size}&missing=drawn`;
 export const count = (number) => number.toLocaleString("en");
 export const plural = (number, one, many = `${one}s`) => `${count(number)} ${number === 1 ? one : many}`;
 export const fileName = (path) => path.slice(path.lastIndexOf("/") + 1);
 
-/** A picture; a hatched box where it cannot be read. */
-export function picture(id, size = "small", alt = "") {
-  const image = h("img", { src: thumbnail(id, size), alt, draggable: "false", decoding: "async" });
-  image.addEventListener("error", () => {
-    image.classList.add("missing");
-    image.removeAttribute("src");
-    image.title = "cannot be read";
-  });
-  return image;
-}
+export const picture = (id, size = "small", alt = "") => h("img", { src: thumbnail(id, size), alt, draggable: "false", decoding: "async" });

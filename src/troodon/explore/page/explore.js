@@ -3,7 +3,7 @@
 import { decisionColour, legend, loadColour, paint } from "./colours.js";
 import { $, count, fileName, get, getBytes, h, picture, plural, say, send } from "./dom.js";
 import { Grid } from "./grid.js";
-import { decide, decisions, describe, loadDecisions, onDecision, takeBack } from "./images.js";
+import { decide, decisions, describe, loadDecisions, onDecision, takeBack, undo } from "./images.js";
 import { PointMap } from "./map.js";
 import { One } from "./one.js";
 import { PairsPanel } from "./pairs.js";
@@ -87,7 +87,7 @@ function drawActions() {
       tag.value = "";
     } }, tag, h("button", {}, "Tag")),
     some && button("show-all", "Show all", "", showAll),
-    button("undo", "Undo", "", takeBack, "Take the last decision back (U)"),
+    undo.length > 0 && button("undo", "Undo", "", takeBack, "Take the last decision back (U)"),
     decisions.size > 0 && button("decided", `Decided: ${count(decisions.size)}`, "", () => select([...decisions.keys()].sort((a, b) => a - b), "Images with a decision or a tag")),
   ].filter(Boolean));
 }

@@ -7,7 +7,7 @@ const waiting = new Map();
 let timer = null;
 export const decisions = new Map();
 const listeners = new Set();
-const undo = [];
+export const undo = [];
 
 export const onDecision = (listener) => listeners.add(listener);
 

@@ -10,6 +10,7 @@ void main() {
   gl_FragColor = vec4(shade.rgb * alpha, alpha);
 }`;
 const MAX_THUMBS = 220;
+const TOOLS = 56; // pixels at the top that the tools take
 
 function shaded(gl, kind, source) {
   const shader = gl.createShader(kind);
@@ -190,8 +191,9 @@ export class PointMap {
     const { left, top, right, bottom } = this.cells.box;
     this.view = {
       x: (left + right) / 2, y: (top + bottom) / 2,
-      scale: 0.88 * Math.min(this.width / Math.max(right - left, 1e-6), this.height / Math.max(bottom - top, 1e-6)),
+      scale: 0.9 * Math.min(this.width / Math.max(right - left, 1e-6), (this.height - TOOLS) / Math.max(bottom - top, 1e-6)),
     };
+    this.view.y -= TOOLS / 2 / this.view.scale;
     this.whole = this.view.scale;
     this.redraw();
   }

@@ -26,7 +26,7 @@ export class One {
     this.image = image;
     const facts = FIELDS.filter(([name]) => image[name] !== undefined).map(([name, word]) => [word, image[name]]);
     if (image.width) facts.push(["Size", `${image.width} × ${image.height} pixels`]);
-    for (const [name, value] of Object.entries(image)) if (name.startsWith("score_")) facts.push([name.slice(6), value.toFixed(4)]);
+    for (const [name, value] of Object.entries(image)) if (name.startsWith("score_")) facts.push([name.slice(6), value]);
     this.choice = h("div", { class: "actions" });
     this.tags = h("div", { class: "tags" });
     const cause = image.cause === undefined ? null : h("button", { type: "button", onclick: () => this.open(image.cause, [id, image.cause]) }, "Show the image that is the cause");
