@@ -1,7 +1,8 @@
 """Numbers as people read them: durations, sizes, counts, and large numbers with a metric prefix; names to print."""
 
+import html
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 # Characters that move a terminal's cursor, change its colours or turn the direction of text; a name may hold any.
 _CONTROLS = re.compile("[\\x00-\\x08\\x0a-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
@@ -41,6 +42,13 @@ def with_prefix(number: float) -> str:
             break
         number /= 1000
     return f"{number:.3g}{' ' if not prefix else ''}{prefix}"
+
+
+def html_table(title: str, rows: Iterable[Sequence[str]]) -> str:
+    """A small table as HTML, for a notebook: its first column names what the others tell."""
+    lines = ("".join(f'<td style="text-align: left">{html.escape(cell)}</td>' for cell in row) for row in rows)
+    inside = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<table><caption style="text-align: left"><b>{html.escape(title)}</b></caption>{inside}</table>'
 
 
 def plural(count: int, one: str, many: str | None = None) -> str:

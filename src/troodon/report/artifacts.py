@@ -63,7 +63,7 @@ def find_artifacts(paths: Sequence[Path]) -> list[Artifact]:
             raise UsageError(f"{path}: no such folder; give one that holds artifacts ({', '.join(KINDS)})")
         for folder in _folders(path.resolve(), MAX_DEPTH):
             name = "/".join([path.resolve().name, *folder.relative_to(path.resolve()).parts])
-            artifact = _open_artifact(folder, name)
+            artifact = open_artifact(folder, name)
             if artifact is not None:
                 artifacts.setdefault(folder, artifact)
     if not any(artifact.kind in KINDS for artifact in artifacts.values()):
@@ -84,7 +84,7 @@ def _folders(folder: Path, depth: int) -> list[Path]:
     return folders
 
 
-def _open_artifact(folder: Path, name: str) -> Artifact | None:
+def open_artifact(folder: Path, name: str) -> Artifact | None:
     try:
         found = read_manifest(folder)
     except ValueError:

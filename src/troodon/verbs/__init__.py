@@ -15,9 +15,14 @@ from troodon.verbs.exploration import explore
 from troodon.verbs.export import export
 from troodon.verbs.images import pack, scan
 from troodon.verbs.leakage import leak
+from troodon.verbs.notebook import shown, summarised
 from troodon.verbs.show import show_attention, show_crops, show_matches, show_neighbours, show_pca
 from troodon.verbs.training import pretrain, submit
 from troodon.verbs.watching import watch
+
+# What these return is shown by a notebook.
+curate, dedup, embed, evaluate = shown(curate), shown(dedup), shown(embed), shown(evaluate)
+distill, pretrain, pack, scan = shown(distill), shown(pretrain), summarised(pack), summarised(scan)
 
 __all__ = [
     "apply",
