@@ -1,5 +1,6 @@
 """Where torch computes: one rule for every verb, errors that name what there is, results that do not depend on it."""
 
+import contextlib
 import pickle
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import troodon
 from troodon import UsageError, devices, dist
 from troodon.curate.encoder import CopyEncoder, PixelBackbone, Placed
 from troodon.devices import accelerator, check_device, choose_device, memory_advice
-from troodon.model import packing
+from troodon.model import packing, preprocess
 from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
 from troodon.search import exact
@@ -242,3 +243,33 @@ def test_the_same_vectors_by_any_name_of_a_device(tmp_path):
         for device, workers in (("cpu", 0), ("auto", 1))
     ]
     assert len({(folder / "selection.csv").read_bytes() for folder in made}) == 1
+
+
+def test_batches_go_to_a_gpu_from_pinned_memory_beside_the_network(monkeypatch):
+    """The copy starts on a stream of its own and has ended before the network may read; its memory stays so long."""
+    done, empty, to = [], torch.empty, torch.Tensor.to
+
+    def pinned(*shape, pin_memory=False, **options):
+        done.append(f"pinned {pin_memory}")
+        return empty(*shape, **options)
+
+    def moved(self, device, **options):
+        done.append(f"to {device.type} {options}")
+        return to(self, torch.float32)
+
+    gpu = SimpleNamespace(type="cuda")
+    stream = SimpleNamespace(synchronize=lambda: done.append("copied"))
+    monkeypatch.setattr(torch, "empty", pinned)
+    monkeypatch.setattr(torch.Tensor, "to", moved)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, other: done.append(f"kept for {other}"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(
+        torch.cuda, "stream", lambda other: contextlib.nullcontext(done.append(f"on {other is stream}"))
+    )
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "the network's")
+    parts = [torch.arange(6.0).reshape(2, 3), torch.ones(1, 3)]
+    assert torch.equal(preprocess.joined(parts, gpu), torch.cat(parts))
+    assert done == ["pinned True", "on True", "to cuda {'non_blocking': True}", "copied", "kept for the network's"]
+    assert torch.equal(preprocess.stacked([*parts[0]], gpu), parts[0])
+    assert done[-1] == "pinned True"
+    assert torch.equal(preprocess.joined(parts, CPU), torch.cat(parts))
