@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.test_plan import batch
-from troodon import devices, dist
+from troodon import dist
 from troodon.config import from_dict
 from troodon.learn import engine, health, optim
 from troodon.learn.config import OptimConfig, ParallelConfig, PretrainConfig
@@ -216,11 +216,11 @@ def test_processors_are_those_this_process_may_use(monkeypatch: pytest.MonkeyPat
     """Of a machine of 64, by affinity 8, by the quota of a container two and a half."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    monkeypatch.setattr(devices, "QUOTA", tmp_path / "cpu.max")
-    assert devices.processors() == 8
+    monkeypatch.setattr(dist, "QUOTA", tmp_path / "cpu.max")
+    assert dist.processors() == 8
     for quota, expected in (("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1)):
         (tmp_path / "cpu.max").write_text(quota)
-        assert devices.processors() == expected
+        assert dist.processors() == expected
 
 
 def test_what_is_sent_to_a_gpu_is_pinned() -> None:
@@ -236,7 +236,7 @@ def test_what_is_sent_to_a_gpu_is_pinned() -> None:
         def to(self, device: torch.device, non_blocking: bool) -> tuple[bool, bool]:
             return self.pinned, non_blocking
 
-    assert [devices.send(Host(), device) for device in (CUDA, CPU)] == [(True, True), (False, True)]  # type: ignore
+    assert [dist.send(Host(), device) for device in (CUDA, CPU)] == [(True, True), (False, True)]  # type: ignore
 
 
 def test_processes_read_for_a_gpu_where_they_can(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from troodon.config import UsageError, nearest
@@ -19,7 +18,6 @@ if (
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 KINDS = ("cuda", "mps", "cpu")  # the best first
-QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processors, and in how many; of a container under Linux
 TRAINABLE = ("cuda", "cpu")  # training and its protocols are not tried on MPS, which has no float64
 
 
@@ -57,20 +55,6 @@ def choose_device(setting: "str | torch.device" = "auto", kinds: tuple[str, ...]
             raise UsageError(f"{setting}: not on this machine; there is {' and '.join(there)}")
         return torch.device(kind)
     return _other_device(wanted)
-
-
-def processors() -> int:
-    """Processors that this process may use: those of its affinity, and of the quota of its container."""
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # no such file; the quota "max"
-        quota, period = QUOTA.read_text().split()
-        here = min(here, max(1, int(quota) // int(period)))
-    return here
-
-
-def send(x: "torch.Tensor", device: "torch.device") -> "torch.Tensor":
-    """A tensor of the host on a device. A GPU copies it by itself, and neither it nor the host waits."""
-    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 def devices_here() -> list[str]:

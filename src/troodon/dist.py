@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from troodon.config import UsageError
 from troodon.rendezvous import RENDEZVOUS, claim_first_failure, stop_with_parent
 
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processors, and in how many; of a container under Linux
 PATIENCE = timedelta(minutes=30)  # of ranks that wait for one, as for rank zero's k-NN; NCCL's own is 10 minutes
 
 
@@ -48,6 +50,20 @@ def device() -> torch.device:
         # Modulo: some clusters show each process only its own device.
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     return torch.device("cpu")
+
+
+def processors() -> int:
+    """Processors that this process may use: those of its affinity, and of the quota of its container."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no such file; the quota "max"
+        quota, period = QUOTA.read_text().split()
+        here = min(here, max(1, int(quota) // int(period)))
+    return here
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device. A GPU copies it by itself, and neither it nor the host waits."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 def compute_dtype(setting: str, device: torch.device) -> torch.dtype:

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from troodon import dist
-from troodon.devices import processors
 from troodon.learn import adapters, best, checkpoint, guard, optim
 from troodon.learn.checkpoint import Saver, TrainingProgress
 from troodon.learn.config import PretrainConfig
@@ -240,7 +239,7 @@ def _common_step(tasks: Sequence[Task]) -> int:
 
 def _share_of_processors(world_size: int) -> int:
     """Threads that read images, if the ranks of one machine share its processors."""
-    return max(1, min(16, processors() // _ranks_here(world_size)))
+    return max(1, min(16, dist.processors() // _ranks_here(world_size)))
 
 
 def _ranks_here(world_size: int) -> int:

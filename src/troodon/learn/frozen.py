@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 
 from troodon import dist
 from troodon.config import pair
-from troodon.devices import send
 from troodon.learn.config import AdaptConfig, ParallelConfig, PretrainConfig
 from troodon.learn.cost import stays_whole
 from troodon.learn.network import Network
@@ -174,7 +173,7 @@ class TeacherCache:
         rows = self._rows(batch)
         if not self.present[rows].all():
             return None
-        tokens_BGTD = send(torch.from_numpy(self.tokens[rows]), batch.globals_GBCHW.device)  # half as many bytes
+        tokens_BGTD = dist.send(torch.from_numpy(self.tokens[rows]), batch.globals_GBCHW.device)  # half as many bytes
         return tokens_BGTD.transpose(0, 1).flatten(0, 1).float()
 
     def write(self, batch: Batch, tokens_NTD: Tensor) -> None:

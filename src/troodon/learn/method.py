@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from troodon.devices import send
+from troodon.dist import send
 from troodon.learn import prototypes
 from troodon.learn.features import moments, standardised
 from troodon.learn.losses import ALONE, Ranks

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from troodon.devices import send
-from troodon.dist import Share
+from troodon.dist import Share, send
 from troodon.model.config import depth_group, depth_kept
 
 # Shape suffixes: T tokens in the pack, D channels, N heads, H channels per head,

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from troodon.devices import send
-from troodon.dist import Share
+from troodon.dist import Share, send
 
 # Shape suffixes: G global and V local crops of each of B images, C colours, H W pixels,
 #                 N = G * B global crops, P patches, M masked patches of the whole batch; 2: image, visit.

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from troodon.bad_image import BadImage
 from troodon.config import UsageError
-from troodon.devices import processors
-from troodon.dist import Share
+from troodon.dist import Share, processors
 from troodon.views import masks, photometric
 from troodon.views.batch import Batch
 from troodon.views.config import CropsConfig, MasksConfig, PhotometricConfig
