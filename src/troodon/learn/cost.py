@@ -13,7 +13,15 @@ from itertools import pairwise
 from troodon.learn.chunks import CACHED, prototypes_at_a_time
 from troodon.learn.config import PretrainConfig
 from troodon.learn.objective import ANCHOR, CLS_TARGETS, VISIBLE_TARGETS
-from troodon.model.config import HeadConfig, ViTConfig, depth_group, depth_kept, flops
+from troodon.model.config import (
+    HeadConfig,
+    ViTConfig,
+    depth_group,
+    depth_kept,
+    flops,
+    stem_activations,
+    stem_parameters,
+)
 
 FP32 = 4
 WHOLE = 2**32  # bytes of a frozen backbone up to which each rank holds all of it, so that nothing is gathered
@@ -24,8 +32,8 @@ Grid = tuple[int, int]  # rows and columns of patches
 
 def backbone_parameters(vit: ViTConfig) -> int:
     positions = 1 + vit.grid**2 if vit.positions == "learned" else 0
-    embedding = vit.dim * (vit.channels * vit.patch**2 + 1) + vit.dim * (2 + positions + vit.registers)
-    return embedding + vit.depth * block_parameters(vit) + 2 * vit.dim
+    embedding = vit.dim * (2 + positions + vit.registers)
+    return stem_parameters(vit) + embedding + vit.depth * block_parameters(vit) + 2 * vit.dim
 
 
 def stays_whole(vit: ViTConfig, width: int) -> bool:
@@ -91,9 +99,14 @@ class Cost:
         return max(1, self.config.batch // (self.ranks * self.parts))
 
     @property
+    def views(self) -> int:
+        """Global crops of an image."""
+        return self.config.crops.globals
+
+    @property
     def groups(self) -> list[tuple[int, Grid]]:
         """Number and grid of the global and of the local crops of one part."""
-        return [(2 * self.images, self.global_grid), (self.config.crops.locals * self.images, self.local_grid)]
+        return [(self.views * self.images, self.global_grid), (self.config.crops.locals * self.images, self.local_grid)]
 
     def grid_of(self, teacher: ViTConfig) -> Grid:
         """The grid of a teacher's patches of a global crop."""
@@ -122,15 +135,17 @@ class Cost:
         """Patches of one part that are compared by prototypes: the masked ones, on average; or all of them."""
         masks, needs = self.config.masks, self.config.objective.needs
         if self.teachers or VISIBLE_TARGETS in needs:
-            return 2 * self.images * self.global_grid[0] * self.global_grid[1]
-        return int(2 * self.images * masks.share) * sum(masks.ratio) / 2 * self.global_grid[0] * self.global_grid[1]
+            return self.views * self.images * self.global_grid[0] * self.global_grid[1]
+        masked = int(self.views * self.images * masks.share) * sum(masks.ratio) / 2
+        return masked * self.global_grid[0] * self.global_grid[1]
 
     @cached_property
     def uses(self) -> dict[str, HeadUse]:
         """The use of each head, by its input: "cls" or "patches"."""
         c, needs = self.config, self.config.objective.needs
         shared = c.objective.heads == "shared"
-        dino = HeadUse(c.dino_head, (2 + c.crops.locals) * self.images, 2 * self.images)
+        views = self.views
+        dino = HeadUse(c.dino_head, (views + c.crops.locals) * self.images, views * self.images)
         ibot = HeadUse(c.dino_head if shared else c.ibot_head, self.compared_patches, self.compared_patches)
         return ({"cls": dino} if CLS_TARGETS in needs else {}) | (
             {"patches": ibot} if c.objective.patch_targets else {}
@@ -151,6 +166,9 @@ class Cost:
         names = {"head": "head", "cls": "head of classes", "patches": "head of patches"}
         made = {names[name]: head_parameters(head, c.vit.dim) for name, head in heads.items()}
         made |= {"adapters": adapter_parameters(c.vit, c.adapt.rank)} if c.adapt.rank else {}
+        if c.objective.projector:
+            layers = list(pairwise((c.vit.dim, *c.objective.projector)))  # hidden ones have a norm, the last a bias
+            made["projector"] = sum((a + 2) * b for a, b in layers) - layers[-1][1]
         if c.objective.features:
             made["maps"] = len(c.objective.features) * sum((c.vit.dim + 1) * t.dim for t in self.teachers)
         return {"backbone": backbone_parameters(c.vit)} | made
@@ -239,10 +257,11 @@ class Cost:
             "selective": (entering + products, rest),
             "full": (entering, products + rest),
         }[c.parallel.recompute]
-        pixels = vit.channels * vit.patch**2 * sum(crops * grid[0] * grid[1] for crops, grid in self.groups)
+        patches = sum(crops * grid[0] * grid[1] for crops, grid in self.groups)
+        pixels = vit.channels * vit.patch**2 * patches
         lasting = {
             "blocks": vit.depth * kept,
-            "images": pixels * (FP32 * self.parts + w),
+            "images": pixels * (FP32 * self.parts + w) + patches * w * stem_activations(vit),
             "targets": self.targets(),
             **self.gathered(),
         }
@@ -263,7 +282,7 @@ class Cost:
             )  # with the gradient of prototypes
             normalising = max(normalising, 2 * k * b * FP32)  # the gradient in weight normalisation
         last = self.tokens * 2 * FP32 * vit.dim
-        pairs = (2 * c.batch) ** 2 if c.objective.weight("contrast") else 0  # of views
+        pairs = (self.views * c.batch) ** 2 if c.objective.weight("contrast") else 0  # of views
         cosines = 3 * FP32 * pairs  # these, their softmax, and its gradient
         in_losses = {
             "last norm": last,

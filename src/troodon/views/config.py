@@ -36,7 +36,7 @@ class CropsConfig:
     local_scale: tuple[float, float] = (0.05, 0.32)
     """Share of the image's area that a local crop covers."""
     locals: int = 8
-    """Local crops per image; there are always two global ones."""
+    """Local crops per image."""
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     """Range of the aspect ratio (width over height) of the box, drawn log-uniformly; relative to that of the crop."""
     flip: float = 0.5
@@ -51,12 +51,20 @@ class CropsConfig:
     """Number of different sets of crops and colours of an image, which its visits use in turn; 0: new ones at every
     visit. With few, what a frozen teacher computes can be cached."""
     mixed: tuple[tuple[int, int, float], ...] = ()
-    """Side of global crops, side of local crops, weight: each step draws one of these pairs by weight, in place of
-    global_px and local_px (high-resolution training, https://arxiv.org/abs/2508.10104). Empty: none."""
+    """Side of global crops, side of local crops, weight: each step has one of these pairs, in place of global_px and
+    local_px, so often as the weights say (high-resolution training, https://arxiv.org/abs/2508.10104). Empty: none."""
+    globals: int = 2
+    """Global crops per image."""
+    mixed_by: Literal["chance", "progress"] = "chance"
+    """Whether each step draws its pair of `mixed` by chance; or the run goes through them in their order, each for its
+    share, such as small crops first and larger ones last."""
+
+    LATER = ("globals", "mixed_by")
 
     def __post_init__(self) -> None:
         within(self, "crops.", 1, None, "global_px", "local_px")
         within(self, "crops.", 0, None, "locals", "visits")
+        within(self, "crops.", 2, None, "globals")
         within(self, "crops.", 0, 1, "global_scale", "local_scale", "flip", "attack")
         _ranges(self, "crops.", "global_scale", "local_scale", "aspect")
         if min(self.aspect) <= 0:
@@ -75,7 +83,8 @@ class CropsConfig:
         return mixed or ((pair(self.global_px), pair(self.local_px), 1.0),)
 
     def pick_size(self, u: float) -> "CropsConfig":
-        """The settings of one step, with the size that `u`, uniform in [0, 1), draws from `mixed`."""
+        """The settings of one step, with the size of `mixed` that `u` picks, from 0 to 1: drawn uniformly, or the share
+        of the run that is over."""
         if not self.mixed:
             return self
         edges = list(accumulate(weight for *_, weight in self.mixed))
@@ -101,11 +110,12 @@ class PhotometricConfig:
     """Probability of conversion to grey."""
     blur: Literal["released", "paper"] | tuple[float, float, float] = "released"
     """Probability of a Gaussian blur of the first global, the second global and local crops; or a name: `released` is
-    0 0.9 0.5, with which the released models were trained, and `paper` is 1 0.1 0.5, which the paper gives."""
+    0 0.9 0.5, with which the released models were trained, and `paper` is 1 0.1 0.5, which the paper gives. Further
+    global crops are treated as the first and the second in turn."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Standard deviation of the blur, in pixels of the crop."""
     solarise: float = 0.2
-    """Probability of solarisation, of the second global crop only."""
+    """Probability of solarisation, of the second global crop only, and of every second one after it."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Mean of each channel, from 0 to 1, subtracted at the end. Without exactly 3 channels, saturation, hue and grey do
     nothing, and contrast is relative to the mean of all channels."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from troodon.config import pair
 from troodon.views.config import CropsConfig, Size
 
-# Shape suffixes: G the two global crops, V local crops, C colours, H and W pixels.
+# Shape suffixes: G global crops, V local crops, C colours, H and W pixels.
 # A box is (top, left, height, width) in whole pixels of the image.
 
 Box = tuple[int, int, int, int]
@@ -59,10 +59,15 @@ class MultiCrop:
         self.image_visit = image_visit  # the image's row, and the number of its set of crops
         # Drawn first, so that the number of local crops changes no attack; and only if there are attacks, so that
         # runs without them can resume.
-        self.attack_seeds = random.integers(2**63, size=2).tolist() if config.attack else []
-        self.config, self.random_numbers = config, random.random((2 + config.locals, NUMBERS_PER_CROP)).tolist()
+        self.attack_seeds = random.integers(2**63, size=config.globals).tolist() if config.attack else []
+        self.config, self.random_numbers = (
+            config,
+            random.random((config.globals + config.locals, NUMBERS_PER_CROP)).tolist(),
+        )
         wide, narrow = pair(config.global_px), pair(config.local_px)
-        self.crop_types = [(config.global_scale, wide)] * 2 + [(config.local_scale, narrow)] * config.locals
+        self.crop_types = [(config.global_scale, wide)] * config.globals + [
+            (config.local_scale, narrow)
+        ] * config.locals
 
     def draw_boxes(self, height: int, width: int) -> int:
         """Draw the boxes of an image of this size; returns the factor by which it may be reduced: 1, 2, 4 or 8.
@@ -76,15 +81,15 @@ class MultiCrop:
         return self.reduction
 
     def crop(self, image_HWC: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Crop the image or its reduced copy: uint8 (2, C, *global size) and (V, C, *local size), contiguous."""
-        wide, narrow = self.config.global_px, self.config.local_px
+        """Crop the image or its reduced copy: uint8 (G, C, *global size) and (V, C, *local size), contiguous."""
+        wide, narrow, count = self.config.global_px, self.config.local_px, self.config.globals
         if self.attack is None or not self.attack_seeds:
-            return self._crop(image_HWC, 0, 2, wide), self._crop(image_HWC, 2, None, narrow)
+            return self._crop(image_HWC, 0, count, wide), self._crop(image_HWC, count, None, narrow)
         # An image that was decoded at full size is reduced first: the cost of an attack grows with its pixels.
         reduction = self.reduction if image_HWC.shape[:2] == self.size else 1
         copies = [self.attack(image_HWC, self.config, seed, reduction) for seed in self.attack_seeds]
         globals_ = [self._crop(copy_HWC, view, view + 1, wide) for view, copy_HWC in enumerate(copies)]
-        return torch.cat(globals_), self._crop(image_HWC, 2, None, narrow)
+        return torch.cat(globals_), self._crop(image_HWC, count, None, narrow)
 
     def _boxes_of_copy(self, height: int, width: int, first: int, end: int | None) -> list[Box]:
         """The boxes in a copy of the image with another size."""
@@ -115,9 +120,9 @@ class MultiCrop:
 def multi_crop(
     image_HWC: np.ndarray, config: CropsConfig, random: np.random.Generator, attack: Attack | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Crop one uint8 image of any size from 1x1 and any channels: two global and `config.locals` local crops.
+    """Crop one uint8 image of any size from 1x1 and any channels: the global and local crops of `config`.
 
-    Returns uint8 (2, C, *global size) and (V, C, *local size), contiguous.
+    Returns uint8 (G, C, *global size) and (V, C, *local size), contiguous.
     """
     views = MultiCrop(config, random, attack=attack)
     views.draw_boxes(*image_HWC.shape[:2])

@@ -8,7 +8,6 @@ of the step, unless the run has skipped batches.
 import contextlib
 import functools
 import importlib.util
-import os
 import signal
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -70,6 +69,7 @@ class Loader:
     weights: tuple[float, ...] = ()
     compiled: bool = False  # colour operations: see photometric.apply
     attack: Attack | None = None  # of the pictures from which global crops are cut, where `crops` asks for attacks
+    progress: Callable[[int], float] | None = None  # of a batch: the share of the run before it; None: its start
     broken: dict[int, str] = field(default_factory=dict)  # output: row -> why it cannot be read
 
     def __post_init__(self) -> None:
@@ -102,7 +102,11 @@ class Loader:
 
     def crops_of(self, batch: int) -> CropsConfig:
         """The crop settings of a batch, which have one size: the same on every rank."""
-        return self.crops.pick_size(generator(self.seed, SIZE_STREAM, batch).random() if self.crops.mixed else 0.0)
+        if not self.crops.mixed:
+            return self.crops
+        if self.crops.mixed_by == "chance":
+            return self.crops.pick_size(generator(self.seed, SIZE_STREAM, batch).random())
+        return self.crops.pick_size(self.progress(batch) if self.progress else 0.0)
 
     def batches(self, first: int, device: torch.device) -> Generator[Batch]:
         """Yield batches number `first`, `first` + 1, ..., on `device`, where the colours are applied."""
@@ -112,8 +116,8 @@ class Loader:
             pending: list[tuple[int, Future]] = []
             try:
                 for batch in count(first):
-                    positions = self.positions(batch)
-                    parts = [submit(positions[i : i + size]) for i in range(0, per_rank, size)]
+                    positions, crops = self.positions(batch), self.crops_of(batch)
+                    parts = [submit(positions[i : i + size], crops) for i in range(0, per_rank, size)]
                     pending.append((batch, collector.submit(self._concatenate, batch, parts, device.type == "cuda")))
                     if len(pending) > BATCHES_AHEAD:
                         ready, views = pending.pop(0)
@@ -122,12 +126,14 @@ class Loader:
                 for _, views in pending:
                     views.cancel()
 
-    def load(self, position: int) -> tuple[np.ndarray, MultiCrop, np.random.Generator]:
+    def load(
+        self, position: int, crops: CropsConfig | None = None
+    ) -> tuple[np.ndarray, MultiCrop, np.random.Generator]:
         """Load the image at a position of the stream: its pixels, its crops, and the generator after the crops.
 
-        An image that cannot be read is replaced by the next row of its source that can.
+        An image that cannot be read is replaced by the next row of its source that can. `crops` are those of its batch.
         """
-        crops = self.crops_of(position // self.batch_size)
+        crops = crops or self.crops_of(position // self.batch_size)
         row, visit = self.row_at(position)
         first, length = self._source_range(assign_source(position, self.weights)[0])
         crop_set = visit % self.crops.visits if self.crops.visits else visit
@@ -143,14 +149,16 @@ class Loader:
                 self.broken[candidate] = str(error)
         raise UsageError(f"none of the {length} images can be read; the first: {self.broken[first]}")
 
-    def load_views(self, position: int) -> tuple[Tensor, Tensor, np.ndarray, tuple[int, int]]:
+    def load_views(
+        self, position: int, crops: CropsConfig | None = None
+    ) -> tuple[Tensor, Tensor, np.ndarray, tuple[int, int]]:
         """Global crops, local crops, colour parameters, and (row, set of crops) of the image at a position."""
-        image, views, random = self.load(position)
+        image, views, random = self.load(position, crops)
         return *views.crop(image), photometric.draw_parameters(self.photometric, self._roles, random), views.image_visit
 
-    def load_partial(self, positions: range) -> PartialBatch:
-        """The crops of the images at these positions, stacked."""
-        wide, narrow, colours, images = zip(*map(self.load_views, positions))
+    def load_partial(self, positions: range, crops: CropsConfig | None = None) -> PartialBatch:
+        """The crops of the images at these positions of one batch, stacked."""
+        wide, narrow, colours, images = zip(*(self.load_views(position, crops) for position in positions))
         height, width = (side // self.patch for side in wide[0].shape[-2:])
         return PartialBatch(
             torch.stack(wide, 1),
@@ -162,12 +170,16 @@ class Loader:
         )
 
     def draw_masks(self, positions: range, grid: tuple[int, int]) -> Tensor:
-        """(2, B, P): the masks of the images at these positions of one batch, which depend on their places in it."""
+        """(G, B, P): the masks of the images at these positions of one batch, which depend on their places in it."""
         batch, first = divmod(positions.start, self.batch_size)
-        size, random = self.batch_size, functools.partial(generator, self.seed, MASK_STREAM, batch)
-        sizes_N = masks.draw_sizes(2 * size, grid, self.masks, random())
-        crops = [view * size + first + i for view in range(2) for i in range(len(positions))]
-        return masks.draw_masks(sizes_N, crops, grid, lambda crop: random(1 + crop)).unflatten(0, (2, -1))
+        views, size, random = (
+            self.crops.globals,
+            self.batch_size,
+            functools.partial(generator, self.seed, MASK_STREAM, batch),
+        )
+        sizes_N = masks.draw_sizes(views * size, grid, self.masks, random())
+        crops = [view * size + first + i for view in range(views) for i in range(len(positions))]
+        return masks.draw_masks(sizes_N, crops, grid, lambda crop: random(1 + crop)).unflatten(0, (views, -1))
 
     def preview(self, batch: int, images: int) -> Batch:
         """The first images of a batch, exactly as in it, without computing the others."""
@@ -191,7 +203,8 @@ class Loader:
 
     @property
     def _roles(self) -> tuple[int, ...]:
-        return (photometric.GLOBAL_1, photometric.GLOBAL_2) + (photometric.LOCAL,) * self.crops.locals
+        roles = (photometric.GLOBAL_1, photometric.GLOBAL_2) * self.crops.globals
+        return roles[: self.crops.globals] + (photometric.LOCAL,) * self.crops.locals
 
     def _source_range(self, source: int) -> tuple[int, int]:
         """First row and length of a source; without weights, all sources are one."""
@@ -200,12 +213,14 @@ class Loader:
         return sum(self.index.source_lengths[:source]), self.index.source_lengths[source]
 
     @contextlib.contextmanager
-    def _workers(self) -> Iterator[tuple[Callable[[range], Future], int]]:
+    def _workers(self) -> Iterator[tuple[Callable[[range, CropsConfig], Future], int]]:
         """Start the workers: a function that submits positions to them, and their number."""
         if self.processes:
             # Spawned, not forked: threads of this process may hold locks. Tensors return through shared memory.
             context = torch.multiprocessing.get_context("spawn")
-            pool: Executor = ProcessPoolExecutor(self.processes, context, _init_worker, (replace(self, broken={}),))
+            pool: Executor = ProcessPoolExecutor(
+                self.processes, context, _init_worker, (replace(self, broken={}, progress=None),)
+            )
             submit, workers = functools.partial(pool.submit, _load_partial), self.processes
         else:
             workers = self.index.thread_count(self.threads)
@@ -237,8 +252,8 @@ class Loader:
     def _finish(self, batch: int, views: PartialBatch, device: torch.device) -> Batch:
         """Send the crops to the device, and apply their colours there."""
         colours_VBP = views.colours_BVP.numpy().swapaxes(0, 1)
-        finished = []
-        for crops, parameters in ((views.globals_GBCHW, colours_VBP[:2]), (views.locals_VBCHW, colours_VBP[2:])):
+        finished, colours = [], np.split(colours_VBP, [self.crops.globals])
+        for crops, parameters in zip((views.globals_GBCHW, views.locals_VBCHW), colours, strict=True):
             crops_NCHW, parameters_NP = crops.flatten(0, 1), parameters.reshape(-1, parameters.shape[-1])
             crops_NCHW = crops_NCHW.to(device, non_blocking=True)
             x_NCHW = photometric.apply(crops_NCHW, parameters_NP, self.photometric, self.compiled)
@@ -258,5 +273,5 @@ def _init_worker(loader: Loader) -> None:
     _worker_loader[:] = [loader]
 
 
-def _load_partial(positions: range) -> PartialBatch:
-    return _worker_loader[0].load_partial(positions)
+def _load_partial(positions: range, crops: CropsConfig) -> PartialBatch:
+    return _worker_loader[0].load_partial(positions, crops)

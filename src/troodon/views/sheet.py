@@ -32,7 +32,7 @@ def draw_crops(loader: Loader, path: Path, batch: int = 0, rows: int = 8) -> Non
     locals_ = len(preview.locals_VBCHW)
     scale = max(1, round(SHEET_WIDTH / (views * wide + locals_ * narrow + tall)))
     height = scale * (max(tall, low) if locals_ else tall)
-    columns = ["image", "global 1", "global 2", *(f"local {i + 1}" for i in range(locals_))]
+    columns = ["image", *(f"global {i + 1}" for i in range(views)), *(f"local {i + 1}" for i in range(locals_))]
     pictures = [_draw_boxes(*loader.load(p)[:2], round(1.5 * height), height) for p in loader.positions(batch)[:rows]]
     widths = [max(p.width for p in pictures), *[scale * wide] * views, *[scale * narrow] * locals_]
     font = ImageFont.load_default(12)
