@@ -279,7 +279,7 @@ class Recorder:
 
     def _draw(self, record: dict, share: float, parts: list[str]) -> None:
         """Show the run at the bottom of the terminal: its progress, its losses as small curves, and its health."""
-        recent = [*self.records[:: -(-len(self.records) // POINTS)], record]
+        recent = self.records[:: -max(1, -(-len(self.records) // POINTS))][::-1]
         curves = {n: [r[n] for r in recent if n in r] for n in ("loss", *TERMS) if n in record}
         verdict = "no alarm" if any("feature_cosine" in r for r in reversed(self.records)) else ""
         facts = [parts[0], parts[1], *parts[3:]]
