@@ -1,4 +1,8 @@
-"""What every test may ask for: the folder of real images, scripts of benchmarks/, and a quiet torch."""
+"""What every test may ask for: the folder of real images, scripts of benchmarks/, and a quiet torch.
+
+Tests run on the CPU: a GPU is hidden from them, so that equal bits are equal everywhere and test processes do not fill
+its memory. Only `pytest -m gpu` shows it, to tests that are marked so.
+"""
 
 import os
 import runpy
@@ -7,9 +11,33 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from _pytest.mark.expression import Expression
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SHARED = Path(os.environ.get("TROODON_TEST_DATA", Path(__file__).parents[2] / "shared"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide CUDA devices, before torch looks for them, unless this run is of tests marked `gpu` and of no others."""
+    if not only_gpu(config.option.markexpr):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def only_gpu(markers: str) -> bool:
+    """Whether an expression of markers, as that of `-m`, takes tests marked `gpu` and none without a mark."""
+    expression = Expression.compile(markers or "not gpu")
+    return expression.evaluate(lambda name, **_: name == "gpu") and not expression.evaluate(lambda name, **_: False)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked `gpu` where there is none to see."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        hidden = not only_gpu(item.config.option.markexpr)
+        pytest.skip("a GPU is shown to `pytest -m gpu` alone" if hidden else "torch finds no CUDA device here")
 
 
 @pytest.fixture
