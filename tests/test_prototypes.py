@@ -1,6 +1,8 @@
 """The losses streamed over prototypes: equal to their plain form, on any number of ranks, and without its matrices."""
 
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -64,18 +66,19 @@ def test_targets_are_those_of_the_plain_form(form, temperature, length):
     near(prototypes.mean(given, ALONE), given.logits().mean(0))
 
 
-@pytest.mark.parametrize(("views", "taught"), [(5, 2), (2, 2), (1, 1)])
-def test_values_and_gradients_are_those_of_the_plain_form(form, views, taught):
+@pytest.mark.parametrize(("views", "taught", "temperature"), [(5, 2, 0.05), (2, 2, 0.1), (1, 1, 0.005), (3, 2, 0.005)])
+def test_values_and_gradients_are_those_of_the_plain_form(form, views, taught, temperature):
     images = 6
     teacher, weight = answer(taught * images, 1), torch.rand(views, taught, images)
+    teacher.bottleneck_MD[1] = teacher.bottleneck_MD[0]
     results = []
     for streamed in (True, False):
         rows_MD, prototypes_KD = (x.requires_grad_() for x in answer(views * images, 2))
         if streamed:
-            targets = prototypes.sinkhorn(teacher, 0.05, ALONE)
+            targets = prototypes.sinkhorn(teacher, temperature, ALONE)
             pairs = prototypes.cross_entropies(rows_MD.unflatten(0, (views, images)), prototypes_KD, targets, 0.1)
         else:
-            targets_GBK = losses.sinkhorn(teacher.logits(), 0.05, ALONE).unflatten(0, (taught, images))
+            targets_GBK = losses.sinkhorn(teacher.logits(), temperature, ALONE).unflatten(0, (taught, images))
             logits_VBK = HeadOutput(rows_MD, prototypes_KD).logits().unflatten(0, (views, images))
             pairs = losses.cross_entropies(logits_VBK, targets_GBK, 0.1)
         (pairs * weight).sum().backward()
@@ -137,7 +140,7 @@ def test_the_loss_reads_logits_a_few_times(monkeypatch):
     """All that is no product, on tensors without numbers: 5 times for Sinkhorn-Knopp, and once for each of student and
     teacher forward and backward."""
     monkeypatch.setattr(prototypes, "CACHED", 0)
-    for name, value in (("ON_PROCESSOR", 2**24), ("ROWS_ON_PROCESSOR", 999)):
+    for name, value in (("ON_PROCESSOR", 2**24), ("PROTOTYPES_ON_PROCESSOR", 9999), ("ROWS_ON_PROCESSOR", 999)):
         monkeypatch.setattr(chunks, name, value)
     rows, count, dim = 2000, 30_000, 64
     with FakeTensorMode(), Moved() as moved:
@@ -187,3 +190,31 @@ def test_memory_does_not_grow_with_rows_times_prototypes(monkeypatch):
     assert peaks[2] - peaks[1] < 4 * 4096 * 20  # the gradient of 4096 more prototypes, and their columns
     assert peaks[1] - peaks[0] < 6 * chunk
     assert peaks[2] < whole / 4
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_gpus():
+    """The interpreter takes what the compiler refuses. No GPU is needed for this."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["_row_sums", "_column_sums", "_cross_entropies", "_logit_gradients"]
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from troodon.learn import kernels
+
+sizes = {"views": 10, "teacher_views": 2, "V": 16, "M": 32, "N": 128}
+for name in ("_row_sums", "_column_sums", "_cross_entropies", "_logit_gradients"):
+    kernel = getattr(kernels, name)
+    types = {n: "constexpr" if n in sizes else "fp32" if "temperature" in n else "*fp32" for n in kernel.arg_names}
+    types |= {n: "i32" for n in types if "stride" in n or n in ("images", "prototypes")}
+    types |= {"rows": "i32"} if name == "_column_sums" else {}
+    constants = {(i,): sizes[n] for i, n in enumerate(kernel.arg_names) if n in sizes}
+    triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+    print(name)
+"""
