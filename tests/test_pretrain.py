@@ -441,6 +441,25 @@ def test_compiled_blocks_have_the_same_gradients(recompute):
         assert difference <= 1e-3 * gradient.abs().max().clamp(min=1e-6), name
 
 
+def _on_two_machines(config: PretrainConfig, *more: object) -> None:
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    pretrain(config, *more)
+
+
+@pytest.mark.slow
+def test_machines_that_hold_replicas_learn_as_one_rank(images, tmp_path):
+    """Four ranks, two on each machine, and two parts of which only the last sums gradients over machines."""
+    terms = tuple(term for term in CONFIG.objective.terms if term[0] != "koleo")  # which parts look at differently
+    one, index = (
+        replace(CONFIG, steps=4, batch=8, objective=replace(CONFIG.objective, terms=terms)),
+        open_source(images),
+    )
+    pretrain(one, index, tmp_path / "one")
+    on_ranks(4, _on_two_machines, replace(one, parallel=ParallelConfig(accumulate=2)), index, tmp_path / "four")
+    for a, b in zip(records(tmp_path / "one"), records(tmp_path / "four"), strict=True):
+        assert a == pytest.approx(b, rel=2e-5)
+
+
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_what_is_computed_again_is_the_same(images, tmp_path, recompute):
     config = replace(CONFIG, steps=3, vit=replace(CONFIG.vit, drop_path=0.3))
