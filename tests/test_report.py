@@ -347,6 +347,7 @@ def test_a_full_set_has_every_section(whole: Page) -> None:
     ]:
         assert text in whole.text, text
     assert "99999" not in whole.text, "a line cut short was read"
+    assert re.search(r"curateddiscs.*0\.\d\d(discs|stripes|checks)", whole.text), "retrieved images have their class"
 
 
 def test_the_page_is_accessible(whole: Page) -> None:
