@@ -203,7 +203,8 @@ class Cost:
 
     def kept_logits(self, rows: float, head: HeadConfig) -> float:
         """Bytes of the logits, if they are kept and not computed again."""
-        return self.width * rows * head.prototypes if rows * head.prototypes <= CACHED else 0.0
+        width = FP32 if self.device == "cuda" else self.width  # as the product gives them
+        return width * rows * head.prototypes if rows * head.prototypes <= CACHED else 0.0
 
     def chunk(self, rows: float, head: HeadConfig) -> float:
         """Bytes of one matrix of a chunk of prototypes."""
