@@ -134,8 +134,23 @@ def test_the_slider_recounts_and_another_image_is_kept(opened, selection):  # no
     opened.wait("document.querySelector('#status').textContent.includes('kept: saved')")
     names = {number: name for name, number in row.items()}
     assert decided(selection) == {names[first[1]]: True, names[first[0]]: False}
+    opened.press("u")
+    opened.wait("document.querySelector('#status').textContent.includes('undecided: saved')")
+    assert {*decided(selection).values()} == {None}
     opened.click("#tab-similar")
     opened.wait("document.querySelector('#threshold-says')?.textContent.includes('if one of each group stays')")
+
+
+def test_the_map_shows_what_is_under_the_mouse_and_its_neighbours(opened, selection):  # noqa: F811
+    opened.wait("document.querySelectorAll('#thumbs img').length > 5")
+    image = opened.run("Number(document.querySelector('#thumbs img').src.match(/id=(\\d+)/)[1])")
+    place = "(({ x, y, width, height }) => [x + width / 2, y + height / 2])(thumbs.firstChild.getBoundingClientRect())"
+    x, y = opened.run(place)
+    opened.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    opened.wait(f"!card.hidden && card.querySelector('img').src.includes('id={image}&')")
+    opened.drag([(x, y)])
+    opened.wait("document.querySelector('#shown').textContent.startsWith('Nearest to')")
+    opened.wait(f"document.querySelector('#cell-0')?.dataset.id === '{image}'")
 
 
 def test_hostile_names_are_text(opened, selection):  # noqa: F811

@@ -38,7 +38,7 @@ class Layout:
 
     place_N2: ndarray  # float32, nan for an image without a vector
     row_Nk: ndarray  # int32, -1 where there is no neighbour
-    score_Nk: ndarray  # float16, cosine
+    score_Nk: ndarray  # float32, cosine
 
     def save(self, file: Path, name: str) -> None:
         data = io.BytesIO()
@@ -71,7 +71,7 @@ def layout_of(x_ND: ndarray, has_vector_N: ndarray, file: Path, vectors: str, de
     place_M2 = arrange(start_of(x_ND[rows]), row_Mk, device)
     count, k = len(x_ND), row_Mk.shape[1]
     layout = Layout(
-        np.full((count, 2), np.nan, np.float32), np.full((count, k), -1, np.int32), np.zeros((count, k), np.float16)
+        np.full((count, 2), np.nan, np.float32), np.full((count, k), -1, np.int32), np.zeros((count, k), np.float32)
     )
     layout.place_N2[rows], layout.score_Nk[rows] = place_M2, score_Mk
     layout.row_Nk[rows] = np.where(row_Mk < 0, -1, rows[row_Mk])

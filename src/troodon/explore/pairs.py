@@ -28,11 +28,11 @@ def similar(layout: Layout) -> Pairs:
     """Neighbours on the map, each pair once, by the cosine of their vectors."""
     row_P, column_P = np.nonzero(layout.row_Nk >= 0)
     other_P, score_P = layout.row_Nk[row_P, column_P].astype(np.int64), layout.score_Nk[row_P, column_P]
-    best = np.argsort(-score_P.astype(np.float32), kind="stable")[: 2 * MAX_PAIRS]
+    best = np.argsort(-score_P, kind="stable")[: 2 * MAX_PAIRS]
     low, high = np.minimum(row_P[best], other_P[best]), np.maximum(row_P[best], other_P[best])
     _, first = np.unique(low * np.int64(len(layout.row_Nk)) + high, return_index=True)
     first = np.sort(first)[:MAX_PAIRS]
-    return Pairs(low[first], high[first], score_P[best][first].astype(np.float32))
+    return Pairs(low[first], high[first], score_P[best][first])
 
 
 def copies(collection: Collection) -> Pairs:

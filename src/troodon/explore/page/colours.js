@@ -3,12 +3,14 @@
 import { count, getBytes, h } from "./dom.js";
 import { decisions } from "./images.js";
 
-// Twelve hues that stay apart on light and dark ground; further classes are grey.
+// Twelve hues that stay apart on light and dark ground; further classes are lighter or darker ones, and then repeat.
 const CLASSES = ["0072b2", "d55e00", "009e73", "cc79a7", "e69f00", "56b4e9", "8c564b", "7f5fc7", "b3b000", "d1495b", "3a7d44", "00a5a8"];
 const RAMP = ["440154", "3b528b", "21918c", "5ec962", "fde725"];
 const GREY = [140, 146, 152];
 const parse = (hex) => [0, 2, 4].map((at) => parseInt(hex.slice(at, at + 2), 16));
-const PALETTE = CLASSES.map(parse), STOPS = RAMP.map(parse);
+const towards = (end, share) => CLASSES.map(parse).map((rgb) => rgb.map((v) => Math.round(v + share * (end - v))));
+const PALETTE = [...towards(0, 0), ...towards(255, 0.45), ...towards(0, 0.4)], STOPS = RAMP.map(parse);
+const ofClass = (number) => (number === 65535 ? GREY : PALETTE[number % PALETTE.length]);
 const css = ([r, g, b]) => `rgb(${r} ${g} ${b})`;
 
 export async function loadColour(name) {
@@ -27,7 +29,7 @@ export function paint(images, colour, shown) {
   }
   for (let i = 0; i < images; i++) {
     let rgb = GREY;
-    if (colour.kind === "classes") rgb = PALETTE[colour.values[i]] ?? GREY;
+    if (colour.kind === "classes") rgb = ofClass(colour.values[i]);
     else if (colour.kind === "numbers" && Number.isFinite(colour.values[i])) rgb = ramp(high > low ? (colour.values[i] - low) / (high - low) : 0.5);
     out[4 * i] = rgb[0]; out[4 * i + 1] = rgb[1]; out[4 * i + 2] = rgb[2];
     out[4 * i + 3] = shown && !shown.has(i) ? 40 : rgb === GREY ? 150 : 215;
@@ -59,7 +61,7 @@ export function legend(colour, choose) {
   }
   const items = colour.names.slice(0, 100).map((name, i) => {
     const swatch = h("span", { class: "swatch" });
-    swatch.style.background = css(PALETTE[i] ?? GREY);
+    swatch.style.background = css(ofClass(i));
     return h("li", {}, h("button", { type: "button", onclick: () => choose(i, name) }, swatch, h("span", { class: "what", dir: "auto" }, name), h("span", { class: "number" }, count(colour.counts[i]))));
   });
   if (colour.names.length > 100) items.push(h("li", { class: "quiet" }, `and ${count(colour.names.length - 100)} more`));

@@ -51,14 +51,15 @@ const wordOf = { true: "kept", false: "left out", null: "undecided" };
 /** Keep, leave out or tag images, and save it. */
 export async function decide(ids, changes, remember = true) {
   if (!ids.length) return;
-  const before = ids.map((id) => decisions.get(id) ?? null);
+  const touched = changes.instead_of === undefined ? ids : [...ids, changes.instead_of];
+  const before = touched.map((id) => decisions.get(id) ?? null);
   try {
     const changed = await post("api/decide", { ids, ...changes });
     for (const [id, decision] of Object.entries(changed)) {
       if (decision) decisions.set(Number(id), decision);
       else decisions.delete(Number(id));
     }
-    if (remember) undo.push({ ids, changes, before });
+    if (remember) undo.push({ ids: touched, changes, before });
     const what = "keep" in changes ? wordOf[changes.keep] : "add_tag" in changes ? `tagged ${changes.add_tag}` : `no longer tagged ${changes.remove_tag}`;
     say(`${ids.length.toLocaleString("en")} ${ids.length === 1 ? "image" : "images"} ${what}: saved`);
     for (const listener of listeners) listener(Object.keys(changed).map(Number));
@@ -81,6 +82,5 @@ export async function takeBack() {
   }
   const back = new Map([[true, []], [false, []], [null, []]]);
   last.ids.forEach((id, i) => back.get(last.before[i]?.keep ?? null).push(id));
-  if (last.changes.instead_of !== undefined) back.get(null).push(last.changes.instead_of);
   for (const [keep, ids] of back) await decide(ids, { keep }, false);
 }

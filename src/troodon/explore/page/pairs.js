@@ -125,8 +125,9 @@ export class PairsPanel {
     if (first && stands && this.kind === "similar" && order.length > 1) {
       buttons.push(act("Leave out the others", "drop", () => decide(order.filter((one) => one !== image).map((one) => one.id), { keep: false })));
     }
-    if (!first && stands !== true) buttons.push(act("This one instead", "keep", () => decide([image.id], { keep: true, instead_of: stays.id })));
-    if (!first && stands !== true) buttons.push(act("Keep both", "keep", () => decide([image.id], { keep: true })));
+    const leak = this.kind === "leaks";
+    if (!first && stands !== true && !leak) buttons.push(act("This one instead", "keep", () => decide([image.id], { keep: true, instead_of: stays.id })));
+    if (!first && stands !== true) buttons.push(act(leak ? "Keep it all the same" : "Keep both", "keep", () => decide([image.id], { keep: true })));
     if (stands === true && !first) buttons.push(act("Leave out", "drop", () => decide([image.id], { keep: false })));
     if (decided !== undefined && decided !== null) buttons.push(act("Undecided", "", () => decide([image.id], { keep: null })));
     const reason = decided === true ? "You keep it" : decided === false ? "You leave it out" : first ? why : (image.reason ?? "").split(WHY)[0];
@@ -138,10 +139,11 @@ export class PairsPanel {
 
   /** Of every group the image with the most pixels stays. */
   async leaveOne(found) {
-    const out = [];
+    const out = [], images = new Map((await describe(found.flat())).map((image) => [image.id, image]));
     for (const ids of found) {
-      const { stays } = representative(await describe(ids), "similar");
-      out.push(...ids.filter((id) => id !== stays.id && decisions.get(id)?.keep !== true));
+      const { stays } = representative(ids.map((id) => images.get(id)), "similar");
+      const others = ids.filter((id) => id !== stays.id && decisions.get(id)?.keep !== true);
+      out.push(...others.filter((id) => images.get(id).kept !== false)); // those that the ledger leaves out are out
     }
     await decide(out, { keep: false });
     this.recount();
@@ -159,8 +161,9 @@ function representative(images, kind) {
     return { stays, why: kind === "leaks" ? "of the benchmark" : why ? `Stays: ${why}` : "Stays" };
   }
   const pixels = (image) => (image.width ?? 0) * (image.height ?? 0);
-  const best = images.reduce((a, b) => (pixels(b) > pixels(a) || (pixels(b) === pixels(a) && (b.length ?? 0) > (a.length ?? 0)) ? b : a));
-  const same = images.every((image) => pixels(image) === pixels(best));
+  const there = images.some((image) => image.kept !== false) ? images.filter((image) => image.kept !== false) : images;
+  const best = there.reduce((a, b) => (pixels(b) > pixels(a) || (pixels(b) === pixels(a) && (b.length ?? 0) > (a.length ?? 0)) ? b : a));
+  const same = there.every((image) => pixels(image) === pixels(best));
   return { stays: decided[0] ?? best, why: same ? "As large as the others; the most bytes" : "Most pixels of the group" };
 }
 
