@@ -51,7 +51,7 @@ from troodon import run, verbs
 from troodon.copies.hashes import perceptual_hash
 from troodon.copies.local_features import SavedFeatures, local_features, save_features
 from troodon.copies.verify import ORIENTATIONS, verify
-from troodon.copies.votes import TABLES, Pairs, alike_hashes, most_voted, vote
+from troodon.copies.votes import TABLES, Pairs, add_votes, alike_hashes, vote
 from troodon.curate import space
 from troodon.curate.closer_look import MIN_VOTES
 from troodon.curate.config import CurateConfig
@@ -110,7 +110,7 @@ class Looks:
         """The pairs that votes and hashes propose, with orientations; however many an image has."""
         active_N = np.ones(len(self.features), bool)
         voted = (vote(self.features, active_N, self.first, table) for table in range(TABLES))
-        pairs = most_voted(voted, len(active_N), MIN_VOTES, self.first)[0]
+        pairs = add_votes(voted, MIN_VOTES)
         pairs = Pairs.concatenate([pairs, alike_hashes(self.features, active_N, self.first)])
         found: dict[tuple[int, int], set[int]] = {}
         for i, j, orientation in zip(*(column.tolist() for column in pairs[:3])):

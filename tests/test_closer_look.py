@@ -140,12 +140,12 @@ def test_images_that_share_local_features_are_candidates(tmp_path):
     edited = [edit(originals[k % 10]) for k, edit in enumerate(EDITS.values())]
     store, count = saved([*originals, *edited], tmp_path), 10 + len(EDITS)
     tables = [votes.vote(store, np.ones(count, bool), count, table) for table in range(votes.TABLES)]
-    pairs, _ = votes.most_voted(tables, 3, 2, count)
+    pairs, _ = votes.most_voted(votes.add_votes(tables, 2), 3, count)
     found = set(zip(pairs.i_P.tolist(), pairs.j_P.tolist()))
     assert {(k % 10, 10 + k) for k in range(len(EDITS))} <= found
-    halves = [votes.vote(store, np.ones(count, bool), count, 0, part, 2) for part in range(2)]
-    whole = votes.most_voted([tables[0]], 10**9, 1, count)[0]
-    for one, other in zip(votes.most_voted(halves, 10**9, 1, count)[0], whole):
+    thirds = [votes.vote(store, np.ones(count, bool), count, 0, part, 3) for part in range(3)]
+    assert all(0 < len(third.i_P) < len(tables[0].i_P) for third in thirds)
+    for one, other in zip(votes.add_votes(thirds, 1), tables[0]):
         np.testing.assert_array_equal(one, other)
 
 
@@ -320,6 +320,15 @@ def test_workers_change_nothing(pool, selection, tmp_path):
     assert contents(out) == contents(selection)
 
 
+def test_tables_in_parts_change_nothing(pool, selection, tmp_path, monkeypatch):
+    parts, vote = set(), closer_look.vote
+    monkeypatch.setattr(closer_look, "IMAGES_PER_PART", 7)
+    monkeypatch.setattr(closer_look, "IMAGES_PER_BLOCK", 5)
+    monkeypatch.setattr(closer_look, "vote", lambda *inputs: parts.add(inputs[4:]) or vote(*inputs))
+    assert contents(select(pool, tmp_path / "out")) == contents(selection)
+    assert len(parts) > 3
+
+
 def test_a_preferred_folder_and_a_score_decide(pool, tmp_path):
     (tmp_path / "pool" / "mine").mkdir(parents=True)
     scene(0).save(tmp_path / "pool" / "a.png")
@@ -410,7 +419,9 @@ def test_settings_of_the_other_way_to_decide_are_named(tmp_path, capsys):
     small = tmp_path / "pool"
     small.mkdir()
     scene(1).save(small / "a.png")
-    select(small, tmp_path / "out", replace(CONFIG, benchmark_attacks=3))
-    assert "warning: benchmark_attacks 3: read with --verify none only" in capsys.readouterr().err
+    select(small, tmp_path / "out", replace(CONFIG, benchmark_attacks=3, benchmark_false_merges=0.1))
+    warnings = capsys.readouterr().err
+    assert "warning: benchmark_attacks 3: read with --verify none only" in warnings
+    assert "warning: benchmark_false_merges 0.1: read with --verify none only" in warnings
     with pytest.raises(UsageError, match="prefer, keep_by: a closer look chooses by them"):
         select(small, tmp_path / "other", replace(CONFIG, verify="none", keep_by="side"))

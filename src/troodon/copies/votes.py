@@ -20,6 +20,9 @@ TABLES = 8
 PER_IMAGE = 200  # descriptors that vote, of an image and of its mirror image
 BASE_BITS = 26  # hashed bits for one image; each doubling of the images takes one more
 MAX_BITS = 60
+PART_BITS = 12  # hashed bits that say in which part of its table a descriptor is
+IMAGES_PER_PART = 50_000  # of a table that are held in memory, on average: about 1.2 GB
+IMAGES_PER_BLOCK = 64_000  # whose votes are added up at a time
 MAX_BUCKET = 64  # members that are all paired
 NEIGHBOURS = 8  # of a member of a larger bucket
 AS_IS_OR_MIRRORED = -1  # the orientation of a pair found by its vectors
@@ -54,9 +57,10 @@ def hashed_bits(images: int) -> int:
 def vote(
     features: SavedFeatures, active_N: ndarray, first_benchmark: int, table: int, part: int = 0, parts: int = 1
 ) -> Pairs:
-    """The votes of one of TABLES hash tables; of `parts` parts of its keys, one.
+    """The votes of one of TABLES hash tables; of the `parts` parts of its keys, one.
 
-    `active_N` (bool) chooses images. Those from `first_benchmark` on are not compared with one another.
+    `active_N` (bool) chooses images. Those from `first_benchmark` on are not compared with one another. Pairs come in
+    the order of i, j and orientation, and a pair may come from several parts.
     """
     key_M, image_M, mirrored_M = _hashed(features, active_N, first_benchmark, table, part, parts)
     order = np.argsort(key_M, kind="stable")
@@ -79,6 +83,7 @@ def _hashed(
 ) -> tuple[ndarray, ndarray, ndarray]:
     """Keys (M,) uint64 of the descriptors that vote, the image of each, and whether it is of the mirror image."""
     bits = np.random.default_rng(table).permutation(256)[: hashed_bits(int(active_N.sum()))]
+    part_bits = bits[:PART_BITS]  # fewer to compute than the key, which only the descriptors of this part need
     keys, images, mirrors = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)], [np.zeros(0, bool)]
     for number in range(len(features.folders)):
         _, descriptor_N2K32, count_N2, *_ = features.load(number)
@@ -88,22 +93,25 @@ def _hashed(
             count_R = np.minimum(count_N2[rows, mirrored].astype(np.int64), PER_IMAGE)
             votes_RK = np.arange(PER_IMAGE) < count_R[:, None]
             chosen_M32 = descriptor_N2K32[rows, mirrored, :PER_IMAGE][votes_RK]
-            key_M = hash_keys(chosen_M32, bits)
             image_M = np.repeat(start + rows, count_R)
-            here = (key_M * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)  # a part of the keys, evenly
-            mine = here % np.uint64(parts) == part if parts > 1 else np.ones(len(key_M), bool)
-            keys.append(key_M[mine])
-            images.append(image_M[mine])
-            mirrors.append(np.full(int(mine.sum()), bool(mirrored)))
+            if parts > 1:
+                mine_M = hash_keys(chosen_M32, part_bits) % np.uint64(parts) == part
+                chosen_M32, image_M = chosen_M32[mine_M], image_M[mine_M]
+            keys.append(hash_keys(chosen_M32, bits))
+            images.append(image_M)
+            mirrors.append(np.full(len(image_M), bool(mirrored)))
     return np.concatenate(keys), np.concatenate(images), np.concatenate(mirrors)
 
 
 def hash_keys(descriptor_M32: ndarray, bits: ndarray) -> ndarray:
     """These bits, at most 64, of each descriptor (M, 32) uint8 as one number: (M,) uint64."""
-    key_M = np.zeros(len(descriptor_M32), np.uint64)
+    values = np.arange(256, dtype=np.uint64)
+    share_BV = np.zeros((32, 256), np.uint64)  # what each value of each byte adds
     for position, bit in enumerate(bits.tolist()):
-        value_M = (descriptor_M32[:, bit // 8] >> np.uint8(7 - bit % 8)) & np.uint8(1)
-        key_M |= value_M.astype(np.uint64) << np.uint64(position)
+        share_BV[bit // 8] |= ((values >> np.uint64(7 - bit % 8)) & np.uint64(1)) << np.uint64(position)
+    key_M = np.zeros(len(descriptor_M32), np.uint64)
+    for byte in np.unique(bits // 8).tolist():
+        key_M |= share_BV[byte][descriptor_M32[:, byte]]
     return key_M
 
 
@@ -133,14 +141,18 @@ def _count(pairs: Pairs) -> Pairs:
     return Pairs(i_P[starts], j_P[starts], orientation_P[starts], total_P)
 
 
-def most_voted(parts: Iterable[Pairs], limit: int, least: int, first_benchmark: int) -> tuple[Pairs, int]:
-    """Of the votes of all tables, the pairs with `least` votes that are among the `limit` best of either image.
+def add_votes(parts: Iterable[Pairs], least: int) -> Pairs:
+    """Add up the votes of each pair of all parts, and take the pairs with `least` votes."""
+    pairs = _count(Pairs.concatenate(parts))
+    return pairs.take(pairs.votes_P >= least)
+
+
+def most_voted(pairs: Pairs, limit: int, first_benchmark: int) -> tuple[Pairs, int]:
+    """The pairs that are among the `limit` best of either image, by votes.
 
     Benchmark images do not choose, since any number of images may resemble one; each other image chooses as many of
     them as of the others. Also returns the number of pairs that are left out.
     """
-    pairs = _count(Pairs.concatenate(parts))
-    pairs = pairs.take(pairs.votes_P >= least)
     is_benchmark_P = pairs.j_P >= first_benchmark
     rank_P = np.full(len(pairs.i_P), limit)
     for of_kind in (is_benchmark_P, ~is_benchmark_P):

@@ -27,7 +27,17 @@ from troodon import run
 from troodon.copies import keeper
 from troodon.copies.local_features import FeatureReader, SavedFeatures, grey, local_features, save_features, thumbnail
 from troodon.copies.verify import Match, verify
-from troodon.copies.votes import MIRRORED, TABLES, Pairs, alike_hashes, most_voted, vote
+from troodon.copies.votes import (
+    IMAGES_PER_BLOCK,
+    IMAGES_PER_PART,
+    MIRRORED,
+    TABLES,
+    Pairs,
+    add_votes,
+    alike_hashes,
+    most_voted,
+    vote,
+)
 from troodon.curate.context import CurationContext, row_ranges
 from troodon.curate.dedup import Verdict
 from troodon.curate.groups import Matches, resolve, reversed_match
@@ -83,15 +93,19 @@ class CloserLook:
         """Pairs of active images that share local features or have nearly the same perceptual hash, at most
         `candidates` of each image."""
         first, limit = len(self.rows), self.context.config.candidates
-        inputs = (self.name, hashlib.sha256(active_N.tobytes()).hexdigest(), limit)
-        units = list(range(TABLES)) if len(active_N) else []
-        voted = self.context.run_units("votes", _Vote(self.features, active_N, first), units, *inputs)
-        is_wanted = self._wanted
-        pairs, left_out = most_voted((is_wanted(_read_pairs(part)) for part in voted), limit, MIN_VOTES, first)
+        count, parts = len(active_N), -(-int(active_N.sum()) // IMAGES_PER_PART)
+        inputs = (self.name, hashlib.sha256(active_N.tobytes()).hexdigest(), limit, parts)
+        units = [(table, part) for table in range(TABLES) for part in range(parts)]
+        voted = self.context.run_units("votes", _Vote(self.features, active_N, first, parts), units, *inputs)
+        pairs = Pairs.concatenate(
+            add_votes((self._wanted(_read_pairs(folder, *block)) for folder in voted), MIN_VOTES)
+            for block in row_ranges(count, IMAGES_PER_BLOCK)
+        )
+        pairs, left_out = most_voted(pairs, limit, first)
         if left_out:
             run.say(f"candidates: {left_out:,} pairs with fewer votes than {limit} others of their images are left out")
-        alike = is_wanted(alike_hashes(self.features, active_N, first))
-        return Pairs.concatenate([pairs, most_voted([alike], limit, 1, first)[0]])
+        alike = add_votes([self._wanted(alike_hashes(self.features, active_N, first))], 1)
+        return Pairs.concatenate([pairs, most_voted(alike, limit, first)[0]])
 
     def _wanted(self, pairs: Pairs) -> Pairs:
         """The pairs that a step asks for: those with a benchmark, or all."""
@@ -278,20 +292,22 @@ def detail(grey_HW: ndarray) -> float:
 
 @dataclass(frozen=True)
 class _Vote:
-    """The votes of one hash table."""
+    """The votes of one of some parts of a hash table."""
 
     features: SavedFeatures
     active_N: ndarray
     first_benchmark: int
+    parts: int
 
-    def __call__(self, unit: int, folder: Path) -> Counts:
-        pairs = vote(self.features, self.active_N, self.first_benchmark, unit)
+    def __call__(self, unit: tuple[int, int], folder: Path) -> Counts:
+        pairs = vote(self.features, self.active_N, self.first_benchmark, *unit, self.parts)
         pq.write_table(pa.table(dict(zip("ijov", pairs))), folder / "votes.parquet", compression="zstd")
         return unit_counts(len(pairs.i_P))
 
 
-def _read_pairs(part: Path) -> Pairs:
-    table = pq.read_table(part / "votes.parquet")
+def _read_pairs(folder: Path, first: int, last: int) -> Pairs:
+    """The pairs of images from first to last; groups of others in the file are not read."""
+    table = pq.read_table(folder / "votes.parquet", filters=[("i", ">=", first), ("i", "<", last)])
     return Pairs(*(table[name].to_numpy() for name in "ijov"))
 
 

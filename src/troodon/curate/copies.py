@@ -20,7 +20,7 @@ from numpy import ndarray
 
 from troodon import run
 from troodon.copies.verify import Match
-from troodon.copies.votes import AS_IS_OR_MIRRORED, Pairs, most_voted
+from troodon.copies.votes import AS_IS_OR_MIRRORED, Pairs, add_votes, most_voted
 from troodon.curate import dedup, equal, ledger, space
 from troodon.curate.closer_look import CloserLook
 from troodon.curate.context import AssignProbes, CurationContext, row_ranges, write_mapped
@@ -139,7 +139,7 @@ def nearest_pairs(edges: Iterator[dedup.Edges], limit: int, first_benchmark: int
     for i, j, score in edges:
         votes = np.round(score.astype(np.float64) * 1e6).astype(np.int64)
         parts.append(Pairs(i.astype(np.int64), j.astype(np.int64), np.full(len(i), AS_IS_OR_MIRRORED, np.int8), votes))
-    return most_voted(parts, limit, -1_000_000, first_benchmark)[0]
+    return most_voted(add_votes(parts, -1_000_000), limit, first_benchmark)[0]
 
 
 def _by_cosine(
