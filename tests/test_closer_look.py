@@ -92,10 +92,38 @@ def test_an_edited_copy_is_verified_and_located(edit):
     assert middle[:2] == pytest.approx(expected, abs=0.03)
 
 
+def grainy(seed: int) -> Image.Image:
+    """A small picture whose finest detail is most of its detail."""
+    picture = np.asarray(scene(seed, 64, 48), np.float32)
+    grain = np.random.default_rng(seed).normal(0, 40, picture.shape)
+    return Image.fromarray(np.clip(picture + grain, 0, 255).astype(np.uint8))
+
+
+def test_small_pictures_without_their_finest_detail_are_copies():
+    pictures = [grainy(seed) for seed in range(2)]
+    blurred = [features(picture.filter(ImageFilter.GaussianBlur(1.2))) for picture in pictures]
+    found = [[verify.verify(features(a), b) is not None for b in blurred] for a in pictures]
+    assert found == np.eye(2, dtype=bool).tolist()
+
+
 def test_other_pictures_are_not_copies():
     pictures = [features(scene(seed)) for seed in range(12)]
     pairs = [(i, j, o) for i in range(12) for j in range(i) for o in (0, 4)]
     assert not [pair for pair in pairs if verify.verify(pictures[pair[0]], pictures[pair[1]], pair[2])]
+
+
+def test_things_of_one_shape_on_white_are_not_copies(shared):
+    index = open_source(shared("cls_caltech20_112.tar") / "images")
+    row_of = {"/".join(Path(path).parts[-2:]): row for row, path in enumerate(index.column("path"))}
+
+    def is_copy(kind: str, one: int, other: int) -> bool:
+        rows = [row_of[f"{kind}/image_{number:04d}.jpg"] for number in (one, other)]
+        found = (local_features.local_features(index.decode(row)) for row in rows)
+        return verify.verify(*found, votes.AS_IS_OR_MIRRORED) is not None
+
+    assert not is_copy("grand_piano", 98, 64)
+    assert not is_copy("Motorbikes", 53, 689)
+    assert is_copy("grand_piano", 2, 7)  # another light on the same picture
 
 
 def test_a_shared_logo_or_ground_makes_no_copy():
