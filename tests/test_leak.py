@@ -70,6 +70,8 @@ def test_the_command_and_its_errors(places, tmp_path, capsys):
     assert out.startswith("3 of 30 images resemble one of the benchmark's")
     assert cli.run([*words, "--steps", "exact", "--out", str(tmp_path / "other")]) == launch.MISTAKE
     assert "has the step benchmark" in capsys.readouterr().err
+    assert cli.run([*words, "--out", str(tmp_path / "looked-at")]) == launch.DONE
+    assert "read with --verify none only" not in capsys.readouterr().err
     with pytest.raises(UsageError, match="quik"):
         leak(places["backbone"], places["training"], places["benchmark"], tmp_path / "more", suite="quik")
     assert not (tmp_path / "more").exists()

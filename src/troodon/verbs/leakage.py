@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,11 +53,9 @@ def leak(
     from troodon.images.sources import open_source
     from troodon.run import say, write_json
 
-    config, out = from_dict(LEAK_CONFIG, settings or {}, source="settings"), Path(out)
+    config, out = _resolve(settings or {}), Path(out)
     if suite:
         get_suite(suite)
-    if "benchmark" not in config.steps:
-        raise UsageError("steps: a search for leaks has the step benchmark")
     selection = curate(
         config, None, data, backbone, out / "selection", benchmark=benchmark, copies=copies, workers=workers,
         range=range, device=device,
@@ -86,6 +84,15 @@ def leak(
                 say(f"alarm: {out / folder}: not measured: {error}")
     write_json(out / LEAKS_FILE, leaks)
     return leaks
+
+
+def _resolve(settings: dict) -> CurateConfig:
+    config = from_dict(LEAK_CONFIG, settings, source="settings")
+    if "benchmark" not in config.steps:
+        raise UsageError("steps: a search for leaks has the step benchmark")
+    if config.verify == "geometric" and config.benchmark_false_merges == LEAK_CONFIG.benchmark_false_merges:
+        return replace(config, benchmark_false_merges=CurateConfig.benchmark_false_merges)  # nobody has set it
+    return config
 
 
 def _leaked_pairs(selection: Path) -> tuple[int, list[dict]]:
