@@ -20,6 +20,7 @@ import torch
 from measure import argument_parser, device, finish, median_seconds, peak_memory, result, synchronize
 from troodon import dist, recipes
 from troodon.learn import optim
+from troodon.learn.clock import Clock
 from troodon.learn.config import ParallelConfig, PretrainConfig
 from troodon.learn.loop import Learner, train
 from troodon.learn.method import Method
@@ -48,7 +49,7 @@ class Step:
         """Run the training loop for one step."""
         learner = Learner(self.method, self.optimizer, self.config.schedules, self.config.optim, self._after_step)
         train(
-            [learner], iter([self.batch]), first_step=self.step, steps=self.config.steps,
+            [learner], iter([self.batch]), first_step=self.step, clock=Clock(self.config),
             accumulate=self.config.parallel.accumulate, stop_requested=lambda: True,
         )  # fmt: skip
 

@@ -13,6 +13,7 @@ from troodon import recipes, verbs
 from troodon.config import UsageError
 from troodon.dist import Share
 from troodon.learn import cost, optim, prototypes
+from troodon.learn.clock import Clock
 from troodon.learn.config import ObjectiveConfig, ParallelConfig, PretrainConfig
 from troodon.learn.loop import Learner, train
 from troodon.learn.method import Method
@@ -86,7 +87,7 @@ def take_steps(config: PretrainConfig, compute: torch.dtype, steps: int) -> None
     optimizer = optim.adamw(method.student, config.vit.depth, config.optim)
     learner = Learner(method, optimizer, config.schedules, config.optim, after_step=lambda *_: None)
     train(
-        [learner], iter([seen] * steps), first_step=config.steps - steps, steps=config.steps,
+        [learner], iter([seen] * steps), first_step=config.steps - steps, clock=Clock(config),
         accumulate=config.parallel.accumulate, stop_requested=lambda: False,
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from tests.test_plan import batch
 from troodon.learn import optim
+from troodon.learn.clock import Clock
 from troodon.learn.config import ObjectiveConfig, PretrainConfig
 from troodon.learn.loop import Learner, NotFinite, train
 from troodon.learn.losses import Ranks
@@ -43,7 +44,7 @@ def steps(method: Method, config: PretrainConfig, seen: Batch, count: int) -> li
     optimizer = optim.adamw(method.student, config.vit.depth, config.optim)
     learner = Learner(method, optimizer, config.schedules, config.optim, lambda step, batch, seen: terms.append(seen))
     train(
-        [learner], iter([seen] * count), first_step=50, steps=50 + count, accumulate=1,
+        [learner], iter([seen] * count), first_step=50, clock=Clock.of_steps(50 + count), accumulate=1,
         stop_requested=lambda: False,
     )  # fmt: skip
     return terms
@@ -69,7 +70,7 @@ def test_a_broken_step_changes_nothing(monkeypatch):
 
     def take(first: int) -> list[torch.Tensor]:
         how = {"accumulate": 1, "stop_requested": lambda: False}
-        train([learner], iter([seen]), first_step=first, steps=first + 1, **how)
+        train([learner], iter([seen]), first_step=first, clock=Clock.of_steps(first + 1), **how)
         moments = [value for state in optimizer.state.values() for value in state.values()]
         return [x.detach().clone() for x in (*method.student.parameters(), *method.ema.parameters(), *moments)]
 

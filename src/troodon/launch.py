@@ -25,6 +25,7 @@ from troodon.run import COMMAND, Interrupted, current_command, draw, full_disk, 
 
 # Exit codes: done, failed, a mistake of the user, stopped on request with everything saved.
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+BEGAN = "TROODON_BEGAN"  # environment variable of ranks that are started here: when their command began
 GRACE_S = 5.0  # for the others to end by themselves when a rank fails; one that waits for it never would
 TAIL = 100  # last lines shown of a rank that could not report: after a crash, the stack of each of its threads
 
@@ -93,17 +94,18 @@ def raise_failure(result: LaunchResult) -> None:
         raise error
 
 
-def launch(words: list[str], ranks: int) -> LaunchResult:
+def launch(words: list[str], ranks: int, began: float | None = None) -> LaunchResult:
     """Run the command `troodon WORDS` as `ranks` processes of this machine, and wait for them.
 
     SIGINT and SIGTERM are passed on to them, once each. When one rank fails, the others are ended; when this process
     ends, in whatever way, they end as well. Only rank zero prints; of the errors, only that of the first failure is
-    returned.
+    returned. `began` is when the command began (see `began_at`).
     """
     with tempfile.TemporaryDirectory(prefix="troodon-") as name, _catch_signals() as signals:
         folder, children = Path(name), []
         read_end, write_end = os.pipe()  # the children's standard input, which ends when this process does
         env = os.environ | {RENDEZVOUS: name, COMMAND: json.dumps(current_command), "WORLD_SIZE": str(ranks)}
+        env[BEGAN] = str(time.monotonic() if began is None else began)
         env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
         try:
             for rank in range(ranks):
@@ -126,6 +128,11 @@ def launch(words: list[str], ranks: int) -> LaunchResult:
             os.close(read_end)
             os.close(write_end)
         return _result(folder, [child.returncode for child in children], failed, signals)
+
+
+def began_at() -> float:
+    """When the command that calls this began, by `time.monotonic`: now, or as the process says that launched it."""
+    return float(os.environ.get(BEGAN) or time.monotonic())
 
 
 @contextlib.contextmanager

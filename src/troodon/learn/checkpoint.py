@@ -11,8 +11,10 @@ of the number of the batch. Tensors are copied, and training goes on while the c
 
 import os
 import shutil
+import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,7 +30,7 @@ from troodon.learn.config import PretrainConfig
 from troodon.learn.method import Method
 from troodon.model.config import Preprocessing
 from troodon.model.saved import SavedViT
-from troodon.run import environment, full_disk, read_manifest, write_json
+from troodon.run import environment, full_disk, read_json, read_manifest, write_json
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,25 @@ class TrainingProgress:
     step: int = 0  # steps done
     batch: int = 0
     rescues: int = 0  # times that a loss or a gradient was not finite
+    clock: dict | None = None  # of a run that has a time: see Clock.state
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"step": self.step, "batch": self.batch, "rescues": self.rescues}
 
 
 class Saver:
     """Writes checkpoints of a run in the background, one at a time, and deletes old ones once a new one is complete."""
 
-    def __init__(self, run: Path, config: PretrainConfig, preprocessing: Preprocessing):
+    def __init__(
+        self, run: Path, config: PretrainConfig, preprocessing: Preprocessing, now: Callable[[], float] = time.monotonic
+    ):
         self.run, self.config, self.preprocessing = run, config, preprocessing
         self.group = dist.new_group()  # of its own: its messages must not mix with those of the training
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.writing: Future | None = None
         self.step: int | None = None  # of the last checkpoint that was begun
+        self.now, self.took = now, 0.0  # seconds that the last one was written for
         if dist.rank() == 0:
             for partial in (run / "checkpoints").glob("*.partial"):  # of a run that was killed
                 shutil.rmtree(partial)
@@ -58,7 +68,7 @@ class Saver:
     ) -> str | None:
         """Begin to write the state; its backbone becomes that of the run if it is `kept`. Returns why the state before
         could not be written, on every rank, or None."""
-        failed, self.step = self.wait(), progress.step
+        failed, self.step, self.begun = self.wait(), progress.step, self.now()
         partial = self.run / "checkpoints" / f"{progress.step:06d}.partial"
         weights = backbone_weights(method)
         state = _state(method, optimizer, progress)
@@ -93,6 +103,7 @@ class Saver:
             stored.result()
             if dist.rank() == 0:
                 self._complete(partial, weights, progress, kept)
+            self.took = self.now() - self.begun
         except BaseException:
             if dist.rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
@@ -106,7 +117,8 @@ class Saver:
     def _complete(self, partial: Path, weights: dict[str, Tensor], progress: TrainingProgress, kept: bool) -> None:
         config, backbone = self.config, self.backbone(weights)
         backbone.save(partial / "backbone")
-        text = {"progress": asdict(progress), "config": to_dict(config), "environment": environment()}
+        known = progress.counts | ({"clock": progress.clock} if progress.clock else {})
+        text = {"progress": known, "config": to_dict(config), "environment": environment()}
         write_json(partial / "run.json", text | {"images_seen": progress.step * config.batch})
         final = partial.with_suffix("")
         if final.exists():  # after a rollback: the same step, with other images
@@ -131,7 +143,8 @@ def load(checkpoint: Path, method: Method, optimizer: torch.optim.Optimizer) -> 
         method.anchor.load_state_dict(state["anchor"])
     method.centres = state["centres"]
     set_optimizer_state_dict(method.student, optimizer, state["optimizer"])
-    return TrainingProgress(**{name: int(value) for name, value in state["progress"].items()})
+    counts = {name: int(value) for name, value in state["progress"].items()}
+    return TrainingProgress(**counts, clock=read_json(checkpoint / "run.json")["progress"].get("clock"))
 
 
 def full_state_dict(module: torch.nn.Module) -> dict[str, Tensor]:
@@ -164,7 +177,7 @@ def _state(method: Method, optimizer: torch.optim.Optimizer, progress: TrainingP
         **({} if method.anchor is None else {"anchor": method.anchor.state_dict()}),
         "centres": dict(method.centres),
         "optimizer": get_optimizer_state_dict(method.student, optimizer),
-        "progress": {name: torch.tensor(value) for name, value in asdict(progress).items()},
+        "progress": {name: torch.tensor(value) for name, value in progress.counts.items()},
     }
 
 

@@ -102,7 +102,10 @@ class PretrainConfig:
     reuse: Literal["backbone", "whole"] = "backbone"
     """What is taken of the run given as --init: its backbone, or its heads as well."""
     steps: int = 125_000
-    """Optimiser steps."""
+    """Optimiser steps. With minutes: those that schedules are written for."""
+    minutes: float = 0.0
+    """Minutes that the run takes from command to end, in place of a number of steps: it measures its steps, and goes
+    through its schedules in those that fit in. 0: `steps` decides."""
     batch: int = 2048
     """Images per step, over all ranks."""
     seed: int = 0
@@ -134,12 +137,13 @@ class PretrainConfig:
     max_broken: float = 0.5
     """Share of the images tried that may be unreadable; above it, the run saves and stops."""
 
-    LATER = ("adapt",)
+    LATER = ("adapt", "minutes")
 
     def __post_init__(self) -> None:
         within(self, "", 1, None, "steps", "log_every", "checkpoint_every", "keep")
         within(self, "", 0, None, "threads", "processes", "health_every", "probe_every", "keep_every", "seed")
         within(self, "", 0, 1, "max_broken")
+        within(self, "", 0, None, "minutes")
         check_range(self.range)
         if self.batch < 2:
             raise UsageError(f"batch {self.batch}: a step compares images, so it needs at least 2")

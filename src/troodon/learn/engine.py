@@ -11,7 +11,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from troodon import dist
 from troodon.learn import adapters, best, checkpoint, guard, optim
 from troodon.learn.checkpoint import Saver, TrainingProgress
+from troodon.learn.clock import Clock
 from troodon.learn.config import PretrainConfig
 from troodon.learn.folder import open_folder
 from troodon.learn.loop import Learner, NotFinite, train
@@ -53,6 +54,7 @@ class Task:
     before: Callable[[PretrainConfig, Path], None] | None = None
     attack: Attack | None = None  # what attacks pictures, where the crops ask for it
     open_log: OpenLog | None = None  # what opens the places of config.log_to
+    began: float | None = None  # when the command began, by `time.monotonic`; now
 
 
 class NothingLearned(RuntimeError):
@@ -86,12 +88,13 @@ class Student:
         config, bits = self.task.config, _bits(self.learner.method.ema)
         changed = dist.sum_over_ranks(torch.stack([bits[n] != first for n, first in self.first_bits.items()]).float())
         still = [name for name, ranks in zip(bits, changed.tolist()) if not ranks]
+        steps = self.recorder.clock.pace.end
         if config.schedules.backbone_frozen == config.steps:  # only heads were to learn
             still = [name for name in still if name != "backbone"]
         if still:
             frozen = config.schedules.backbone_frozen
             cause = f"schedules.backbone_frozen {frozen:,}" if frozen > config.steps else "schedules.lr, ema_momentum"
-            what = f"{', '.join(still)} did not change in {config.steps:,} steps: see {cause}"
+            what = f"{', '.join(still)} did not change in {steps:,} steps: see {cause}"
             raise NothingLearned(f"{self.task.out}: {what}")
 
 
@@ -114,10 +117,11 @@ def run(
     dist.barrier()
     with build_teachers(config, tasks[0].out, len(index), device, compute) as frozen:
         loader = _loader(config, index, tasks[0].attack)
-        students = [_student(task, loader, frozen, device, compute, many=len(tasks) > 1) for task in tasks]
-        progress = _resume(tasks, students)
-        if progress.step < config.steps and not _given_up(students):
-            _train(students, loader, progress, device)
+        clock = Clock(config, tasks[0].began)
+        students = [_student(task, loader, clock, frozen, device, compute, many=len(tasks) > 1) for task in tasks]
+        progress = _resume(tasks, students, clock)
+        if progress.step < clock.pace.end and not _given_up(students):
+            _train(students, loader, clock, progress, device)
         for student in students:
             student.check_learned()
 
@@ -133,19 +137,22 @@ def _loader(config: PretrainConfig, index: ImageSource, attack: Attack | None) -
     )  # fmt: skip
 
 
-def _resume(tasks: Sequence[Task], students: Sequence[Student]) -> TrainingProgress:
+def _resume(tasks: Sequence[Task], students: Sequence[Student], clock: Clock) -> TrainingProgress:
     """Load the last step of which every run has a checkpoint."""
-    progress, steps = TrainingProgress(), tasks[0].config.steps
+    progress = TrainingProgress()
     if step := _common_step(tasks):
         for student in students:
             progress = student.load(step)
+        clock.resume(progress.clock)
         if dist.rank() == 0:
-            done = progress.step >= steps
-            say(f"  {'finished' if done else 'going on'} at step {progress.step:,} of {steps:,}")
+            done = progress.step >= clock.pace.end
+            say(f"  {'finished' if done else 'going on'} at step {progress.step:,} of {clock.length}")
     return progress
 
 
-def _train(students: Sequence[Student], loader: Loader, progress: TrainingProgress, device: torch.device) -> None:
+def _train(
+    students: Sequence[Student], loader: Loader, clock: Clock, progress: TrainingProgress, device: torch.device
+) -> None:
     """Take the steps that are left. After a step that is not finite, the guard decides where to go on."""
     config, first = students[0].task.config, progress.batch
 
@@ -154,6 +161,7 @@ def _train(students: Sequence[Student], loader: Loader, progress: TrainingProgre
 
     with _stop_requests() as requests:
         while True:
+            clock.start(progress.step)
             for student in students:
                 student.recorder.resume(progress)
                 if student.task.init is not None:
@@ -167,7 +175,7 @@ def _train(students: Sequence[Student], loader: Loader, progress: TrainingProgre
                         [student.learner for student in students],
                         timed,
                         first_step=progress.step,
-                        steps=config.steps,
+                        clock=clock,
                         accumulate=config.parallel.accumulate,
                         stop_requested=lambda: (
                             bool(requests) or broken_share() > config.max_broken or _given_up(students)
@@ -177,13 +185,17 @@ def _train(students: Sequence[Student], loader: Loader, progress: TrainingProgre
                 break
             except NotFinite as error:
                 progress = _recover(error, students, loader)
+                clock.load(progress.clock)
         for student in students:
             student.recorder.finish()
     if (share := max(dist.all_gather_objects(broken_share()))) > config.max_broken:
         what = f"{share:.0%} of the images tried cannot be read, and max_broken is {config.max_broken:g}"
         raise TooManyBroken(f"{what}; stopped at step {progress.step:,}, everything is saved: see quarantine.jsonl")
-    if progress.step < config.steps and not _given_up(students):
-        raise Interrupted(f"stopped after {progress.step:,} of {config.steps:,} steps; everything is saved")
+    if progress.step < clock.pace.end and not _given_up(students):
+        raise Interrupted(f"stopped after {progress.step:,} of {clock.length} steps; everything is saved")
+    if clock.seconds and dist.rank() == 0:
+        for student in students:
+            student.recorder.event("time", progress.step, clock.told(progress.step))
 
 
 def _given_up(students: Sequence[Student]) -> bool:
@@ -194,6 +206,7 @@ def _given_up(students: Sequence[Student]) -> bool:
 def _student(
     task: Task,
     loader: Loader,
+    clock: Clock,
     frozen: Sequence[FrozenTeacher],
     device: torch.device,
     compute: torch.dtype,
@@ -214,9 +227,9 @@ def _student(
     ranks = Ranks(dist.sum_over_ranks, dist.max_over_ranks, dist.all_gather)
     method = Method(config.objective, student, ema, teachers=frozen, anchor=anchor, ranks=ranks, compute=compute)
     optimizer = optim.adamw(student, config.vit.depth, config.optim)
-    saver = Saver(task.out, config, preprocessing(config))
+    saver = Saver(task.out, config, preprocessing(config), clock.now)
     label = f"{task.out.name}: " if many else ""
-    recorder = Recorder(config, method, optimizer, loader, task.out, saver, task.probe, task.open_log, label)
+    recorder = Recorder(config, method, optimizer, loader, clock, task.out, saver, task.probe, task.open_log, label)
     learner = Learner(method, optimizer, config.schedules, config.optim, recorder.after_step)
     return Student(task, learner, recorder, first_bits)
 
@@ -273,8 +286,8 @@ def _recover(error: NotFinite, students: Sequence[Student], loader: Loader) -> T
     if progress is None:
         raise error
     if step:
-        for student in students:
-            student.load(step)
+        loaded = [student.load(step) for student in students]
+        progress = replace(progress, clock=loaded[0].clock)
     return progress
 
 

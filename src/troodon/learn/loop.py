@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from troodon.learn import optim
+from troodon.learn.clock import Clock
 from troodon.learn.config import OptimConfig
 from troodon.learn.method import Method
 from troodon.learn.parallel import reduce_between_machines
@@ -42,17 +43,18 @@ def train(
     batches: Iterator[Batch],
     *,
     first_step: int,
-    steps: int,
+    clock: Clock,
     accumulate: int,
     stop_requested: Callable[[], bool],
 ) -> int:
-    """Take steps `first_step` to `steps`, or until a rank gets a request to stop; returns how many steps are done.
+    """Take steps from `first_step` to the end by `clock`, or to a rank's request to stop; returns how many are done.
 
     All learners see the same batches, and each learns as if it were alone. Raises NotFinite.
     """
-    for step in range(first_step, steps):
+    step = first_step
+    while step < clock.pace.end:
         batch = next(batches)
-        parts, scheduled = batch.chunk(accumulate), [learner.schedules.at(step, steps) for learner in learners]
+        parts, scheduled = batch.chunk(accumulate), [clock.values(learner.schedules, step) for learner in learners]
         terms = []
         for learner, values in zip(learners, scheduled, strict=True):
             terms.append(_backward(learner, parts, values))
@@ -71,9 +73,11 @@ def train(
             learner.optimizer.zero_grad()
             learner.method.after_step(values)
             learner.after_step(step, batch, of_learner)
+        step += 1
+        clock.tick(step)
         if stop:
-            return step + 1
-    return steps
+            break
+    return step
 
 
 def broken_and_stop(terms: Sequence[dict[str, Tensor]], stop: bool) -> Tensor:

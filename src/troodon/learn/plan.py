@@ -46,17 +46,32 @@ class Plan:
         return {name: n for name, n in self.state.items() if name != "gradients"} | dict(self.phases[self.busiest])
 
     @property
+    def steps(self) -> int | None:
+        """Of the run; None where it has a time and its speed is unknown."""
+        c = self.config
+        if not c.minutes:
+            return c.steps
+        return round(60 * c.minutes * self.images_per_second / c.batch) if self.images_per_second else None
+
+    @property
     def seconds(self) -> float | None:
+        if self.config.minutes:
+            return 60 * self.config.minutes
         return self.config.steps * self.config.batch / self.images_per_second if self.images_per_second else None
 
     def render(self) -> str:
         """The plan as text, one screen."""
-        c, seen, rate = self.config, self.config.steps * self.config.batch, self.images_per_second
+        c, seen, rate = self.config, (self.steps or 0) * self.config.batch, self.images_per_second
         visits = f", each of {self.images:,} {seen / self.images:,.1f} times" if self.images else ""
         each = " on each" if self.ranks > 1 else ""
         lines = [
             ("on", f"{self.ranks} x {self.device}, {'bf16' if self.width == 2 else 'fp32'}"),
-            ("steps", f"{c.steps:,} of {c.batch:,} images: {with_prefix(seen).strip()} in all{visits}"),
+            (
+                "steps",
+                f"{self.steps:,} of {c.batch:,} images: {with_prefix(seen).strip()} in all{visits}"
+                if self.steps is not None
+                else f"of {c.batch:,} images, as many as {c.minutes:g} minutes hold",
+            ),
             ("tokens", f"{with_prefix(self.tokens)} a step through the student"),
             ("parameters", summed(self.parameters)),
             ("products", f"{summed(self.flops, 'FLOP')} a step"),

@@ -29,8 +29,10 @@ def pretrain(
     before: Callable[[PretrainConfig, Path], None] | None = None,
     attack: Attack | None = None,
     open_log: OpenLog | None = None,
+    began: float | None = None,
 ) -> Path:
-    """Train until `config.steps`, or go on where the run in `out` stopped; returns the backbone's folder.
+    """Train `config.steps`, or for `config.minutes` from `began` on, or go on where the run in `out` stopped; returns
+    the backbone's folder.
 
     `init` and `heads` give first weights. `probe` measures the EMA, as a k-NN accuracy. `before` is called with the
     config and `out` before the training starts, on rank zero. `attack` attacks pictures, if `config.crops` asks for it.
@@ -40,7 +42,7 @@ def pretrain(
     """
     with dist.process_group():
         check(config, index, init, dist.world_size())
-        engine.run([Task(config, out, init, heads, probe, before, attack, open_log)], index)
+        engine.run([Task(config, out, init, heads, probe, before, attack, open_log, began)], index)
     return out / "backbone"
 
 

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from troodon import dist
 from troodon.config import pair
 from troodon.learn import best, checkpoint, health
 from troodon.learn.checkpoint import Saver, TrainingProgress
+from troodon.learn.clock import Clock
 from troodon.learn.config import PretrainConfig
 from troodon.learn.method import Method
 from troodon.model.config import Preprocessing
@@ -46,6 +48,7 @@ class Recorder:
         method: Method,
         optimizer: torch.optim.Optimizer,
         loader: Loader,
+        clock: Clock,
         run: Path,
         saver: Saver,
         probe: Probe | None,
@@ -53,7 +56,7 @@ class Recorder:
         label: str = "",
     ):
         self.config, self.method, self.optimizer, self.loader, self.run = config, method, optimizer, loader, run
-        self.saver, self.probe, self.label = saver, probe, label
+        self.clock, self.saver, self.probe, self.label = clock, saver, probe, label
         self.metrics, self.thread = MetricsFile(run / "metrics.jsonl"), ThreadPoolExecutor(1, "metrics")
         self.writing: Future | None = None
         self.alarms: dict[str, str] = {}
@@ -108,26 +111,25 @@ class Recorder:
 
     def after_step(self, step: int, batch: Batch, terms: dict[str, Tensor]) -> None:
         """Record, read the run's health, probe and save, each at its interval."""
-        config, done = self.config, step + 1
+        config, done, start = self.config, step + 1, self.clock.now()
         self.progress = TrainingProgress(done, self.progress.batch + 1, self.progress.rescues)
         self.names = list(terms)
         self.since.append(torch.stack([*terms.values()]))
 
-        def due(every: int) -> bool:
-            return every > 0 and (done % every == 0 or done == config.steps)
-
-        probe = due(config.probe_every) and self.probe is not None
+        due, patience = partial(self.clock.due, done), config.adapt.patience
+        probe = due(config.probe_every, by_share=patience > 0) and self.probe is not None
         if due(config.health_every) or due(config.log_every) or probe:
             readings = {}
             if due(config.health_every):
                 parts = batch.chunk(config.parallel.accumulate)
-                readings = health.read(self.method, parts, config.schedules.at(step, config.steps))
+                readings = health.read(self.method, parts, self.clock.values(config.schedules, step))
             self.record(readings, {"knn": self.knn(done)} if probe else {})
-        patience = config.adapt.patience if probe else 0
+        patience = patience if probe else 0
         if patience:
             self.flush()  # a checkpoint is never ahead of the reading that says what it is worth
         if due(config.checkpoint_every) or (patience and best.is_kept(self.readings, patience, done)):
             self.save()
+        self.clock.noted(self.clock.now() - start, self.saver.took)
 
     def record(self, readings: dict[str, Tensor], known: dict[str, float]) -> None:
         """Write the means over ranks and over the steps since the last record, with readings and other numbers."""
@@ -137,7 +139,7 @@ class Recorder:
         mean, broken = sums[:-1] / dist.world_size(), sums[-1]
         now = time.perf_counter()
         step, steps, seconds = self.progress.step - 1, len(self.since), now - self.last
-        scheduled = self.config.schedules.at(step, self.config.steps)
+        scheduled = self.clock.values(self.config.schedules, step)
         known = {
             "lr": scheduled.lr,
             "weight_decay": scheduled.weight_decay,
@@ -146,6 +148,7 @@ class Recorder:
             "images_per_second": steps * self.config.batch / seconds,
             "data_wait": min(1.0, self.waited / seconds),
             "seconds": self.seconds_before + now - self.start,
+            **self.clock.share(step + 1),
             **known,
         }
         self.last, self.waited, self.since = now, 0.0, []
@@ -216,7 +219,8 @@ class Recorder:
             with contextlib.suppress(OSError):  # a full disk; the file is written again with the next checkpoint
                 write_bytes(path, "".join(f"{json.dumps(record)}\n" for record in records).encode())
         kept = best.is_kept(self.readings, self.config.adapt.patience, self.progress.step)
-        self._report(self.saver.save(self.progress, self.method, self.optimizer, kept))
+        progress = replace(self.progress, clock=self.clock.state())
+        self._report(self.saver.save(progress, self.method, self.optimizer, kept))
 
     def settle(self) -> str | None:
         """Wait until everything is written; returns why the last checkpoint is not, on every rank, or None."""
@@ -258,17 +262,17 @@ class Recorder:
         return accuracy
 
     def _show(self, record: dict) -> None:
-        done, steps = record["step"] + 1, self.config.steps
+        done, steps = record["step"] + 1, self.clock.pace.end
         rate = (time.perf_counter() - self.start) / (done - self.first_step)
         terms = ", ".join(f"{n} {record[n]:.3f}" for n in TERMS if n in record)
         knn = next((r["knn"] for r in reversed(self.records) if "knn" in r), None)
         parts = [
-            f"step {done:,}/{steps:,}",
+            f"step {done:,}/{self.clock.length}",
             f"{record['images_per_second']:.0f} images/s",
             f"loss {record['loss']:.3f} ({terms})",
             f"data wait {record['data_wait']:.0%}",
             *([f"k-NN {knn:.1%}"] if knn is not None else []),
-            f"{duration((steps - done) * rate)} left",
+            f"{duration(self.clock.seconds_left or (steps - done) * rate)} left",
         ]
         line = f"  {self.label}" + " | ".join(parts)
         if is_live() and done < steps:

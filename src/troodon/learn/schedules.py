@@ -1,8 +1,9 @@
-"""Schedules: pure functions of the step, so that a resumed run needs nothing but its step. No torch here."""
+"""Schedules: pure functions of the step, so that a resumed run needs nothing but its step, and its pace if its length
+is a time. No torch here."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from troodon.config import within
@@ -19,8 +20,8 @@ class Schedule:
     shape: Literal["cosine", "constant"] = "cosine"
     """After the warm-up: a half cosine from peak to end, or peak for ever."""
 
-    def at(self, step: int, steps: int) -> float:
-        """The value at `step` of `steps`, counted from zero."""
+    def at(self, step: float, steps: int) -> float:
+        """The value at `step` of `steps`, counted from zero; also between two steps."""
         if step < self.warmup:
             return self.start + (self.peak - self.start) * step / self.warmup
         if self.shape == "constant":
@@ -90,7 +91,9 @@ class Schedules:
         within(self, "schedules.", 0, None, "last_layer_frozen", "backbone_frozen")
         within(self.anchor, "schedules.anchor.", 0, None, "start", "refresh", "refreshes")
 
-    def at(self, step: int, steps: int) -> ScheduledValues:
+    def at(self, step: float, steps: int, following: float | None = None) -> ScheduledValues:
+        """The values at `step` of `steps`, if the next step is at `following`; by default one later."""
+        following = step + 1 if following is None else following
         lr = self.lr.at(step, steps)
         return ScheduledValues(
             lr=lr,
@@ -99,6 +102,30 @@ class Schedules:
             ema_momentum=self.ema_momentum.at(step, steps),
             teacher_temperature=self.teacher_temperature.at(step, steps),
             backbone_frozen=step < self.backbone_frozen,
-            anchored=step >= self.anchor.start,
-            new_anchor=self.anchor.taken(step),
+            anchored=following > self.anchor.start,
+            new_anchor=any(map(self.anchor.taken, range(math.ceil(step), math.ceil(following)))),
         )
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How a run goes through schedules that are written for `steps` steps: evenly, from `position` at its step `first`
+    to their end, `left` steps later."""
+
+    steps: int
+    left: int
+    first: int = 0
+    position: float = 0.0
+
+    @property
+    def end(self) -> int:
+        """Steps of the run."""
+        return self.first + self.left
+
+    def at(self, step: int) -> float:
+        """Where a step of the run is in the schedules: exactly at `step` in a run of `steps` steps."""
+        return self.position + (self.steps - self.position) * (step - self.first) / self.left
+
+    def set(self, step: int, left: int) -> "Pace":
+        """The pace from this step on if so many are left; no step jumps."""
+        return replace(self, first=step, position=self.at(step), left=left)

@@ -130,12 +130,13 @@ def _from_file(default: C, path: Path, steps: object) -> C:
 
 
 def _for_steps(config: Any, steps: object) -> Any:
-    """The config of a training in so many steps; any other config as it is, and words that are no number of steps."""
+    """The config of a training in so many steps, whatever it took before; any other config as it is, and words that are
+    no number of steps."""
     try:
         number = int(str(steps))
     except ValueError:
         return config
-    return for_steps(config, number) if isinstance(config, PretrainConfig) else config
+    return replace(for_steps(config, number), minutes=0.0) if isinstance(config, PretrainConfig) else config
 
 
 def write_config(config: object, path: Path) -> str:
@@ -192,12 +193,12 @@ def check_devices(devices: str | int) -> None:
         raise UsageError(f"devices {str(devices)!r}: a number or auto")
 
 
-def launch_ranks(words: list[str], ranks: int) -> None:
+def launch_ranks(words: list[str], ranks: int, began: float | None = None) -> None:
     """Run the command `troodon WORDS` as ranks of this machine, one for each device.
 
     Raises what ended the first rank that failed: UsageError, Interrupted or RankFailed.
     """
-    launch.raise_failure(launch.launch(words, ranks))
+    launch.raise_failure(launch.launch(words, ranks, began))
 
 
 def is_first() -> bool:

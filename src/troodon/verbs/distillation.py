@@ -12,6 +12,7 @@ from tyro.conf import Fixed, Positional, Suppress, arg
 
 from troodon import recipes
 from troodon.config import UsageError
+from troodon.launch import began_at
 from troodon.learn import outcome
 from troodon.learn.config import PretrainConfig
 from troodon.lock import alone
@@ -32,7 +33,7 @@ from troodon.verbs.common import (
     write_config,
 )
 from troodon.verbs.plans import before_training, plan_here
-from troodon.verbs.training import as_begun, config_of_weights, make_probe
+from troodon.verbs.training import as_begun, config_of_weights, make_probe, record_steps
 
 if TYPE_CHECKING:
     from troodon.learn.teacher import Teacher
@@ -66,6 +67,7 @@ def distill(
         _distill(configs, teacher, data, Path(out), devices, dry_run=dry_run)
         for name, config in configs.items() if is_first() and not dry_run else ():
             outcome.tell(Path(out) / name, config)
+            record_steps(Path(out) / name, config)
     backbones = {name: Path(out) / name / "backbone" for name in configs}
     return backbones if isinstance(recipe, Mapping) else backbones[""]
 
@@ -80,7 +82,7 @@ def _distill(
     from troodon.learn.engine import Task
     from troodon.views.attacks import random_attack
 
-    ranks = dist.ranks_to_start(devices)
+    began, ranks = began_at(), dist.ranks_to_start(devices)
     ranges = {config.range for config in configs.values()}
     if len(ranges) > 1:
         raise UsageError("students that train together see the same images: give all the same range")
@@ -97,6 +99,7 @@ def _distill(
             before=before,
             attack=random_attack,
             open_log=loggers.open_for,
+            began=began,
         )
         for name, config in configs.items()
     ]
@@ -110,7 +113,7 @@ def _distill(
         with tempfile.TemporaryDirectory(prefix="troodon-") as folder:
             files = [write_config(c, Path(folder) / f"{name or 'student'}.yaml") for name, c in configs.items()]
             places = ["--teacher", *map(str, as_list(teacher)), "--data", *map(str, as_list(data)), "--out", str(out)]
-            launch_ranks(["distill", *files, *places], ranks)
+            launch_ranks(["distill", *files, *places], ranks, began)
     else:
         training.distill(tasks, index, teachers)
 

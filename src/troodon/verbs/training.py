@@ -13,11 +13,13 @@ from tyro.conf import Positional, arg
 
 from troodon import recipes, slurm
 from troodon.config import UsageError, differences, fingerprint, from_yaml, pair, to_dict
+from troodon.launch import began_at
 from troodon.learn import outcome
 from troodon.learn.config import PretrainConfig
+from troodon.learn.outcome import METRICS
 from troodon.lock import alone
 from troodon.recipes import lengths
-from troodon.run import read_manifest, say
+from troodon.run import MetricsFile, read_manifest, say
 from troodon.slurm import SlurmConfig
 from troodon.verbs.common import (
     Data,
@@ -52,6 +54,7 @@ def pretrain(
     *,
     init: "str | Path | Backbone | None" = None,
     settings: dict | None = None,
+    minutes: float | None = None,
     devices: str | int = "auto",
     dry_run: bool = False,
     images_per_second: float | None = None,
@@ -59,12 +62,14 @@ def pretrain(
     """Learn features from unlabelled images, or go on where the run in `out` stopped. Returns the backbone's folder.
 
     `settings` changes the recipe: {"steps": 1000, "schedules": {"lr": {"peak": 1e-3}}}. `init` gives initial weights.
+    `minutes` is the time that the run takes, in place of a number of steps: see learn/clock.py.
     `devices` is the number of devices of this machine to train on, "auto" for all. Several are used by one process
     each, which opens `data` and `init` by their paths; UsageError, Interrupted or RuntimeError is then what ended the
     first process that failed.
     `dry_run` only prints the plan, also without `data` and `out`. A number of `devices` is then one of accelerators,
     which need not be in this machine, and the plan has the time if they process `images_per_second` together.
     """
+    began, settings = began_at(), _with_minutes(settings, minutes)
     config = resolve_config(recipe, PretrainConfig(), pretrain_recipes(init), settings)
     check_devices(devices)
     if images_per_second is not None and not (dry_run and 0 < images_per_second < float("inf")):
@@ -74,14 +79,35 @@ def pretrain(
     data, out = _require_data_and_out(data, out)
     with alone(Path(out)):
         config = as_begun(config, Path(out))
-        folder = _pretrain(config, data, out, init, devices)
+        folder = _pretrain(config, data, out, init, devices, began)
         if is_first():
             outcome.tell(Path(out), config)
+            record_steps(Path(out), config)
         return folder
 
 
+def _with_minutes(settings: dict | None, minutes: float | None) -> dict | None:
+    """The settings with a time; UsageError if they have a number of steps too."""
+    settings = settings if minutes is None else (settings or {}) | {"minutes": minutes}
+    if settings and settings.get("minutes") and "steps" in settings:
+        raise UsageError(f"steps {settings['steps']} and minutes {settings['minutes']}: give one of them")
+    return settings
+
+
+def record_steps(out: Path, config: PretrainConfig) -> None:
+    """Once a run of so many minutes has ended, its config.yaml has the steps that came of them."""
+    if config.minutes:
+        steps = max((record["step"] for record in MetricsFile(out / METRICS).read() if "step" in record), default=0) + 1
+        write_config(lengths.for_steps(config, steps), out / "config.yaml")
+
+
 def _pretrain(
-    config: PretrainConfig, data: Data, out: str | Path, init: "str | Path | Backbone | None", devices: str | int
+    config: PretrainConfig,
+    data: Data,
+    out: str | Path,
+    init: "str | Path | Backbone | None",
+    devices: str | int,
+    began: float,
 ) -> Path:
     """Train, on ranks of this machine where there are several devices; returns the backbone's folder."""
     from troodon import dist
@@ -100,7 +126,7 @@ def _pretrain(
     if ranks > 1:
         del index, start  # each rank has its own
         with tempfile.TemporaryDirectory(prefix="troodon-") as folder:
-            launch_ranks(_command_words(config, data, out, init, Path(folder)), ranks)
+            launch_ranks(_command_words(config, data, out, init, Path(folder)), ranks, began)
         return Path(out) / "backbone"
     own = None
     if config.reuse == "whole":
@@ -118,6 +144,7 @@ def _pretrain(
         before=before_training(index),
         attack=random_attack,
         open_log=loggers.open_for,
+        began=began,
     )
 
 
@@ -185,7 +212,7 @@ def config_of_weights(init: "str | Path | Backbone") -> PretrainConfig:
     For other weights only the network's, with reuse "backbone", and what images it knows: their pixels and colours.
     """
     if isinstance(init, str | Path) and (recorded := Path(init) / "config.yaml").is_file():
-        return replace(from_yaml(PretrainConfig(), recorded), reuse="whole")
+        return replace(from_yaml(PretrainConfig(), recorded), reuse="whole", minutes=0.0)
     backbone, default = as_backbone(init), PretrainConfig()
     seen, patch = backbone.preprocessing, backbone.config.patch
     side = min(*pair(default.crops.global_px), *pair(seen.crop))  # crops of as many pixels as it knows, if it knows few
@@ -306,6 +333,8 @@ class Pretrain:
     devices: str = "auto"
     """Devices of this machine to train on, or processes where it has none; auto is all devices.
     For a dry run, a number of accelerators, which need not be in this machine."""
+    hours: float = 0.0
+    """Hours that the run takes, in place of --minutes or --steps."""
     dry_run: bool = False
     """Print what the run would take, and stop."""
     images_per_second: float | None = None
@@ -315,14 +344,15 @@ class Pretrain:
 
     def run(self) -> None:
         devices, job = self.devices, self.slurm
+        config = replace(self.config, minutes=60 * self.hours or self.config.minutes)
         if job.nodes and not self.dry_run:
-            print(submit(self.config, self.data, self.out, job, init=self.init))
+            print(submit(config, self.data, self.out, job, init=self.init))
             return
         if job.nodes:
             devices = job.nodes * job.gpus_per_node
         folder = pretrain(
-            self.config, self.data, self.out, init=self.init, devices=devices, dry_run=self.dry_run,
+            config, self.data, self.out, init=self.init, devices=devices, dry_run=self.dry_run,
             images_per_second=self.images_per_second,
         )  # fmt: skip
         if folder is not None and self.out is not None:
-            _print_result(folder, self.config, self.data, self.out)
+            _print_result(folder, config, self.data, self.out)
