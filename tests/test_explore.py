@@ -376,8 +376,8 @@ def test_the_layout_is_kept_and_made_anew_for_other_vectors(selection, tmp_path,
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 16])
 def test_a_layout_of_few_images(count):
     x = np.random.default_rng(0).standard_normal((count, 4)).astype(np.float16)
-    row_Nk, _ = layouts.nearest_neighbours(x, 15)
-    assert np.isfinite(layouts.arrange(layouts.start_of(x), row_Nk)).all()
+    row_Nk, score_Nk = layouts.nearest_neighbours(x, 15)
+    assert np.isfinite(layouts.arrange(layouts.start_of(x), row_Nk, score_Nk)).all()
 
 
 def test_neighbours_stay_neighbours_on_the_map():
@@ -385,7 +385,7 @@ def test_neighbours_stay_neighbours_on_the_map():
     random = np.random.default_rng(0)
     label = np.arange(1000) % 20
     x = random.standard_normal((20, 64))[label] + 0.5 * random.standard_normal((1000, 64))
-    row_Nk, _ = layouts.nearest_neighbours(x.astype(np.float16), 15)
+    row_Nk, score_Nk = layouts.nearest_neighbours(x.astype(np.float16), 15)
     start = layouts.start_of(x)
 
     def pure(place: np.ndarray) -> float:
@@ -394,7 +394,7 @@ def test_neighbours_stay_neighbours_on_the_map():
         return float((label[near] == label[:, None]).mean())
 
     assert pure(start) < 0.8
-    assert pure(layouts.arrange(start, row_Nk)) > 0.95
+    assert pure(layouts.arrange(start, row_Nk, score_Nk)) > 0.95
 
 
 def test_lists_find_nearly_all_neighbours(monkeypatch):

@@ -1,8 +1,8 @@
 """A map of images: two coordinates for each, such that near images lie near one another.
 
-The k nearest neighbours of each image pull it, and images drawn at random push it away, as in UMAP
-(https://arxiv.org/abs/1802.03426) with a = b = 1; all forces of a step act at once, and Adam makes the step, as in
-PaCMAP (https://arxiv.org/abs/2012.04456). The first two principal components are the start.
+The k nearest neighbours of each image pull it, by weights that even out how densely images lie, and images drawn at
+random push it away: UMAP (https://arxiv.org/abs/1802.03426) with a = b = 1, but all forces of a step act at once. The
+first two principal components are the start.
 """
 
 import io
@@ -25,8 +25,11 @@ from troodon.search.inverted_lists import kmeans, nearest_centroids
 
 VERSION = 1  # of what this file computes
 NEIGHBOURS = 15
-STEPS = 250
-PUSHES = 5  # images that push one image, in each step
+STEPS = 500
+PUSHES = 5  # images drawn in each step, which an image and they push from one another
+PUSH = 2.0  # strength of each push; the pulls of one image have a total of log2(k)
+RATE, MOMENTUM, CLIP = 0.5, 0.5, 4.0  # of the places; the largest force of one step
+START = 0.3  # spread of the places at the start
 MAX_EXACT = 20_000  # more images are searched by lists; a GPU compares all
 LIST_ROWS, PROBES = 500, 10  # images in a list, and lists that a list is compared with
 BLOCK = 2048
@@ -68,7 +71,7 @@ def layout_of(x_ND: ndarray, has_vector_N: ndarray, file: Path, vectors: str, de
     rows = np.flatnonzero(has_vector_N)
     say(f"explore: lays out {len(rows):,} images; the next time they are there at once")
     row_Mk, score_Mk = nearest_neighbours(x_ND[rows], NEIGHBOURS, device)
-    place_M2 = arrange(start_of(x_ND[rows]), row_Mk, device)
+    place_M2 = arrange(start_of(x_ND[rows]), row_Mk, score_Mk, device)
     count, k = len(x_ND), row_Mk.shape[1]
     layout = Layout(
         np.full((count, 2), np.nan, np.float32), np.full((count, k), -1, np.int32), np.zeros((count, k), np.float32)
@@ -141,40 +144,54 @@ def start_of(x_ND: ndarray, sample: int = 20_000, seed: int = 0) -> ndarray:
     return (place_N2 / max(place_N2.std(), 1e-9)).astype(np.float32)
 
 
-def arrange(start_N2: ndarray, row_Nk: ndarray, device: Any = None, seed: int = 0) -> ndarray:
+def weights_of(score_Nk: ndarray) -> ndarray:
+    """How strongly each neighbour pulls (N, k) float32: exp(-(d - d of the first) / s) of the distance d = 1 - cosine,
+    where s is chosen for each image such that the sum is log2(k) (UMAP, section 3.1)."""
+    far_Nk = 1 - score_Nk.astype(np.float64)
+    far_Nk -= far_Nk.min(1, keepdims=True)
+    low_N1, high_N1, total = np.zeros((len(far_Nk), 1)), np.full((len(far_Nk), 1), 4.0), np.log2(far_Nk.shape[1] + 1e-9)
+    for _ in range(24):
+        middle_N1 = (low_N1 + high_N1) / 2
+        is_high_N1 = np.exp(-far_Nk / np.maximum(middle_N1, 1e-9)).sum(1, keepdims=True) > total
+        high_N1, low_N1 = np.where(is_high_N1, middle_N1, high_N1), np.where(is_high_N1, low_N1, middle_N1)
+    return np.exp(-far_Nk / np.maximum(high_N1, 1e-9)).astype(np.float32)
+
+
+def arrange(start_N2: ndarray, row_Nk: ndarray, score_Nk: ndarray, device: Any = None, seed: int = 0) -> ndarray:
     """Move the places (N, 2), such that neighbours lie near one another and others do not."""
     count, k = row_Nk.shape
     if count < 3 or not k:
         return start_N2
-    y = torch.from_numpy(start_N2).to(device or "cpu", copy=True)
-    near = torch.from_numpy(np.where(row_Nk < 0, np.arange(count)[:, None], row_Nk).astype(np.int64)).to(y.device)
-    generator = torch.Generator(y.device).manual_seed(seed)
-    mean, square = torch.zeros_like(y), torch.zeros_like(y)
+    y_N2 = torch.from_numpy(start_N2 * np.float32(START)).to(device or "cpu")
+    near_kN = torch.from_numpy(np.where(row_Nk < 0, np.arange(count)[:, None], row_Nk).T.astype(np.int64)).to(
+        y_N2.device
+    )
+    weight_kN1 = torch.from_numpy(np.ascontiguousarray(weights_of(score_Nk).T[..., None])).to(y_N2.device)
+    generator = torch.Generator(y_N2.device).manual_seed(seed)
+    step_N2 = torch.zeros_like(y_N2)
     for step in range(1, STEPS + 1):
-        rate = 1.0 if step <= STEPS // 2 else 2 * (STEPS - step) / STEPS + 0.02
-        force = _force(y, near, generator)
-        mean.lerp_(force, 0.1)
-        square.lerp_(force * force, 0.01)
-        y += rate * (mean / (1 - 0.9**step)) / ((square / (1 - 0.99**step)).sqrt() + 1e-7)
-    y -= y.mean(0)
-    return (y / y.abs().quantile(0.99) if count < 1_000_000 else y / y.std() / 2).cpu().numpy()
+        force_N2 = _force(y_N2, near_kN, weight_kN1, generator).clamp_(-CLIP, CLIP)
+        step_N2.mul_(MOMENTUM).add_(force_N2)
+        y_N2.add_(step_N2, alpha=RATE * (1 - step / STEPS))
+    y_N2 -= y_N2.mean(0)
+    return (y_N2 / y_N2.std()).cpu().numpy()
 
 
-def _force(y_N2: Tensor, near_Nk: Tensor, generator: torch.Generator) -> Tensor:
+def _force(y_N2: Tensor, near_kN: Tensor, weight_kN1: Tensor, generator: torch.Generator) -> Tensor:
     """The sum of what pulls and pushes each place."""
-    count, k = near_Nk.shape
-    pull = y_N2[near_Nk.T.reshape(-1)].view(k, count, 2) - y_N2
-    pull /= 1 + (pull * pull).sum(-1, keepdim=True)
-    force = pull.sum(0)
-    force.index_add_(0, near_Nk.T.reshape(-1), pull.view(-1, 2), alpha=-1)
+    k, count = near_kN.shape
+    near = near_kN.reshape(-1)
+    pull_kN2 = y_N2[near].view(k, count, 2) - y_N2
+    pull_kN2 *= weight_kN1 / (1 + (pull_kN2 * pull_kN2).sum(-1, keepdim=True))
+    force_N2 = pull_kN2.sum(0)
+    force_N2.index_add_(0, near, pull_kN2.view(-1, 2), alpha=-1)
     order = torch.randperm(count, generator=generator, device=y_N2.device)
-    shuffled = y_N2[order]
-    pushed = torch.zeros_like(y_N2)
+    shuffled_N2, pushed_N2 = y_N2[order], torch.zeros_like(y_N2)
     for shift in range(1, PUSHES + 1):
-        push = shuffled - shuffled.roll(shift, 0)
-        squared = (push * push).sum(-1, keepdim=True)
-        push /= (squared + 1e-3) * (1 + squared)
-        pushed += push
-        pushed -= push.roll(-shift, 0)
-    force[order] += pushed * (k / PUSHES)
-    return force
+        push_N2 = shuffled_N2 - shuffled_N2.roll(shift, 0)
+        squared_N1 = (push_N2 * push_N2).sum(-1, keepdim=True)
+        push_N2 /= (squared_N1 + 1e-3) * (1 + squared_N1)
+        pushed_N2 += push_N2
+        pushed_N2 -= push_N2.roll(-shift, 0)
+    force_N2[order] += pushed_N2 * PUSH
+    return force_N2

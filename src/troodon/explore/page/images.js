@@ -8,6 +8,7 @@ let timer = null;
 export const decisions = new Map();
 const listeners = new Set();
 export const undo = [];
+let last = Promise.resolve();
 
 export const onDecision = (listener) => listeners.add(listener);
 
@@ -48,8 +49,12 @@ export async function loadDecisions() {
 
 const wordOf = { true: "kept", false: "left out", null: "undecided" };
 
-/** Keep, leave out or tag images, and save it. */
-export async function decide(ids, changes, remember = true) {
+/** Keep, leave out or tag images, and save it: one decision after another. */
+export function decide(ids, changes, remember = true) {
+  return (last = last.then(() => decideNow(ids, changes, remember)));
+}
+
+async function decideNow(ids, changes, remember) {
   if (!ids.length) return;
   const touched = changes.instead_of === undefined ? ids : [...ids, changes.instead_of];
   const before = touched.map((id) => decisions.get(id) ?? null);
@@ -70,17 +75,18 @@ export async function decide(ids, changes, remember = true) {
 
 /** Take the last decision back. */
 export async function takeBack() {
-  const last = undo.pop();
-  if (!last) return say("There is nothing to take back");
-  if ("add_tag" in last.changes) {
-    const had = last.changes.add_tag.trim();
-    return decide(last.ids.filter((_, i) => !last.before[i]?.tags.includes(had)), { remove_tag: had }, false);
+  await last;
+  const done = undo.pop();
+  if (!done) return say("There is nothing to take back");
+  if ("add_tag" in done.changes) {
+    const had = done.changes.add_tag.trim();
+    return decide(done.ids.filter((_, i) => !done.before[i]?.tags.includes(had)), { remove_tag: had }, false);
   }
-  if ("remove_tag" in last.changes) {
-    const had = last.changes.remove_tag;
-    return decide(last.ids.filter((_, i) => last.before[i]?.tags.includes(had)), { add_tag: had }, false);
+  if ("remove_tag" in done.changes) {
+    const had = done.changes.remove_tag;
+    return decide(done.ids.filter((_, i) => done.before[i]?.tags.includes(had)), { add_tag: had }, false);
   }
   const back = new Map([[true, []], [false, []], [null, []]]);
-  last.ids.forEach((id, i) => back.get(last.before[i]?.keep ?? null).push(id));
+  done.ids.forEach((id, i) => back.get(done.before[i]?.keep ?? null).push(id));
   for (const [keep, ids] of back) await decide(ids, { keep }, false);
 }
