@@ -27,6 +27,7 @@ from troodon.explore.pictures import SIDES, Pictures
 from troodon.explore.server import Answer, Refused, Request, Routes
 from troodon.images.decode import BadImage
 
+BACKGROUND = "explore"  # name of threads that end with the process
 MAX_NEIGHBOURS = 1000
 MAX_DESCRIBED = 1000  # images at once
 MAX_FOUND = 20_000  # images whose names hold a text
@@ -48,7 +49,7 @@ def in_background(work: Callable[[], Any]) -> Future:
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
+    threading.Thread(target=run, name=BACKGROUND, daemon=True).start()
     return future
 
 

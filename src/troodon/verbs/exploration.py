@@ -1,5 +1,7 @@
 """The verb `explore`: a page on this machine to look around among images, and to decide about them."""
 
+import os
+import threading
 import webbrowser
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,3 +214,7 @@ class Explore:
             self.source, backbone=self.backbone, out=self.out, port=self.port, open=self.open, range=self.range,
             device=self.device,
         )  # fmt: skip
+        from troodon.explore.api import BACKGROUND
+
+        if any(thread.name == BACKGROUND for thread in threading.enumerate()):
+            os._exit(0)  # a layout on its way: the interpreter would abort, since no thread inside torch can be ended
