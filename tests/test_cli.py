@@ -63,7 +63,7 @@ def test_a_copy_descriptor_is_trained_calibrated_and_used(photos, tmp_path, caps
 def test_the_main_job(photos, tmp_path, capsys):
     out, _ = run("scan", photos, "--out", tmp_path / "index", capsys=capsys)
     assert "36" in out
-    out, err = run("pretrain", "small", "--data", photos, "--out", tmp_path / "run", *TINY, capsys=capsys)
+    out, err = run("pretrain", "small_dino", "--data", photos, "--out", tmp_path / "run", *TINY, capsys=capsys)
     assert Path(out.strip()) == tmp_path / "run" / "backbone"
     assert "next:" in err
     assert "k-NN" in err
@@ -71,7 +71,7 @@ def test_the_main_job(photos, tmp_path, capsys):
               "--backbone", tmp_path / "run", "--out", tmp_path / "selection", "--k", "2"]  # fmt: skip
     out, _ = run(*curate, capsys=capsys)
     assert out.splitlines()[-1] == str(tmp_path / "selection")
-    run("pretrain", "small", "--data", tmp_path / "selection", "--out", tmp_path / "again", *TINY, "--init",
+    run("pretrain", "small_dino", "--data", tmp_path / "selection", "--out", tmp_path / "again", *TINY, "--init",
         tmp_path / "run", capsys=capsys)  # fmt: skip
     evaluate = ["evaluate", "quick", "--backbone", tmp_path / "again", "--data", photos, "--out", tmp_path / "scores"]
     out, _ = run(*evaluate, "--json", capsys=capsys)
@@ -80,7 +80,7 @@ def test_the_main_job(photos, tmp_path, capsys):
     assert scores == json.loads((tmp_path / "scores" / "scores.json").read_text())
     sheet = tmp_path / "crops.png"
     out, _ = run(
-        "show", "crops", "small", "--data", photos, "--out", sheet, "--images", "3", "--at", "1", capsys=capsys
+        "show", "crops", "small_dino", "--data", photos, "--out", sheet, "--images", "3", "--at", "1", capsys=capsys
     )
     assert out.strip() == str(sheet)
     with Image.open(sheet) as picture:
@@ -92,7 +92,7 @@ def test_the_main_job(photos, tmp_path, capsys):
 
 
 def test_a_dry_run_writes_nothing(photos, tmp_path, capsys):
-    _, err = run("pretrain", "small", "--data", photos, "--out", tmp_path / "run", *TINY, "--dry-run", capsys=capsys)
+    _, err = run("pretrain", "small_dino", "--data", photos, "--out", tmp_path / "run", *TINY, "--dry-run", capsys=capsys)
     assert "parameters" in err
     assert not (tmp_path / "run").exists()
 
@@ -104,19 +104,19 @@ def test_a_dry_run_writes_nothing(photos, tmp_path, capsys):
         (["pretrain"], "say first which recipe"),
         (["pretrain", "smal", "--data", "{photos}", "--out", "{out}"], "did you mean 'small'"),
         (["pretrain", "small.yaml", "--data", "{photos}", "--out", "{out}"], "small.yaml: no such recipe file"),
-        (["pretrain", "small", "--data", "{photos}"], "--out"),
-        (["pretrain", "small", "--data", "{photos}s", "--out", "{out}"], "photos"),
-        (["pretrain", "small", "--data", "{photos}/notes.txt", "--out", "{out}"], "notes.txt"),
-        (["pretrain", "small", "--data", "{photos}", "--out", "{photos}"], "choose a new --out"),
-        (["pretrain", "small", "--data", "{photos}", "--out", "{out}", "--vit.dimm", "3"], "--vit.dim"),
-        (["pretrain", "small", "--data", "{photos}", "--out", "{out}", "--vit.dim", "x"], "'x'"),
-        (["pretrain", "small", "--data", "{photos}", "--out", "{out}", "--vit.dim", "101"], "not a multiple"),
-        (["pretrain", "small", "--data", "{photos}", "--out", "{out}", "--vit.mlp", "gela"], "gelu"),
-        (["pretrain", "small", "--data", "{photos}", "--out", "{out}", "--steps", "0"], "steps 0"),
-        (["pretrain", "small", "--data", "{photos}", "--out", "{out}", "--init", "{photos}"], "neither a run"),
-        (["pretrain", "small", "--data", "{photos}", "--out", "{out}", "--crops.global-px", "50"], "nearest is 48"),
+        (["pretrain", "small_dino", "--data", "{photos}"], "--out"),
+        (["pretrain", "small_dino", "--data", "{photos}s", "--out", "{out}"], "photos"),
+        (["pretrain", "small_dino", "--data", "{photos}/notes.txt", "--out", "{out}"], "notes.txt"),
+        (["pretrain", "small_dino", "--data", "{photos}", "--out", "{photos}"], "choose a new --out"),
+        (["pretrain", "small_dino", "--data", "{photos}", "--out", "{out}", "--vit.dimm", "3"], "--vit.dim"),
+        (["pretrain", "small_dino", "--data", "{photos}", "--out", "{out}", "--vit.dim", "x"], "'x'"),
+        (["pretrain", "small_dino", "--data", "{photos}", "--out", "{out}", "--vit.dim", "101"], "not a multiple"),
+        (["pretrain", "small_dino", "--data", "{photos}", "--out", "{out}", "--vit.mlp", "gela"], "gelu"),
+        (["pretrain", "small_dino", "--data", "{photos}", "--out", "{out}", "--steps", "0"], "steps 0"),
+        (["pretrain", "small_dino", "--data", "{photos}", "--out", "{out}", "--init", "{photos}"], "neither a run"),
+        (["pretrain", "small_dino", "--data", "{photos}", "--out", "{out}", "--crops.global-px", "50"], "nearest is 48"),
         *[
-            (["pretrain", "small", "--data", "{photos}", "--out", "{out}", f"--{name.replace('_', '-')}", *value], name)
+            (["pretrain", "small_dino", "--data", "{photos}", "--out", "{out}", f"--{name.replace('_', '-')}", *value], name)
             for name, *value in (
                 ("batch", "1"),
                 ("threads", "-1"),
@@ -146,9 +146,9 @@ def test_a_dry_run_writes_nothing(photos, tmp_path, capsys):
         (["show", "crop", "small"], "did you mean 'show crops'"),
         (["show", "crops"], "say first which recipe"),
         (["show", "crops", "smal", "--data", "{photos}"], "did you mean 'small'"),
-        (["show", "crops", "small", "--data", "{photos}", "--out", "{out}", "--images", "0"], "images 0"),
-        (["show", "crops", "small", "--data", "{photos}", "--crops.global-px", "50"], "nearest is 48"),
-        (["show", "crops", "small", "--data", "{photos}", "--out", "{out}", "--at", "-1"], "batch -1"),
+        (["show", "crops", "small_dino", "--data", "{photos}", "--out", "{out}", "--images", "0"], "images 0"),
+        (["show", "crops", "small_dino", "--data", "{photos}", "--crops.global-px", "50"], "nearest is 48"),
+        (["show", "crops", "small_dino", "--data", "{photos}", "--out", "{out}", "--at", "-1"], "batch -1"),
         (["scan", "{photos}/nothing"], "nothing"),
         (["scan", "{empty}"], "empty"),
         (["scan", "{texts}"], "no images"),
@@ -157,7 +157,7 @@ def test_a_dry_run_writes_nothing(photos, tmp_path, capsys):
         (["curate", "curate_smal", "--curated", "a"], "did you mean 'curate_small'"),
         (["embed", "--backbone", "{photos}", "--data", "{photos}", "--out", "{out}", "--tokens", "clss"], "'cls'"),
         (["report", "{empty}"], "empty"),
-        (["pretrain", "small", "--data", "{photos}", "--out", "{photos}/notes.txt/run"], "not a directory"),
+        (["pretrain", "small_dino", "--data", "{photos}", "--out", "{photos}/notes.txt/run"], "not a directory"),
         (["recipes", "dmo"], "did you mean 'demo'"),
         (["demo"], "--out"),
         (["demo", "--out", "{out}", "--steps", "many"], "'many'"),
@@ -214,7 +214,7 @@ def test_help_is_quick_and_loads_nothing_heavy(verb):
 
 
 def test_ctrl_c_saves_and_says_so(photos, tmp_path):
-    command = [sys.executable, "-m", "troodon", "pretrain", "small", "--data", photos, "--out", tmp_path / "run", *TINY]
+    command = [sys.executable, "-m", "troodon", "pretrain", "small_dino", "--data", photos, "--out", tmp_path / "run", *TINY]
     command += ["--steps", "100000"]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     while child.poll() is None and not (tmp_path / "run" / "metrics.jsonl").exists():

@@ -19,6 +19,7 @@ from troodon.learn.clock import Clock
 from troodon.learn.config import PretrainConfig
 from troodon.learn.pretrain import pretrain
 from troodon.learn.schedules import Anchor, Pace, Schedules
+from troodon.verbs import training
 
 from .test_pretrain import CONFIG, _killed_after, images, weights  # noqa: F401
 
@@ -142,7 +143,8 @@ def test_the_command_and_what_it_leaves(images, tmp_path, capsys, monkeypatch): 
     assert "--steps and --minutes: give one of them" in capsys.readouterr().err
     assert cli.run([*words, "--hours", "1", "--dry-run"]) == 0
     assert "about 1 h" in capsys.readouterr().err
-    times(monkeypatch, each=0.05)
+    wall = times(monkeypatch, each=0.05)
+    monkeypatch.setattr(training, "began_at", lambda: wall.now)
     assert cli.run([*words, "--minutes", "0.05"]) == 0
     assert 0.7 * 3 < _seconds(capsys.readouterr().err) < 1.2 * 3
     last = max(r["step"] for r in records(tmp_path / "run") if "step" in r) + 1

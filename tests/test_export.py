@@ -432,10 +432,10 @@ def test_from_images_to_transformers(transformers, tmp_path, capsys):
         assert cli.run(list(words)) == 0
         return capsys.readouterr().out
 
-    run("pretrain", "small", "--data", here["photos"], "--out", here["first"], *tiny)
+    run("pretrain", "small_dino", "--data", here["photos"], "--out", here["first"], *tiny)
     run("curate", "curate_small", "--uncurated", f"{here['photos']}/train", "--gather", "all", "--backbone",
         here["first"], "--out", here["selection"])  # fmt: skip
-    run("pretrain", "small", "--data", here["selection"], "--out", here["run"], *tiny, "--init", here["first"])
+    run("pretrain", "small_dino", "--data", here["selection"], "--out", here["run"], *tiny, "--init", here["first"])
     run("evaluate", "mine", "--backbone", here["run"], "--data", here["photos"], "--out", here["scores"],
         "--protocols", "knn", "--ks", "3")  # fmt: skip
     printed = run("export", here["run"], "--to", "huggingface", "--out", here["F"], "--scores", here["scores"],

@@ -33,7 +33,7 @@ def constant(value):
 
 
 def run(pool, out, **changes):
-    config = replace(own.demo(100), health_every=5, log_every=5, probe_every=0, checkpoint_every=100, batch=32)
+    config = replace(own.demo_dino(100), health_every=5, log_every=5, probe_every=0, checkpoint_every=100, batch=32)
     config = replace(config, threads=1, **changes)
     pretrain(config, pool, out)
     alarms: dict[str, str] = {}
@@ -43,7 +43,7 @@ def run(pool, out, **changes):
     return alarms
 
 
-SCHEDULES = own.demo(100).schedules
+SCHEDULES = own.demo_dino(100).schedules
 CENTRING = ObjectiveConfig(targets="centring", terms=(("dino", 1.0), ("ibot", 0.3), ("koleo", 0.03)))
 
 
@@ -75,7 +75,7 @@ def test_a_collapsed_run_is_recognised(pool, tmp_path, changes, alarm, advice):
 
 
 def test_features_that_got_worse_are_told():
-    config = own.demo()
+    config = own.demo_dino()
     records = [{"step": -1, "knn": 0.5}, {"step": 99, "knn": 0.52}, {"step": 199, "knn": 0.3}]
     assert "k-NN 30.0%, and 52.0% at step 100" in health.verdict(records, config)["worse"]
     assert health.verdict(records[:2], config) == {}

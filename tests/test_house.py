@@ -337,7 +337,7 @@ def test_troodon_keeps(rule: Callable[[Path], list[str]]) -> None:
 
 def test_training_reaches_little() -> None:
     """It drags in no tables, layouts, embedded world or reports: whoever reads how it learns need not read these."""
-    assert lines_reached(PACKAGE, "troodon.learn.pretrain") < 6_000
+    assert lines_reached(PACKAGE, "troodon.learn.pretrain") < 7_000
 
 
 def test_no_file_names_the_machine_it_was_written_on() -> None:

@@ -30,7 +30,7 @@ def world(tmp_path_factory) -> Path:
     (home / "data" / "train" / "kind 0" / "bad.png").write_bytes(b"\x89PNG but not for long")
     data, run = home / "data", home / "run"
     scan(data, home / "index")
-    words = ["pretrain", "small", "--data", str(data), "--out", str(run), *TINY, *NEW, "--steps", "12"]
+    words = ["pretrain", "small_dino", "--data", str(data), "--out", str(run), *TINY, *NEW, "--steps", "12"]
     cli.run([*words, "--log-every", "2", "--health-every", "4", "--probe-every", "4"])
     embed(run, data, home / "embeddings", compute="fp32")
     chosen = CurateConfig(gather="all", calibration_images=16)

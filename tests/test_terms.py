@@ -66,8 +66,8 @@ def test_recorded_configs_of_earlier_versions_load_with_a_note(capsys):
         },
         "schedules": {"momentum": {"peak": 0.9, "end": 1.0, "warmup": 0, "start": 0.0, "shape": "cosine"}},
     }  # fmt: skip
-    config = c.from_dict(recipes.pretrain("small"), earlier, source="old.yaml")
-    assert config == recipes.pretrain("small")
+    config = c.from_dict(recipes.pretrain("small_dino"), earlier, source="old.yaml")
+    assert config == recipes.pretrain("small_dino")
     notes = capsys.readouterr().err
     assert "old.yaml" in notes
     assert "--objective.terms dino 1.0 ibot 0.3 koleo 0.03" in notes
@@ -80,7 +80,7 @@ def test_recorded_configs_of_earlier_versions_load_with_a_note(capsys):
 
 
 def test_an_earlier_option_changes_one_weight_and_keeps_the_others():
-    small = recipes.pretrain("small")
+    small = recipes.pretrain("small_dino")
     parsed = c.parse(PretrainConfig, ["--objective.koleo-weight", "0.5", "--steps=7"], prog="x", default=small)
     assert parsed.objective.terms == (("dino", 1.0), ("ibot", 0.3), ("koleo", 0.5))
     assert parsed.steps == 7

@@ -141,7 +141,7 @@ def test_a_short_run_on_given_weights_changes_what_it_says(images, backbone, tmp
 )
 def test_a_run_in_which_nothing_was_learned_fails(images, tmp_path, capsys, options, said):
     """The rate is zero, or what should learn is frozen all along | the run names what did not change, and fails"""
-    words = ["pretrain", "small", "--data", str(images), "--out", str(tmp_path / "run"), "--steps", "4", *TINY, *NEW]
+    words = ["pretrain", "small_dino", "--data", str(images), "--out", str(tmp_path / "run"), "--steps", "4", *TINY, *NEW]
     assert cli.run([*words, *options]) == launch.FAILED
     err = capsys.readouterr().err
     assert said in err
@@ -155,7 +155,7 @@ def test_numbers_that_are_longer_than_the_run_are_named(images, tmp_path, capsys
     assert longer_than_run(config) == ["schedules.lr.warmup 100,000", "schedules.last_layer_frozen 1,250"]
     assert longer_than_run(recipes.pretrain("vitl14")) == []
     assert for_steps(config, 1000) is config
-    words = ["pretrain", "small", "--data", str(images), "--out", str(tmp_path / "run"), *TINY, *NEW]
+    words = ["pretrain", "small_dino", "--data", str(images), "--out", str(tmp_path / "run"), *TINY, *NEW]
     cli.run([*words, "--steps", "2", "--schedules.lr.warmup", "20"])
     assert "longer than the run of 2 steps: schedules.lr.warmup 20\n" in capsys.readouterr().err
 
@@ -211,7 +211,7 @@ def test_a_run_that_failed_before_its_first_step_is_not_in_the_way(images, tmp_p
     bad.mkdir()
     for i in range(16):
         (bad / f"{i:02d}.png").write_text("no image")
-    words = ["pretrain", "small", "--data", str(bad), "--out", str(tmp_path / "run"), "--steps", "2", *TINY, *NEW]
+    words = ["pretrain", "small_dino", "--data", str(bad), "--out", str(tmp_path / "run"), "--steps", "2", *TINY, *NEW]
     assert cli.run(words) == launch.MISTAKE
     assert cli.run(["pretrain", "heads", "--init", str(tmp_path / "run"), "--data", str(bad), "--out", "x"]) != 0
     assert "a run without a checkpoint" in capsys.readouterr().err
@@ -260,7 +260,7 @@ def other_process(folder: Path, then: str = "time.sleep(60)") -> Iterator[subpro
     """A process that works on `folder`, until it is done or the block ends, when it is killed."""
     code = f"""
         import time; from pathlib import Path; from troodon import lock, run
-        run.current_command[:] = ["troodon", "pretrain", "small"]
+        run.current_command[:] = ["troodon", "pretrain", "small_dino"]
         with lock.alone(Path({str(folder)!r})):
             print("at work", flush=True); {then}
     """
@@ -275,7 +275,7 @@ def test_the_same_command_twice_at_once(images, backbone, tmp_path, capsys):
     """A command starts twice at once on one --out | the second names the process at work, and stops (exit 2)"""
     out, data = str(tmp_path / "out"), str(images)
     commands = [
-        ["pretrain", "small", "--data", data, "--out", out, "--steps", "2", *TINY, *NEW],
+        ["pretrain", "small_dino", "--data", data, "--out", out, "--steps", "2", *TINY, *NEW],
         ["distill", "distill_features", "--teacher", str(backbone), "--data", data, "--out", out, "--steps", "2"],
         ["pack", data, "--out", out],
         ["scan", data, "--out", out],
@@ -380,7 +380,7 @@ def test_unreadable_images_are_told(images, tmp_path, capsys):
     """Some images of a training cannot be read | a line at the first and at the end, an alarm when they are many"""
     for name in ("03.png", "05.png"):
         (images / name).write_bytes((images / name).read_bytes()[:60])
-    words = ["pretrain", "small", "--data", str(images), "--out", str(tmp_path / "run"), "--steps", "3", *TINY, *NEW]
+    words = ["pretrain", "small_dino", "--data", str(images), "--out", str(tmp_path / "run"), "--steps", "3", *TINY, *NEW]
     assert cli.run(words) == launch.DONE
     err = capsys.readouterr().err
     assert "an image cannot be read and is set aside" in err
@@ -394,7 +394,7 @@ def test_a_training_on_few_readable_images_stops(images, tmp_path, capsys):
     """Most images of a training cannot be read | above max_broken (0.5 by default) it saves and stops"""
     for path in sorted(images.iterdir())[:-1]:
         path.write_bytes(path.read_bytes()[:60])
-    words = ["pretrain", "small", "--data", str(images), "--out", str(tmp_path / "run"), "--steps", "9", *TINY, *NEW]
+    words = ["pretrain", "small_dino", "--data", str(images), "--out", str(tmp_path / "run"), "--steps", "9", *TINY, *NEW]
     assert cli.run(words) == launch.FAILED
     err = capsys.readouterr().err
     assert "of the images tried cannot be read, and max_broken is 0.5; stopped at step 1, everything is saved" in err

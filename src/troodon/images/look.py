@@ -30,6 +30,10 @@ class Look:
     """How evenly the set uses all hues, from 0 (one of them) to 1: photographs 0.6 to 0.8, where greens and violets are
     rare; 1 where colours are drawn by chance, so that they say nothing of what is shown. 0 for grey images."""
 
+    @property
+    def is_grey(self) -> bool:
+        return self.chroma < CHROMA
+
 
 def look(index: Index, threads: int = 0) -> Look:
     """Look at a set. UsageError if none of the images looked at can be read."""

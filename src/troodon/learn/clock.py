@@ -5,7 +5,7 @@ through its schedules at the pace that ends them with its time: its learning rat
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -29,6 +29,7 @@ class Clock:
         self.pace = Pace(config.steps, UNMEASURED if self.seconds else config.steps)
         self.began = self.now() if began is None else began
         self.spent = 0.0  # seconds before `began`, up to the checkpoint that the run goes on from
+        self.size: tuple[int, ...] = ()  # of crops of the last step
         # The longest so far, in seconds: what follows a step, and to write a checkpoint. The end will take as long.
         self.between, self.writing = 0.0, 0.0
         self.start(0)
@@ -62,6 +63,10 @@ class Clock:
     def told(self, done: int) -> str:
         """What came of the time of the run, in words."""
         return f"{done:,} steps in {duration(self.elapsed)} of {duration(self.seconds)}"
+
+    def share_before(self, batch: int) -> float:
+        """The share of the schedules that is over before the batch of this number, as far as the pace is known."""
+        return min(1.0, self.pace.at(batch) / self.pace.steps)
 
     def share(self, done: int) -> dict[str, float]:
         """For the records of a run that has a time: the share of its schedules that is behind it."""
@@ -111,10 +116,14 @@ class Clock:
         self.after += after
         self.writing = max(self.writing, writing)
 
-    def tick(self, done: int) -> None:
-        """After each step; the time sets the pace after 2, 4, 8 ..., then at each twentieth of what is left."""
+    def tick(self, done: int, size: Sequence[int] = ()) -> None:
+        """After each step, of crops of this size; the time sets the pace after 2, 4, 8 ..., then at each twentieth of
+        what is left. Another size is measured anew."""
         if not self.seconds or done >= self.pace.end:
             return
+        if tuple(size) != self.size:
+            self.size = tuple(size)
+            self.start(done)
         now = self.now()
         if self.last:
             self.steps_s.append(now - self.last - self.after)

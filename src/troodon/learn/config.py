@@ -137,13 +137,17 @@ class PretrainConfig:
     max_broken: float = 0.5
     """Share of the images tried that may be unreadable; above it, the run saves and stops."""
 
-    LATER = ("adapt", "minutes")
+    inference_px: int = 0
+    """Side to which the trained backbone resizes images, without a margin; 0: the side of global crops, from images an
+    eighth larger. Networks that learn from small crops see more in larger images (docs/small-data.md)."""
+
+    LATER = ("adapt", "inference_px", "minutes")
 
     def __post_init__(self) -> None:
         within(self, "", 1, None, "steps", "log_every", "checkpoint_every", "keep")
         within(self, "", 0, None, "threads", "processes", "health_every", "probe_every", "keep_every", "seed")
+        within(self, "", 0, None, "minutes", "inference_px")
         within(self, "", 0, 1, "max_broken")
-        within(self, "", 0, None, "minutes")
         check_range(self.range)
         if self.batch < 2:
             raise UsageError(f"batch {self.batch}: a step compares images, so it needs at least 2")
@@ -158,14 +162,17 @@ def constant_shapes(config: PretrainConfig, ranks: int) -> bool:
 def fits(config: PretrainConfig, ranks: int) -> None:
     """UsageError for numbers that do not go together: crops and patches, channels, a step and what it is cut into."""
     patch, channels = config.vit.patch, config.vit.channels
-    sizes = [("global_px", pair(config.crops.global_px))]  # evaluation sees this one also of a run with mixed sizes
+    sizes = [
+        ("crops.global_px", pair(config.crops.global_px))
+    ]  # evaluation sees this one also of a run with mixed sizes
+    sizes += [("inference_px", pair(config.inference_px))] if config.inference_px else []
     for wide, narrow, _ in config.crops.sizes():
-        sizes += [("mixed", wide), ("mixed", narrow)] if config.crops.mixed else []
-        sizes += [("local_px", narrow)] if config.crops.locals and not config.crops.mixed else []
+        sizes += [("crops.mixed", wide), ("crops.mixed", narrow)] if config.crops.mixed else []
+        sizes += [("crops.local_px", narrow)] if config.crops.locals and not config.crops.mixed else []
     for name, size in sizes:
         if (near := tuple(max(patch, round(px / patch) * patch) for px in size)) != size:
             px, nearest = (" ".join(map(str, s if size[0] != size[1] else s[:1])) for s in (size, near))
-            raise UsageError(f"crops.{name} {px} does not divide into patches of {patch}; the nearest is {nearest}")
+            raise UsageError(f"{name} {px} does not divide into patches of {patch}; the nearest is {nearest}")
     if (known := len(config.photometric.mean)) != channels:
         fix = f"set photometric.mean and photometric.std to {channels} numbers each"
         raise UsageError(f"photometric.mean has {known} numbers for {channels} channels: {fix}")

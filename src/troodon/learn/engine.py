@@ -116,8 +116,8 @@ def run(
                 task.before(task.config, task.out)
     dist.barrier()
     with build_teachers(config, tasks[0].out, len(index), device, compute) as frozen:
-        loader = _loader(config, index, tasks[0].attack)
         clock = Clock(config, tasks[0].began)
+        loader = _loader(config, index, tasks[0].attack, clock)
         students = [_student(task, loader, clock, frozen, device, compute, many=len(tasks) > 1) for task in tasks]
         progress = _resume(tasks, students, clock)
         if progress.step < clock.pace.end and not _given_up(students):
@@ -126,14 +126,14 @@ def run(
             student.check_learned()
 
 
-def _loader(config: PretrainConfig, index: ImageSource, attack: Attack | None) -> Loader:
+def _loader(config: PretrainConfig, index: ImageSource, attack: Attack | None, clock: Clock) -> Loader:
     rank, world_size, device = dist.rank(), dist.world_size(), dist.device()
     threads = config.threads or _share_of_processors(world_size)
     return Loader(
         index, config.crops, config.photometric, config.masks, config.vit.patch, config.batch, config.seed,
         threads=threads, rank=rank, world_size=world_size,
         channels=config.vit.channels, processes=_processes(config, threads, device, world_size), weights=config.weights,
-        compiled=compiles(config, device), attack=attack,
+        compiled=compiles(config, device), attack=attack, progress=clock.share_before,
     )  # fmt: skip
 
 
@@ -265,7 +265,7 @@ def _processes(config: PretrainConfig, threads: int, device: torch.device, world
     started this process (the start of a script would run in each of them), and shared memory holds the batches."""
     if config.processes is not None or device.type != "cuda" or not current_command:
         return config.processes or 0
-    sizes = [(2, wide, config.crops.locals, narrow) for wide, narrow, _ in config.crops.sizes()]
+    sizes = [(config.crops.globals, wide, config.crops.locals, narrow) for wide, narrow, _ in config.crops.sizes()]
     pixels = max(a * math.prod(wide) + b * math.prod(narrow) for a, wide, b, narrow in sizes)
     needed = (BATCHES_AHEAD + 2) * config.batch // world_size * config.vit.channels * pixels * _ranks_here(world_size)
     has_room = SHARED_MEMORY.exists() and needed < shutil.disk_usage(SHARED_MEMORY).free

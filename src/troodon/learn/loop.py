@@ -74,7 +74,7 @@ def train(
             learner.method.after_step(values)
             learner.after_step(step, batch, of_learner)
         step += 1
-        clock.tick(step)
+        clock.tick(step, batch.globals_GBCHW.shape[-2:])
         if stop:
             break
     return step

@@ -291,10 +291,11 @@ class Recorder:
 
 
 def preprocessing(config: PretrainConfig) -> Preprocessing:
-    """Preprocessing of the trained network: resize the shorter side to 8/7 of the crop, as 256 is to 224.
+    """Preprocessing of the trained network: `inference_px`, or resize the shorter side to 8/7 of the crop, as 256 is to
+    224.
 
     The crop is that of `crops.global_px`, also of a run with mixed sizes.
     """
-    crop = config.crops.global_px
-    colours = config.photometric
-    return Preprocessing(round(min(pair(crop)) * 8 / 7), crop, colours.mean, colours.std, config.range)
+    crop = config.inference_px or config.crops.global_px
+    resize = config.inference_px or round(min(pair(crop)) * 8 / 7)
+    return Preprocessing(resize, crop, config.photometric.mean, config.photometric.std, config.range)

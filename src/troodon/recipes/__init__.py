@@ -16,7 +16,8 @@ KNOWN: Mapping[str, Mapping[str, Callable[..., Any]]] = {
         for recipe in (
             own.demo,
             own.small,
-            own.small_visible,
+            own.demo_dino,
+            own.small_dino,
             own.copies_small,
             onward.adapt,
             onward.heads,
@@ -37,6 +38,8 @@ KNOWN: Mapping[str, Mapping[str, Callable[..., Any]]] = {
         for recipe in (
             distilled.distill_demo,
             distilled.distill_small,
+            distilled.distill_demo_dino,
+            distilled.distill_small_dino,
             distilled.distill_vits14,
             distilled.distill_vitb14,
             distilled.distill_vitl14,

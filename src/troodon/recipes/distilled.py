@@ -11,6 +11,7 @@ from troodon.learn.config import ObjectiveConfig, PretrainConfig
 from troodon.learn.schedules import Schedule
 from troodon.model.config import BASE, LARGE, SMALL, ViTConfig
 from troodon.recipes import own, released
+from troodon.recipes.lengths import for_steps
 from troodon.views.config import MasksConfig
 
 
@@ -50,17 +51,34 @@ def distill_features(steps: int = 100_000) -> PretrainConfig:
     )
 
 
-def distill_small(steps: int = 3000) -> PretrainConfig:
-    """A student of 0.2 M parameters for a teacher that the recipe `small` has trained."""
-    return _own(own.small(steps))
+def distill_small(steps: int = 2000) -> PretrainConfig:
+    """A student of 0.2 M parameters, by the features of a teacher that `small` or `auto` has trained."""
+    return for_steps(_by_features(own.small()), steps)
 
 
-def distill_demo(steps: int = 800) -> PretrainConfig:
-    """A student of 0.1 M parameters for the network of the demo."""
-    return _own(own.demo(steps))
+def distill_demo(steps: int = 500) -> PretrainConfig:
+    """A student of 0.1 M parameters for the network of the demo, by its features."""
+    return for_steps(_by_features(own.demo()), steps)
 
 
-def _own(teacher: PretrainConfig) -> PretrainConfig:
+def distill_small_dino(steps: int = 3000) -> PretrainConfig:
+    """A student of 0.2 M parameters, by the heads of a teacher that `small_dino` has trained."""
+    return _half(own.small_dino(steps))
+
+
+def distill_demo_dino(steps: int = 800) -> PretrainConfig:
+    """A student of 0.1 M parameters, by the heads of a teacher that `demo_dino` has trained."""
+    return _half(own.demo_dino(steps))
+
+
+def _by_features(teacher: PretrainConfig) -> PretrainConfig:
+    """Such a student sees two crops of an image, of the side of the teacher's last ones: every step costs a teacher."""
+    crops = replace(teacher.crops, globals=2, mixed=(), mixed_by="chance")
+    features = ObjectiveConfig(terms=(("cls_features", 1.0), ("patch_features", 1.0)))
+    return replace(_half(teacher), crops=crops, objective=features)
+
+
+def _half(teacher: PretrainConfig) -> PretrainConfig:
     """A quarter of the teacher's parameters: half of its channels."""
     vit = replace(teacher.vit, dim=teacher.vit.dim // 2, drop_path=0.0)
     return replace(teacher, vit=vit, masks=MasksConfig(share=0.0))

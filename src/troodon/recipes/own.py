@@ -1,6 +1,8 @@
 """Recipes for one's own images and small machines.
 
-Where they differ most from the paper; docs/log.md has the runs, of one seed each, behind the first two:
+`small` and `demo` learn by contrast of many small views of each image, which was best on thousands of images and
+minutes of a processor; docs/small-data.md has the evidence, and what was tried beside it. `small_dino` and `demo_dino`
+have the objective of the paper. Where these differ most from it; docs/log.md has the runs, of one seed each:
 
     teacher temperature   0.005, where the paper has 0.04 to 0.07. Few prototypes and little data make soft targets
                           nearly uniform, and the head collapses to a constant: a flat loss, and features of chance.
@@ -18,20 +20,48 @@ from troodon.recipes.lengths import for_steps
 from troodon.views.config import ALL_ATTACK_KINDS, CropsConfig, MasksConfig, PhotometricConfig
 
 
-def demo(steps: int = 800) -> PretrainConfig:
-    """A ViT of 0.4 M parameters on the embedded world, in four minutes on two processor cores."""
+# Colours that say what is shown are changed little (docs/small-data.md).
+WEAK_COLOURS = PhotometricConfig(
+    blur=(0.5, 0.1, 0.25), blur_sigma=(0.1, 1.0), saturation=0.1, hue=0.02, grey=0.05, solarise=0.0
+)
+
+STRONG_COLOURS = replace(WEAK_COLOURS, saturation=0.6, hue=0.5, grey=0.5)
+
+
+def demo(steps: int = 500) -> PretrainConfig:
+    """A ViT of 0.4 M parameters on the embedded world, in two minutes on two processor cores.
+
+    Colour says nothing in that world, so it is varied as far as it goes.
+    """
+    vit = ViTConfig(dim=96, depth=3, heads=2, patch=8, grid=4, layer_scale=1.0, stem="convolutional")
+    crops = ((16, 0.4), (24, 0.4), (32, 0.2))
+    return for_steps(contrast_of_views(vit, crops, photometric=STRONG_COLOURS, inference_px=64), steps)
+
+
+def small(steps: int = 4000) -> PretrainConfig:
+    """A ViT of 0.9 M parameters for thousands of images of any size.
+
+    Command: troodon pretrain small --data photos/ --out RUN. `troodon pretrain auto` chooses among such recipes, by the
+    images and the time there is.
+    """
+    vit = ViTConfig(dim=128, depth=4, heads=2, patch=8, grid=4, layer_scale=1.0, stem="convolutional")
+    return for_steps(contrast_of_views(vit, ((16, 0.4), (24, 0.4), (32, 0.2)), inference_px=64), steps)
+
+
+def demo_dino(steps: int = 800) -> PretrainConfig:
+    """A ViT of 0.4 M parameters on the embedded world, by DINO + iBOT, in four minutes on two processor cores."""
     config = PretrainConfig(
         vit=ViTConfig(dim=96, depth=3, heads=2, patch=8, grid=4, layer_scale=1.0),
         crops=CropsConfig(global_px=32, global_scale=(0.25, 1.0), local_px=16, locals=2),
-        # Colour says nothing in that world, so it is varied as far as it goes.
         photometric=PhotometricConfig(blur=(0.5, 0.1, 0.25), blur_sigma=(0.1, 1.0), saturation=0.6, hue=0.5, grey=0.5),
         **_on_small_data(800),
     )
     return for_steps(config, steps)
 
 
-def small(steps: int = 3000) -> PretrainConfig:
-    """A ViT of 0.8 M parameters for some thousand images of 64 pixels; half its steps took one core 20 minutes."""
+def small_dino(steps: int = 3000) -> PretrainConfig:
+    """A ViT of 0.8 M parameters, by DINO + iBOT; half its steps took one core 20 minutes. Earlier versions call it
+    `small`."""
     config = PretrainConfig(
         vit=ViTConfig(dim=128, depth=4, heads=2, patch=8, grid=6, layer_scale=1.0),
         crops=CropsConfig(global_px=48, global_scale=(0.25, 1.0), local_px=24, locals=2),
@@ -39,17 +69,6 @@ def small(steps: int = 3000) -> PretrainConfig:
         **_on_small_data(3000),
     )
     return for_steps(config, steps)
-
-
-def small_visible(steps: int = 3000) -> PretrainConfig:
-    """`small` with iBOT on visible patches too (iBOT++, https://arxiv.org/abs/2604.12012), at the weight of iBOT.
-
-    Command: troodon pretrain small_visible --data photos/ --out RUN
-    The student also predicts the teacher's targets of the patches it sees. Not yet run at full length.
-    """
-    start = small(steps)
-    terms = (*start.objective.terms, ("ibot_visible", start.objective.weight("ibot")))
-    return replace(start, objective=replace(start.objective, terms=terms))
 
 
 def copies_small(steps: int = 1000) -> PretrainConfig:
@@ -84,6 +103,45 @@ def copies_small(steps: int = 1000) -> PretrainConfig:
         checkpoint_every=200,
     )
     return for_steps(config, steps)
+
+
+def contrast_of_views(
+    vit: ViTConfig,
+    crops: tuple[tuple[int, float], ...],
+    *,
+    batch: int = 64,
+    photometric: PhotometricConfig = WEAK_COLOURS,
+    inference_px: int = 0,
+    views: int = 8,
+) -> PretrainConfig:
+    """Contrast of many views of each image, small ones first, with KoLeo.
+
+    `crops` are the sides of crops, in pixels, each with its share of the run.
+    """
+    return PretrainConfig(
+        vit=vit,
+        crops=CropsConfig(
+            global_px=crops[-1][0], global_scale=(0.25, 1.0), local_px=vit.patch, locals=0, globals=views,
+            mixed=tuple((px, vit.patch, share) for px, share in crops), mixed_by="progress",
+        ),
+        photometric=photometric,
+        masks=MasksConfig(share=0.0),
+        objective=ObjectiveConfig(
+            terms=(("koleo", 0.1), ("contrast", 1.0)), contrast_temperature=0.2, projector=(512, 512, 128)
+        ),
+        optim=OptimConfig(patch_embed=1.0, clip_over="whole"),
+        schedules=Schedules(
+            lr=Schedule(peak=1.5e-3, end=1.5e-6, warmup=400),
+            weight_decay=Schedule(peak=0.05, end=0.05),
+            ema_momentum=Schedule(peak=0.9, end=0.99),
+            last_layer_frozen=0,
+        ),
+        steps=4000,
+        batch=batch,
+        probe_every=200,
+        checkpoint_every=200,
+        inference_px=inference_px,
+    )  # fmt: skip
 
 
 def _on_small_data(steps: int) -> dict:

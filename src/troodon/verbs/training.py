@@ -266,9 +266,9 @@ def _train(settings: str, data: list[str], out: str, init: str | None) -> None:
 def _print_result(backbone: Path, config: PretrainConfig, data: Sequence[str], out: str) -> None:
     """Print the backbone's folder, and suggest the next commands."""
     print(backbone)
-    of, where = config.objective, shlex.quote(out)
+    where = shlex.quote(out)
     measure = f"troodon evaluate mine --backbone {where} --data LABELLED --out {where}-scores"
-    if of.weight("contrast") and not of.prototypes:  # it only learned to find copies
+    if config.crops.attack:  # it learned to find copies
         images = " ".join(map(shlex.quote, data))
         measure = f"troodon curate calibrate --backbone {where} --data {images}"
     suggest_next(measure, f"troodon report {where}")
