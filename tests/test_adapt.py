@@ -287,7 +287,7 @@ def test_grey_images_are_adapted_to_from_weights_for_colours(tmp_path, capsys):
 
 
 def test_the_recipe_knows_the_pixels_that_the_weights_know(tmp_path):
-    from troodon.verbs.training import config_of_weights
+    from troodon.verbs.common import config_of_weights
 
     start().save(tmp_path / "backbone")
     crops = config_of_weights(tmp_path / "backbone").crops

@@ -21,6 +21,7 @@ from troodon.evaluate.config import SUITES, get_suite
 from troodon.launch import run_command
 from troodon.learn.config import PretrainConfig
 from troodon.run import COMMAND, current_command, version
+from troodon.verbs import automatic
 from troodon.verbs.about import Recipes, Report
 from troodon.verbs.common import resolve_config
 from troodon.verbs.curation import Calibrate, Curate
@@ -98,15 +99,18 @@ def parse_command(verb: str, words: list[str]) -> Any:
     kind, default, prog = VERBS[verb], None, f"troodon {verb}"
     if verb in CONFIGURED:
         named, config, known = CONFIGURED[verb]
+        reasons: tuple[str, ...] = ()
         if verb == "pretrain":
             named = pretrain_recipes(option_value(words, "--init"))
         if len(lengths := [o for o in ("--steps", "--minutes", "--hours") if option_value(words, o) is not None]) > 1:
             raise UsageError(f"{' and '.join(lengths)}: give one of them")
-        if words and not words[0].startswith("-"):
+        if verb == "pretrain" and words and words[0] == automatic.NAME and not {"--help", "-h"} & set(words):
+            config, reasons = chosen(words)
+        elif words and not words[0].startswith("-"):
             config = resolve_config(words[0], config, named, steps=option_value(words, "--steps"))
         elif not {"--help", "-h"} & set(words):
             raise UsageError(f"say first which recipe: troodon {verb} NAME ...; one of {', '.join(known)}")
-        default = command_with(kind, config)
+        default = command_with(kind, config, **({"reasons": reasons} if reasons else {}))
     command = parse(kind, words, prog=prog, default=default)
     if not isinstance(command, Distill):
         return command
@@ -116,6 +120,34 @@ def parse_command(verb: str, words: list[str]) -> Any:
         student_default = command_with(kind, student)
         configs[name] = parse(kind, words, prog=prog, default=student_default).config
     return dataclasses.replace(command, configs=configs)
+
+
+def chosen(words: list[str]) -> tuple[PretrainConfig, tuple[str, ...]]:
+    """What `auto` chooses for the command line, and why. What is no number is refused later, by its name."""
+
+    def number(option: str) -> float:
+        try:
+            return float(option_value(words, option) or 0)
+        except ValueError:
+            return 0.0
+
+    minutes, steps = number("--minutes") or 60 * number("--hours"), int(number("--steps"))
+    init, devices = option_value(words, "--init"), option_value(words, "--devices") or "auto"
+    data, out = option_values(words, "--data"), option_value(words, "--out")
+    choice = automatic.choose(data, out, minutes=minutes, steps=steps, devices=devices, init=init)
+    return choice.config, choice.reasons
+
+
+def option_values(words: list[str], option: str) -> list[str]:
+    """All values of an option that takes several, on a command line that is not parsed yet."""
+    values: list[str] = []
+    for number, word in enumerate(words):
+        if word.startswith(f"{option}="):
+            values.append(word.partition("=")[2])
+        elif word == option:
+            rest = words[number + 1 :]
+            values += rest[: next((n for n, other in enumerate(rest) if other.startswith("--")), len(rest))]
+    return values
 
 
 def option_value(words: list[str], option: str) -> str | None:
@@ -128,12 +160,12 @@ def option_value(words: list[str], option: str) -> str | None:
     return None
 
 
-def command_with(kind: type, config: Any) -> Any:
+def command_with(kind: type, config: Any, **others: Any) -> Any:
     """A command of that kind with this config; its required options are still missing."""
     import tyro
 
     missing = {f.name: tyro.MISSING for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
-    return kind(**missing, config=config)
+    return kind(**missing, config=config, **others)
 
 
 def overview() -> str:

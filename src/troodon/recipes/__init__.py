@@ -8,12 +8,13 @@ from troodon.config import UsageError, nearest
 from troodon.curate.config import CurateConfig
 from troodon.learn.config import PretrainConfig
 from troodon.model.config import SMALL
-from troodon.recipes import curation, distilled, onward, own, released
+from troodon.recipes import automatic, curation, distilled, onward, own, released
 
 KNOWN: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     "pretrain": {
         recipe.__name__: recipe
         for recipe in (
+            automatic.auto,
             own.demo,
             own.small,
             own.demo_dino,

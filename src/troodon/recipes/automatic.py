@@ -1,8 +1,7 @@
 """The recipe `auto`: from a look at the images, a device and a length, a config and the reasons for it.
 
-The evidence is in docs/small-data.md: what was measured are small networks on thousands of images and minutes of a
-processor. Larger networks are those of the paper's recipes, with crops of the sizes that such networks are known to
-need; between the two this rule interpolates, and says so.
+docs/small-data.md has the evidence. It is of the smallest network, thousands of images and minutes of a processor; the
+larger ones are the same method, as far as their sizes were tried by others, and this rule says so when it takes them.
 """
 
 from dataclasses import dataclass, replace
@@ -10,25 +9,31 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from troodon.learn.config import PretrainConfig
 from troodon.model.config import ViTConfig, flops
-from troodon.recipes.own import STRONG_COLOURS, WEAK_COLOURS, contrast_of_views
+from troodon.recipes.lengths import for_steps
+from troodon.recipes.own import STRONG_COLOURS, WEAK_COLOURS, contrast_of_views, small
+from troodon.text import duration
 from troodon.views.config import PhotometricConfig
 
 if TYPE_CHECKING:
     from troodon.images.look import Look
 
-Device = Literal["cpu", "cuda", "mps"]
-FLOPS_A_SECOND = {"cpu": 5e10, "cuda": 5e13, "mps": 2e12}  # of a core or a device, while it trains; rough
-MINUTES = {"cpu": 10, "cuda": 60, "mps": 30}  # of a run of which nothing else is said
+Device = Literal["cpu", "cuda"]
+FLOPS_A_SECOND = {"cpu": 5e10, "cuda": 5e13}  # of a core or a device, while it trains such networks; rough
+MINUTES = {"cpu": 10, "cuda": 60}  # of a run of which nothing else is said
 EVEN_HUES = 0.95  # above it the hues of a set are as good as drawn by chance
+FEWEST = 8  # images a step
+LEARNABLE = 100_000  # images, up to which released weights are the better start
 
 
 class Size(NamedTuple):
-    """A network, the sides of its crops with their shares of the run, and how much training it is worth, in FLOPs."""
+    """A network, the sides of its crops with their shares of the run, and from how many FLOPs of training it is worth
+    its cost."""
 
     name: str
     vit: ViTConfig
     crops: tuple[tuple[int, float], ...]
-    px: int  # at which the backbone looks at images
+    inference_px: int
+    batch: int
     worth: float
     is_measured: bool = False
 
@@ -36,8 +41,9 @@ class Size(NamedTuple):
 SIZES = (
     Size(
         "a ViT of 0.9 M parameters with patches of 8 pixels",
-        ViTConfig(dim=128, depth=4, heads=2, patch=8, grid=4, layer_scale=1.0, stem="convolutional"),
+        small().vit,
         ((16, 0.4), (24, 0.4), (32, 0.2)),
+        64,
         64,
         0.0,
         is_measured=True,
@@ -47,6 +53,7 @@ SIZES = (
         ViTConfig(dim=192, depth=6, heads=3, patch=8, grid=6, layer_scale=1.0, stem="convolutional"),
         ((24, 0.4), (32, 0.4), (48, 0.2)),
         96,
+        128,
         1e15,
     ),
     Size(
@@ -54,6 +61,7 @@ SIZES = (
         ViTConfig(dim=384, depth=12, heads=6, patch=16, grid=8, layer_scale=0.1, stem="convolutional"),
         ((64, 0.4), (96, 0.4), (128, 0.2)),
         224,
+        256,
         3e16,
     ),
 )
@@ -67,59 +75,83 @@ class Choice:
     reasons: tuple[str, ...]
 
 
+def auto(steps: int = 4000) -> PretrainConfig:
+    """What the images, the time and the device ask for: network, crops, batch, colours, objective, rates.
+
+    Command: troodon pretrain auto --data photos/ --out RUN --minutes 10. It says what it chose and why; every choice
+    can be set otherwise (--batch 32). Without images, as here, it is `small`. docs/small-data.md has rule and scores.
+    """
+    return small(steps)
+
+
 def automatic(
-    look: "Look", *, minutes: float | None = None, steps: int | None = None, device: Device = "cpu", devices: int = 1
+    look: "Look", *, minutes: float = 0.0, steps: int | None = None, device: Device = "cpu", devices: int = 1
 ) -> Choice:
     """The config for a set of images, on `devices` cores or accelerators, for so many minutes or steps.
 
     Without a length it takes that of MINUTES.
     """
-    if minutes is None and steps is None:
-        minutes = MINUTES[device]
-    batch = batch_of(look.images)
+    if not steps:
+        minutes = minutes or MINUTES[device]
     rate = devices * FLOPS_A_SECOND[device]
-    size = [s for s in SIZES if _flops(s, batch, minutes, steps, rate) >= s.worth][-1]
+    size = [s for s in SIZES if _flops(s, minutes, steps, rate) >= s.worth][-1]
+    batch = _batch(look.images, size.batch, devices if device == "cuda" else 1)
     colours, about_colours = _colours(look)
-    config = contrast_of_views(size.vit, size.crops, batch=batch, photometric=colours, inference_px=size.px)
-    if minutes is not None:
-        config = replace(config, minutes=minutes)
-    views, sides = config.crops.globals, ", then ".join(str(px) for px, _ in size.crops)
-    length = f"{steps:,} steps" if minutes is None else f"{minutes:g} minutes on {devices} x {device}"
-    evidence = "" if size.is_measured else " (not measured at this size: between what was, and the paper)"
-    few = "" if batch == BATCH else f": a quarter of {look.images:,}, so that a step shows few of them twice"
-    reasons = (
-        f"network      {size.name}, after a convolutional stem, for {length}{evidence}",
-        f"objective    contrast of {views} views of each image, of {sides} pixels: the small ones are cheap",
-        f"batch        {batch} images{few}",
-        f"colours      {about_colours}",
-        f"in use       images are looked at with {size.px} pixels, more than in training",
+    config = contrast_of_views(size.vit, size.crops, batch=batch, photometric=colours, inference_px=size.inference_px)
+    config = for_steps(config, steps) if steps else replace(config, minutes=minutes)
+    where = f"{devices} {'core' if device == 'cpu' else 'GPU'}{'s' * (devices > 1)}"
+    length = f"{steps:,} steps" if steps else f"{duration(60 * minutes)} on {where}"
+    evidence = "" if size.is_measured else "; the rule was not measured at this size"
+    few = "" if batch >= size.batch else f", as there are only {look.images:,}"
+    sides = ", then ".join(str(px) for px, _ in size.crops)
+    released = f": for up to {LEARNABLE:,} photographs released weights are mostly the better start (--init NAME)"
+    return Choice(
+        config,
+        (
+            f"images       {look.images:,}, the shorter side mostly {look.side} pixels",
+            f"start        random weights{released if look.images <= LEARNABLE else ''}",
+            f"network      {size.name} after a convolutional stem, for {length}{evidence}",
+            f"objective    contrast of {config.crops.globals} views of each image, {sides} pixels wide; small ones cost least",
+            f"batch        {batch} images{few}",
+            f"colours      {about_colours}",
+            f"in use       it looks at images with {size.inference_px} pixels, as it sees more in them than in crops",
+        ),
     )
-    return Choice(config, reasons)
 
 
-BATCH = 64  # images; contrast with fewer is worse, with more no better in the same time
+def adapting(config: PretrainConfig, name: str, images: int, minutes: float, steps: int | None) -> Choice:
+    """The choice where there are weights to go on from: `config` is that of the recipe `adapt` for them."""
+    config = for_steps(config, steps) if steps else replace(config, minutes=minutes) if minutes else config
+    length = duration(60 * minutes) if config.minutes else f"{config.steps:,} steps"
+    return Choice(
+        config,
+        (
+            f"images       {images:,}",
+            f"start        {name}: its weights know more than so many images teach, so they are adapted (recipe adapt)",
+            f"length       {length}; where images have labels, the best weights are kept",
+        ),
+    )
 
 
-def batch_of(images: int) -> int:
-    """Images a step: BATCH, or fewer of a set so small that a step would show many of them more than once."""
-    return max(8, min(BATCH, images // 4 // 8 * 8))
+def _batch(images: int, most: int, devices: int) -> int:
+    """Images a step: `most`, or fewer of a set so small that most of it would be in each step; whole for devices."""
+    batch = max(FEWEST, min(most, images // 4 // 8 * 8))
+    return -(-batch // devices) * devices
 
 
-def _flops(size: Size, batch: int, minutes: float | None, steps: int | None, rate: float) -> float:
+def _flops(size: Size, minutes: float, steps: int | None, rate: float) -> float:
     """What a run of such a network computes in its length: a backward pass is as much as two forward passes."""
-    if minutes is not None:
+    if not steps:
         return 60 * minutes * rate
     of_crop = sum(share * flops(size.vit, (px // size.vit.patch,) * 2) for px, share in size.crops)
-    return 3 * (steps or 0) * batch * 8 * of_crop
+    return 3 * steps * size.batch * small().crops.globals * of_crop
 
 
 def _colours(look: "Look") -> tuple[PhotometricConfig, str]:
     """Colour changes, and why."""
     if look.is_grey:
-        return WEAK_COLOURS, "the images are grey: only brightness, contrast and blur change"
+        return WEAK_COLOURS, "the images are grey: brightness, contrast and sharpness change"
+    used = f"hues are used {'evenly' if look.hues > EVEN_HUES else 'unevenly'} ({look.hues:.2f} of 1)"
     if look.hues > EVEN_HUES:
-        return (
-            STRONG_COLOURS,
-            f"changed freely: hues are used evenly ({look.hues:.2f} of 1), so they say little of what is shown",
-        )
-    return WEAK_COLOURS, f"changed little: hues are used unevenly ({look.hues:.2f} of 1), so they say what is shown"
+        return STRONG_COLOURS, f"changed freely: {used}, so they say little of what is shown"
+    return WEAK_COLOURS, f"changed little: {used}, so they say something of what is shown"

@@ -95,7 +95,7 @@ def adapt(start: PretrainConfig, steps: int = 5000) -> PretrainConfig:
             last_layer_frozen=0,
             backbone_frozen=500,
         ),
-        crops=start.crops,
+        crops=replace(start.crops, globals=2),
         photometric=start.photometric,
         steps=5000,
         batch=128,

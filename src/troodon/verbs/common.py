@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from tyro.conf import arg
 
 from troodon import launch
-from troodon.config import Range, UsageError, fingerprint, from_dict, from_yaml, to_yaml
+from troodon.config import Range, UsageError, fingerprint, from_dict, from_yaml, pair, to_yaml
 from troodon.devices import KINDS, check_device, choose_device
 from troodon.learn.config import PretrainConfig
 from troodon.recipes.lengths import for_steps
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from troodon.model.backbone import Backbone
 
 C = TypeVar("C")
+LOCAL = 98 / 224  # side of a local crop, of that of a global one
 Data = Any  # a path or URL of any source in images/sources.py, a dataset with len() and [row], or a list of these
 Device = Annotated[str, arg(metavar="auto|cuda|cuda:N|mps|cpu")]
 Paths = Annotated[tuple[str, ...], arg(metavar="PATH [PATH ...]")]
@@ -150,6 +151,25 @@ def as_backbone(backbone: "str | Path | Backbone", range: Range | None = None) -
     if isinstance(backbone, str | Path):
         return load(backbone, range=range)
     return backbone if range is None else with_range(backbone, range)
+
+
+def config_of_weights(init: "str | Path | Backbone") -> PretrainConfig:
+    """The config of a run, with reuse "whole".
+
+    For other weights only the network's, with reuse "backbone", and what images it knows: their pixels and colours.
+    """
+    if isinstance(init, str | Path) and (recorded := Path(init) / "config.yaml").is_file():
+        return replace(from_yaml(PretrainConfig(), recorded), reuse="whole", minutes=0.0)
+    backbone, default = as_backbone(init), PretrainConfig()
+    seen, patch = backbone.preprocessing, backbone.config.patch
+    side = min(*pair(default.crops.global_px), *pair(seen.crop))  # crops of as many pixels as it knows, if it knows few
+
+    def whole(px: float) -> int:
+        return max(1, round(px / patch)) * patch
+
+    crops = replace(default.crops, global_px=whole(side), local_px=whole(side * LOCAL))
+    colours = replace(default.photometric, mean=seen.mean, std=seen.std)
+    return replace(default, vit=backbone.config, crops=crops, photometric=colours)
 
 
 def on_device(

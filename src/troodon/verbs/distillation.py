@@ -23,6 +23,7 @@ from troodon.verbs.common import (
     as_backbone,
     as_list,
     check_devices,
+    config_of_weights,
     is_first,
     launch_ranks,
     open_images,
@@ -33,7 +34,7 @@ from troodon.verbs.common import (
     write_config,
 )
 from troodon.verbs.plans import before_training, plan_here
-from troodon.verbs.training import as_begun, config_of_weights, make_probe, record_steps
+from troodon.verbs.training import as_begun, make_probe, record_steps
 
 if TYPE_CHECKING:
     from troodon.learn.teacher import Teacher

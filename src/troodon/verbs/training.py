@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, Suppress, arg
 
 from troodon import recipes, slurm
-from troodon.config import UsageError, differences, fingerprint, from_yaml, pair, to_dict
+from troodon.config import UsageError, differences, fingerprint, to_dict
 from troodon.launch import began_at
 from troodon.learn import outcome
 from troodon.learn.config import PretrainConfig
@@ -21,12 +21,14 @@ from troodon.lock import alone
 from troodon.recipes import lengths
 from troodon.run import MetricsFile, read_manifest, say
 from troodon.slurm import SlurmConfig
+from troodon.verbs import automatic
 from troodon.verbs.common import (
     Data,
     Paths,
     as_backbone,
     as_list,
     check_devices,
+    config_of_weights,
     is_first,
     launch_ranks,
     open_images,
@@ -43,7 +45,6 @@ if TYPE_CHECKING:
     from troodon.model.backbone import Backbone
     from troodon.model.saved import SavedViT
 
-LOCAL = 98 / 224  # side of a local crop, of that of a global one
 PROBE_IMAGES = 1000  # labelled images, at most, of the quick k-NN of a training run
 
 
@@ -70,6 +71,11 @@ def pretrain(
     which need not be in this machine, and the plan has the time if they process `images_per_second` together.
     """
     began, settings = began_at(), _with_minutes(settings, minutes)
+    if recipe == automatic.NAME:
+        length = {name: (settings or {}).get(name, 0) for name in ("minutes", "steps")}
+        choice = automatic.choose(data, out, devices=devices, init=init, **length)
+        recipe = choice.config
+        automatic.tell(choice.reasons)
     config = resolve_config(recipe, PretrainConfig(), pretrain_recipes(init), settings)
     check_devices(devices)
     if images_per_second is not None and not (dry_run and 0 < images_per_second < float("inf")):
@@ -206,25 +212,6 @@ def pretrain_recipes(init: "str | Path | Backbone | None") -> Callable[[str], Pr
     return lambda name: recipes.pretrain(name, lambda: None if init is None else config_of_weights(init))
 
 
-def config_of_weights(init: "str | Path | Backbone") -> PretrainConfig:
-    """The config of a run, with reuse "whole".
-
-    For other weights only the network's, with reuse "backbone", and what images it knows: their pixels and colours.
-    """
-    if isinstance(init, str | Path) and (recorded := Path(init) / "config.yaml").is_file():
-        return replace(from_yaml(PretrainConfig(), recorded), reuse="whole", minutes=0.0)
-    backbone, default = as_backbone(init), PretrainConfig()
-    seen, patch = backbone.preprocessing, backbone.config.patch
-    side = min(*pair(default.crops.global_px), *pair(seen.crop))  # crops of as many pixels as it knows, if it knows few
-
-    def whole(px: float) -> int:
-        return max(1, round(px / patch)) * patch
-
-    crops = replace(default.crops, global_px=whole(side), local_px=whole(side * LOCAL))
-    colours = replace(default.photometric, mean=seen.mean, std=seen.std)
-    return replace(default, vit=backbone.config, crops=crops, photometric=colours)
-
-
 def submit(
     recipe: str | PretrainConfig,
     data: Data | None,
@@ -341,9 +328,11 @@ class Pretrain:
     """For a dry run: images per second on all devices together, from which the time follows."""
     slurm: SlurmConfig = SlurmConfig()
     config: Annotated[PretrainConfig, arg(name="")] = PretrainConfig()
+    reasons: Suppress[tuple[str, ...]] = ()  # of the recipe auto
 
     def run(self) -> None:
         devices, job = self.devices, self.slurm
+        automatic.tell(self.reasons)
         config = replace(self.config, minutes=60 * self.hours or self.config.minutes)
         if job.nodes and not self.dry_run:
             print(submit(config, self.data, self.out, job, init=self.init))
