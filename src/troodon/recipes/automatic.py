@@ -103,7 +103,7 @@ def automatic(
     length = f"{steps:,} steps" if steps else f"{duration(60 * minutes)} on {where}"
     evidence = "" if size.is_measured else "; the rule was not measured at this size"
     few = "" if batch >= size.batch else f", as there are only {look.images:,}"
-    sides = ", then ".join(str(px) for px, _ in size.crops)
+    views, sides = config.crops.globals, ", then ".join(str(px) for px, _ in size.crops)
     released = f": for up to {LEARNABLE:,} photographs released weights are mostly the better start (--init NAME)"
     return Choice(
         config,
@@ -111,7 +111,7 @@ def automatic(
             f"images       {look.images:,}, the shorter side mostly {look.side} pixels",
             f"start        random weights{released if look.images <= LEARNABLE else ''}",
             f"network      {size.name} after a convolutional stem, for {length}{evidence}",
-            f"objective    contrast of {config.crops.globals} views of each image, {sides} pixels wide; small ones cost least",
+            f"objective    contrast of {views} views of each image, {sides} pixels wide; small ones cost least",
             f"batch        {batch} images{few}",
             f"colours      {about_colours}",
             f"in use       it looks at images with {size.inference_px} pixels, as it sees more in them than in crops",
