@@ -71,14 +71,17 @@ class Images:
         return index.take(np.flatnonzero(train_N)), index, labels_N, train_N
 
 
-def config_of(arm: str, seed: int, seconds: float) -> PretrainConfig | str:
-    """The training of an arm of ours; the name of a recipe that needs to see the images."""
+def config_of(arm: str, index: Any, seed: int, seconds: float) -> PretrainConfig:
+    """The training of an arm of ours on these images."""
     if arm == "rival":
         config = from_yaml(PretrainConfig(), HERE / "small_data_rival.yaml")
     elif arm == "reference":
         config = reference()
     elif arm == "auto":
-        return arm
+        from troodon.images.look import look
+        from troodon.recipes.automatic import automatic
+
+        config = automatic(look(index), minutes=seconds / 60).config
     else:
         config = recipes.pretrain(arm)
     return replace(config, **settings_of(seed, seconds))
@@ -119,19 +122,12 @@ def train_ours(arm: str, images: Images, out: Path, seed: int, seconds: float) -
 
     from troodon.learn import clock
     from troodon.learn.pretrain import pretrain
-    from troodon.verbs import training
 
     torch.set_num_threads(1)
     tell = time.monotonic if torch.cuda.is_available() else time.process_time
-    index, config = images.open()[0], config_of(arm, seed, seconds)
+    index = images.open()[0]
     setattr(clock, "time", SimpleNamespace(monotonic=tell))  # noqa: B010
-    began = tell()
-    if isinstance(config, PretrainConfig):
-        pretrain(config, index, out, began=began)
-    else:
-        os.environ["TROODON_BEGAN"] = str(began)
-        index.save(out.with_suffix(".parquet"))
-        training.pretrain(config, str(out.with_suffix(".parquet")), out, settings=settings_of(seed, seconds))
+    pretrain(config_of(arm, index, seed, seconds), index, out, began=tell())
 
 
 def snapshots(out: Path) -> Iterator[tuple[float, int, Any]]:

@@ -1,5 +1,6 @@
 """A first look at a set of images, from a few hundred of them: how large they are, and which colours they use."""
 
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -24,6 +25,8 @@ class Look:
     images: int
     side: int
     """Median of the shorter sides, in pixels."""
+    channels: int
+    """Of most images: 3 for pictures, grey ones too; arrays may have others."""
     chroma: float
     """Mean of saturation times value, from 0 to 1: 0 for grey images."""
     hues: float
@@ -44,21 +47,25 @@ def look(index: Index, threads: int = 0) -> Look:
         ]
     if not seen:
         raise UsageError(f"none of {len(rows):,} images looked at can be read; see `troodon scan`")
-    sides, chroma, hue_HN = [side for side, _ in seen], [hue.sum() for _, hue in seen], [hue for _, hue in seen]
-    coloured = [hue / hue.sum() for hue in hue_HN if hue.sum() > CHROMA]
-    return Look(len(index), int(np.median(sides)), float(np.mean(chroma)), _evenness(coloured))
+    sides, channels, hues = zip(*seen)
+    coloured = [hue_H / hue_H.sum() for hue_H in hues if hue_H.sum() > CHROMA]
+    chroma = float(np.mean([hue_H.sum() for hue_H in hues]))
+    return Look(len(index), int(np.median(sides)), Counter(channels).most_common(1)[0][0], chroma, _evenness(coloured))
 
 
-def _look_at(index: Index, row: int) -> tuple[int, np.ndarray] | None:
-    """The shorter side of an image, and the mean chroma of its pixels of each hue."""
+def _look_at(index: Index, row: int) -> tuple[int, int, np.ndarray] | None:
+    """The shorter side of an image, its channels, and the mean chroma of its pixels of each hue."""
     try:
-        image_HWC = index.decode(row, 3)
+        image_HWC = index.decode(row, None)
     except (BadImage, OSError):
         return None
+    height, width, channels = image_HWC.shape
+    if channels != 3:
+        return min(height, width), channels, np.zeros(HUES)
     small = Image.fromarray(image_HWC).resize((SIDE, SIDE), Image.Resampling.BOX).convert("HSV")
     hue, saturation, value = np.moveaxis(np.asarray(small).astype(np.int64), 2, 0)
     weights = (saturation * value / 255**2).ravel()
-    return min(image_HWC.shape[:2]), np.bincount(hue.ravel() * HUES // 256, weights, HUES) / SIDE**2
+    return min(height, width), channels, np.bincount(hue.ravel() * HUES // 256, weights, HUES) / SIDE**2
 
 
 def _evenness(hues: list[np.ndarray]) -> float:

@@ -97,7 +97,8 @@ def automatic(
     size = [s for s in SIZES if _flops(s, minutes, steps, rate) >= s.worth][-1]
     batch = _batch(look.images, size.batch, devices if device == "cuda" else 1)
     colours, about_colours = _colours(look)
-    config = contrast_of_views(size.vit, size.crops, batch=batch, photometric=colours, inference_px=size.inference_px)
+    vit = replace(size.vit, channels=look.channels)
+    config = contrast_of_views(vit, size.crops, batch=batch, photometric=colours, inference_px=size.inference_px)
     config = for_steps(config, steps) if steps else replace(config, minutes=minutes)
     where = f"{devices} {'core' if device == 'cpu' else 'GPU'}{'s' * (devices > 1)}"
     length = f"{steps:,} steps" if steps else f"{duration(60 * minutes)} on {where}"
@@ -149,6 +150,9 @@ def _flops(size: Size, minutes: float, steps: int | None, rate: float) -> float:
 
 def _colours(look: "Look") -> tuple[PhotometricConfig, str]:
     """Colour changes, and why."""
+    if look.channels != 3:
+        each = replace(WEAK_COLOURS, mean=(0.5,) * look.channels, std=(0.25,) * look.channels)
+        return each, f"images have {look.channels} channels: brightness, contrast and sharpness change"
     if look.is_grey:
         return WEAK_COLOURS, "the images are grey: brightness, contrast and sharpness change"
     used = f"hues are used {'evenly' if look.hues > EVEN_HUES else 'unevenly'} ({look.hues:.2f} of 1)"

@@ -18,7 +18,7 @@ from troodon.learn import outcome
 from troodon.learn.config import PretrainConfig
 from troodon.learn.outcome import METRICS
 from troodon.lock import alone
-from troodon.recipes import lengths
+from troodon.recipes import earlier, lengths
 from troodon.run import MetricsFile, read_manifest, say
 from troodon.slurm import SlurmConfig
 from troodon.verbs import automatic
@@ -198,9 +198,13 @@ def _print_plan(
 
 
 def as_begun(config: PretrainConfig, out: Path) -> PretrainConfig:
-    """The config with which a run in `out` goes on, if there is one: see recipes/lengths.py."""
+    """The config with which a run in `out` goes on, if there is one: see recipes/lengths.py and earlier.py."""
     manifest = read_manifest(out) or {"kind": None}
-    begun = lengths.as_begun(config, manifest["settings"]["config"] if manifest["kind"] == "run" else None)
+    recorded = manifest["settings"]["config"] if manifest["kind"] == "run" else None
+    if recorded is not None and (found := earlier.as_it_was(config, recorded)):
+        say(f"  {out}: an earlier version began this run with the recipe that is called {found[1]} now, and it stays")
+        return found[0]
+    begun = lengths.as_begun(config, recorded)
     if begun != config:
         changes = "; ".join(differences(to_dict(config), to_dict(begun)))
         say(f"  {out}: an earlier version began this run with other numbers of steps, which stay ({changes})")
