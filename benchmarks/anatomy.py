@@ -47,6 +47,13 @@ from troodon.views.loader import Loader
 BEFORE = Path(__file__).parent / "anatomy_before.json"
 LOSS = ("learn/prototypes", "learn/losses", "learn/fused", "learn/kernel")  # files of the loss on prototypes
 MASKED_BATCH = 2048  # images of the step for which masks are drawn
+TEACHERS = {  # of distillation, where it is not a ViT-g/14
+    "distill_demo": "demo",
+    "distill_small": "small",
+    "distill_demo_dino": "demo_dino",
+    "distill_small_dino": "small_dino",
+    "distill_features": "vitl14",
+}
 IMAGES = {"vitl16_short": 64, "vitl14": 32, "vitg14": 16, "distill_vitl14": 64}
 
 
@@ -68,14 +75,19 @@ DEVICES = {
 
 
 def config_of(recipe: str, images: int, ranks: int) -> tuple[PretrainConfig, PretrainConfig | None]:
-    """The config of a recipe with so many images on each rank, and its teacher's, if it has one."""
+    """The config of a recipe with so many images on each rank, and its teacher's, if it has one.
+
+    Of mixed sizes of crops, the largest.
+    """
     if recipe in recipes.KNOWN["distill"]:
-        config, teacher = recipes.distill(recipe), recipes.pretrain("vitg14")
+        config, teacher = recipes.distill(recipe), recipes.pretrain(TEACHERS.get(recipe, "vitg14"))
     else:
         config, teacher = recipes.pretrain(recipe, start=lambda: recipes.pretrain("vitl14")), None
     group = config.objective.koleo_group
     objective = replace(config.objective, koleo_group=group if group and images % group == 0 else 0)
-    return replace(config, batch=images * ranks, objective=objective), teacher
+    wide, narrow, _ = max(config.crops.sizes())
+    crops = replace(config.crops, global_px=wide, local_px=narrow, mixed=())
+    return replace(config, batch=images * ranks, objective=objective, crops=crops), teacher
 
 
 def quick_config() -> PretrainConfig:
@@ -89,7 +101,8 @@ def count_step(config: PretrainConfig, teacher: PretrainConfig | None, ranks: in
     """What the second of two steps does on the first of `ranks`, and the collectives that it makes, by kind."""
     images, collectives = config.batch // ranks, Tally()
     real = random_batch(replace(config, batch=images))
-    networks, frozen = [empty(config) for _ in range(2)], []
+    widths = [] if teacher is None else [teacher.vit.dim]
+    networks, frozen = [empty(config, widths) for _ in range(2)], []
     anchor = empty(config).backbone if ANCHOR in config.objective.needs else None
 
     def counted(kind: str):
@@ -102,7 +115,7 @@ def count_step(config: PretrainConfig, teacher: PretrainConfig | None, ranks: in
     with pretend_gpu() as mode:
         student, ema = map(without_numbers, networks)
         if teacher is not None:
-            network = without_numbers(empty(replace(teacher, vit=replace(teacher.vit, drop_path=0.0))))
+            network = without_numbers(empty(replace(teacher, vit=replace(teacher.vit, drop_path=0.0)), widths))
             for layer in network.backbone.blocks.modules():  # as `build_teacher` does
                 if isinstance(layer, torch.nn.Linear):
                     without_numbers(layer, torch.bfloat16)

@@ -91,3 +91,9 @@ def test_a_step_waits_for_the_verdict_alone_and_moves_few_bytes(anatomy):
     logits = sum((use.student_rows + use.teacher_rows) * use.head.prototypes for use in uses)
     found = anatomy.numbers(counts, collectives, config.batch, anatomy.DEVICES["h100"])
     assert found["loss_bytes"][0] < 40 * logits
+
+
+def test_a_step_of_a_small_recipe_waits_for_the_verdict_alone(anatomy):
+    """Crops of mixed sizes, a convolutional stem, contrast and a projector."""
+    counts, _ = anatomy.count_step(*anatomy.config_of("small", 4, 1))
+    assert {place: n for place, n in counts.host_reads.items() if n} == {("learn/loop.py", "to"): 1}

@@ -112,8 +112,8 @@ def contrast(features_VBD: Tensor, temperature: float) -> Tensor:
     is_own_NB = place[:, None] % images == place[:images]
     others_N1 = logits_NVB.masked_fill(is_own_NB[:, None], -inf).flatten(1).logsumexp(1, keepdim=True)
     loss_NV = torch.logaddexp(others_N1, positives_NV) - positives_NV
-    is_itself_NV = place[:, None] // images == place[:views]
-    return loss_NV[~is_itself_NV].mean()
+    others_NV = place[: views - 1] + (place[: views - 1] >= place[:, None] // images)  # all views but the row's own
+    return loss_NV.gather(1, others_NV).mean()
 
 
 def cosine_distance(x_MD: Tensor, y_MD: Tensor) -> Tensor:
