@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from troodon.model.vit import UNSCALED, Mlp, ViT
+from troodon.model.vit import UNSCALED, ViT
 
 # Shape suffixes: B images, C colours, H W pixels, T tokens of the pack, D channels, N heads, Q tokens that attend,
 #                 L tokens of an image, R registers, h w rows and columns of patches.
@@ -28,7 +28,7 @@ def optimized(vit: ViT, compute: torch.dtype, *, compile: bool = False) -> ViT:
     vit = copy.deepcopy(vit).eval().requires_grad_(False)
     blocks: Any = vit.blocks
     for block in blocks:
-        last = block.mlp.fc2 if isinstance(block.mlp, Mlp) else block.mlp.w3
+        last = block.mlp.fc2 if vit.config.mlp == "gelu" else block.mlp.w3
         for linear, scale in ((block.attn.proj, block.ls1), (last, block.ls2)):
             linear.weight.mul_(scale.gamma[:, None])
             linear.bias.mul_(scale.gamma)
@@ -41,7 +41,7 @@ def optimized(vit: ViT, compute: torch.dtype, *, compile: bool = False) -> ViT:
         elif vit.cls_token.device.type == "cpu" and CAN_PACK:
             attn, mlp = block.attn, block.mlp
             attn.qkv, attn.proj = Packed(attn.qkv), Packed(attn.proj)
-            if isinstance(mlp, Mlp):
+            if vit.config.mlp == "gelu":
                 mlp.fc1, mlp.activation, mlp.fc2 = Packed(mlp.fc1, "gelu"), UNSCALED, Packed(mlp.fc2)
             else:
                 mlp.w12, mlp.w3 = Packed(mlp.w12), Packed(mlp.w3)

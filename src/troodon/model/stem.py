@@ -63,10 +63,10 @@ class ConvolutionalStem(nn.Module):
 
     def initialize(self) -> None:
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
-            nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.kaiming_normal_(convolution.get_parameter("weight"), mode="fan_out", nonlinearity="relu")
             norm.initialize()
         nn.init.trunc_normal_(self.proj.weight, std=self.proj.in_channels**-0.5)
-        nn.init.zeros_(self.proj.bias)
+        nn.init.zeros_(self.proj.bias)  # pyrefly: ignore[bad-argument-type]
 
 
 class BatchNorm(nn.Module):

@@ -51,7 +51,7 @@ def leak(
 
     from troodon.images.index import saved_range
     from troodon.images.sources import open_source
-    from troodon.run import say, write_json
+    from troodon.run import write_json
 
     config, out = _resolve(settings or {}), Path(out)
     if suite:
@@ -71,19 +71,27 @@ def leak(
     if remaining:
         _publish_remaining(index, remaining, as_list(benchmark), out / "benchmark")
     if suite and index.table["label"].null_count < len(index):
-        datasets = {"all": (benchmark, "scores")}
+        datasets: dict[str, tuple[Data, Path]] = {"all": (benchmark, out / "scores")}
         if remaining:
-            datasets["without"] = (out / "benchmark", "scores-without")
-        leaks["scores"] = {}
-        for name, (dataset, folder) in datasets.items():
-            try:
-                leaks["scores"][name] = evaluate(
-                    suite, backbone, dataset, out / folder, baselines=False, range=range, device=device
-                )
-            except UsageError as error:  # the leaks are found all the same
-                say(f"alarm: {out / folder}: not measured: {error}")
+            datasets["without"] = (out / "benchmark", out / "scores-without")
+        leaks["scores"] = _scores(suite, backbone, datasets, range=range, device=device)
     write_json(out / LEAKS_FILE, leaks)
     return leaks
+
+
+def _scores(
+    suite: str, backbone: "str | Path | Backbone", datasets: dict[str, tuple[Data, Path]], **options: Any
+) -> dict[str, Any]:
+    """The scores of each data set, written to its folder. What cannot be measured is told: the leaks are found."""
+    from troodon.run import say
+
+    scores = {}
+    for name, (dataset, folder) in datasets.items():
+        try:
+            scores[name] = evaluate(suite, backbone, dataset, folder, baselines=False, **options)
+        except UsageError as error:
+            say(f"alarm: {folder}: not measured: {error}")
+    return scores
 
 
 def _resolve(settings: dict) -> CurateConfig:
