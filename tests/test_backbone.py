@@ -334,13 +334,13 @@ def test_attention_is_that_of_the_network(backbone, images, block, monkeypatch):
     assert attention.shape == (3, 2, 3, 4, 4)
     seen = []
     attn = backbone.vit.blocks[block].attn
-    hook = attn.register_forward_hook(lambda module, given, out: seen.append((given[0], out)))
+    hook = attn.register_forward_hook(lambda module, given, out: seen.append((*given, out)))
     backbone.vit([x])
     hook.remove()
-    ((tokens, out),) = seen
+    ((tokens, _, scale, out),) = seen
     q, k, v = (t.unflatten(0, (3, -1)).transpose(1, 2) for t in attn.qkv(tokens).unflatten(-1, (3, 2, 64)).unbind(1))
     full = (q @ k.transpose(2, 3) / 8).softmax(-1)
-    torch.testing.assert_close(attn.proj((full @ v).transpose(1, 2).flatten(2)).flatten(0, 1), out)
+    torch.testing.assert_close(scale(attn.proj((full @ v).transpose(1, 2).flatten(2)).flatten(0, 1)), out)
     torch.testing.assert_close(attention.flatten(3), full[:, :, :3, 3:])
     assert (attention.sum((3, 4)) < 1).all()
     assert backbone.attention([]).shape == (0, 2, 3, 4, 4)

@@ -179,7 +179,8 @@ def test_a_run_goes_on_from_its_checkpoint_and_on_a_cpu(tmp_path):
     photos.mkdir()
     for number in range(80):
         Image.effect_noise((64, 64), 20 + number).convert("RGB").save(photos / f"{number}.jpg")
-    words = ("pretrain", "demo_dino", "--data", str(photos), "--out", str(run), "--steps", "40", "--checkpoint-every", "4")
+    words = ["pretrain", "demo_dino", "--data", str(photos), "--out", str(run), "--steps", "40"]
+    words += ["--checkpoint-every", "4"]
 
     def pretrain(stop_after: int, environment: dict[str, str]) -> int:
         """The last checkpoint, once the run has had one after this step and was asked to stop, or has ended."""

@@ -23,6 +23,7 @@ from troodon import cli, launch, lock, recipes, verbs
 from troodon.config import UsageError, fingerprint, to_dict, to_yaml
 from troodon.images.sources import open_source
 from troodon.learn import engine
+from troodon.learn.clock import Clock
 from troodon.learn.config import GuardConfig, ParallelConfig, PretrainConfig
 from troodon.learn.plan import shapes_change
 from troodon.learn.pretrain import pretrain
@@ -141,7 +142,8 @@ def test_a_short_run_on_given_weights_changes_what_it_says(images, backbone, tmp
 )
 def test_a_run_in_which_nothing_was_learned_fails(images, tmp_path, capsys, options, said):
     """The rate is zero, or what should learn is frozen all along | the run names what did not change, and fails"""
-    words = ["pretrain", "small_dino", "--data", str(images), "--out", str(tmp_path / "run"), "--steps", "4", *TINY, *NEW]
+    words = ["pretrain", "small_dino", "--data", str(images), "--out", str(tmp_path / "run"), "--steps", "4"]
+    words += [*TINY, *NEW]
     assert cli.run([*words, *options]) == launch.FAILED
     err = capsys.readouterr().err
     assert said in err
@@ -288,7 +290,7 @@ def test_the_same_command_twice_at_once(images, backbone, tmp_path, capsys):
         for words in commands:
             code, err = cli.run(words), capsys.readouterr().err
             assert (code, f"process {process.pid} on " in err) == (launch.MISTAKE, True), err
-            assert f"{out}: troodon pretrain small is at work on it (process" in err
+            assert f"{out}: troodon pretrain small_dino is at work on it (process" in err
     assert not Path(out).exists()
     assert cli.run(commands[0]) == launch.DONE  # the lock ended with the process that was killed
     assert not list(tmp_path.glob(".*"))
@@ -380,7 +382,8 @@ def test_unreadable_images_are_told(images, tmp_path, capsys):
     """Some images of a training cannot be read | a line at the first and at the end, an alarm when they are many"""
     for name in ("03.png", "05.png"):
         (images / name).write_bytes((images / name).read_bytes()[:60])
-    words = ["pretrain", "small_dino", "--data", str(images), "--out", str(tmp_path / "run"), "--steps", "3", *TINY, *NEW]
+    words = ["pretrain", "small_dino", "--data", str(images), "--out", str(tmp_path / "run"), "--steps", "3"]
+    words += [*TINY, *NEW]
     assert cli.run(words) == launch.DONE
     err = capsys.readouterr().err
     assert "an image cannot be read and is set aside" in err
@@ -394,7 +397,8 @@ def test_a_training_on_few_readable_images_stops(images, tmp_path, capsys):
     """Most images of a training cannot be read | above max_broken (0.5 by default) it saves and stops"""
     for path in sorted(images.iterdir())[:-1]:
         path.write_bytes(path.read_bytes()[:60])
-    words = ["pretrain", "small_dino", "--data", str(images), "--out", str(tmp_path / "run"), "--steps", "9", *TINY, *NEW]
+    words = ["pretrain", "small_dino", "--data", str(images), "--out", str(tmp_path / "run"), "--steps", "9"]
+    words += [*TINY, *NEW]
     assert cli.run(words) == launch.FAILED
     err = capsys.readouterr().err
     assert "of the images tried cannot be read, and max_broken is 0.5; stopped at step 1, everything is saved" in err
@@ -406,8 +410,8 @@ def test_a_training_on_few_readable_images_stops(images, tmp_path, capsys):
 
 def test_the_share_of_unreadable_images_is_of_those_tried(images):
     """Few of many images were tried so far | the share of unreadable ones is of those tried, not of all"""
-    config = PretrainConfig(vit=SMALL)
-    loader = engine._loader(replace(config, batch=4), open_source(images), None)
+    config = PretrainConfig(vit=SMALL, batch=4)
+    loader = engine._loader(config, open_source(images), None, Clock(config))
     loader.broken.update(dict.fromkeys(range(3), "broken"))
     assert [loader.broken_share(batches) for batches in (1, 100)] == [3 / 15, 3 / 16]
     assert to_dict(config)["max_broken"] == 0.5

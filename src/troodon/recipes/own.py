@@ -34,7 +34,8 @@ def demo(steps: int = 500) -> PretrainConfig:
     """
     vit = ViTConfig(dim=96, depth=3, heads=2, patch=8, grid=4, layer_scale=1.0, stem="convolutional")
     crops = ((16, 0.4), (24, 0.4), (32, 0.2))
-    return for_steps(contrast_of_views(vit, crops, photometric=STRONG_COLOURS, inference_px=64), steps)
+    config = for_steps(contrast_of_views(vit, crops, photometric=STRONG_COLOURS, inference_px=64), 500)
+    return for_steps(config, steps)
 
 
 def small(steps: int = 4000) -> PretrainConfig:
