@@ -10,7 +10,7 @@ CHECK_VERSION := import sys; sys.exit("troodon needs Python 3.11 or newer" if sy
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types tests format tables docs clean
+.PHONY: help demo test lint types tests format tables pages pictures docs clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -39,8 +39,16 @@ format: .venv/dev  ## rewrite the code in the house style
 tables: .venv/base  ## make the tables of README.md and docs/performance.md from benchmarks/results
 	$(PY) benchmarks/tables.py
 
+pages: .venv/base  ## make docs/recipes.md and docs/troubles.md from the code
+	$(PY) docs/recipes.py
+	$(PY) -m tests.troubles
+
+pictures: .venv/base  ## make the pictures of the pages, in some minutes
+	$(PY) docs/pictures.py
+
 docs: .venv/docs  ## build the pages into site/
-	$(PY) -m zensical build --clean
+	$(PY) -m zensical build --clean --strict
+	@echo 'To read them, with search: $(PY) -m http.server --directory site 8000, and open http://127.0.0.1:8000'
 
 clean:  ## remove what the commands above made, the environment included
 	rm -rf .venv demo site build dist .pytest_cache .ruff_cache .hypothesis

@@ -24,7 +24,10 @@ from troodon import cli, recipes
 from troodon.config import UsageError
 
 # What stands for things of the reader's in these pages.
-EXAMPLES = {"photos/", "test/", "images.tar/train", "../shared/data", "zen5-2-cores"}
+EXAMPLES = {
+    "photos/", "test/", "wanted/", "pool/", "images.tar/train", "../shared/data", "zen5-2-cores", "runs/large-logs",
+    "runs/students/distill_vits14", "/dev/shm",
+}  # fmt: skip
 
 FILE = re.compile(r"\.?[\w.-]+\.(py|md|ya?ml|toml|csv|jsonl?|html|css|npz|npy|txt|parquet|png|safetensors)")
 PLACEHOLDER = re.compile(r"[A-Z][A-Z_]*")
@@ -147,6 +150,7 @@ FLAGS: dict[str, set[str]] = {"--help": set(), "--debug": set()}  # the verbs of
 for _verb, _kind in cli.VERBS.items():
     for _flag in flags(_kind):
         FLAGS.setdefault(_flag, set()).add(_verb)
+LOOKING = {"auto"} | {name for name, recipe in recipes.KNOWN["pretrain"].items() if recipes.needs_start(recipe)}
 EXPORTS = {("troodon", name) for name in vars(troodon)["__all__"]}
 
 
@@ -162,6 +166,8 @@ def command_mistake(line: str) -> str | None:
     if old := [word for word in words if word.startswith("--") and word.partition("=")[0] not in FLAGS]:
         return f"{line}: there is no option {old[0]}"  # the parser would take those of earlier versions, with a note
     words = complete(verb, words[len(verb.split()) :])
+    if verb == "pretrain" and words[0] in LOOKING:  # at images or weights, which are not here; their options are alike
+        words[0] = "small"
     if verb == "recipes" and not set(words) <= {name for named in recipes.KNOWN.values() for name in named}:
         return f"{line}: there is no recipe {words[0]!r}"
     try:
@@ -175,17 +181,23 @@ def command_mistake(line: str) -> str | None:
 
 
 def complete(verb: str, words: list[str]) -> list[str]:
-    """The words with something for each argument that must be there."""
-    given = {word.partition("=")[0] for word in words}
+    """The words with something for each argument that must be there, and for a placeholder in the place of a recipe."""
+    given, known = {word.partition("=")[0] for word in words}, []
+    there = next((n for n, word in enumerate(words) if word.startswith("-")), len(words))  # words before all options
     for field in dataclasses.fields(cli.VERBS[verb]):
         if field.default is not dataclasses.MISSING:
             continue
-        if "ositional" in repr(field.type):
+        kind = field.type if isinstance(field.type, str) else repr(field.type)
+        if "ositional" in kind:
             known = sorted(cli.CONFIGURED[verb][2]) if verb in cli.CONFIGURED else ["x"]
-            name = "small" if "small" in known else known[0]
-            words = words if words and not words[0].startswith("-") else [name, *words]
+            if there <= 0:
+                words = ["small" if "small" in known else known[0], *words]
+            there -= 1
         elif flag_of(field.name) not in given:
-            words = [*words, flag_of(field.name), "x"]
+            choice = re.search(r"Literal\[['\"](\w+)", kind)
+            words = [*words, flag_of(field.name), choice[1] if choice else "x"]
+    if verb in cli.CONFIGURED and PLACEHOLDER.fullmatch(words[0]):
+        words = ["small" if "small" in known else known[0], *words[1:]]
     return words
 
 
@@ -245,8 +257,18 @@ class Page:
     def mistakes(self) -> list[str]:
         """All that the page names in code type or in a code block and that does not exist."""
         wrong = [(at, m) for at, span in self.spans() if (m := self.span_mistake(at, span))]
-        for match in FENCE.finditer(self.text):
-            wrong += [(match.start(), mistake) for mistake in self.block_mistakes(match[2], match[3])]
+        blocks = [(match, self.block_mistakes(match[2], match[3])) for match in FENCE.finditer(self.text)]
+        return self.told(wrong + [(match.start(), mistake) for match, found in blocks for mistake in found])
+
+    def command_mistakes(self) -> list[str]:
+        """Commands and options that do not exist: for pages that also name things of other programs."""
+        spans = [(at, span) for at, span in self.spans() if self.is_command(span) or span.startswith("--")]
+        wrong = [(at, m) for at, span in spans if (m := self.span_mistake(at, span))]
+        blocks = [(m.start(), m[3]) for m in FENCE.finditer(self.text) if m[2] in ("", "bash")]
+        return self.told(wrong + [(at, mistake) for at, block in blocks for mistake in self.block_mistakes("", block)])
+
+    def told(self, wrong: list[tuple[int, str]]) -> list[str]:
+        """Mistakes with their lines, in the order of the page."""
         return [self.at(at, mistake) for at, mistake in sorted(wrong)]
 
     def span_mistake(self, at: int, span: str) -> str | None:
@@ -263,7 +285,7 @@ class Page:
         return self.name_mistake(span)
 
     def is_command(self, line: str) -> bool:
-        return re.match(r"(\w+=\S+ )*(troodon|make|pip|import|\S*python3?)( |$)", line) is not None
+        return re.match(r"(\w+=\S+ )*(troodon|make|pip|import|pytest|\S*python3?)( |$)", line) is not None
 
     def path_mistake(self, name: str, folders: list[Path]) -> str | None:
         pattern = re.sub(r"\b[A-Z]+\b(?!\.md)", "*", name.rstrip("/"))
@@ -299,7 +321,7 @@ class Page:
     def line_mistakes(self, line: str) -> Iterator[str]:
         """What is wrong with one line of a shell, or of Python's imports."""
         line = re.sub(r"\s#.*", "", line).strip()
-        command = re.sub(r"^(\w+=\S+ +)+", "", line)
+        command = re.sub(r"^(\w+=\S+ +)+|^.* -m (?=troodon )", "", line)
         if command.startswith("troodon "):
             yield from filter(None, [command_mistake(command)])
         elif command.startswith("make"):
@@ -322,7 +344,7 @@ class Page:
         elif lines[0].startswith("src/"):
             yield from self.tree_mistakes(lines)
         elif language in ("", "bash"):
-            for line in lines:
+            for line in re.sub(r"\\\n *", "", block).splitlines():
                 yield from self.line_mistakes(line)
 
     def python_mistakes(self, block: str) -> Iterator[str]:
