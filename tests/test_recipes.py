@@ -145,7 +145,8 @@ def test_every_recipe_builds_and_takes_two_steps(name, tmp_path):
     if config.objective.weight("dino"):
         assert branch.dino_head.last_layer.weight_v.shape == (config.dino_head.prototypes, config.dino_head.bottleneck)
     else:
-        assert [name for name, _ in branch.named_children()] == ["backbone"]
+        projector = ["projector"] if config.objective.projector else []
+        assert [name for name, _ in branch.named_children()] == ["backbone", *projector]
     random = np.random.default_rng(0)
     for i in range(8):
         Image.fromarray(random.integers(0, 255, (24, 20, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
