@@ -219,7 +219,7 @@ def test_the_environment_of_a_rank(fake_rank, tmp_path, monkeypatch):
     ],
 )
 def test_a_failure_becomes_an_exception_and_one_line(images, tmp_path, monkeypatch, capsys, result, kind, code):  # noqa: F811
-    monkeypatch.setattr(launch, "launch", lambda words, ranks: result)
+    monkeypatch.setattr(launch, "launch", lambda words, ranks, began: result)
     with pytest.raises(kind) as raised:
         verbs.pretrain(CONFIG, images, tmp_path / "run", devices=2)
     assert str(raised.value) == result.message
@@ -255,7 +255,7 @@ def test_ranks_need_paths(images, tmp_path, monkeypatch):  # noqa: F811
     with pytest.raises(UsageError, match="init: several processes need its path, not a Backbone; save it"):
         verbs.pretrain(CONFIG, images, tmp_path / "run", init=init, devices=2)
     launched = []
-    monkeypatch.setattr(launch, "launch", lambda words, ranks: launched.extend(words) or launch.LaunchResult())
+    monkeypatch.setattr(launch, "launch", lambda words, ranks, began: launched.extend(words) or launch.LaunchResult())
     init.save(tmp_path / "init")
     verbs.pretrain(CONFIG, [images, images / "00.png"], tmp_path / "run", init=tmp_path / "init", devices=2)
     assert launched[2:] == ["--data", str(images), str(images / "00.png"), "--out", str(tmp_path / "run"),
