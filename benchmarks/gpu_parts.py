@@ -95,7 +95,7 @@ class Tiny:
             stop_requested=lambda: True,
         )  # fmt: skip
 
-    def _after_step(self, step: int, batch: Batch, terms: dict[str, torch.Tensor]) -> None:
+    def _after_step(self, step: int, parts: list[Batch], terms: dict[str, torch.Tensor]) -> None:
         self.step, self.terms = step + 1, terms
 
     def losses(self) -> dict[str, float]:

@@ -53,7 +53,7 @@ class Step:
             accumulate=self.config.parallel.accumulate, stop_requested=lambda: True,
         )  # fmt: skip
 
-    def _after_step(self, step: int, batch: Batch, terms: dict) -> None:
+    def _after_step(self, step: int, parts: list[Batch], terms: dict) -> None:
         self.step, self.terms = step + 1, terms
 
     def by_part(self) -> dict[str, float]:

@@ -29,13 +29,15 @@ class NotFinite(FloatingPointError):
 
 @dataclass(frozen=True)
 class Learner:
-    """One network in training. `after_step` gets the step, the batch, and the terms and gradient norms."""
+    """One network in training. `after_step` gets the step, the parts of its batch, and the terms and gradient norms.
+
+    They are the parts that the step saw, so that a frozen teacher does not look at them again."""
 
     method: Method
     optimizer: torch.optim.Optimizer
     schedules: Schedules
     config: OptimConfig
-    after_step: Callable[[int, Batch, dict[str, Tensor]], None]
+    after_step: Callable[[int, list[Batch], dict[str, Tensor]], None]
 
 
 def train(
@@ -72,7 +74,7 @@ def train(
         for learner, values, of_learner in zip(learners, scheduled, terms, strict=True):
             learner.optimizer.zero_grad()
             learner.method.after_step(values)
-            learner.after_step(step, batch, of_learner)
+            learner.after_step(step, parts, of_learner)
         step += 1
         clock.tick(step, batch.globals_GBCHW.shape[-2:])
         if stop:

@@ -109,7 +109,7 @@ class Recorder:
             self.waited += time.perf_counter() - start
             yield batch
 
-    def after_step(self, step: int, batch: Batch, terms: dict[str, Tensor]) -> None:
+    def after_step(self, step: int, parts: list[Batch], terms: dict[str, Tensor]) -> None:
         """Record, read the run's health, probe and save, each at its interval."""
         config, done, start = self.config, step + 1, self.clock.now()
         self.progress = TrainingProgress(done, self.progress.batch + 1, self.progress.rescues)
@@ -121,7 +121,6 @@ class Recorder:
         if due(config.health_every) or due(config.log_every) or probe:
             readings = {}
             if due(config.health_every):
-                parts = batch.chunk(config.parallel.accumulate)
                 readings = health.read(self.method, parts, self.clock.values(config.schedules, step))
             self.record(readings, {"knn": self.knn(done)} if probe else {})
         patience = patience if probe else 0
