@@ -18,9 +18,13 @@ SHARED = Path(os.environ.get("TROODON_TEST_DATA", Path(__file__).parents[2] / "s
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide CUDA devices, before torch looks for them, unless this run is of tests marked `gpu` and of no others."""
+    """Hide CUDA devices, before torch looks for them, unless this run is of tests marked `gpu` and of no others.
+
+    Kernels then run as Python, which Triton decides when it is imported, by whichever test module is first.
+    """
     if not only_gpu(config.option.markexpr):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def only_gpu(markers: str) -> bool:

@@ -21,8 +21,6 @@ from troodon.learn.losses import ALONE, Ranks
 from troodon.model.head import HeadOutput
 
 OPERATIONS = ("log_row_sums", "log_column_sums", "cross_entropies", "logit_gradients")
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run as Python; read where they are imported
 
 
 @pytest.fixture(params=["kept", "made again", "one chunk", "kernels"])
