@@ -21,6 +21,7 @@ from troodon.curate.config import CurateConfig
 from troodon.curate.encoder import PixelBackbone
 from troodon.curate.groups import Matches, resolve
 from troodon.images.sources import open_source
+from troodon.world.offtopic import render_offtopic
 
 CONFIG = CurateConfig(gather="all", steps=("exact", "duplicate"), threads=2, batch=16)
 
@@ -139,6 +140,19 @@ def test_a_shared_logo_or_ground_makes_no_copy():
         image.paste(scene(seed, 190, 150), (60, 35))  # other things on the same ground
         objects.append(features(image))
     assert verify.verify(*objects) is None
+
+
+def test_charts_and_gradients_of_different_content_are_no_copies():
+    """Charts share axes and a ground, gradients everything but their levels; of 100 pairs some are near enough."""
+    drawn: dict[str, list] = {"pie": [], "bars": [], "lines": [], "gradient": []}
+    for number in range(200):
+        picture, kind = render_offtopic(0, number)
+        if kind in drawn and len(drawn[kind]) < 15:
+            drawn[kind].append(features(Image.fromarray(picture)))
+    pairs = [(a, b) for of_kind in drawn.values() for n, a in enumerate(of_kind) for b in of_kind[:n]]
+    assert len(pairs) > 300
+    joined = [pair for pair in pairs if verify.verify(*pair) is not None]
+    assert len(joined) <= 0.02 * len(pairs)
 
 
 def test_a_frame_is_a_frame_only_if_the_picture_begins_at_it():

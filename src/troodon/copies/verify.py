@@ -26,6 +26,11 @@ MIN_FITTED = 0.95
 # pixels of a thumbnail, agree this well where most of both is seen: other photographs have at most 0.95, and of 467
 # frames of videos with those a second later, two reach it that do not reach MIN_AGREEMENT.
 MIN_COARSE, BLUR = 0.97, 1.5
+# Charts, drawings and things on one ground share most of their pixels with others of their kind. So where much of both
+# is even, and no points tell the map, all details must agree, those that only one has too: pies, bars, lines and smooth
+# gradients of different content have at most 0.87, photographs that are copies 0.88 and more.
+EVEN, EVEN_SHARE, MIN_DETAIL = 3.0, 0.25, 0.88  # levels of 255 by which pixels vary; share of both; correlation
+DETAIL, EVEN_WINDOW = 2.0, 5  # pixels of a thumbnail: what is finer is detail, and what is looked at for evenness
 MIN_OVERLAP, MAIN_OVERLAP = 0.1, 0.5  # shares that are seen of either image, and of the one that is seen more
 DIRECT_OVERLAP = 0.6  # share that is seen of both images, where no points tell the map, or by blurred pixels
 MIN_START = 0.2  # agreement from which a map is refined
@@ -79,7 +84,8 @@ def _match_pixels(
     fitted_33 = _refine(i.thumbnail_GG, j.thumbnail_GG, start_33)
     for map_33, needed in ((start_33, MIN_AGREEMENT), (fitted_33, fitted_needed)):
         match = _match_at(i, j, map_33, 0, UNCOVERED, needed)
-        if match is not None and min(match.overlap) >= overlap_needed and is_plausible(map_33):
+        is_seen = match is not None and min(match.overlap) >= overlap_needed and is_plausible(map_33)
+        if is_seen and _details_agree(i.thumbnail_GG, j.thumbnail_GG, map_33):
             return match
     return None
 
@@ -94,6 +100,8 @@ def _match_at(
             return None
         coarse_i, coarse_j = (cv2.GaussianBlur(one.thumbnail_GG, (0, 0), BLUR) for one in (i, j))
         if compare_pixels(coarse_i, coarse_j, map_33)[0] < MIN_COARSE:
+            return None
+        if not _details_agree(i.thumbnail_GG, j.thumbnail_GG, map_33):
             return None
     return Match(map_33, points, agreement, overlap)
 
@@ -170,6 +178,16 @@ def compare_pixels(
         return agreement, (overlap_i, overlap_j)
     if scale < 1e-6:
         return 0.0, (0.0, 0.0)
+    x_GG, inside_GG = _laid_over(i_GG, map_33, scale)
+    overlap_j = float(inside_GG.mean())
+    overlap = (min(1.0, overlap_j / scale), overlap_j)
+    if inside_GG.sum() < WINDOW:
+        return 0.0, overlap
+    return _correlation(x_GG, j_GG.astype(np.float32), inside_GG, share), overlap
+
+
+def _laid_over(i_GG: ndarray, map_33: ndarray, scale: float) -> tuple[ndarray, ndarray]:
+    """A thumbnail, reduced to `scale` of its area, where the map takes it, and the pixels that it covers there."""
     side = max(4, round(THUMBNAIL * max(scale**0.5, 0.0)))
     small = cv2.resize(i_GG, (side, side), interpolation=cv2.INTER_AREA) if side < THUMBNAIL else i_GG
     from_small = (
@@ -179,11 +197,21 @@ def compare_pixels(
     size = (THUMBNAIL, THUMBNAIL)
     x_GG = cv2.warpAffine(small, warp_23, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     inside_GG = cv2.warpAffine(np.full_like(small, 255), warp_23, size, flags=cv2.INTER_LINEAR) > 250
-    overlap_j = float(inside_GG.mean())
-    overlap = (min(1.0, overlap_j / scale), overlap_j)
-    if inside_GG.sum() < WINDOW:
-        return 0.0, overlap
-    return _correlation(x_GG.astype(np.float32), j_GG.astype(np.float32), inside_GG, share), overlap
+    return x_GG.astype(np.float32), inside_GG
+
+
+def _details_agree(i_GG: ndarray, j_GG: ndarray, map_33: ndarray) -> bool:
+    """Whether two thumbnails agree in all that is fine, after a map, if much of both is even."""
+    scale = abs(np.linalg.det(map_33[:2, :2]))
+    if scale > 1:
+        return _details_agree(j_GG, i_GG, np.linalg.inv(map_33))
+    x_GG, inside_GG = _laid_over(i_GG, map_33, scale)
+    both, window = (x_GG, j_GG.astype(np.float32)), (EVEN_WINDOW, EVEN_WINDOW)
+    varies_GG = np.maximum(*(cv2.blur(z_GG * z_GG, window) - cv2.blur(z_GG, window) ** 2 for z_GG in both))
+    if (varies_GG[inside_GG] < EVEN**2).mean() < EVEN_SHARE:
+        return True
+    x_N, y_N = ((z_GG - cv2.GaussianBlur(z_GG, (0, 0), DETAIL))[inside_GG] for z_GG in both)
+    return float(x_N @ y_N) >= MIN_DETAIL * float(np.linalg.norm(x_N) * np.linalg.norm(y_N))
 
 
 def _correlation(x_GG: ndarray, y_GG: ndarray, inside_GG: ndarray, share: float) -> float:
