@@ -137,15 +137,15 @@ def test_crops_of_many_sizes_are_all_compiled(monkeypatch: pytest.MonkeyPatch) -
     """More graphs of a block than the compiler's own limit of eight."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     limits = torch._dynamo.config
-    for name in ("recompile_limit", "accumulated_recompile_limit"):
-        monkeypatch.setattr(limits, name, getattr(limits, name))
+    names = ("recompile_limit", "accumulated_recompile_limit", "fail_on_recompile_limit_hit")
+    before = {name: getattr(limits, name) for name in names}
     torch._dynamo.reset()
     vit = ViT(replace(CONFIG.vit, depth=1))
     vit.initialize()
     for block in vit.blocks:
         prepare(block, "none", compiled=True)
-    _expect_shapes(12)
-    with limits.patch(fail_on_recompile_limit_hit=True), torch.no_grad():
+    with limits.patch(before | {"fail_on_recompile_limit_hit": True}), torch.no_grad():  # all are restored after it
+        _expect_shapes(12)
         for images in range(2, 14):
             vit([torch.zeros(images, 3, 16, 16)])
     torch._dynamo.reset()
