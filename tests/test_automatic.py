@@ -108,6 +108,10 @@ def test_without_images_or_with_a_mistake_it_names_the_cause(tmp_path, capsys):
     data = write(tmp_path / "photos", [picture(rng, 9) for _ in range(9)])
     assert cli.run(["pretrain", "auto", "--data", data, "--out", str(tmp_path / "run"), "--minutes", "soon"]) == 2
     assert "soon" in capsys.readouterr().err
+    for option in ("--minutes", "--hours", "--steps"):
+        assert cli.run(["pretrain", "auto", "--data", data, "--out", str(tmp_path / "run"), option, "-3"]) == 2
+        assert f"{option[2:]} -3" in capsys.readouterr().err
+    assert cli.run(["pretrain", "auto", "--data", data, "--out", str(tmp_path / "run"), "--minutes", "inf"]) == 2
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"no picture")
     with pytest.raises(UsageError, match="none of 1 images looked at can be read"):

@@ -7,6 +7,7 @@ Neither `--help` nor a mistake in a command loads torch.
 import dataclasses
 import faulthandler
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -123,13 +124,14 @@ def parse_command(verb: str, words: list[str]) -> Any:
 
 
 def chosen(words: list[str]) -> tuple[PretrainConfig, tuple[str, ...]]:
-    """What `auto` chooses for the command line, and why. What is no number is refused later, by its name."""
+    """What `auto` chooses for the command line, and why. What is no length is refused later, by its name."""
 
     def number(option: str) -> float:
         try:
-            return float(option_value(words, option) or 0)
+            value = float(option_value(words, option) or 0)
         except ValueError:
             return 0.0
+        return value if 0 < value < math.inf else 0.0
 
     minutes, steps = number("--minutes") or 60 * number("--hours"), int(number("--steps"))
     init, devices = option_value(words, "--init"), option_value(words, "--devices") or "auto"

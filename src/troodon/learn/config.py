@@ -149,6 +149,8 @@ class PretrainConfig:
         within(self, "", 0, None, "minutes", "inference_px")
         within(self, "", 0, 1, "max_broken")
         check_range(self.range)
+        if not self.minutes < float("inf"):
+            raise UsageError(f"minutes {self.minutes}: a run ends; give a number of minutes, or steps")
         if self.batch < 2:
             raise UsageError(f"batch {self.batch}: a step compares images, so it needs at least 2")
 

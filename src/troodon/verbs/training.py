@@ -72,7 +72,7 @@ def pretrain(
     """
     began, settings = began_at(), _with_minutes(settings, minutes)
     if recipe == automatic.NAME:
-        length = {name: (settings or {}).get(name, 0) for name in ("minutes", "steps")}
+        length = {name: max(0, (settings or {}).get(name, 0)) for name in ("minutes", "steps")}  # others are refused
         choice = automatic.choose(data, out, devices=devices, init=init, **length)
         recipe = choice.config
         automatic.tell(choice.reasons)
@@ -336,6 +336,8 @@ class Pretrain:
 
     def run(self) -> None:
         devices, job = self.devices, self.slurm
+        if not 0 <= self.hours < float("inf"):
+            raise UsageError(f"hours {self.hours:g}: must be 0 or more")
         automatic.tell(self.reasons)
         config = replace(self.config, minutes=60 * self.hours or self.config.minutes)
         if job.nodes and not self.dry_run:
