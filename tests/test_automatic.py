@@ -15,6 +15,7 @@ from troodon.images.sources import open_source
 from troodon.learn.config import fits
 from troodon.recipes.automatic import SIZES, automatic
 from troodon.run import write_json
+from troodon.verbs.common import open_images
 from troodon.verbs.training import as_begun
 
 PHOTOS = Look(images=10_000, side=64, channels=3, chroma=0.15, hues=0.75)
@@ -87,6 +88,27 @@ def test_the_command_says_what_it_chose_and_every_choice_can_be_set(tmp_path, ca
     config = cli.parse_command("pretrain", [*words[1:], "--steps", "4"]).config
     assert (config.batch, config.crops.globals, config.steps, config.minutes) == (9, 3, 4, 0)
     assert cli.parse_command("pretrain", [*words[1:], "--hours", "2"]).config.minutes == 120
+
+
+def test_files_that_are_left_out_are_said_once(tmp_path, capsys, monkeypatch):
+    rng = np.random.default_rng(0)
+    data = write(tmp_path / "photos", [picture(rng, hue) for hue in range(9)])
+    (tmp_path / "photos" / "film.mp4").write_bytes(b"a film")
+    line = f"{data}: leaves out 1 .mp4\n"
+    assert cli.run(["pretrain", "auto", "--data", data, "--dry-run"]) == 0
+    assert capsys.readouterr().err.count(line) == 1
+    open_images(data)
+    assert capsys.readouterr().err == line
+    monkeypatch.setenv("RANK", "1")  # the first process says it
+    open_images(data)
+    assert capsys.readouterr().err == ""
+
+
+def test_files_that_are_left_out_are_said_before_what_fails(tmp_path, capsys):
+    (tmp_path / "film.mp4").write_bytes(b"a film")
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    assert cli.run(["pretrain", "auto", "--data", str(tmp_path), "--dry-run"]) == 2
+    assert "leaves out 1 .mp4\n" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_with_what_it_chose_first(tmp_path, capsys):

@@ -5,9 +5,13 @@ import sys
 import types
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
+import torch
 
 from troodon import progress, run
+from troodon.evaluate import dense, linear, logistic
+from troodon.evaluate.config import DenseConfig, LinearConfig
 from troodon.progress import Progress, panel, sparkline, watched
 
 
@@ -103,6 +107,39 @@ def test_parts_of_the_work_of_another_process_draw_nothing(
     monkeypatch.setattr(type(sys.stderr), "isatty", lambda self: False)
     Progress("embed", "images", 10, interval=0.0).add(1)
     assert "embed: 1 of 10 images" in capsys.readouterr().err
+
+
+def test_ranks_beside_the_first_draw_nothing(
+    terminal: None, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    Progress("linear head", "steps", 10, interval=0.0).add(1)
+    assert capsys.readouterr().err == ""
+
+
+class _Maps:
+    channels = 3
+
+    def get(self, windows: np.ndarray, blocks: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ones(len(windows), len(blocks), 3, 2, 2), torch.ones(len(windows), len(blocks), 3)
+
+
+@pytest.mark.parametrize("kind", ["linear", "logistic", "linear_4 head"])
+def test_the_training_of_a_head_shows_its_steps(kind: str, terminal: None, capsys: pytest.CaptureFixture) -> None:
+    random = torch.Generator().manual_seed(0)
+    x, y = torch.randn(12, 3, generator=random), torch.arange(12) % 2
+    if kind == "linear":
+        config = LinearConfig(rates=(0.1,), epochs=1, least_steps=4, most_steps=4)
+        linear.fit(x, y, [linear.Slice(1, "cls", 0, 3)], 2, config, 0)
+    elif kind == "logistic":
+        logistic.solve(x, y, 2, (1.0,), 4, 1e-12)
+    else:
+        task, target = dense.SegmentationTask(2), np.zeros((2, 8, 8), int)
+        dense.train_head("linear_4", task, _Maps(), (0,), target, np.arange(2), DenseConfig(steps=4), 0)
+    written = capsys.readouterr().err
+    lines = re.sub(r"\x1b\[[\d;]*[AJm]", "", written).splitlines()
+    assert any(line.startswith(f"{kind} ") and "2 of 4 steps" in line for line in lines), lines
+    assert screen(written) == []
 
 
 def test_a_training_shows_its_losses_as_curves_and_its_alarms(terminal: None, capsys: pytest.CaptureFixture) -> None:

@@ -145,6 +145,8 @@ def is_live() -> bool:
 
 def _of_others() -> bool:
     """Whether this process does a part of the work of another, which shows how far that is."""
+    if os.environ.get("RANK", "0") != "0":
+        return True
     return parent_process() is not None and sys.stderr.isatty()
 
 

@@ -20,6 +20,7 @@ from troodon.evaluate.config import DenseConfig
 from troodon.evaluate.feature_maps import FeatureMaps
 from troodon.evaluate.sets.benchmark import IGNORE, Benchmark
 from troodon.images.decode import BadImage
+from troodon.progress import watched
 
 # Shape suffixes: N images, W windows, B of a batch, C channels of the head, K bins, n cells on a side of a window,
 #                 H W pixels (of the ground truth, or of the resized image).
@@ -166,7 +167,7 @@ def train_head(
     batch, warmup = min(config.batch, len(windows_W)), max(1, config.steps // 10)
     order: list[int] = []
     model.train(batch > 1)
-    for step in range(config.steps):
+    for step in watched(range(config.steps), f"{head} head", "steps"):
         while len(order) < batch:
             order += random.permutation(len(windows_W)).tolist()
         batch_B, order = np.sort(order[:batch]), order[batch:]

@@ -16,6 +16,7 @@ from torch import Tensor
 from troodon.evaluate.config import LinearConfig
 from troodon.evaluate.features import FrozenFeatures
 from troodon.evaluate.split import stratified
+from troodon.progress import watched
 
 # Shape suffixes: N training images, M validation images, B images of a step, F channels of all features concatenated,
 #                 S channels of a slice, L blocks, D channels of a token, R learning rates, H classifiers, C classes.
@@ -134,7 +135,7 @@ def fit(
     rate_R1 = torch.tensor(config.rates)[:, None] * (batch / 256)
     epochs = -(-steps * batch // images)
     order = torch.cat([torch.randperm(images, generator=random) for _ in range(epochs)])
-    for step in range(steps):
+    for step in watched(range(steps), "linear", "steps"):
         rows_B = order[step * batch : (step + 1) * batch]
         x_BF, target_B1C = x_NF[rows_B], F.one_hot(labels_N[rows_B], classes).float()[:, None]
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -15,6 +15,7 @@ from torch import Tensor
 from troodon.evaluate.config import LogisticConfig
 from troodon.evaluate.metrics import tag_average_precision
 from troodon.evaluate.split import stratified
+from troodon.progress import watched
 
 # Shape suffixes: N training images, M validation images, D channels (one of them constant), C classes,
 #                 J problems (values of C), W weights of a problem.
@@ -142,7 +143,7 @@ def _lbfgs(loss: Loss, problems_J: Tensor, w_JW: Tensor, steps: int, tolerance: 
     moves, gradient_changes = [], []  # the history, for the problems that are still active
     solved_JW = w_JW.clone()
     x, f, g = w_JW, value_J, gradient_JW
-    for _ in range(steps):
+    for _ in watched(range(steps), "logistic", "steps"):
         active = g.abs().amax(1) > tolerance
         if not active.all():
             solved_JW[active_rows] = x

@@ -9,7 +9,7 @@ from troodon.config import UsageError, from_dict
 from troodon.learn.config import PretrainConfig
 from troodon.recipes.automatic import Choice, Device, adapting, auto, automatic
 from troodon.run import read_manifest, say
-from troodon.verbs.common import Data, as_list, config_of_weights, is_first
+from troodon.verbs.common import Data, as_list, config_of_weights, is_first, said_elsewhere
 
 if TYPE_CHECKING:
     from troodon.model.backbone import Backbone
@@ -39,12 +39,13 @@ def choose(
     from troodon.images.look import look
     from troodon.images.sources import open_source
 
-    index = open_source(*as_list(data))
-    if init is not None:
-        config = recipes.pretrain("adapt", lambda: config_of_weights(init))
-        return adapting(config, str(getattr(init, "name", init)), len(index), minutes, steps)
-    kind, count = _computes_on(devices)
-    return automatic(look(index), minutes=minutes, steps=steps, device=kind, devices=count)
+    with said_elsewhere():  # by the training, which opens them again
+        index = open_source(*as_list(data))
+        if init is None:
+            kind, count = _computes_on(devices)
+            return automatic(look(index), minutes=minutes, steps=steps, device=kind, devices=count)
+    config = recipes.pretrain("adapt", lambda: config_of_weights(init))
+    return adapting(config, str(getattr(init, "name", init)), len(index), minutes, steps)
 
 
 def tell(reasons: Sequence[str]) -> None:

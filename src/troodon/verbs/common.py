@@ -1,7 +1,10 @@
 """Shared by the verbs: from arguments to configs, backbones and lists of paths; ranks; lines of progress."""
 
+import contextlib
+import io
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -73,6 +76,17 @@ def with_range(backbone: "Backbone", range: Range | None) -> "Backbone":
     return replace(backbone, read=ReadImage(backbone.channels, preprocessing.range))
 
 
+@contextlib.contextmanager
+def said_elsewhere() -> Iterator[None]:
+    """What is done within is done again later or by another process, and said there; it is said here if it fails."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            yield
+    except BaseException:
+        print(said.getvalue(), end="", file=sys.stderr)
+        raise
+
+
 def open_images(data: Data, range: Range | None = None, otherwise: Range | None = None) -> "Index":
     """The index of the images, with this range of values, or that of an index, or `otherwise` another one.
 
@@ -81,7 +95,8 @@ def open_images(data: Data, range: Range | None = None, otherwise: Range | None 
     from troodon.images.sources import open_source
     from troodon.images.values import look_at
 
-    index = open_source(*as_list(data)).with_range(range)
+    with contextlib.nullcontext() if is_first() else said_elsewhere():
+        index = open_source(*as_list(data)).with_range(range)
     index = index if index.range else index.with_range(otherwise)
     if is_first() and (line := look_at(index)):
         say(line)
