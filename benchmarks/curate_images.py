@@ -16,11 +16,13 @@ hashes; and the closer look at two images, by which `curate --verify geometric` 
                photograph than to any other. By the closer look: the share of copies that are accepted as copies of
                their photograph, of these the share that votes and hashes propose, and how many other photographs are
     pairs      photographs and attacked copies of 240 of them, de-duplicated: which pairs remain, with --verify none
-               (by hashes and vectors) and geometric
+               (by hashes and vectors) and geometric (pools.py, as the next three)
     leaks      attacked validation images hidden in a pool, curated against the validation set: which remain, by kind;
                with --verify none and geometric
-    scenes     frames of videos and views of objects, de-duplicated by pixels, with --verify none and geometric: other
+    scenes     frames of videos and views of objects, de-duplicated by the closer look, the cosine and pHash: other
                shots of one scene are not copies; how many are joined
+    world      the pool of the embedded world, which has charts, tables and things drawn alike: precision and recall of
+               what is dropped, against pHash
     retrieval  half of 50 classes as curated, images of all classes and photographs as pool: precision, recall,
                collisions, by sample and by cluster; against as many images drawn by chance
 """
@@ -28,7 +30,6 @@ hashes; and the closer look at two images, by which `curate --verify geometric` 
 import argparse
 import csv
 import io
-import re
 import shutil
 import tarfile
 import tempfile
@@ -46,9 +47,10 @@ from numpy import ndarray
 from PIL import Image
 
 from measure import CORES, argument_parser, finish, result
-from pack import pack_results
-from troodon import run, verbs
-from troodon.copies.hashes import perceptual_hash
+from pack import BITS, pack_results, rival_hash, rival_name
+from pools import leaks, pairs, scenes, training_images, world
+from troodon import verbs
+from troodon.copies.hashes import near_hashes, perceptual_hash
 from troodon.copies.local_features import SavedFeatures, local_features, save_features
 from troodon.copies.verify import ORIENTATIONS, verify
 from troodon.copies.votes import TABLES, Pairs, add_votes, alike_hashes, vote
@@ -64,11 +66,10 @@ from troodon.images.sources import open_source
 from troodon.model.backbone import Backbone
 from troodon.model.config import Preprocessing, ViTConfig
 from troodon.search.exact import l2_normalise
-from troodon.views.attacks import ATTACKS, attack
+from troodon.views.attacks import attack
 from troodon.views.config import ALL_ATTACK_KINDS, ATTACK_KINDS, FURTHER_ATTACK_KINDS
 
-PARTS = ("pack", "judged", "attacked", "pairs", "leaks", "scenes", "retrieval")
-VERIFY = ("none", "geometric")
+PARTS = ("pack", "judged", "attacked", "pairs", "leaks", "scenes", "world", "retrieval")
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 
 
@@ -121,7 +122,7 @@ class Looks:
         return any(verify(self.reader[i], self.reader[j], orientation) for orientation in sorted(orientations))
 
 
-def judged_pairs(data: Path, encoders: dict[str, CopyEncoder | None], home: Path, quick: bool) -> None:
+def judged_pairs(data: Path, encoders: dict[str, CopyEncoder | None], home: Path, quick: bool) -> list[dict]:
     tar = data / "neardup_cifar10_dev.tar"
     index = open_source(tar / "images")
     row_of = {Path(path).name: row for row, path in enumerate(index.column("path"))}
@@ -143,10 +144,12 @@ def judged_pairs(data: Path, encoders: dict[str, CopyEncoder | None], home: Path
             f"judged     {name:<10} average precision {ap:.3f}, recall before the first wrong pair {recall:.3f}",
             flush=True,
         )
-    looks_at_judged(images, judgements, home, quick)
+    return looks_at_judged(images, judgements, home, quick)
 
 
-def looks_at_judged(images: list[ndarray], judgements: list[tuple[int, int, str]], home: Path, quick: bool) -> None:
+def looks_at_judged(
+    images: list[ndarray], judgements: list[tuple[int, int, str]], home: Path, quick: bool
+) -> list[dict]:
     """Report how many pairs of each judgement are accepted, and of all others; `quick` looks at no others."""
     listed = {(min(a, b), max(a, b)): judgment for a, b, judgment in judgements}
     rows = sorted({row for pair in listed for row in pair}) if quick else range(len(images))
@@ -155,13 +158,27 @@ def looks_at_judged(images: list[ndarray], judgements: list[tuple[int, int, str]
     accepted, total = Counter[str](), Counter(listed.values())
     for (a, b), judgment in listed.items():
         accepted[judgment] += looks.accepts(place[a], place[b], (0, 4))
+    near = near_pairs(images, rows)
+    by_hash = Counter(listed[pair] for pair in near & listed.keys())
     counts = ", ".join(f"{accepted[name]} of {total[name]} pairs judged {name}" for name in sorted(total))
+    joined = None
     of_others = "others not looked at"
     if not quick:
         others = {pair: found for pair, found in looks.candidates().items() if pair not in listed}
         joined = sum(looks.accepts(*pair, orientations) for pair, orientations in others.items())
         of_others = f"{joined} of {len(others):,} other candidates"
-    print(f"judged     {'closer look':<10} accepts {counts}; {of_others}", flush=True)
+    print(f"judged     {'closer look':<10} accepts {counts}; {of_others}; pHash {dict(by_hash)}", flush=True)
+    settings = {"rival": rival_name(), "others": joined, "rival_others": len(near - listed.keys())}
+    return [result("judged_joined", accepted[name], by_hash[name], f"of {total[name]} pairs",
+                   more_is_better=name == "1", judgement=name, **settings) for name in sorted(total)]  # fmt: skip
+
+
+def near_pairs(images: list[ndarray], rows: Iterable[int]) -> set[tuple[int, int]]:
+    """The pairs (i, j), i < j, of these images that pHash joins."""
+    hash_of, chosen = rival_hash(), np.array(list(rows))
+    values = [hash_of(Image.fromarray(images[row])) or 0 for row in chosen.tolist()]
+    found = near_hashes(np.array(values, np.uint64), BITS)
+    return {pair for i, j, _ in found for pair in zip(chosen[i].tolist(), chosen[j].tolist())}
 
 
 @dataclass(frozen=True)
@@ -194,10 +211,8 @@ class AttackedCopies:
         return ", ".join(f"{kind} {values[kind]:.{digits}f}" for kind in sorted(values, key=values.__getitem__))
 
 
-def attacked_photographs(
-    data: Path, encoders: dict[str, CopyEncoder | None], photos: int, home: Path
-) -> tuple[float, float]:
-    """The average precisions of the last two encoders: the last backbone with pixels, as in curation; and hashes."""
+def attacked_photographs(data: Path, encoders: dict[str, CopyEncoder | None], photos: int, home: Path) -> list[dict]:
+    """Rows: average precision of the last backbone with pixels beside hashes; and the closer look."""
     index, precisions = open_source(data / "photos_cc0_224.tar"), []
     images = [decode(index.read(row)) for row in range(len(index))]
     copies = AttackedCopies.of(images, photos)
@@ -224,11 +239,13 @@ def attacked_photographs(
         by_kind = copies.by_kind(lambda chosen, measure=precision_recall: measure(chosen)[0], 3)
         print(f"attacked   {name:<10} average precision by kind: {by_kind}", flush=True)
         precisions.append(ap)
-    looks_at_attacked(images, copies, home)
-    return precisions[-2], precisions[-1]
+    ours, hashes = precisions[-2:]
+    row = result("attacked_average_precision", ours, hashes, "average precision", more_is_better=True,
+                 rival="perceptual hashes")  # fmt: skip
+    return [row, looks_at_attacked(images, copies, home)]
 
 
-def looks_at_attacked(images: list[ndarray], copies: AttackedCopies, home: Path) -> None:
+def looks_at_attacked(images: list[ndarray], copies: AttackedCopies, home: Path) -> dict:
     """Report by kind and strength which copies the closer look accepts, and how many other photographs."""
     looks = Looks(images + copies.images, len(images), home / "attacked")
     candidates = {pair: found for pair, found in looks.candidates().items() if pair[1] >= len(images)}
@@ -247,50 +264,11 @@ def looks_at_attacked(images: list[ndarray], copies: AttackedCopies, home: Path)
         if not accepted[chosen].all():
             print(f"attacked   closer look {kind:<13} {accepted[chosen].mean():.3f} ({by_strength})", flush=True)
     print("attacked   closer look accepts all copies of the other kinds", flush=True)
-
-
-def training_images(data: Path) -> tuple[Index, ndarray]:
-    """The training images of 50 classes, and their labels."""
-    index = open_source(data / "cls_tinyin50_64.tar" / "images" / "train")
-    return index, np.array([Path(path).parent.name for path in index.column("path")])
-
-
-def leaks(data: Path, home: Path, name: str, backbone: Any, hidden: int, seed: int) -> None:
-    """Hide attacked validation images in a pool and report how many remain, as curation compares them."""
-    index, _ = training_images(data)
-    benchmark = open_source(data / "cls_tinyin50_64.tar" / "images" / "val")
-    random = np.random.default_rng(seed)
-    folder, kinds = home / f"hidden-{name}-{seed}", sorted(ATTACKS)
-    folder.mkdir()
-    for i, row in enumerate(random.permutation(len(benchmark))[:hidden].tolist()):
-        kind = kinds[i % len(kinds)]
-        Image.fromarray(attack(decode(benchmark.read(row)), kind, random, 0.5)).save(folder / f"{kind}-{i:04d}.png")
-    drawn = index.take(np.sort(random.permutation(len(index))[:5000]))
-    pool = Index.concat([drawn, open_source(folder)]).without_labels()
-    for way in VERIFY:
-        config = CurateConfig(gather="all", verify=way, pixels=not isinstance(backbone, PixelBackbone))
-        out = curate(config, index.take([]), pool, backbone, home / f"leaks-{name}-{seed}-{way}", benchmark=benchmark)
-        _report_leaks(f"{name}, {way}, {seed}", out, folder)
-
-
-def _report_leaks(name: str, out: Path, folder: Path) -> None:
-    rows = pq.read_table(out / "images.parquet").to_pylist()
-    hidden = [r for r in rows if r["path"].startswith(folder.name) and r["pool"] == "uncurated"]
-    remaining = [r for r in hidden if r["kept"]]
-    others = [r for r in rows if r["pool"] == "uncurated" and not r["path"].startswith(folder.name)]
-    wrong = sum(r["stage"] == "benchmark" for r in others)
-    by_kind: dict[str, list[bool]] = {}
-    for r in hidden:
-        by_kind.setdefault(Path(r["path"]).name.partition("-")[0], []).append(r["kept"])
-    worst = ", ".join(
-        f"{kind} {np.mean(kept):.0%}"
-        for kind, kept in sorted(by_kind.items(), key=lambda kv: -np.mean(kv[1]))
-        if any(kept)
-    )
-    clean = sum(not any(kept) for kept in by_kind.values())
-    threshold = run.read_json(out / "summary.json")["benchmark_threshold"]
-    counts = f"{len(remaining)} of {len(hidden)} remain at {threshold:.3f}, none of {clean} of {len(by_kind)} kinds"
-    print(f"leaks      {name:<24} {counts}; {worst}; {wrong} of {len(others)} others dropped", flush=True)
+    near = {pair for pair in near_pairs(images + copies.images, range(len(images) + len(copies.images)))
+            if pair[0] < len(images) <= pair[1]}  # fmt: skip
+    by_hash = len(near.intersection(own))
+    return result("attacked_found", 100 * accepted.mean(), 100 * by_hash / len(own), "%", more_is_better=True,
+                  copies=len(own), wrong=len(wrong), rival=rival_name(), rival_wrong=len(near) - by_hash)  # fmt: skip
 
 
 def split_classes(data: Path, seed: int = 0, *others: Index) -> tuple[Index, Index, ndarray]:
@@ -307,54 +285,7 @@ def split_classes(data: Path, seed: int = 0, *others: Index) -> tuple[Index, Ind
     return index.take(np.sort(rows)), pool, right
 
 
-def pairs(data: Path, home: Path, name: str, backbone: Any, copied: int = 240) -> None:
-    """De-duplicate photographs and attacked copies; report how many pairs remain whole, and what else is dropped."""
-    index, random = open_source(data / "photos_cc0_224.tar"), np.random.default_rng(0)
-    folder, kinds, originals = home / f"copies-{name}", sorted(ATTACKS), dict[str, str]()
-    folder.mkdir()
-    for i, row in enumerate(random.permutation(len(index))[:copied].tolist()):
-        file = folder / f"{kinds[i % len(kinds)]}-{i:04d}.png"
-        Image.fromarray(attack(decode(index.read(row)), kinds[i % len(kinds)], random, 0.5)).save(file)
-        originals[f"{folder.name}/{file.name}"] = index.path(row)
-    pool = Index.concat([index, open_source(folder)]).without_labels()
-    for way, steps in zip(VERIFY, (("exact", "hash", "duplicate"), ("exact", "duplicate"))):
-        pixels = not isinstance(backbone, PixelBackbone)
-        config = CurateConfig(steps=steps, gather="all", verify=way, pixels=pixels)
-        out = curate(config, index.take([]), pool, backbone, home / f"pairs-{name}-{way}")
-        rows = pq.read_table(out / "images.parquet").to_pylist()
-        kept = {row["path"] for row in rows if row["kept"]}
-        both = [Path(copy).name.partition("-")[0] for copy, original in originals.items() if {copy, original} <= kept]
-        right = {frozenset(pair) for pair in originals.items()}
-        dropped = [(row["path"], rows[row["cause"]]["path"], row["score"]) for row in rows if not row["kept"]]
-        wrong = [(*pair, score) for *pair, score in dropped if frozenset(pair) not in right]
-        by_kind = ", ".join(f"{kind} {both.count(kind)}" for kind in sorted(set(both), key=lambda k: -both.count(k)))
-        print(f"pairs      {name + ', ' + way:<24} {len(both)} of {copied} copies beside their originals: {by_kind}; "
-              f"{len(wrong)} other images dropped{_listed(wrong)}", flush=True)  # fmt: skip
-
-
-def scenes(data: Path, home: Path) -> None:
-    """De-duplicate frames of videos and views of objects; report how many are joined, and to what."""
-    for name in ("seg_camvid_dev", "retr_eth80_dev"):
-        index = open_source(data / f"{name}.tar" / "images").without_labels()
-        for way in VERIFY:
-            config = CurateConfig(steps=("exact", "duplicate"), gather="all", verify=way, pixels=False)
-            out = curate(config, index.take([]), index, PixelBackbone(3), home / f"scenes-{name}-{way}")
-            rows = pq.read_table(out / "images.parquet").to_pylist()
-            stems = [Path(row["path"]).stem for row in rows]
-            joined = [(stems[number], stems[row["cause"]], row["score"]) for number, row in enumerate(rows)
-                      if not row["kept"]]  # fmt: skip
-            same = sum(re.split("[-_]", a)[0] == re.split("[-_]", b)[0] for a, b, _ in joined)
-            print(f"scenes     {name}, {way:<10} {len(joined)} of {len(rows)} joined to another, {same} of them of the "
-                  f"same video or object{_listed(joined)}", flush=True)  # fmt: skip
-
-
-def _listed(pairs: list[tuple[str, str, float]], limit: int = 10) -> str:
-    """Some of the images that are dropped, with their causes and scores."""
-    texts = [f"{Path(a).name} for {Path(b).name} ({score:.2f})" for a, b, score in pairs[:limit]]
-    return f": {', '.join(texts)}{', ...' if len(pairs) > limit else ''}" if pairs else ""
-
-
-def retrieval(data: Path, home: Path, name: str, backbone: Any) -> None:
+def retrieval(data: Path, home: Path, name: str, backbone: Any) -> list[dict]:
     """Report what each way to gather finds for the known images of `split_classes`."""
     curated, uncurated, right = split_classes(data, 0, open_source(data / "photos_cc0_224.tar"))
     settings = {
@@ -363,6 +294,7 @@ def retrieval(data: Path, home: Path, name: str, backbone: Any) -> None:
         "cluster, > 3": {"gather": "cluster", "clusters": 500, "more_than": 3},
     }  # fmt: skip
     embeddings = embed(backbone, Index.concat([curated, uncurated]), home / f"embeddings-{name}", batch=64, threads=0)
+    results = []
     for number, (way, changes) in enumerate(settings.items()):
         config = replace(CurateConfig(steps=("exact",)), **changes)
         out = home / f"retrieval-{name}-{number}"
@@ -374,6 +306,10 @@ def retrieval(data: Path, home: Path, name: str, backbone: Any) -> None:
         collide = f", {1 - len(np.unique(hits)) / len(hits):.2f} of hits collide" if len(hits) else ""
         print(f"retrieval  {name:<10} {way:<20} kept {kept.sum():>5}: precision {right[kept].mean():.3f} "
               f"(chance {right.mean():.3f}), recall {kept[right].mean():.3f}{collide}", flush=True)  # fmt: skip
+        results.append(result("retrieval_precision", 100 * right[kept].mean(), 100 * right.mean(), "%", network=name,
+                              more_is_better=True, rival="chance", way=way, kept=int(kept.sum()),
+                              recall=float(kept[right].mean())))  # fmt: skip
+    return results
 
 
 def main() -> None:
@@ -384,6 +320,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--quick", action="store_true", help="a third of a pack, eight photographs, and no pools")
     parser.add_argument("--photos", type=int, default=60)
+    parser.add_argument("--pool", type=int, default=5000, help="other images in the pools of leaks")
     parser.add_argument("--seeds", type=int, default=3, help="draws of hidden images and their attacks")
     arguments = parser.parse_args()
     if arguments.data is None and (arguments.pack is None or set(arguments.parts) != {"pack"}):
@@ -410,25 +347,26 @@ def run_parts(arguments: argparse.Namespace, home: Path) -> list[dict]:
     encoders |= {name: CopyEncoder(network, pixels=False) for name, network in networks.items()}
     encoders |= {f"{name}, pixels": CopyEncoder(network) for name, network in networks.items() if name != "pixels"}
     encoders["hash"] = None
-    if "judged" in parts:
-        judged_pairs(data, encoders, home, arguments.quick)
+    del networks["untrained"]  # pools are compared by pixels, or by what was trained
     results = []
+    if "judged" in parts:
+        results += judged_pairs(data, encoders, home, arguments.quick)
     if "attacked" in parts:
-        ours, hashes = attacked_photographs(data, encoders, 8 if arguments.quick else arguments.photos, home)
-        results.append(result("attacked_average_precision", ours, hashes, "average precision", more_is_better=True,
-                              rival="perceptual hashes"))  # fmt: skip
+        results += attacked_photographs(data, encoders, 8 if arguments.quick else arguments.photos, home)
     if arguments.quick:
         return results
     if "scenes" in parts:
-        scenes(data, home)
+        results += scenes(data, home)
+    if "world" in parts:
+        results += world(home)
     for name, network in networks.items():
         if "pairs" in parts:
-            pairs(data, home, name, network)
+            results += pairs(data, home, name, network)
         if "leaks" in parts:
             for seed in range(arguments.seeds):
-                leaks(data, home, name, network, 480, seed)
+                results += leaks(data, home, name, network, arguments.pool, seed)
         if "retrieval" in parts:
-            retrieval(data, home, name, network)
+            results += retrieval(data, home, name, network)
     return results
 
 

@@ -114,29 +114,29 @@ class Decisions:
         return row
 
 
-def by_curation(pack: Pack, home: Path) -> Decisions:
+def by_curation(index: Index, home: Path, config: CurateConfig = CONFIG) -> Decisions:
     start = time.perf_counter()
-    out = curate(CONFIG, pack.index.take([]), pack.index, PixelBackbone(3), home)
+    out = curate(config, index.take([]), index, PixelBackbone(3), home)
     seconds = time.perf_counter() - start
     table = pq.read_table(out / "images.parquet")
     return Decisions(*(table[name].to_numpy() for name in ("kept", "cause", "score")), seconds)
 
 
-def by_hashes(pack: Pack) -> Decisions:
+def by_hashes(index: Index) -> Decisions:
     """Join pairs of near hashes, and keep the image of each group with the most pixels, then with the most bytes."""
     start, hash_of = time.perf_counter(), rival_hash()
-    hashes, sizes = np.zeros(len(pack.index), np.uint64), []
-    is_hashed = np.zeros(len(pack.index), bool)
-    for row in range(len(pack.index)):
-        data = pack.index.read(row)
+    hashes, sizes = np.zeros(len(index), np.uint64), []
+    is_hashed = np.zeros(len(index), bool)
+    for row in range(len(index)):
+        data = index.read(row)
         with Image.open(io.BytesIO(data)) as picture:
             sizes.append((picture.width * picture.height, len(data), -row))
             value = hash_of(picture)
         is_hashed[row], hashes[row] = value is not None, value or 0
     rows = np.flatnonzero(is_hashed)
     edges = [(rows[i], rows[j], score) for i, j, score in near_hashes(hashes[rows], BITS)]
-    label_N = components(len(pack.index), edges)
-    cause_N = np.full(len(pack.index), -1, np.int64)
+    label_N = components(len(index), edges)
+    cause_N = np.full(len(index), -1, np.int64)
     for label in np.flatnonzero(np.bincount(label_N) > 1):
         members = np.flatnonzero(label_N == label)
         largest = max(members.tolist(), key=sizes.__getitem__)
@@ -216,7 +216,7 @@ def pack_results(path: Path, home: Path, quick: bool) -> list[dict]:
     """De-duplicate a pack both ways, print how, and return the rows."""
     pack = Pack.open(path, quick)
     originals = pack.original_pixels()
-    ours, rival = by_curation(pack, home / f"pack-{path.stem}"), by_hashes(pack)
+    ours, rival = by_curation(pack.index, home / f"pack-{path.stem}"), by_hashes(pack.index)
     one, other = (score(pack, decisions, originals) for decisions in (ours, rival))
     report(pack, "curate", ours, one)
     report(pack, "phash", rival, other)

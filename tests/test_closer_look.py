@@ -145,14 +145,33 @@ def test_a_shared_logo_or_ground_makes_no_copy():
 def test_charts_and_gradients_of_different_content_are_no_copies():
     """Charts share axes and a ground, gradients everything but their levels; of 100 pairs some are near enough."""
     drawn: dict[str, list] = {"pie": [], "bars": [], "lines": [], "gradient": []}
-    for number in range(200):
+    for number in range(120):
         picture, kind = render_offtopic(0, number)
-        if kind in drawn and len(drawn[kind]) < 15:
+        if kind in drawn and len(drawn[kind]) < 10:
             drawn[kind].append(features(Image.fromarray(picture)))
     pairs = [(a, b) for of_kind in drawn.values() for n, a in enumerate(of_kind) for b in of_kind[:n]]
-    assert len(pairs) > 300
+    assert len(pairs) > 100
     joined = [pair for pair in pairs if verify.verify(*pair) is not None]
     assert len(joined) <= 0.02 * len(pairs)
+
+
+def test_tables_of_one_layout_are_no_copies():
+    """They share lines and most of the ground; their words match one another, but in other places."""
+    tables = [
+        features(Image.fromarray(p)) for p, kind in (render_offtopic(0, n) for n in range(250)) if kind == "sheet"
+    ]
+    pairs = [(a, b) for n, a in enumerate(tables) for b in tables[:n]]
+    assert len(pairs) > 200
+    assert not [pair for pair in pairs if verify.verify(*pair) is not None]
+
+
+def test_frames_alike_make_no_copies():
+    framed = [features(EDITS["pad"](scene(seed))) for seed in range(12)]
+    alike = verify.compare_pixels(*map(verify.Picture.of, (f.thumbnail_GG for f in framed[:2])), np.eye(3))
+    assert alike[0] < 0.5
+    assert alike[1] == (1, 1)
+    pairs = [(a, b) for n, a in enumerate(framed) for b in framed[:n]]
+    assert not [pair for pair in pairs if verify.verify(*pair) is not None]
 
 
 def test_a_frame_is_a_frame_only_if_the_picture_begins_at_it():
