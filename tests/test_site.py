@@ -3,6 +3,7 @@
 A reader without a network sees all of it: nothing is loaded from elsewhere.
 """
 
+import html
 import importlib.util
 import json
 import re
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import yaml
@@ -20,6 +22,7 @@ from tests.test_house import ROOT
 
 DOCS = ROOT / "docs"
 LARGEST = 500_000  # bytes of all pictures
+MISSING = [name for name in ("zensical", "mkdocstrings_handlers") if importlib.util.find_spec(name) is None]
 LOADED = re.compile(
     r"""<(?:script|img|iframe|source)[^>]+src=["']?(?:https?:)?//|<link[^>]+href=["']?(?:https?:)?//"""
     r"""|url\(["']?(?:https?:)?//|@import"""
@@ -64,39 +67,55 @@ def test_pictures_are_few_and_made_by_the_script() -> None:
     assert sum(path.stat().st_size for path in pictures) < LARGEST
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
     """The built pages."""
-    if missing := [name for name in ("zensical", "mkdocstrings_handlers") if importlib.util.find_spec(name) is None]:
-        pytest.skip(f"{' and '.join(missing)} not installed: pip install -e '.[docs]'")
-    folder = tmp_path_factory.mktemp("site")
-    shutil.copytree(DOCS, folder / "docs")
+    shutil.copytree(DOCS, tmp_path / "docs")
     config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert "paths: [src]" in config
-    (folder / "mkdocs.yml").write_text(config.replace("paths: [src]", f"paths: [{json.dumps(str(ROOT / 'src'))}]"))
+    (tmp_path / "mkdocs.yml").write_text(config.replace("paths: [src]", f"paths: [{json.dumps(str(ROOT / 'src'))}]"))
     done = subprocess.run(
-        [sys.executable, "-m", "zensical", "build", "--strict"], cwd=folder, capture_output=True, text=True
+        [sys.executable, "-m", "zensical", "build", "--strict"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "site"
+    return tmp_path / "site"
 
 
-def test_every_page_is_built(site: Path) -> None:
-    assert {path.stem for path in DOCS.glob("*.md")} <= {path.stem for path in site.glob("*.html")}
-
-
-def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
-    for path in (path for path in site.rglob("*") if path.suffix in (".html", ".css")):
-        assert LOADED.search(path.read_text(encoding="utf-8")) is None, path
-
-
-def test_the_page_of_python_has_the_docstrings(site: Path) -> None:
-    text = (site / "api.html").read_text(encoding="utf-8")
-    for name in vars(troodon)["__all__"]:
-        assert re.search(rf'id="troodon\.{name}"', text), name
-
-
-def test_search_finds_every_page(site: Path) -> None:
+# One test, since one build takes seconds.
+@pytest.mark.skipif(bool(MISSING), reason=f"{' and '.join(MISSING)} not installed: pip install -e '.[docs]'")
+def test_the_site_is_whole_and_needs_no_network(site: Path) -> None:
+    pages = {path.stem for path in DOCS.glob("*.md")}
+    assert pages <= {path.stem for path in site.glob("*.html")}
+    text = {path: path.read_text(encoding="utf-8") for path in site.rglob("*") if path.suffix in (".html", ".css")}
+    assert [path for path in text if LOADED.search(text[path])] == []
+    assert dead_links(site, text) == []
+    api = text[site / "api.html"]
+    assert [name for name in vars(troodon)["__all__"] if not re.search(rf'id="troodon\.{name}"', api)] == []
     index = json.loads((site / "search.json").read_text(encoding="utf-8"))
-    found = {item["location"].partition("#")[0] for item in index["items"]}
-    assert {f"{path.stem}.html" for path in DOCS.glob("*.md")} <= found
+    assert {f"{page}.html" for page in pages} <= {item["location"].partition("#")[0] for item in index["items"]}
+
+
+def dead_links(site: Path, text: dict[Path, str]) -> list[str]:
+    """Links of the pages, to a file or a heading of the site, that lead nowhere."""
+    dead = []
+    ids = {path: set(re.findall(r"""\bid=["']?([^"'\s>]+)""", page)) for path, page in text.items()}
+    for path in (path for path in text if path.suffix == ".html" and path.name != "404.html"):
+        for link in re.findall(r"""<[a-z]+\b[^>]*?\s(?:href|src)=["']?([^"'\s>]*)""", text[path]):
+            place, _, heading = html.unescape(link).partition("#")
+            if re.match(r"[a-z]+:", place):
+                continue
+            target = (path.parent / unquote(place)).resolve() if place else path
+            target = target / "index.html" if target.is_dir() else target
+            if not target.is_file() or (heading and target.suffix == ".html" and unquote(heading) not in ids[target]):
+                dead.append(f"{path.relative_to(site)}: {link}")
+    return dead
+
+
+def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
+    there = '<a href="b.html#c"></a><img src="b.html"><h2 id="here"><a href="#here"></a>'
+    wrong = '<a href="b.html#d"></a><a class="x" href="gone.html"></a><img alt="" src="gone.png"><a href=#gone></a>'
+    for name, page in {"a.html": there + wrong, "b.html": '<h2 id="c">'}.items():
+        (tmp_path / name).write_text(page)
+    text = {path: path.read_text() for path in tmp_path.iterdir()}
+    links = ["b.html#d", "gone.html", "gone.png", "#gone"]
+    assert dead_links(tmp_path, text) == [f"a.html: {link}" for link in links]
