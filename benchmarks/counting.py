@@ -56,7 +56,9 @@ WRITTEN_ONLY = {
     "fill_", "zero_", "copy_", "normal_", "uniform_", "bernoulli_", "fill", "_foreach_copy_",
     "zeros_like", "ones_like", "full_like", "new_zeros", "new_full", "new_ones", "scalar_tensor",
 }  # fmt: skip
-SOME_ROWS = {"index_select", "index", "gather", "embedding", "take"}  # read as many numbers as they return
+# Read as many numbers of their first tensor as they return.
+SOME_ROWS = {"index_select", "index", "gather", "embedding", "take", "norm_rows", "scaled_rows"}
+OTHER_ROWS = {"norm_rows_gradient": (2, 1)}  # read as many numbers of a tensor as another has
 CHANGED_ROWS = {"index_add_": 3, "index_copy_": 2, "scatter_add_": 3, "index_put_": 2, "scatter_": 2}
 READS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "is_nonzero")
 SIZED_BY_VALUES = ("nonzero", "masked_select", "unique", "argwhere", "count_nonzero")
@@ -126,6 +128,9 @@ def pretend_gpu() -> Iterator[FakeTensorMode]:
         enter(mock.patch.object(torch.cuda, "Event", _Event))
         enter(mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)))
         enter(mock.patch.object(torch, "autocast", lambda _, *how, **named: autocast("cpu", *how, **named)))
+        for name in ("is_autocast_enabled", "get_autocast_dtype"):
+            of_device = getattr(torch, name)
+            enter(mock.patch.object(torch, name, lambda _, of_device=of_device: of_device("cpu")))
         enter(mode)
         yield mode
 
@@ -311,8 +316,8 @@ def moved(function, name: str, args: tuple, kwargs: dict, taken: list[Tensor], r
     """Bytes that an operation reads and writes."""
     made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
     if name in SOME_ROWS:
-        returned = sum(map(size, made))
-        return returned + sum(map(size, taken[1:])), returned
+        read = sum(x.numel() for x in made) * taken[0].element_size()
+        return read + sum(map(size, taken[1:])), sum(map(size, made))
     if name in CHANGED_ROWS:
         rows = max(map(size, taken[1:]))
         return (CHANGED_ROWS[name] - 1) * rows + min(map(size, taken[1:])), rows
@@ -327,6 +332,9 @@ def moved(function, name: str, args: tuple, kwargs: dict, taken: list[Tensor], r
     written = sum(map(size, changed)) + sum(size(x) for x in made if id(x) not in known)
     only_written = name in WRITTEN_ONLY or "out" in function._overloadname
     read = sum(size(x) for x in taken if not (only_written and id(x) in known))
+    if name in OTHER_ROWS:
+        whole, some = (taken[number] for number in OTHER_ROWS[name])
+        read -= size(whole) - some.numel() * whole.element_size()
     if name in WRITTEN_ONLY and not changed:
         read = 0.0  # a tensor that only gives its shape
     return read, written

@@ -1,7 +1,8 @@
 """Parts of gpu.py that are no benchmark of their own: does each recipe run, and how fast is a run that reads files.
 
-    python benchmarks/gpu_parts.py runs    # three tiny steps of each recipe, compiled or not, with each recomputation
-    python benchmarks/gpu_parts.py fed     # a real run from JPEGs, with threads and with processes
+    python benchmarks/gpu_parts.py runs      # three tiny steps of each recipe, compiled or not, each recomputation
+    python benchmarks/gpu_parts.py fed       # a real run from JPEGs, with threads and with processes
+    python benchmarks/gpu_parts.py learning  # small_data.py on a few drawn pictures: a toy
 
 `runs` takes the recipes' settings with small networks, and compares the first losses with those of a CPU in fp32. Steps
 after the first run under torch.cuda.set_sync_debug_mode("error"): there, only the guard's verdict waits, by an event. A
@@ -9,6 +10,7 @@ run that fails is a row whose `ours` is null, with the error, and the next one r
 """
 
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from loader import photo
 from measure import device, result, synchronize
 from step import random_batch
 from troodon import recipes
@@ -35,6 +38,7 @@ from troodon.learn.parallel import build, build_anchor, first_weights
 from troodon.model.config import HeadConfig
 from troodon.views.batch import Batch
 
+HERE = Path(__file__).parent
 HEAD = HeadConfig(prototypes=4096, hidden=128, bottleneck=64)
 IMAGES = 12  # one whole group of stochastic depth: shapes stay
 
@@ -121,7 +125,7 @@ def three_steps(name: str, compile: bool, recompute: str) -> dict:
     config, teacher = tiny_recipes()[name]
     settings = {"recipe": name, "compile": compile, "recompute": recompute, "images": config.batch}
     try:
-        placed = replace(config, parallel=ParallelConfig(compile=compile, recompute=recompute))
+        placed = replace(config, parallel=ParallelConfig(compile="always" if compile else "never", recompute=recompute))
         ours = Tiny(placed, teacher, device(), torch.bfloat16)
         ours()
         synchronize()
@@ -157,7 +161,6 @@ def runs(gpu: bool) -> list[dict]:
 def fed(gpu: bool) -> list[dict]:
     """Images a second of real runs from JPEGs of 500 x 375: processes beside threads."""
     import troodon
-    from loader import photo
 
     recipe = recipes.pretrain("vitl16_short") if gpu else tiny(recipes.pretrain("vitl16_short"))
     steps, files, batch = (40, 2000, 64) if gpu else (4, 24, IMAGES)
@@ -183,8 +186,20 @@ def fed(gpu: bool) -> list[dict]:
     ]
 
 
+def learning(gpu: bool) -> list[dict]:
+    """Rows of small_data.py for a second of each arm."""
+    with tempfile.TemporaryDirectory() as folder:
+        for number, name in enumerate(("first", "second")):
+            Path(folder, name).mkdir()
+            for picture in range(12):
+                Path(folder, name, f"{picture}.jpg").write_bytes(photo((32, 32), 100 * number + picture))
+        command = [sys.executable, str(HERE / "small_data.py"), "--data", folder, "--cpu-seconds", "1"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main() -> None:
-    part = {"runs": runs, "fed": fed}[sys.argv[1]]
+    part = {"runs": runs, "fed": fed, "learning": learning}[sys.argv[1]]
     print(json.dumps(part(torch.cuda.is_available())))
 
 

@@ -124,7 +124,7 @@ def test_three_steps_in_fp32_are_those_of_a_cpu(targets):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", ["never", "always"])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_a_step_waits_for_nothing_but_the_verdict(compile, recompute):
     """Which it waits for by an event: after the first step, any other wait of the host is an error. The losses are
@@ -161,7 +161,7 @@ def mesh_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", ["never", "always"])
 def test_sharded_on_a_mesh_of_one_is_unsharded(compile, mesh_of_one, monkeypatch):
     config = replace(CONFIG, parallel=ParallelConfig(compile=compile))
     sharded = Trained(config, GPU, torch.bfloat16)

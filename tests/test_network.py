@@ -7,7 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from troodon.dist import Share
-from troodon.model.config import BASE, GIANT, LARGE, SMALL, ViTConfig, depth_group, flops
+from troodon.model.config import BASE, GIANT, LARGE, SMALL, ViTConfig, depth_group
+from troodon.model.counts import flops
 from troodon.model.head import Prototypes
 from troodon.model.packing import Layout, attend, by_group, by_kernel, draw_kept, layout_of, pack, residual, unpack
 from troodon.model.vit import Mlp, SwiGLU, ViT, gated, resize_positions
@@ -58,13 +59,16 @@ def test_pack_and_unpack_are_inverse():
         assert torch.equal(a, b)
 
 
+norm = torch.nn.Identity()  # of branches whose norm does not matter
+
+
 def test_stochastic_depth_works_on_few_sequences():
     x, layout = pack([torch.randn(8, 3, 4), torch.randn(5, 2, 4)])
     for kept in draw_kept(layout, 0.4, 3, x.device):
         assert kept.layout.groups == ((4, 3), (3, 2))  # max(int(b * 0.6), 1) of each group, whole sequences
         assert kept.scales == (2.0, 5 / 3)
         seen = []
-        out = residual(x, lambda y, inner, seen=seen: seen.append(inner) or 2.0 * y, layout, kept)
+        out = residual(x, norm, lambda y, inner, seen=seen: seen.append(inner) or 2.0 * y, layout, kept)
         assert seen == [kept.layout]
         for y, z, gains in zip(unpack(out, layout), unpack(x, layout), ([0, 4], [0, 10 / 3]), strict=True):
             gained_B = ((y - z) / z).flatten(1).mean(1).sort().values
@@ -88,7 +92,7 @@ def test_stochastic_depth_has_the_expectation_and_the_gradients_of_its_masked_fo
 
     mean, count = torch.zeros_like(x), 3000
     for number, kept in enumerate(draw_kept(layout, 0.4, count, x.device)):
-        ours = residual(x, branch, layout, kept)
+        ours = residual(x, norm, branch, layout, kept)
         mean += ours.detach() / count
         if number < 3:
             factor_T1 = torch.zeros(len(x), 1)

@@ -90,7 +90,7 @@ def test_stochastic_depth_turns_the_tokens_that_it_keeps():
         start += count * length
     inner = tuple((len(rows), length) for rows, (_, length) in zip(chosen, layout.groups, strict=True))
     kept = KeptSequences(torch.cat(parts), layout_of(inner, x_TD.device), (1.0,) * 3)
-    got = residual(x_TD, lambda x, layout: block.attn(x, layout), layout, kept)
+    got = residual(x_TD, torch.nn.Identity(), lambda x, layout: block.attn(x, layout), layout, kept)
     few_TD, few = vit.packed([x[rows] for x, rows in zip(groups, chosen, strict=True)])
     expected = x_TD.index_add(0, kept.tokens_T, block.attn(few_TD, few))
     torch.testing.assert_close(got, expected)

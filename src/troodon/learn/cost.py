@@ -13,15 +13,8 @@ from itertools import pairwise
 from troodon.learn.chunks import CACHED, prototypes_at_a_time
 from troodon.learn.config import PretrainConfig
 from troodon.learn.objective import ANCHOR, CLS_TARGETS, VISIBLE_TARGETS
-from troodon.model.config import (
-    HeadConfig,
-    ViTConfig,
-    depth_group,
-    depth_kept,
-    flops,
-    stem_activations,
-    stem_parameters,
-)
+from troodon.model.config import HeadConfig, ViTConfig, depth_group, depth_kept
+from troodon.model.counts import flops, stem_activations, stem_parameters
 
 FP32 = 4
 WHOLE = 2**32  # bytes of a frozen backbone up to which each rank holds all of it, so that nothing is gathered
@@ -242,10 +235,12 @@ class Cost:
         last = 2 if self.config.parallel.recompute == "selective" else 0
         products = self.kept_tokens * w * ((3 + last) * dim + (2 if gated else 1) * hidden)
         products += fused * (w * dim + FP32 * vit.heads) + whole * w
-        # inputs, statistics and outputs of two norms; positions that stochastic depth keeps
-        rest = self.kept_tokens * (2 * (FP32 * dim + 8) + 2 * w * dim)
+        # inputs and outputs of two norms, statistics on a CPU; positions that stochastic depth keeps
+        on_gpu = self.device == "cuda"
+        rest = 2 * (self.tokens * FP32 * dim if on_gpu else self.kept_tokens * (FP32 * dim + 8))
+        rest += self.kept_tokens * 2 * w * dim
         rest += self.kept_tokens * 2 * 8 if vit.drop_path else 0
-        copied = not (self.device == "cuda" and w == 2) and (whole or len([n for n, _ in self.groups if n]) > 1)
+        copied = not (on_gpu and w == 2) and (whole or len([n for n, _ in self.groups if n]) > 1)
         rest += self.kept_tokens * w * dim if copied else 0  # attention, copied into the layout of the pack
         return FP32 * self.tokens * dim, products, rest
 

@@ -10,6 +10,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from troodon.model.fused import register
+
 # Shape suffixes: V views of the student and G of the teacher, B images (or patches), M rows,
 #                 K prototypes, of a chunk or all, and C of them in a block.
 
@@ -88,20 +90,10 @@ def _exp_of_negative_(x: Tensor) -> Tensor:
     return x.clamp_(min=-80.0).exp_()
 
 
-def _kernels() -> ModuleType | None:
-    """The same functions by Triton; None where it is not there, as on Windows."""
-    try:
-        from troodon.learn import kernels
-    except ImportError:
-        return None
+def _kernels() -> ModuleType:
+    from troodon.learn import kernels
+
     return kernels
-
-
-def _register(operation, shapes) -> None:
-    """The kernel of `operation` on CUDA devices; `shapes` of its arguments is what tensors without numbers give."""
-    plain, name = operation._init_fn, operation._name.removeprefix("troodon::")
-    operation.register_kernel("cuda")(lambda *given: getattr(_kernels(), name, plain)(*given))
-    operation.register_fake(shapes)
 
 
 def _shapes_of_pairs(student_VBK, _, teacher_GBK, __, column_K):
@@ -109,7 +101,7 @@ def _shapes_of_pairs(student_VBK, _, teacher_GBK, __, column_K):
     return row.new_empty(views, *row.shape), row.new_empty(views, images), row
 
 
-_register(log_row_sums, lambda logits, _, column: column.new_empty(logits.shape[:-1]))
-_register(log_column_sums, lambda logits, _, row: row.new_empty(logits.shape[-1]))
-_register(cross_entropies, _shapes_of_pairs)
-_register(logit_gradients, lambda *given: given[0].new_empty(given[0].shape, dtype=given[-1]))
+register(log_row_sums, _kernels, lambda logits, _, column: column.new_empty(logits.shape[:-1]))
+register(log_column_sums, _kernels, lambda logits, _, row: row.new_empty(logits.shape[-1]))
+register(cross_entropies, _kernels, _shapes_of_pairs)
+register(logit_gradients, _kernels, lambda *given: given[0].new_empty(given[0].shape, dtype=given[-1]))

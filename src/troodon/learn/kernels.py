@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from troodon.model.kernels import run
+
 # Shape suffixes as in fused.py. In kernels: V views, padded to a power of 2, and N prototypes of a tile.
 
 LOGITS = 4096  # of a tile
@@ -108,17 +110,15 @@ def _logit_gradients(
 def log_row_sums(logits_MK: Tensor, temperature: float, column_K: Tensor) -> Tensor:
     count, prototypes = logits_MK.shape
     sums_M = column_K.new_empty(count)
-    if count:
-        _row_sums[(count,)](logits_MK, logits_MK.stride(0), temperature, column_K, sums_M, prototypes, LOGITS // 2)
+    run(_row_sums, (count,), logits_MK, logits_MK.stride(0), temperature, column_K, sums_M, prototypes, LOGITS // 2)
     return sums_M
 
 
 def log_column_sums(logits_MK: Tensor, temperature: float, row_M: Tensor) -> Tensor:
-    count, prototypes = logits_MK.shape
-    sums_K, tile = row_M.new_empty(prototypes), (LOGITS // 128, 128)
-    _column_sums[(triton.cdiv(prototypes, 128),)](
-        logits_MK, logits_MK.stride(0), temperature, row_M, sums_K, count, prototypes, *tile
-    )
+    (count, prototypes), tile = logits_MK.shape, (LOGITS // 128, 128)
+    sums_K = row_M.new_empty(prototypes)
+    run(_column_sums, (triton.cdiv(prototypes, 128),), logits_MK, logits_MK.stride(0), temperature, row_M, sums_K,
+        count, prototypes, *tile)  # fmt: skip
     return sums_K
 
 
@@ -128,13 +128,10 @@ def cross_entropies(
     (views, images, prototypes), teacher_views = student_VBK.shape, len(teacher_GBK)
     pairs_VGB = column_K.new_empty(views, teacher_views, images)
     log_sum_VB, row_GB = column_K.new_empty(views, images), column_K.new_empty(teacher_views, images)
-    if images:
-        tile = triton.next_power_of_2(views)
-        _cross_entropies[(images, teacher_views)](
-            student_VBK, *student_VBK.stride()[:2], temperature, teacher_GBK, *teacher_GBK.stride()[:2],
-            teacher_temperature, column_K, pairs_VGB, log_sum_VB, row_GB, images, prototypes,
-            views, teacher_views, tile, max(32, LOGITS // 2 // tile),
-        )  # fmt: skip
+    tile = triton.next_power_of_2(views)
+    run(_cross_entropies, (images, teacher_views), student_VBK, *student_VBK.stride()[:2], temperature, teacher_GBK,
+        *teacher_GBK.stride()[:2], teacher_temperature, column_K, pairs_VGB, log_sum_VB, row_GB, images, prototypes,
+        views, teacher_views, tile, max(32, LOGITS // 2 // tile))  # fmt: skip
     return pairs_VGB, log_sum_VB, row_GB
 
 
@@ -144,13 +141,10 @@ def logit_gradients(
     gradient_VGB: Tensor, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     (views, images, prototypes), teacher_views = student_VBK.shape, len(teacher_GBK)
-    gradient_VBK = student_VBK.new_empty(student_VBK.shape, dtype=dtype)
-    if images:
-        views_of_tile = triton.next_power_of_2(views)
-        prototypes_of_tile = max(32, LOGITS // views_of_tile)
-        _logit_gradients[(images, triton.cdiv(prototypes, prototypes_of_tile))](
-            student_VBK, *student_VBK.stride()[:2], temperature, log_sum_VB, teacher_GBK, *teacher_GBK.stride()[:2],
-            teacher_temperature, column_K, row_GB, gradient_VGB.contiguous(), gradient_VBK, images, prototypes,
-            views, teacher_views, views_of_tile, prototypes_of_tile,
-        )  # fmt: skip
+    gradient_VBK, views_of_tile = student_VBK.new_empty(student_VBK.shape, dtype=dtype), triton.next_power_of_2(views)
+    tile = max(32, LOGITS // views_of_tile)
+    run(_logit_gradients, (images, triton.cdiv(prototypes, tile)), student_VBK, *student_VBK.stride()[:2], temperature,
+        log_sum_VB, teacher_GBK, *teacher_GBK.stride()[:2], teacher_temperature, column_K, row_GB,
+        gradient_VGB.contiguous(), gradient_VBK, images, prototypes, views, teacher_views, views_of_tile,
+        tile)  # fmt: skip
     return gradient_VBK

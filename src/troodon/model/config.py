@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
 from troodon.config import Range, UsageError, check_range, to_dict, within
@@ -46,11 +45,14 @@ class ViTConfig:
     """What makes a vector of a patch: one linear map of its pixels; or 3 x 3 convolutions of stride 2 with batch
     normalisation, which learn much faster from few images (https://arxiv.org/abs/2106.14881), for patches of 2, 4, 8,
     16 or 32 pixels."""
+    stem_width: int | None = None
+    """Channels after the last convolution of such a stem, each of which has twice those of the one before; as many as a
+    token if left out."""
 
-    LATER = ("mlp_width", "norm_eps", "positions", "stem")
+    LATER = ("mlp_width", "norm_eps", "positions", "stem", "stem_width")
 
     def __post_init__(self) -> None:
-        within(self, "vit.", 1, None, "dim", "depth", "heads", "patch", "grid", "channels", "mlp_width")
+        within(self, "vit.", 1, None, "dim", "depth", "heads", "patch", "grid", "channels", "mlp_width", "stem_width")
         within(self, "vit.", 0, None, "registers", "layer_scale", "position_offset", "norm_eps")
         if self.dim % self.heads:
             near = max(1, round(self.dim / self.heads)) * self.heads
@@ -63,6 +65,8 @@ class ViTConfig:
             raise UsageError(
                 f"vit.stem convolutional halves sides: vit.patch {self.patch} is no power of 2; set {near}"
             )
+        if self.stem_width is not None and self.stem == "linear":
+            raise UsageError(f"vit.stem_width {self.stem_width} is of a convolutional stem: set vit.stem convolutional")
         if not 0.0 <= self.drop_path < 1.0:
             raise UsageError(f"vit.drop_path {self.drop_path} is not in [0, 1)")
 
@@ -131,44 +135,6 @@ def depth_kept(crops: int, drop: float) -> int:
 
 
 def stem_widths(config: ViTConfig) -> tuple[int, ...]:
-    """Channels after each convolution of a convolutional stem: doubled each time, up to those of a token."""
-    halvings = config.patch.bit_length() - 1
-    return tuple(max(8, config.dim >> (halvings - number)) for number in range(1, halvings + 1))
-
-
-def stem_products(config: ViTConfig) -> int:
-    """Multiply-adds that make the vector of one patch."""
-    if config.stem == "linear":
-        return config.dim * config.channels * config.patch**2
-    widths, products = (config.channels, *stem_widths(config)), 0
-    for number, (before, after) in enumerate(pairwise(widths), start=1):
-        products += (config.patch >> number) ** 2 * 9 * before * after
-    return products + widths[-1] * config.dim
-
-
-def stem_parameters(config: ViTConfig) -> int:
-    """Weights and biases of what makes vectors of patches."""
-    if config.stem == "linear":
-        return config.dim * (config.channels * config.patch**2 + 1)
-    widths = (config.channels, *stem_widths(config))
-    convolutions = sum((9 * before + 2) * after for before, after in pairwise(widths))  # with their norms
-    return convolutions + config.dim * (widths[-1] + 1)
-
-
-def stem_activations(config: ViTConfig) -> int:
-    """Numbers that a convolutional stem keeps of one patch for the backward pass, besides its pixels: those before and
-    after each norm."""
-    widths = stem_widths(config) if config.stem == "convolutional" else ()
-    return 2 * sum((config.patch >> number) ** 2 * width for number, width in enumerate(widths, start=1))
-
-
-def flops(config: ViTConfig, grid: tuple[int, int], kept: float = 1.0) -> float:
-    """Floating-point operations of one image's forward pass: two per multiply-add of every matrix product.
-
-    `kept` is the share of the images that go through a branch, with stochastic depth.
-    """
-    patches = grid[0] * grid[1]
-    tokens = 1 + config.registers + patches
-    mlp = (2 if config.mlp == "gelu" else 3) * config.dim * config.mlp_hidden
-    per_token = 4 * config.dim**2 + 2 * tokens * config.dim + mlp
-    return 2 * (kept * config.depth * tokens * per_token + patches * stem_products(config))
+    """Channels after each convolution of a convolutional stem: doubled each time, up to `stem_width`."""
+    halvings, last = config.patch.bit_length() - 1, config.stem_width or config.dim
+    return tuple(max(8, last >> (halvings - number)) for number in range(1, halvings + 1))

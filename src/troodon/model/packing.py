@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from troodon.dist import Share, send
+from troodon.model import fused
 from troodon.model.config import depth_group, depth_kept
 
 # Shape suffixes: T tokens in the pack, D channels, N heads, H channels per head,
@@ -117,6 +118,8 @@ class KeptSequences(NamedTuple):
     tokens_T: Tensor  # positions of their tokens in the pack
     layout: Layout  # of these tokens
     scales: tuple[float, ...]  # of each group: factor of the branch's output
+    place_T: Tensor | None = None  # on a GPU: of each token of the pack its place among these, negative if it has none
+    factor_K: Tensor | None = None  # and of each of these its factor
 
 
 def draw_kept(
@@ -140,17 +143,29 @@ def draw_kept(
         chosen.append(kept_NS)
         scales.append(scale)
     counts = np.stack([kept_NS.sum(1) for kept_NS in chosen], 1).tolist()
-    _, sequence_K = np.concatenate(chosen, 1).nonzero()  # branch after branch
+    kept_NS = np.concatenate(chosen, 1)
+    _, sequence_K = kept_NS.nonzero()  # branch after branch
     lengths_S = np.array(layout.lengths)
-    length_K, start_K = lengths_S[sequence_K], (lengths_S.cumsum() - lengths_S)[sequence_K]
+    start_S = lengths_S.cumsum() - lengths_S
+    length_K, start_K = lengths_S[sequence_K], start_S[sequence_K]
     sent_2K = torch.from_numpy(np.stack([start_K - (length_K.cumsum() - length_K), length_K]))
     shift_K, length_K = send(sent_2K, device)
     inner = [tuple((n, length) for n, (_, length) in zip(kept, layout.groups)) for kept in counts]
     sizes = [sum(n * length for n, length in groups) for groups in inner]
     tokens_T = shift_K.repeat_interleave(length_K, output_size=sum(sizes)) + torch.arange(sum(sizes), device=device)
+    places = factors = [None] * branches
+    if fused.applies(tokens_T):
+        before_NS = (kept_NS * lengths_S).cumsum(1) - lengths_S  # kept tokens before a kept sequence
+        shift_NS = send(torch.from_numpy(np.where(kept_NS, before_NS - start_S, -(2**30)).astype(np.int32)), device)
+        length_S = send(torch.from_numpy(lengths_S), device)
+        place_NT = shift_NS.repeat_interleave(length_S, 1, output_size=int(lengths_S.sum()))
+        places = (place_NT + torch.arange(place_NT.shape[1], dtype=torch.int32, device=device)).unbind()
+        scale_S = np.repeat(np.array(scales, np.float32), [count for count, _ in layout.groups])
+        factor_T = send(torch.from_numpy(scale_S[sequence_K]), device)
+        factors = factor_T.repeat_interleave(length_K, output_size=sum(sizes)).split(sizes)
     return [
-        KeptSequences(of_branch_T, layout_of(groups, device), tuple(scales))
-        for of_branch_T, groups in zip(tokens_T.split(sizes), inner)
+        KeptSequences(of_branch_T, layout_of(groups, device), tuple(scales), place_T, factor_K)
+        for of_branch_T, groups, place_T, factor_K in zip(tokens_T.split(sizes), inner, places, factors, strict=True)
     ]
 
 
@@ -174,18 +189,58 @@ def _choose(share: Share, kind: int, count: int, drop: float, branches: int) -> 
     return np.concatenate(parts_NVB, 2)[:, :, skipped : skipped + len(images)].reshape(branches, count), crops / keep
 
 
-def residual(x_TD: Tensor, branch: Branch, layout: Layout, kept: KeptSequences | None, is_own: bool = False) -> Tensor:
-    """x + branch(x). The branch computes only the kept sequences. If x `is_own`, the sum of these may take its place.
+def residual(
+    x_TD: Tensor, norm: nn.LayerNorm, branch: Branch, layout: Layout, kept: KeptSequences | None, is_own: bool = False
+) -> Tensor:
+    """x + branch(norm(x)). The branch computes only the kept sequences. If x `is_own`, the sum may take its place.
 
     The gradient that arrives is changed in place: nothing else may hold it.
     """
-    if kept is None:
-        return x_TD + branch(x_TD, layout)
-    inner = kept.layout
-    if layout.rotation is not None:
+    inner = layout if kept is None else kept.layout
+    if kept is not None and layout.rotation is not None:
         inner = Layout(inner.groups, inner.offsets, layout.rotation.index_select(0, kept.tokens_T))
+    if fused.applies(x_TD):
+        weights, dtype = (norm.weight.float(), norm.bias.float()), fused.dtype_of_products(x_TD)
+        x_TD, normed_KD = _Normed.apply(x_TD, *weights, norm.eps, dtype, kept and kept.tokens_T, kept and kept.place_T)
+        output_KD = branch(normed_KD, inner)
+        return x_TD + output_KD if kept is None else _Added.apply(x_TD, output_KD, kept)
+    if kept is None:
+        return x_TD + branch(norm(x_TD), layout)
     x_TD, chosen_TD = _Choose.apply(x_TD, kept.tokens_T)
-    return _ScaledAdd.apply(x_TD, branch(chosen_TD, inner), kept, is_own)
+    return _ScaledAdd.apply(x_TD, branch(norm(chosen_TD), inner), kept, is_own)
+
+
+class _Normed(torch.autograd.Function):
+    """On a GPU: all tokens, and those of a branch normalised, whose gradient is added to that of all in one pass."""
+
+    @staticmethod
+    def forward(
+        ctx, x_TD, weight_D, bias_D, eps: float, dtype: torch.dtype, tokens_K, place_T
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x_TD, place_T, weight_D)
+        ctx.eps = eps
+        return x_TD.view_as(x_TD), fused.norm_rows(x_TD, tokens_K, weight_D, bias_D, eps, dtype)
+
+    @staticmethod
+    def backward(ctx, gradient_TD: Tensor, of_rows_KD: Tensor):  # pyrefly: ignore[bad-override]
+        gradients = fused.norm_rows_gradient(gradient_TD, of_rows_KD, *ctx.saved_tensors, ctx.eps)
+        return *gradients, None, None, None, None
+
+
+class _Added(torch.autograd.Function):
+    """On a GPU: the stream, with the branch's output times its factors added to the kept tokens."""
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, output_KD: Tensor, kept: KeptSequences) -> Tensor:
+        assert kept.place_T is not None, "draw_kept makes it on a GPU"
+        assert kept.factor_K is not None
+        ctx.save_for_backward(kept.tokens_T, kept.factor_K)
+        ctx.dtype = output_KD.dtype
+        return fused.add_rows(x_TD, output_KD, kept.place_T, kept.factor_K)
+
+    @staticmethod
+    def backward(ctx, gradient_TD: Tensor):  # pyrefly: ignore[bad-override]
+        return gradient_TD, fused.scaled_rows(gradient_TD, *ctx.saved_tensors, ctx.dtype), None
 
 
 class _Choose(torch.autograd.Function):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from troodon.config import UsageError
 from troodon.dist import Share
+from troodon.model import fused
 from troodon.model.config import ViTConfig
 from troodon.model.packing import KeptSequences, Layout, attend, draw_kept, makes_graph, pack, residual, unpack
 from troodon.model.positions import resize_by_products
@@ -69,10 +70,11 @@ class LayerScale(nn.Module):
 def last_linear(
     x: Tensor, linear: nn.Linear, scale: nn.Module, activation: Callable[[Tensor], Tensor] = UNSCALED
 ) -> Tensor:
-    """scale(linear(activation(x))), the end of a branch. In training the scale goes into the weight, which is smaller
-    than the output; only x is saved for the backward pass, which computes the activation again."""
+    """scale(linear(activation(x))), the end of a branch. In training and on a GPU the scale goes into the weight, which
+    is smaller than the output; only x is saved for the backward pass, which computes the activation again."""
     is_plain = type(linear) is nn.Linear and isinstance(scale, LayerScale)  # and not an adapter around it
-    if makes_graph() or not torch.is_grad_enabled() or not is_plain:  # a compiler decides what to save
+    is_whole = makes_graph() or not torch.is_grad_enabled()  # a compiler decides what to save
+    if not is_plain or (is_whole and not fused.applies(x)):
         return scale(linear(activation(x)))
     return _LastLinear.apply(x, linear.weight, linear.bias, scale.gamma, activation)
 
@@ -85,16 +87,23 @@ class _LastLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, gamma)
         ctx.activation = activation
         # Autocast has given x the dtype of products.
+        if fused.applies(x) and activation in PASSES:
+            activation, _ = PASSES[activation]
         return F.linear(activation(x), (weight * gamma[:, None]).to(x.dtype), (bias * gamma).to(x.dtype))
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # pyrefly: ignore[bad-override]
         x, weight, bias, gamma = ctx.saved_tensors
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            y = ctx.activation(x)
         of_y = gradient @ (weight * gamma[:, None]).to(x.dtype)
-        (of_x,) = (of_y,) if y is x else torch.autograd.grad(y, x, of_y)
+        if ctx.activation is UNSCALED:
+            of_x, y = of_y, x
+        elif fused.applies(x) and ctx.activation in PASSES:
+            of_x, y = PASSES[ctx.activation][1](x, of_y)
+        else:
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                y = ctx.activation(x)
+            (of_x,) = torch.autograd.grad(y, x, of_y)
         rows = gradient.flatten(0, -2)
         of_product, of_sum = rows.T @ y.detach().flatten(0, -2), rows.sum(0)  # of the scaled weight and bias
         of_gamma = torch.linalg.vecdot(of_product.to(weight.dtype), weight) + of_sum * bias
@@ -156,6 +165,10 @@ def gated(x: Tensor) -> Tensor:
     return F.silu(gate) * value
 
 
+# Of activations, on a GPU: the same in one pass, and their gradient with their outcome once more.
+PASSES = {F.gelu: (F.gelu, fused.gelu_gradient), gated: (fused.gated, fused.gated_gradient)}
+
+
 class Block(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -168,8 +181,8 @@ class Block(nn.Module):
 
     def forward(self, x_TD: Tensor, layout: Layout, kept: Sequence[KeptSequences | None] = (None, None)) -> Tensor:
         kept_attention, kept_mlp = kept
-        x_TD = residual(x_TD, lambda x, layout: self.attn(self.norm1(x), layout, self.ls1), layout, kept_attention)
-        return residual(x_TD, lambda x, _: self.mlp(self.norm2(x), self.ls2), layout, kept_mlp, is_own=True)
+        x_TD = residual(x_TD, self.norm1, lambda x, inner: self.attn(x, inner, self.ls1), layout, kept_attention)
+        return residual(x_TD, self.norm2, lambda x, _: self.mlp(x, self.ls2), layout, kept_mlp, is_own=True)
 
 
 class ViT(nn.Module):

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from troodon.learn.config import PretrainConfig
-from troodon.model.config import ViTConfig, flops
+from troodon.model.config import ViTConfig
+from troodon.model.counts import flops
 from troodon.recipes.lengths import for_steps
 from troodon.recipes.own import STRONG_COLOURS, WEAK_COLOURS, contrast_of_views, small
 from troodon.text import duration
