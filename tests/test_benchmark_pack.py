@@ -67,7 +67,7 @@ def test_a_pack_is_measured_without_other_data(tmp_path, run_script, monkeypatch
     run_script("curate_images.py", "__main__")
     *lines, last = capsys.readouterr().out.splitlines()
     rows = {row["name"]: row for row in json.loads(last)}
-    assert list(rows) == ["copies_removed", "distinct_removed", "original_kept", "seconds"]
+    assert list(rows) == ["copies_removed", "distinct_removed", "original_kept", "seconds", "processor_seconds"]
     assert [rows[name]["ours"] for name in list(rows)[:3]] == [100.0, 0, 100.0]
     assert rows["copies_removed"]["rival"] < 100  # its hashes know no mirror
     settings = rows["seconds"]["settings"]

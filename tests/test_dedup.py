@@ -210,6 +210,15 @@ def test_a_killed_move_goes_on_and_can_be_undone(photos, tmp_path, monkeypatch, 
         assert not target.exists()
 
 
+def test_a_moved_image_that_has_changed_comes_back_and_is_said(photos, tmp_path):
+    out = dedup(photos, tmp_path / "unique")
+    apply(out, "move", tmp_path / "gone")
+    moved = tmp_path / "gone" / "photos" / "second" / "1.png"
+    moved.write_bytes(moved.read_bytes() + b"edited")
+    assert apply(out, "undo").endswith("; 1 of them has changed since")
+    assert (photos / "second" / "1.png").read_bytes().endswith(b"edited")
+
+
 def test_nothing_moves_unless_all_can(photos, tmp_path):
     out = dedup(photos, tmp_path / "unique")
 
@@ -318,9 +327,10 @@ def test_apply_needs_a_selection(photos, tmp_path, capsys):
     assert "is an index, not a selection" in capsys.readouterr().err
 
 
-def test_the_commands_it_suggests_run(photos, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("out", ["my unique", "photos/my unique"])
+def test_the_commands_it_suggests_run(photos, tmp_path, monkeypatch, capsys, out):
     monkeypatch.chdir(tmp_path)
-    assert cli.run(["dedup", "photos", "--out", "my unique"]) == launch.DONE
+    assert cli.run(["dedup", "photos", "--out", out]) == launch.DONE
     commands = re.findall(r"^  troodon (.*)$", capsys.readouterr().err, re.MULTILINE)
     assert [shlex.split(command)[0] for command in commands] == ["report", "apply", "pretrain"]
     for command in commands[:2]:

@@ -112,12 +112,16 @@ def undo(selection: Path) -> Done:
         if (plan := _read_plan(selection)) is None:
             raise UsageError(f"{selection}: nothing of it was moved")
         _check_plan(plan, back=True)
+        changed = sum(
+            bool(_Image("", target, *was).change()) for _, target, *was in plan["files"] if os.path.lexists(target)
+        )
         for source, target, *_ in plan["files"]:
             if os.path.lexists(target):
                 _move(target, source)
         _remove_empty(Path(plan["folder"]), {os.path.dirname(target) for _, target, *_ in plan["files"]})
         (selection / MOVES).unlink()
-    return Done(f"moved {plural(len(plan['files']), 'image')} back from {plan['folder']}")
+    text = f"moved {plural(len(plan['files']), 'image')} back from {plan['folder']}"
+    return Done(text + (f"; {changed:,} of them {'has' if changed == 1 else 'have'} changed since" if changed else ""))
 
 
 def link(selection: Path, folder: Path) -> Done:

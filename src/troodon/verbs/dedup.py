@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -154,6 +155,13 @@ def count_copies(selection: Path) -> dict[str, int]:
     return {"groups": groups, "left_out": int(gone.sum()), "bytes": int(length[gone].clip(0).sum())}
 
 
+def _left_out_folder(out: str, data: Sequence[str]) -> str:
+    """A folder to move left-out images to: beside the selection, or beside the data that the selection lies in."""
+    name, place = f"{Path(out).name}-left-out", Path(out).resolve()
+    around = [folder for path in data if (folder := Path(path).resolve()) in place.parents]
+    return str(min(around).parent / name) if around else f"{out.rstrip('/')}-left-out"
+
+
 @dataclass(frozen=True)
 class Dedup:
     """Find copies, also edited ones, and keep one image of each picture. No network is needed; no image is changed."""
@@ -162,7 +170,7 @@ class Dedup:
     """Folders, tars, zips, Parquet files, lists, paths inside them, URLs, or images."""
     out: str
     """A new folder: the selection, which `pretrain --data` takes."""
-    apply: tuple[str, ...] = ()
+    apply: Annotated[tuple[str, ...], arg(metavar="ACTION [TARGET]")] = ()
     """Carry it out at once, as `troodon apply` does: move FOLDER, links FOLDER, list FILE or undo."""
     benchmark: Paths = ()
     """Images that must not be seen: those that resemble one are left out, too."""
@@ -221,8 +229,7 @@ class Dedup:
         elif (out / carry_out.MOVES).exists():
             commands.append(f"troodon apply {where} undo")
         elif counts["left_out"]:
-            folder = shlex.quote(f"{self.out.rstrip('/')}-left-out")
-            commands.append(f"troodon apply {where} move {folder}")
+            commands.append(f"troodon apply {where} move {shlex.quote(_left_out_folder(self.out, data))}")
         training = [f"troodon pretrain small --data {where} --out runs/first"] if summary["kept"] else []
         suggest_next(*commands, *training)
 
@@ -231,12 +238,12 @@ class Dedup:
 class Apply:
     """Carry out a selection on the disk: move what it left out, link or list what it kept. Never deletes; undo."""
 
-    selection: Positional[str]
+    selection: Annotated[Positional[str], arg(metavar="SELECTION")]
     """A folder that dedup or curate has written."""
-    action: Positional[str]
+    action: Annotated[Positional[str], arg(metavar="move|undo|links|list")]
     """move: the left-out images into a folder. undo: back from there. links: a folder of links to the kept images.
     list: a file of their paths; - prints them."""
-    target: Positional[str | None] = None
+    target: Annotated[Positional[str | None], arg(metavar="[TARGET]")] = None
     """The folder or file."""
 
     def run(self) -> None:
