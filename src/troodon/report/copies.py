@@ -110,9 +110,9 @@ def copies_figure(ledger: Index, folder: Path) -> tuple[Content, list[Part]]:
     """The groups of copies: the first of them, and further pages of the others."""
     groups = Groups.find(ledger, _sizes(folder, ledger), COPY_STAGES)
     caption = (
-        "The most doubtful groups come first, and those of equal files last. A blue edge marks the image that is kept in "
-        "place of the others. Under each other one is how well its pixels agree with those of the kept one, and why that "
-        "one stays."
+        "The most doubtful groups come first, and those of equal files last. A blue edge marks the image that is "
+        "kept in place of the others. Under each other one is how well its pixels agree with those of the kept one, "
+        "and why that one stays."
     )
     return _figure(groups, "Copies", plural(len(groups.order), "group"), caption, "")
 
@@ -120,7 +120,9 @@ def copies_figure(ledger: Index, folder: Path) -> tuple[Content, list[Part]]:
 def leaks_figure(ledger: Index, folder: Path) -> tuple[Content, list[Part]]:
     """Images that resemble one of a benchmark, beside that one."""
     groups = Groups.find(ledger, _sizes(folder, ledger), ("benchmark",))
-    caption = "A blue edge marks an image of the benchmark; what resembles it is left out. The most doubtful come first."
+    caption = (
+        "A blue edge marks an image of the benchmark; what resembles it is left out. The most doubtful come first."
+    )
     images = plural(len(groups.order), "image")
     return _figure(groups, "Images of a benchmark", f"{images} of it", caption, "of the benchmark")
 
