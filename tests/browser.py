@@ -149,6 +149,21 @@ class Browser:
             self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y, button="left", buttons=1)
         self.call("Input.dispatchMouseEvent", type="mouseReleased", x=x, y=y, **event)
 
+    def touch(self, *fingers: list[tuple[float, float]]) -> None:
+        """Put fingers down, move each along its path, and lift them. Paths of a place alone are taps."""
+        steps = max(map(len, fingers))
+        for step in range(steps):
+            points = [
+                {"x": path[min(step, len(path) - 1)][0], "y": path[min(step, len(path) - 1)][1], "id": finger}
+                for finger, path in enumerate(fingers)
+            ]
+            self.call("Input.dispatchTouchEvent", type="touchMove" if step else "touchStart", touchPoints=points)
+        self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
+    def tap(self, selector: str) -> None:
+        self.wait(f"document.querySelector({json.dumps(selector)})")
+        self.touch([self.place(selector)])
+
     def press(self, key: str) -> None:
         text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
         event = {"key": key, "windowsVirtualKeyCode": KEYS.get(key, 0)}
@@ -168,6 +183,7 @@ class Browser:
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=phone
         )
+        self.call("Emulation.setTouchEmulationEnabled", enabled=phone, maxTouchPoints=5)
         theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[theme])
 

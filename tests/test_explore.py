@@ -453,6 +453,14 @@ def test_images_are_embedded_first_and_the_backbone_must_be_theirs(world, net, t
         serve(tmp_path / "patches")
 
 
+def test_what_is_not_there_or_cannot_be_shown_is_named(net, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for place, reason in {"photoz": "there is no 'photoz' in", "empty": "is empty", "net": "is a backbone"}.items():
+        place = net if place == "net" else tmp_path / place
+        assert cli.run(["explore", str(place), "--no-open"]) == 2
+        assert reason in capsys.readouterr().err
+
+
 def test_the_command_prints_its_address_first_and_ends_on_request(selection):
     command = [sys.executable, "-m", "troodon.cli", "explore", str(selection), "--port", "0", "--no-open"]
     process = subprocess.Popen(

@@ -124,8 +124,8 @@ def is_done(folder: Path, kind: str, fingerprint: str, settings: dict) -> bool:
 
 
 def article(kind: str) -> str:
-    """The kind of an artifact with its article."""
-    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
+    """The kind of an artifact with its article, if it is one thing."""
+    return kind if kind.endswith("s") else f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
 
 
 def full_disk(error: BaseException | None) -> str:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from tyro.conf import Positional
 
 from troodon.config import Range, UsageError
-from troodon.run import read_manifest, say
-from troodon.verbs.common import Device, on_device, with_range
+from troodon.run import article, read_manifest, say
+from troodon.verbs.common import Device, on_device, open_images, with_range
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -96,7 +96,10 @@ def _folder(source: str | Path, network: Any, out: str | Path | None, device: st
         if out is not None:
             raise UsageError(f"out {out}: {folder} has its vectors already; leave it out")
         return folder
+    if kind is not None and kind != "index":
+        raise UsageError(f"{source}: is {article(kind)}; give embeddings, a selection, or images with --backbone")
     if network is None:
+        open_images(str(source))  # is it there, and has it images?
         raise UsageError(f"{source}: holds no embeddings and is no selection; give --backbone, which embeds its images")
     from troodon.verbs.embedding import embed
 

@@ -11,6 +11,7 @@ void main() {
 }`;
 const MAX_THUMBS = 220;
 const TOOLS = 56; // pixels at the top that the tools take
+const STILL = { mouse: 4, pen: 6, touch: 12 }; // pixels that a pointer may move, and yet has chosen
 
 function shaded(gl, kind, source) {
   const shader = gl.createShader(kind);
@@ -355,7 +356,7 @@ export class PointMap {
       this.path.push(now);
       this.redraw();
     } else if (this.pointers.size === 1) {
-      if (!this.moved && Math.hypot(now[0] - before[0], now[1] - before[1]) < 4) return;
+      if (!this.moved && Math.hypot(now[0] - before[0], now[1] - before[1]) < (STILL[event.pointerType] ?? 4)) return;
       this.pan(now[0] - before[0], now[1] - before[1]);
     } else {
       const other = [...this.pointers].find(([id]) => id !== event.pointerId)[1];
