@@ -25,7 +25,10 @@ def network(config: ViTConfig = TINY) -> ViT:
     return vit
 
 
-@pytest.mark.parametrize("config", [TINY, replace(TINY, patch=16, dim=24, channels=1), replace(TINY, stem="linear")])
+OTHERS = [replace(TINY, patch=16, dim=24, channels=1), replace(TINY, stem_width=80), replace(TINY, stem="linear")]
+
+
+@pytest.mark.parametrize("config", [TINY, *OTHERS])
 def test_the_plan_counts_every_parameter_of_the_stem(config):
     assert backbone_parameters(config) == sum(p.numel() for p in network(config).parameters())
 
@@ -42,6 +45,13 @@ def test_each_patch_gets_a_vector_from_what_is_around_it():
 def test_a_patch_that_is_no_power_of_2_is_refused():
     with pytest.raises(UsageError, match="patch 14 is no power of 2; set 16"):
         replace(TINY, patch=14)
+
+
+def test_a_stem_can_be_wider_than_a_token_and_a_linear_one_has_no_width():
+    widths = [c.out_channels for c in network(replace(TINY, stem_width=80)).patch_embed.convolutions]
+    assert widths == [20, 40, 80]
+    with pytest.raises(UsageError, match="stem_width 80 is of a convolutional stem: set vit.stem convolutional"):
+        replace(TINY, stem_width=80, stem="linear")
 
 
 def norm() -> BatchNorm:

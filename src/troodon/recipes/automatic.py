@@ -41,7 +41,7 @@ class Size(NamedTuple):
 
 SIZES = (
     Size(
-        "a ViT of 0.9 M parameters with patches of 8 pixels",
+        "a ViT of 0.8 M parameters with patches of 8 pixels",
         small().vit,
         ((16, 0.4), (24, 0.4), (32, 0.2)),
         64,
@@ -50,8 +50,8 @@ SIZES = (
         is_measured=True,
     ),
     Size(
-        "a ViT of 3 M parameters with patches of 8 pixels",
-        ViTConfig(dim=192, depth=6, heads=3, patch=8, grid=6, layer_scale=1.0, stem="convolutional"),
+        "a ViT of 3.6 M parameters with patches of 8 pixels",
+        replace(small().vit, dim=192, depth=6, heads=3, grid=6, stem_width=384),
         ((24, 0.4), (32, 0.4), (48, 0.2)),
         96,
         128,

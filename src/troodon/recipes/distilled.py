@@ -80,7 +80,8 @@ def _by_features(teacher: PretrainConfig) -> PretrainConfig:
 
 def _half(teacher: PretrainConfig) -> PretrainConfig:
     """A quarter of the teacher's parameters: half of its channels."""
-    vit = replace(teacher.vit, dim=teacher.vit.dim // 2, drop_path=0.0)
+    stem = teacher.vit.stem_width and teacher.vit.stem_width // 2
+    vit = replace(teacher.vit, dim=teacher.vit.dim // 2, stem_width=stem, drop_path=0.0)
     return replace(teacher, vit=vit, masks=MasksConfig(share=0.0))
 
 

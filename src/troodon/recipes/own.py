@@ -32,19 +32,19 @@ def demo(steps: int = 500) -> PretrainConfig:
 
     Colour says nothing in that world, so it is varied as far as it goes.
     """
-    vit = ViTConfig(dim=96, depth=3, heads=2, patch=8, grid=4, layer_scale=1.0, stem="convolutional")
+    vit = ViTConfig(dim=96, depth=2, heads=2, patch=8, grid=4, layer_scale=1.0, stem="convolutional", stem_width=192)
     crops = ((16, 0.4), (24, 0.4), (32, 0.2))
     config = for_steps(contrast_of_views(vit, crops, photometric=STRONG_COLOURS, inference_px=64), 500)
     return for_steps(config, steps)
 
 
 def small(steps: int = 4000) -> PretrainConfig:
-    """A ViT of 0.9 M parameters for thousands of images of any size.
+    """A ViT of 0.8 M parameters for thousands of images of any size.
 
     Command: troodon pretrain small --data photos/ --out RUN. `troodon pretrain auto` chooses among such recipes, by the
     images and the time there is.
     """
-    vit = ViTConfig(dim=128, depth=4, heads=2, patch=8, grid=4, layer_scale=1.0, stem="convolutional")
+    vit = ViTConfig(dim=128, depth=2, heads=2, patch=8, grid=4, layer_scale=1.0, stem="convolutional", stem_width=256)
     return for_steps(contrast_of_views(vit, ((16, 0.4), (24, 0.4), (32, 0.2)), inference_px=64), steps)
 
 
