@@ -32,8 +32,9 @@ COLLAPSED = {
     "schedules": {"teacher_temperature": {"peak": 0.04, "end": 0.04, "shape": "constant"}},
 }
 STYLE = """
-svg { font: 11px Inter, system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif }
-.ground { fill: #fdfdfb } text { fill: #5c646d } .title { fill: #1d2126; font-size: 13px; font-weight: 600 }
+svg { font: 12px Inter, system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif }
+svg svg { overflow: visible } .ground { fill: #fdfdfb } text { fill: #5c646d }
+.title { fill: #1d2126; font-size: 15px; font-weight: 600 }
 .end { text-anchor: end } .middle { text-anchor: middle } .rule { stroke: #e8e9e4 } .axis { stroke: #9aa1a8 }
 polyline { fill: none; stroke-width: 1.9; stroke-linejoin: round }
 polyline.c1 { stroke: #0072b2 } .dot.c1 { fill: #0072b2 } polyline.c2 { stroke: #d55e00 } .dot.c2 { fill: #d55e00 }
@@ -90,7 +91,7 @@ def health(work: Path) -> None:
     panels = [
         h("g", h("text", titles[key], x=46, y=14, class_="title"),
           h("svg", curves(runs, key), x=0, y=22, width=CHART_WIDTH, height=HEIGHT),
-          transform=f"translate({10 + i % 3 * wide} {40 + i // 3 * tall})")
+          transform=f"translate({10 + i % 2 * wide} {44 + i // 2 * tall})")
         for i, key in enumerate(CURVES)
     ]  # fmt: skip
     key = [
@@ -99,9 +100,9 @@ def health(work: Path) -> None:
         for i, (colour, words) in enumerate((("c1", "healthy"), ("c2", "collapsed")))
     ]  # fmt: skip
     ground = h("rect", width="100%", height="100%", rx=8, class_="ground")
-    size = f"0 0 {3 * wide + 10} {2 * tall + 40}"
+    size = f"0 0 {2 * wide + 10} {3 * tall + 44}"
     whole = h("svg", h("style", Markup(STYLE)), ground, key, panels, xmlns="http://www.w3.org/2000/svg", viewBox=size,
-              width=3 * wide + 10, height=2 * tall + 40)  # fmt: skip
+              width=2 * wide + 10, height=3 * tall + 44)  # fmt: skip
     (FOLDER / "health.svg").write_text(whole + "\n", encoding="utf-8")
 
 

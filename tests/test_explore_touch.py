@@ -128,6 +128,17 @@ def test_lists_scroll_and_an_image_opens_and_closes(phone):
     phone.wait("!document.querySelector('dialog').open")
 
 
+def test_a_phone_that_is_turned_still_shows_the_whole_map(phone):
+    phone.size(844, 390, phone=True, scale=2)
+    phone.wait("innerWidth === 844 && overlay.clientWidth !== 390")
+    phone.run("new Promise(done => setTimeout(done, 100))")
+    places, (left, top, right, bottom) = frame(phone), phone.run(BOX % "overlay")
+    assert len(places) > 5
+    assert [p for p in places.values() if not (left < p[0] < right and top < p[1] < bottom)] == []
+    phone.size(390, 844, phone=True, scale=2)
+    phone.wait("innerWidth === 390")
+
+
 def test_the_threshold_by_touch(phone):
     phone.tap("#tab-copies")
     phone.wait("document.querySelectorAll('#groups .member').length === 6")

@@ -178,13 +178,13 @@ export class PointMap {
     this.ratio = ratio;
     const { clientWidth, clientHeight } = this.overlay;
     if (!clientWidth) return;
-    const before = this.width;
+    const isWhole = !this.width || this.view === this.fitted;
     for (const canvas of [this.points, this.overlay]) {
       canvas.width = Math.round(clientWidth * ratio);
       canvas.height = Math.round(clientHeight * ratio);
     }
     [this.width, this.height] = [clientWidth, clientHeight];
-    if (this.places && !before) this.fit();
+    if (this.places && isWhole) this.fit(); // also when a phone is turned
     this.redraw();
   }
   fit() {
@@ -196,6 +196,7 @@ export class PointMap {
     };
     this.view.y -= TOOLS / 2 / this.view.scale;
     this.whole = this.view.scale;
+    this.fitted = this.view;
     this.redraw();
   }
   /** Move to an image, nearer if the map is far. */

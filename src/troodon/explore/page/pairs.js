@@ -3,7 +3,7 @@
 import { count, fileName, getBytes, h, picture, plural } from "./dom.js";
 import { decide, decisions, describe } from "./images.js";
 
-const NEXT_TO = 4; // pairs shown on each side of the threshold
+const NEXT_TO = 6; // pairs shown on each side of the threshold
 const GROUPS = 20; // groups that are shown at once
 const MEMBERS = 23; // of a group
 const WORDS = {
