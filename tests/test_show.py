@@ -297,6 +297,7 @@ def test_the_command_prints_where_the_picture_is_or_its_numbers(
         (["pca", "{images}/red/0.png", "--out", "{images}/red/0.png"], "count as an image there"),
         (["pca", "{images}", "--count", "0"], "count 0"),
         (["pca", "{images}", "--size", "18"], "the nearest is 16 x 16"),
+        (["pca", "{images}", "--size", "400000"], "memory does not hold 400000 x 400000 pixels"),
         (["pca", "{images}", "--size", "8", "8", "8"], "pixels of a side, or (height, width)"),
         (["pca", "{broken}"], "no image to show can be read: broken.png: "),
         (["attention", "{images}", "--block", "2"], "block 2: this network has the blocks 0 to 1"),

@@ -237,7 +237,12 @@ def _show(
     view.sizes(found)  # UsageError for a size that is none
     found.block_numbers([block])
     pictures = _pictures(name, open_images(data, common_range(range, found)), found, count)
-    image, numbers = draw(found, pictures, view)
+    try:
+        image, numbers = draw(found, pictures, view)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise UsageError(f"memory does not hold {view.sizes(found)}; give a smaller --size") from None
+        raise
     page, title = png(image), f"show {name}"
     if out.suffix.lower() == ".html":
         page = show_page(title, page, image.width // DENSITY, numbers).encode()
