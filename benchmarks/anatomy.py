@@ -7,7 +7,9 @@
 The step runs on tensors without numbers, by the paths for a GPU, in bf16 (benchmarks/counting.py says how bytes are
 counted). Of the second step: bytes that operations move which are no products, those of the loss on prototypes among
 them; FLOPs of products; operations; the times that the host waits for the device; the collectives of targets, terms and
-verdict, which are as many on any number of ranks (those of sharding are not counted); the peak of memory. `bound` is
+verdict, which are as many on any number of ranks, those of Sinkhorn-Knopp among them; the peak of memory. With --ranks
+the first of so many is counted, eight to a machine, whose networks are sharded: also the collectives of sharding and
+their bytes, each the larger of what it takes and gives. What other ranks send has no numbers either. `bound` is
 the number of images a second if products ran at the rate that large ones reach, everything else at the bandwidth that
 large copies reach, and neither at the same time: no measurement. `mask_seconds` is processor time of this machine, for
 a rank of a step of 2,048 images.
@@ -15,13 +17,18 @@ a rank of a step of 2,048 images.
 `rival` is the same count of an older commit, where it was taken (benchmarks/anatomy_before.json).
 """
 
+import contextlib
 import json
+import os
 import sys
 import time
 from collections import Counter as Tally
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import torch
 
@@ -38,7 +45,7 @@ from troodon.learn.loop import Learner, train
 from troodon.learn.losses import Ranks
 from troodon.learn.method import Method
 from troodon.learn.objective import ANCHOR
-from troodon.learn.parallel import empty
+from troodon.learn.parallel import empty, mesh_of, shard
 from troodon.model.config import ViTConfig
 from troodon.text import with_prefix
 from troodon.views.batch import Batch
@@ -46,6 +53,7 @@ from troodon.views.loader import Loader
 
 BEFORE = Path(__file__).parent / "anatomy_before.json"
 LOSS = ("learn/prototypes", "learn/losses", "learn/fused", "learn/kernel")  # files of the loss on prototypes
+DEVICES_OF_MACHINE = 8  # of ranks
 MASKED_BATCH = 2048  # images of the step for which masks are drawn
 TEACHERS = {  # of distillation, where it is not a ViT-g/14
     "distill_demo": "demo",
@@ -97,8 +105,30 @@ def quick_config() -> PretrainConfig:
     return replace(config, vit=vit, crops=replace(config.crops, locals=2))
 
 
+@contextlib.contextmanager
+def imagined_ranks(count: int) -> Iterator[None]:
+    """Be the first of so many ranks, whose messages have no numbers."""
+    if count == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    try:
+        with mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=str(min(count, DEVICES_OF_MACHINE))):
+            mesh_of("cpu", torch.distributed.group.WORLD)  # which asks its ranks for their numbers
+            yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def count_step(config: PretrainConfig, teacher: PretrainConfig | None, ranks: int = 1) -> tuple[Counts, Tally]:
     """What the second of two steps does on the first of `ranks`, and the collectives that it makes, by kind."""
+    with imagined_ranks(ranks):
+        return _count_step(config, teacher, ranks)
+
+
+def _count_step(config: PretrainConfig, teacher: PretrainConfig | None, ranks: int) -> tuple[Counts, Tally]:
     images, collectives = config.batch // ranks, Tally()
     real = random_batch(replace(config, batch=images))
     widths = [] if teacher is None else [teacher.vit.dim]
@@ -112,8 +142,13 @@ def count_step(config: PretrainConfig, teacher: PretrainConfig | None, ranks: in
 
         return collective
 
+    def placed(network: Any) -> Any:
+        if ranks > 1:
+            shard(without_numbers(network), config, torch.bfloat16, "cpu")
+        return network if ranks > 1 else without_numbers(network)
+
     with pretend_gpu() as mode:
-        student, ema = map(without_numbers, networks)
+        student, ema = map(placed, networks)
         if teacher is not None:
             network = without_numbers(empty(replace(teacher, vit=replace(teacher.vit, drop_path=0.0)), widths))
             for layer in network.backbone.blocks.modules():  # as `build_teacher` does
@@ -128,7 +163,7 @@ def count_step(config: PretrainConfig, teacher: PretrainConfig | None, ranks: in
             batch = Batch(*crops, real.masks_NP, share=Share(0, 0, config.batch, range(images)))
             method = Method(
                 config.objective, student, ema, teachers=frozen, compute=torch.bfloat16,
-                anchor=None if anchor is None else without_numbers(anchor),
+                anchor=None if anchor is None else placed(anchor),
                 ranks=Ranks(*map(counted, ("sums", "maxima", "gathered rows"))),
             )  # fmt: skip
             counter.remember(*student.parameters(), *ema.parameters(), batch.globals_GBCHW, batch.locals_VBCHW)
@@ -173,6 +208,10 @@ def numbers(counts: Counts, collectives: Tally, images: int, device: Device) -> 
     """What is counted, by name, with its unit."""
     loss = sum(moved.bytes for place, moved in counts.by_place.items() if place.startswith(LOSS))
     seconds = counts.flops / device.flops + counts.non_product_bytes / device.bandwidth
+    sharding = {
+        "sharding_collectives": (sum(counts.collectives.values()), "collectives"),
+        "sharding_bytes": (counts.collective_bytes, "bytes"),
+    }
     return {
         "step_non_product_bytes": (counts.non_product_bytes, "bytes"),
         "loss_bytes": (loss, "bytes"),
@@ -183,7 +222,7 @@ def numbers(counts: Counts, collectives: Tally, images: int, device: Device) -> 
         "product_flops": (counts.flops, "FLOP"),
         "peak_memory": (counts.peak_memory, "bytes"),
         "bound": (images / seconds, "images/s"),
-    }
+    } | (sharding if counts.collectives else {})
 
 
 def describe(counts: Counts, collectives: Tally, device: Device, name: str) -> None:
@@ -204,7 +243,9 @@ def describe(counts: Counts, collectives: Tally, device: Device, name: str) -> N
     waits = ", ".join(f"{count} {what} in {place}" for (place, what), count in counts.host_reads.items() if count)
     pageable = {place: count for place, count in counts.pageable_copies.items() if count}
     print(
-        f"host waits: {waits or 'none'}; pageable copies: {pageable}; collectives: {dict(collectives)}", file=sys.stderr
+        f"host waits: {waits or 'none'}; pageable copies: {pageable}; collectives: {dict(collectives)}; of sharding: "
+        f"{dict(counts.collectives)}, {with_prefix(counts.collective_bytes)}B",
+        file=sys.stderr,
     )
 
 
@@ -212,8 +253,10 @@ def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="a small network, 4 images")
     parser.add_argument("--recipe", default="vitl16_short", help="of pretrain or of distill")
-    parser.add_argument("--images", type=int, help="images on each rank; by default those of docs/performance.md, or 8")
-    parser.add_argument("--ranks", type=int, default=1, help="the batch is so many times as large")
+    parser.add_argument("--images", type=int, help="of each rank; by default those of docs/performance.md, or 8")
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="that share a batch so many times as large, and the networks"
+    )
     parser.add_argument("--device", choices=[*DEVICES], default="h100", help="whose rates give the bound")
     parser.add_argument("--json", action="store_true", help="print only the line of JSON")
     arguments = parser.parse_args()

@@ -82,7 +82,8 @@ def main() -> None:
         rows = pipeline(arguments.images or images, arguments.rounds or rounds, arguments.cores)
         finish(rows, arguments)
         return
-    size, count = ("small", 8) if arguments.quick else (arguments.size, arguments.images or 32)
+    size, count = ("small", 8) if arguments.quick else (arguments.size, 32)
+    count = arguments.images or count
     against = arguments.against
     if against == "auto":
         against = "transformers" if importlib.util.find_spec("transformers") else "usual"

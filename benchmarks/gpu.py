@@ -58,8 +58,9 @@ def commands(gpu: bool) -> list[Command]:
             "loss prototypes.py --images 1 --prototypes 4096 --rounds 1",
             "loss attention.py --quick",
             "fed gpu_parts.py fed",
-            "embedding embed.py --quick --rounds 1",
-            "learning small_data.py --quick --cpu-seconds 2",
+            "embedding embed.py --quick --px 56 --images 2 --rounds 1 --against usual",
+            "embedding embed.py --pipeline --images 8 --rounds 2",
+            "learning gpu_parts.py learning",
         )
         return listed + [script(part, 60.0, line) for part, _, line in (toy.partition(" ") for toy in toys)]
     step = "step.py --own-size --against nothing --rounds 5 --recipe"

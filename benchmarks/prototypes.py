@@ -59,7 +59,7 @@ class Rows:
         return self.loss(dino_VGB, ibot_VGB)
 
     def streamed(self) -> Tensor:
-        targets = {name: prototypes.sinkhorn(output, TEACHER, ALONE) for name, output in self.teacher.items()}
+        targets = dict(zip(self.teacher, prototypes.sinkhorn([*self.teacher.values()], TEACHER, ALONE), strict=True))
         cross_entropies = []
         for name, (rows_MD, prototypes_KD) in self.student.items():
             rows_VBD = rows_MD.unflatten(0, (-1, self.images)) if name == "dino" else rows_MD[None]

@@ -82,12 +82,17 @@ class UsualMethod(Method):
     def __init__(self, config, student: Network, ema: Network, **settings):
         super().__init__(config, make_usual(student), make_usual(ema), **settings)
 
-    def _prototype_targets(self, kind: str, outputs: list[HeadOutput], scheduled: ScheduledValues) -> list[Tensor]:
-        logits_MK = torch.cat([output.logits() for output in outputs])
-        if self.config.targets == "sinkhorn":
-            targets_MK = losses.sinkhorn(logits_MK, scheduled.teacher_temperature, self.ranks)
-        else:
-            name, mean_K = CENTRES[kind], logits_MK.float().mean(0)
-            self._next_centres[name] = self.centres[name].lerp(mean_K, 1.0 - self.config.centre_momentum)
-            targets_MK = losses.centred(logits_MK, scheduled.teacher_temperature, self.centres[name])
-        return [*targets_MK.split([len(output.bottleneck_MD) for output in outputs])]
+    def _prototype_targets(
+        self, outputs: list[dict[str, HeadOutput]], scheduled: ScheduledValues
+    ) -> dict[str, list[Tensor]]:
+        targets = {}
+        for kind in outputs[0]:
+            logits_MK = torch.cat([output[kind].logits() for output in outputs])
+            if self.config.targets == "sinkhorn":
+                targets_MK = losses.sinkhorn(logits_MK, scheduled.teacher_temperature, self.ranks)
+            else:
+                name, mean_K = CENTRES[kind], logits_MK.float().mean(0)
+                self._next_centres[name] = self.centres[name].lerp(mean_K, 1.0 - self.config.centre_momentum)
+                targets_MK = losses.centred(logits_MK, scheduled.teacher_temperature, self.centres[name])
+            targets[kind] = [*targets_MK.split([len(output[kind].bottleneck_MD) for output in outputs])]
+        return targets

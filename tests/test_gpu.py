@@ -103,7 +103,7 @@ def test_the_loss_is_that_of_a_cpu(rows):
     def values(device: torch.device) -> list[torch.Tensor]:
         teacher, directions, student = (part.to(device) for part in parts)
         student, learned = student.requires_grad_(), directions.clone().requires_grad_()
-        targets = prototypes.sinkhorn(HeadOutput(teacher, directions), 0.07, ALONE)
+        (targets,) = prototypes.sinkhorn([HeadOutput(teacher, directions)], 0.07, ALONE)
         loss = prototypes.cross_entropies(student[None], learned, targets, 0.1)
         gradients = torch.autograd.grad(loss.mean(), (student, learned))
         return [x.detach().cpu() for x in (loss, *gradients)]
@@ -239,6 +239,19 @@ def test_a_part_that_fails_or_takes_too_long_costs_no_other(run_script, tmp_path
     assert [part["part"] for part in written["parts"]] == ["good", "bad", "long", "good"]
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [(each["name"], each["machine"], each["commit"]) for each in rows] == [("speed", "toy", "abc")] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["steps", "loss", "fed", "embedding", "learning"])
+def test_every_part_ends_well_at_toy_size(run_script, part):
+    """Besides those that stand above."""
+    gpu = SimpleNamespace(**run_script("gpu.py", "gpu"))
+    for command in gpu.commands(gpu=False):
+        if command.part == part:
+            ended = gpu.run(command, 200.0)
+            assert ended["ended"] == "done", ended["errors"]
+            assert ended["rows"]
+            assert all(row["ours"] for row in ended["rows"])
 
 
 @pytest.mark.parametrize("gpu", [False, True])

@@ -17,6 +17,7 @@ import torch
 from tests.test_pretrain import CONFIG, images, records, weights  # noqa: F401  images is a fixture
 from troodon import cli, dist, launch, verbs
 from troodon.config import UsageError, to_yaml
+from troodon.devices import ranks_to_start
 from troodon.images.sources import open_source
 from troodon.learn import checkpoint
 from troodon.learn.config import ObjectiveConfig
@@ -271,16 +272,16 @@ def test_a_dry_run_starts_nothing(images, tmp_path, monkeypatch, capsys):  # noq
 
 def test_devices_are_those_of_this_machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert dist.ranks_to_start("auto") == 1
-    assert dist.ranks_to_start("4") == 4
+    assert ranks_to_start("auto") == 1
+    assert ranks_to_start("4") == 4
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert dist.ranks_to_start("auto") == 4
-    assert dist.ranks_to_start(2) == 2
+    assert ranks_to_start("auto") == 4
+    assert ranks_to_start(2) == 2
     with pytest.raises(UsageError, match="devices 5: this machine has 4"):
-        dist.ranks_to_start("5")
+        ranks_to_start("5")
     assert dist.device() == torch.device("cuda", 0)
     monkeypatch.setenv("RANK", "1")  # started by others: by torchrun, by Slurm, by ourselves
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert dist.ranks_to_start("auto") == 1
+    assert ranks_to_start("auto") == 1
     assert dist.device() == torch.device("cuda", 1)

@@ -54,14 +54,14 @@ def near(ours, theirs):
 @pytest.mark.parametrize(("temperature", "length"), [(0.1, 1.0), (0.07, 1.0), (0.005, 1.0), (0.04, 10.0)])
 def test_targets_are_those_of_the_plain_form(form, temperature, length):
     given = answer(24, 0, length=length)
-    scaled = prototypes.sinkhorn(given, temperature, ALONE)
+    (scaled,) = prototypes.sinkhorn([given], temperature, ALONE)
     plain = losses.sinkhorn(given.logits(), temperature, ALONE)
     torch.testing.assert_close(scaled.whole(), plain, rtol=1e-4, atol=1e-6)  # exponents are as large as 250
     for part, whole in zip(scaled.split([10, 0, 14]), plain.split([10, 0, 14]), strict=True):
         torch.testing.assert_close(part.whole(), whole, rtol=1e-4, atol=1e-6)
     centre = torch.randn(40) / 10
     near(prototypes.centred(given, temperature, centre).whole(), losses.centred(given.logits(), temperature, centre))
-    near(prototypes.mean(given, ALONE), given.logits().mean(0))
+    near(prototypes.means([given], ALONE)[0], given.logits().mean(0))
 
 
 @pytest.mark.parametrize(("views", "taught", "temperature"), [(5, 2, 0.05), (2, 2, 0.1), (1, 1, 0.005), (3, 2, 0.005)])
@@ -73,7 +73,7 @@ def test_values_and_gradients_are_those_of_the_plain_form(form, views, taught, t
     for streamed in (True, False):
         rows_MD, prototypes_KD = (x.requires_grad_() for x in answer(views * images, 2))
         if streamed:
-            targets = prototypes.sinkhorn(teacher, temperature, ALONE)
+            (targets,) = prototypes.sinkhorn([teacher], temperature, ALONE)
             pairs = prototypes.cross_entropies(rows_MD.unflatten(0, (views, images)), prototypes_KD, targets, 0.1)
         else:
             targets_GBK = losses.sinkhorn(teacher.logits(), temperature, ALONE).unflatten(0, (taught, images))
@@ -86,7 +86,7 @@ def test_values_and_gradients_are_those_of_the_plain_form(form, views, taught, t
 
 
 def test_no_rows_are_no_loss_and_no_gradient(form):
-    targets = prototypes.sinkhorn(answer(0, 1), 0.05, ALONE)
+    (targets,) = prototypes.sinkhorn([answer(0, 1)], 0.05, ALONE)
     rows_MD, prototypes_KD = (x.requires_grad_() for x in answer(0, 2))
     pairs = prototypes.cross_entropies(rows_MD[None], prototypes_KD, targets, 0.1)[0, 0]
     losses.ibot(pairs, torch.zeros(0), 4).backward()
@@ -98,7 +98,7 @@ def test_low_precision_is_near():
     exact, low = (
         prototypes.cross_entropies(
             student.to(dtype).bottleneck_MD[None], student.to(dtype).prototypes_KD,
-            prototypes.sinkhorn(teacher.to(dtype), 0.07, ALONE), 0.1,
+            prototypes.sinkhorn([teacher.to(dtype)], 0.07, ALONE)[0], 0.1,
         )
         for dtype in (torch.float32, torch.bfloat16)
     )  # fmt: skip
@@ -106,7 +106,7 @@ def test_low_precision_is_near():
 
 
 def test_ranks_with_different_numbers_of_rows_are_one():
-    whole = prototypes.sinkhorn(answer(10, 3), 0.05, ALONE).whole()
+    whole = prototypes.sinkhorn([answer(10, 3)], 0.05, ALONE)[0].whole()
     for parts in zip(*on_ranks(2, _share, ([3, 7], [10, 0])), strict=True):
         torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-6)
 
@@ -117,21 +117,28 @@ def _share(divisions):
     ranks = Ranks(dist.sum_over_ranks, dist.max_over_ranks, dist.all_gather)
     for counts in divisions:
         mine = HeadOutput(rows_MD.split(counts)[dist.rank()], prototypes_KD)
-        near(prototypes.mean(mine, ranks), (rows_MD @ prototypes_KD.T).mean(0))
-        found.append(prototypes.sinkhorn(mine, 0.05, ranks).whole())
+        near(prototypes.means([mine], ranks)[0], (rows_MD @ prototypes_KD.T).mean(0))
+        found.append(prototypes.sinkhorn([mine], 0.05, ranks)[0].whole())
     return found
 
 
-def test_ranks_speak_once_a_round_however_many_chunks_there_are(monkeypatch):
-    """And once more in the first, whose sums have no bound that fp32 holds."""
+def test_ranks_speak_once_a_round_however_many_chunks_and_heads_there_are(monkeypatch):
+    """And once more in the first, whose sums have no bound that fp32 holds; of centring, once in all."""
     in_chunks(monkeypatch)
     spoken = []
 
     def counted(name):
         return lambda x: spoken.append((name, len(x))) or x
 
-    prototypes.sinkhorn(answer(24, 0), 0.05, Ranks(*map(counted, ("total", "largest", "gather"))))
-    assert spoken == [("largest", 40), *[("total", 40)] * 3]
+    ranks, both = Ranks(*map(counted, ("total", "largest", "gather"))), [answer(24, 0), answer(9, 1, count=30)]
+    together = prototypes.sinkhorn(both, 0.05, ranks)
+    assert spoken == [("largest", 70), *[("total", 70)] * 3]
+    for ours, output in zip(together, both, strict=True):
+        torch.testing.assert_close(ours.whole(), losses.sinkhorn(output.logits(), 0.05, ALONE), rtol=1e-4, atol=1e-6)
+    spoken.clear()
+    for ours, output in zip(prototypes.means(both, ranks), both, strict=True):
+        near(ours, output.logits().mean(0))
+    assert spoken == [("total", 2 * (16 + 1))]
 
 
 def test_the_loss_reads_logits_a_few_times(monkeypatch):
@@ -143,7 +150,7 @@ def test_the_loss_reads_logits_a_few_times(monkeypatch):
     rows, count, dim = 2000, 30_000, 64
     with FakeTensorMode(), Moved() as moved:
         x, w = (torch.empty(n, dim, dtype=torch.bfloat16) for n in (rows, count))
-        targets = prototypes.sinkhorn(HeadOutput(x, w), 0.05, ALONE)
+        (targets,) = prototypes.sinkhorn([HeadOutput(x, w)], 0.05, ALONE)
         context = SimpleNamespace(save_for_backward=lambda *saved: setattr(context, "saved_tensors", saved))
         prototypes._CrossEntropies.forward(context, x[None], w, targets, 0.1)
         prototypes._CrossEntropies.backward(context, torch.empty(1, 1, rows))
@@ -178,7 +185,7 @@ def test_memory_does_not_grow_with_rows_times_prototypes(monkeypatch):
         student.prototypes_KD.requires_grad_()
 
         def learn(teacher=teacher, student=student):
-            targets = prototypes.sinkhorn(teacher, 0.05, ALONE)
+            (targets,) = prototypes.sinkhorn([teacher], 0.05, ALONE)
             prototypes.cross_entropies(
                 student.bottleneck_MD[None], student.prototypes_KD, targets, 0.1
             ).sum().backward()

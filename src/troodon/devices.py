@@ -93,3 +93,21 @@ def _other_device(wanted: str) -> "torch.device":
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(f"device {wanted!r}: not on this machine ({reason})") from None
+
+
+def ranks_to_start(devices: str | int) -> int:
+    """The number of ranks to start for `devices`, a number or "auto"; 1 inside a process group.
+
+    UsageError for more devices than this machine has.
+    """
+    import torch
+
+    from troodon import dist
+
+    if "RANK" in os.environ or dist.world_size() > 1:
+        return 1
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    ranks = (available or 1) if devices == "auto" else int(devices)
+    if available and ranks > available:
+        raise UsageError(f"devices {ranks}: this machine has {available}")
+    return ranks

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from troodon.config import UsageError
 from troodon.rendezvous import RENDEZVOUS, claim_first_failure, stop_with_parent
 
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processors, and in how many; of a container under Linux
@@ -164,20 +163,6 @@ def new_group() -> Any:
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
-
-
-def ranks_to_start(devices: str | int) -> int:
-    """The number of ranks to start for `devices`, a number or "auto"; 1 inside a process group.
-
-    UsageError for more devices than this machine has.
-    """
-    if "RANK" in os.environ or world_size() > 1:
-        return 1
-    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    ranks = (available or 1) if devices == "auto" else int(devices)
-    if available and ranks > available:
-        raise UsageError(f"devices {ranks}: this machine has {available}")
-    return ranks
 
 
 def _all_reduce(x: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:

@@ -204,15 +204,9 @@ def _given_up(students: Sequence[Student]) -> bool:
 
 
 def _student(
-    task: Task,
-    loader: Loader,
-    clock: Clock,
-    frozen: Sequence[FrozenTeacher],
-    device: torch.device,
-    compute: torch.dtype,
-    *,
-    many: bool,
-) -> Student:
+    task: Task, loader: Loader, clock: Clock, frozen: Sequence[FrozenTeacher], device: torch.device,
+    compute: torch.dtype, *, many: bool,
+) -> Student:  # fmt: skip
     config, widths = task.config, [teacher.network.backbone.config.dim for teacher in frozen]
     weights = first_weights(config, task.init, task.heads, widths)
     student, ema = (build(config, weights, device, compute, widths) for _ in range(2))

@@ -111,8 +111,7 @@ class Method:
                 outputs.append(self._teacher_heads(part))
                 if ANCHOR in needs and scheduled.anchored and self.anchor is not None:
                     anchored.append(self.anchor([part.globals_GBCHW.flatten(0, 1)])[0].patches_BPD)
-        targets = {kind: self._prototype_targets(kind, [output[kind] for output in outputs], scheduled)
-                   for kind in outputs[0]}  # fmt: skip
+        targets = self._prototype_targets(outputs, scheduled) if outputs[0] else {}
         features = self._features(parts) if self.config.features else []
         none: list[None] = [None] * len(parts)
         by_part = zip(
@@ -135,20 +134,26 @@ class Method:
         return self.teacher.heads(inputs, self.compute)
 
     def _prototype_targets(
-        self, kind: str, outputs: list[HeadOutput], scheduled: ScheduledValues
-    ) -> list[prototypes.PrototypeTargets]:
-        """Targets of each part from the outputs of the teacher's head."""
-        output = HeadOutput(torch.cat([part.bottleneck_MD for part in outputs]), outputs[-1].prototypes_KD)
+        self, outputs: list[dict[str, HeadOutput]], scheduled: ScheduledValues
+    ) -> dict[str, list[prototypes.PrototypeTargets]]:
+        """Targets of each part by kind, from the outputs of the teacher's heads for each part."""
+        kinds, temperature = [*outputs[0]], scheduled.teacher_temperature
+        whole = [
+            HeadOutput(torch.cat([part[kind].bottleneck_MD for part in outputs]), outputs[-1][kind].prototypes_KD)
+            for kind in kinds
+        ]
         if self.config.targets == "sinkhorn":
-            targets = prototypes.sinkhorn(output, scheduled.teacher_temperature, self.ranks)
+            targets = prototypes.sinkhorn(whole, temperature, self.ranks)
         else:
             # The mean over all rows of the step moves the centre, once the step is known to be good. (The release
             # takes the mean of the means of ranks: the same, but for masked patches, whose number differs.)
-            name = CENTRES[kind]
-            mean_K = prototypes.mean(output, self.ranks)
-            self._next_centres[name] = self.centres[name].lerp(mean_K, 1.0 - self.config.centre_momentum)
-            targets = prototypes.centred(output, scheduled.teacher_temperature, self.centres[name])
-        return targets.split([len(part.bottleneck_MD) for part in outputs])
+            for kind, mean_K in zip(kinds, prototypes.means(whole, self.ranks), strict=True):
+                name = CENTRES[kind]
+                self._next_centres[name] = self.centres[name].lerp(mean_K, 1.0 - self.config.centre_momentum)
+            targets = [prototypes.centred(output, temperature, self.centres[CENTRES[kind]])
+                       for kind, output in zip(kinds, whole, strict=True)]  # fmt: skip
+        return {kind: of_kind.split([len(part[kind].bottleneck_MD) for part in outputs])
+                for kind, of_kind in zip(kinds, targets, strict=True)}  # fmt: skip
 
     def _features(self, parts: list[Batch]) -> list[dict[str, list[Tensor]]]:
         """Features of each part by each frozen teacher, standardised by the moments of all steps up to this one."""

@@ -63,10 +63,7 @@ def empty(config: PretrainConfig, teachers: Sequence[int] = ()) -> Network:
 
 
 def first_weights(
-    config: PretrainConfig,
-    init: SavedViT | None,
-    heads: dict[str, Tensor] | None = None,
-    teachers: Sequence[int] = (),
+    config: PretrainConfig, init: SavedViT | None, heads: dict[str, Tensor] | None = None, teachers: Sequence[int] = ()
 ) -> dict[str, Tensor]:
     """Unsharded first weights on the CPU: random by `config.seed`, or those of `init` and `heads` where given.
 
@@ -89,13 +86,9 @@ def first_weights(
 
 
 def build(
-    config: PretrainConfig,
-    weights: dict[str, Any],
-    device: torch.device,
-    compute: torch.dtype,
-    teachers: Sequence[int] = (),
-    is_whole: bool = False,
-) -> Network:
+    config: PretrainConfig, weights: dict[str, Any], device: torch.device, compute: torch.dtype,
+    teachers: Sequence[int] = (), is_whole: bool = False,
+) -> Network:  # fmt: skip
     """A network with these weights: on each rank whole, or a shard, of which the device never holds more than that and
     one whole block."""
     return _placed(empty(config, teachers), config, weights, device, compute, is_whole)
@@ -117,41 +110,43 @@ def compiles(config: PretrainConfig, device: torch.device) -> bool:
 
 
 def _placed(
-    module: Any,
-    config: PretrainConfig,
-    weights: dict[str, Any],
-    device: torch.device,
-    compute: torch.dtype,
+    module: Any, config: PretrainConfig, weights: dict[str, Any], device: torch.device, compute: torch.dtype,
     is_whole: bool = False,
-) -> Any:
+) -> Any:  # fmt: skip
     """Set up recomputation, compile and shard on the meta device; then materialise and load."""
     compiled = compiles(config, device)
     if compiled and constant_shapes(config, dist.world_size()):
         _expect_shapes(GRAPHS * len(config.crops.sizes()))
-    backbone = getattr(module, "backbone", module)
-    heads = [] if backbone is module else [part for part in module.children() if part is not backbone]
-    for block in backbone.blocks:
+    for block in getattr(module, "backbone", module).blocks:
         prepare(block, config.parallel.recompute, compiled)
     if dist.world_size() > 1 and not is_whole:
-        mesh = _mesh(device.type, torch.distributed.group.WORLD)
-        low = None if compute == torch.float32 else compute
-        reduce = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.parallel.reduce]
-        # Parameters outside of the blocks are few and stay in fp32, and so does the residual stream.
-        parts = [*((block, low, reduce) for block in backbone.blocks), (backbone, None, reduce)]
-        for part, gathered, reduced in [*parts, *((head, low, torch.float32) for head in heads)]:
-            precise = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=reduced, cast_forward_inputs=False)
-            # Roots reshard too: networks that do not learn have no backward pass that frees their gathered weights.
-            fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=precise)
-        for part in (backbone, *heads):
-            part.register_forward_hook(_forget_order)
+        shard(module, config, compute, device.type)
     module.to_empty(device=device)
     set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True))
     return module
 
 
+def shard(module: Any, config: PretrainConfig, compute: torch.dtype, kind: str) -> None:
+    """Cut a network, or a backbone alone, over all ranks, whose devices are of this kind: each block for itself, what
+    else a backbone has, and each head."""
+    backbone = getattr(module, "backbone", module)
+    heads = [] if backbone is module else [part for part in module.children() if part is not backbone]
+    mesh = mesh_of(kind, torch.distributed.group.WORLD)
+    low = None if compute == torch.float32 else compute
+    reduce = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.parallel.reduce]
+    # Parameters outside of the blocks are few and stay in fp32, and so does the residual stream.
+    parts = [*((block, low, reduce) for block in backbone.blocks), (backbone, None, reduce)]
+    for part, gathered, reduced in [*parts, *((head, low, torch.float32) for head in heads)]:
+        precise = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=reduced, cast_forward_inputs=False)
+        # Roots reshard too: networks that do not learn have no backward pass that frees their gathered weights.
+        fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=precise)
+    for part in (backbone, *heads):
+        part.register_forward_hook(_forget_order)
+
+
 @functools.lru_cache(maxsize=1)
-def _mesh(kind: str, _: Any) -> DeviceMesh:
-    """Of all ranks of this group: shards inside of a machine and replicas across machines, where only gradients travel;
+def mesh_of(kind: str, _: Any) -> DeviceMesh:
+    """All ranks of this group: shards inside of a machine and replicas across machines, where only gradients travel;
     all are shards where machines have one device each."""
     ranks = dist.world_size()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))

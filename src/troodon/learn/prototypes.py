@@ -6,7 +6,7 @@ from it and from a product that is computed again. Libraries compute the product
 losses.py is the specification.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,27 +77,37 @@ class PrototypeTargets:
 
 
 @torch.no_grad()
-def sinkhorn(output: HeadOutput, temperature: float, ranks: Ranks, rounds: int = 3) -> PrototypeTargets:
-    """`losses.sinkhorn`, one product and one sum over ranks a round. Ranks may hold different numbers of rows.
+def sinkhorn(
+    outputs: Sequence[HeadOutput], temperature: float, ranks: Ranks, rounds: int = 3
+) -> list[PrototypeTargets]:
+    """`losses.sinkhorn` of each output, one product and one sum over ranks a round, of all outputs together. Ranks may
+    hold different numbers of rows.
 
     Only the first round needs the maximum over ranks: its sums lie within e^(length / temperature) of one, which fp32
     cannot hold below temperature 0.012. Later ones, relative to the round before, lie between 1 / K and the number of
     rows: where columns of positive numbers add up to one, rows add up to at most K, and are divided by that.
     """
-    logits = Logits.of(*output)
-    (count, device), prototypes = (len(logits.rows_MD), logits.rows_MD.device), len(logits.prototypes_KD)
-    column_K = None
+    logits, sizes = [Logits.of(*output) for output in outputs], [len(output.prototypes_KD) for output in outputs]
+    about_K = None
     for _ in range(rounds):
-        sums_K = torch.full((prototypes,), -torch.inf, device=device)
-        for rows in slices(count, rows_at_a_time(prototypes, device.type)):
-            logits_RK = logits.part(rows)
-            row_R = (sums_K.new_zeros(len(logits_RK)) if column_K is None
-                     else fused.log_row_sums(logits_RK, temperature, column_K))  # fmt: skip
-            sums_K = torch.logaddexp(sums_K, fused.log_column_sums(logits_RK, temperature, row_R))
-        about_K = ranks.largest(sums_K) if column_K is None else column_K
-        column_K = about_K + ranks.total((sums_K - about_K).exp()).log()
-    assert column_K is not None, "one round at least"
-    return PrototypeTargets(logits, temperature, column_K)
+        columns = [None] * len(sizes) if about_K is None else about_K.split(sizes)
+        sums_K = torch.cat([_column_sums(each, temperature, column_K) for each, column_K in zip(logits, columns)])
+        about_K = ranks.largest(sums_K) if about_K is None else about_K
+        about_K = about_K + ranks.total((sums_K - about_K).exp()).log()
+    assert about_K is not None, "one round at least"
+    return [PrototypeTargets(each, temperature, column_K) for each, column_K in zip(logits, about_K.split(sizes))]
+
+
+def _column_sums(logits: Logits, temperature: float, column_K: Tensor | None) -> Tensor:
+    """(K,): the logarithms of the sums over this rank's rows, each divided by its own sum after the first round."""
+    (count, device), prototypes = (len(logits.rows_MD), logits.rows_MD.device), len(logits.prototypes_KD)
+    sums_K = torch.full((prototypes,), -torch.inf, device=device)
+    for rows in slices(count, rows_at_a_time(prototypes, device.type)):
+        logits_RK = logits.part(rows)
+        row_R = (sums_K.new_zeros(len(logits_RK)) if column_K is None
+                 else fused.log_row_sums(logits_RK, temperature, column_K))  # fmt: skip
+        sums_K = torch.logaddexp(sums_K, fused.log_column_sums(logits_RK, temperature, row_R))
+    return sums_K
 
 
 def centred(output: HeadOutput, temperature: float, centre_K: Tensor) -> PrototypeTargets:
@@ -106,13 +116,17 @@ def centred(output: HeadOutput, temperature: float, centre_K: Tensor) -> Prototy
 
 
 @torch.no_grad()
-def mean(output: HeadOutput, ranks: Ranks) -> Tensor:
-    """(K,): the mean of the logits over the rows of all ranks. It is linear in the rows, so these are summed."""
-    rows_MD = output.bottleneck_MD.float()
-    count = ranks.total(torch.full((), float(len(rows_MD)), device=rows_MD.device))
-    mean_D = ranks.total(rows_MD.sum(0)) / count.clamp(min=1.0)
-    step = prototypes_at_a_time(rows_MD.shape[1], rows_MD.device.type)
-    return torch.cat([prototypes_CD.float() @ mean_D for prototypes_CD in output.prototypes_KD.split(step)])
+def means(outputs: Sequence[HeadOutput], ranks: Ranks) -> list[Tensor]:
+    """(K,) each: the mean of the logits over the rows of all ranks. It is linear in the rows, so these are summed, with
+    their number, those of all outputs at once."""
+    rows = [output.bottleneck_MD.float() for output in outputs]
+    sums = [torch.cat([x.sum(0), torch.full((1,), float(len(x)), device=x.device)]) for x in rows]
+    totals, found = ranks.total(torch.cat(sums)).split([len(x) for x in sums]), []
+    for output, total in zip(outputs, totals, strict=True):
+        mean_D = total[:-1] / total[-1].clamp(min=1.0)
+        step = prototypes_at_a_time(len(mean_D), mean_D.device.type)
+        found.append(torch.cat([part_CD.float() @ mean_D for part_CD in output.prototypes_KD.split(step)]))
+    return found
 
 
 def cross_entropies(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from troodon import recipes
 from troodon.config import UsageError, from_dict
+from troodon.devices import ranks_to_start
 from troodon.learn.config import PretrainConfig
 from troodon.recipes.automatic import Choice, Device, adapting, auto, automatic
 from troodon.run import read_manifest, say
@@ -61,4 +62,4 @@ def _computes_on(devices: str | int) -> tuple[Device, int]:
     kind = dist.device().type
     if kind != "cuda":
         return "cpu", dist.processors()
-    return "cuda", dist.ranks_to_start(devices)
+    return "cuda", ranks_to_start(devices)

@@ -12,6 +12,7 @@ from tyro.conf import Fixed, Positional, Suppress, arg
 
 from troodon import recipes
 from troodon.config import UsageError
+from troodon.devices import ranks_to_start
 from troodon.launch import began_at
 from troodon.learn import outcome
 from troodon.learn.config import PretrainConfig
@@ -77,13 +78,12 @@ def _distill(
     configs: dict[str, PretrainConfig], teacher: Any, data: Data, out: Path, devices: str | int, *, dry_run: bool
 ) -> None:
     """Train the students, on ranks of this machine where there are several devices; or print their plans."""
-    from troodon import dist
     from troodon.learn import distill as training
     from troodon.learn import loggers
     from troodon.learn.engine import Task
     from troodon.views.attacks import random_attack
 
-    began, ranks = began_at(), dist.ranks_to_start(devices)
+    began, ranks = began_at(), ranks_to_start(devices)
     ranges = {config.range for config in configs.values()}
     if len(ranges) > 1:
         raise UsageError("students that train together see the same images: give all the same range")

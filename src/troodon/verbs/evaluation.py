@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from troodon.config import Range, UsageError, nearest
-from troodon.devices import TRAINABLE, check_device, choose_device
+from troodon.devices import TRAINABLE, check_device, choose_device, ranks_to_start
 from troodon.evaluate.config import EvaluateConfig, get_suite
 from troodon.verbs.common import (
     Data,
@@ -75,7 +75,7 @@ def evaluate(
 
     all_paths = all(isinstance(place, str | Path) for place in (*as_list(backbone), *as_list(data)))
     chosen = choose_device(device, TRAINABLE)
-    ranks = dist.ranks_to_start(devices) if device in ("auto", "cuda") else 1
+    ranks = ranks_to_start(devices) if device in ("auto", "cuda") else 1
     if device not in ("auto", "cuda") and devices not in ("auto", 1, "1"):
         raise UsageError(f"devices {devices}: {chosen} is one device; set device to auto or cuda")
     if all_paths and ranks > 1:

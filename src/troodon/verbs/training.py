@@ -13,6 +13,7 @@ from tyro.conf import Positional, Suppress, arg
 
 from troodon import recipes, slurm
 from troodon.config import UsageError, differences, fingerprint, to_dict
+from troodon.devices import ranks_to_start
 from troodon.launch import began_at
 from troodon.learn import outcome
 from troodon.learn.config import PretrainConfig
@@ -116,12 +117,11 @@ def _pretrain(
     began: float,
 ) -> Path:
     """Train, on ranks of this machine where there are several devices; returns the backbone's folder."""
-    from troodon import dist
     from troodon.learn import heads, loggers
     from troodon.learn import pretrain as training
     from troodon.views.attacks import random_attack
 
-    ranks = dist.ranks_to_start(devices)
+    ranks = ranks_to_start(devices)
     if ranks > 1:
         require_paths(data=data, init=init)
     start = None if init is None else first_backbone(config, as_backbone(init))
@@ -190,9 +190,8 @@ def _print_plan(
         fits(config, int(devices))
         width = 4 if config.compute == "fp32" else 2
         return say(plan(config, images, "cuda", width, int(devices), images_per_second).render())
-    from troodon import dist
 
-    ranks = dist.ranks_to_start("auto")
+    ranks = ranks_to_start("auto")
     fits(config, ranks)
     return say(plan_here(config, images, ranks, images_per_second=images_per_second))
 
