@@ -69,6 +69,11 @@ def test_more_time_gives_a_larger_network_and_it_says_that_none_was_measured():
     assert "not measured at this size" in " ".join(long.reasons)
 
 
+@pytest.mark.parametrize(("side", "px"), [(8, 32), (28, 32), (33, 40), (64, 64), (500, 64)])
+def test_it_looks_at_images_with_no_more_pixels_than_they_have(side, px):
+    assert automatic(replace(PHOTOS, side=side), minutes=5).config.inference_px == px
+
+
 TINY = {"compute": "fp32", "vit": {"depth": 1}, "health_every": 0}
 
 
@@ -80,7 +85,7 @@ def test_the_command_says_what_it_chose_and_every_choice_can_be_set(tmp_path, ca
     err = capsys.readouterr().err
     for line in (
         "images       32,",
-        "network      a ViT of 0.9 M",
+        "network      a ViT of 0.8 M",
         "batch        8 images, as there are only 32",
         "hues are used evenly",
     ):
@@ -161,7 +166,7 @@ def test_whatever_the_images_are_it_trains(kind, tmp_path):
     backbone = troodon.load(troodon.pretrain("auto", data, tmp_path / "run", settings={"steps": 3, **TINY}))
     features = backbone.features([np.full((20, 20, backbone.channels), 90, np.uint8)])
     assert np.isfinite(features.cls.numpy()).all()
-    assert backbone.preprocessing.crop == 64
+    assert backbone.preprocessing.crop == automatic(look(open_source(data)), steps=3).config.inference_px
 
 
 def test_it_is_listed_with_the_recipes():

@@ -99,7 +99,8 @@ def automatic(
     batch = _batch(look.images, size.batch, devices if device == "cuda" else 1)
     colours, about_colours = _colours(look)
     vit = replace(size.vit, channels=look.channels)
-    config = contrast_of_views(vit, size.crops, batch=batch, photometric=colours, inference_px=size.inference_px)
+    px, about_px = _in_use(look, size)
+    config = contrast_of_views(vit, size.crops, batch=batch, photometric=colours, inference_px=px)
     config = for_steps(config, steps) if steps else replace(config, minutes=minutes)
     where = f"{devices} {'core' if device == 'cpu' else 'GPU'}{'s' * (devices > 1)}"
     length = f"{steps:,} steps" if steps else f"{duration(60 * minutes)} on {where}"
@@ -116,7 +117,7 @@ def automatic(
             f"objective    contrast of {views} views of each image, {sides} pixels wide; small ones cost least",
             f"batch        {batch} images{few}",
             f"colours      {about_colours}",
-            f"in use       it looks at images with {size.inference_px} pixels, as it sees more in them than in crops",
+            f"in use       it looks at images with {px} pixels, {about_px}",
         ),
     )
 
@@ -139,6 +140,13 @@ def _batch(images: int, most: int, devices: int) -> int:
     """Images a step: `most`, or fewer of a set so small that most of it would be in each step; whole for devices."""
     batch = max(FEWEST, min(most, images // 4 // 8 * 8))
     return -(-batch // devices) * devices
+
+
+def _in_use(look: "Look", size: Size) -> tuple[int, str]:
+    """The side that images are looked at with, and why: no more pixels than most have, nor fewer than in crops."""
+    patch, crop = size.vit.patch, size.crops[-1][0]
+    px = min(size.inference_px, max(crop, -(-look.side // patch) * patch))
+    return px, "as it sees more in them than in crops" if px > crop else "as most have no more"
 
 
 def _flops(size: Size, minutes: float, steps: int | None, rate: float) -> float:
