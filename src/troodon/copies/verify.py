@@ -29,6 +29,8 @@ MIN_COARSE, BLUR = 0.97, 1.5
 # Charts, drawings and things on one ground share most of their pixels with others of their kind. So where much of both
 # is even, and no points tell the map, all details must agree, those that only one has too: pies, bars, lines and smooth
 # gradients of different content have at most 0.87, photographs that are copies 0.88 and more.
+# Where text or a sticker covers the rest, the share UNCOVERED is the same to the pixel; charts have at most 0.97.
+SAME = 0.998
 EVEN, EVEN_SHARE, MIN_DETAIL = 3.0, 0.25, 0.88  # levels of 255 by which pixels vary; share of both; correlation
 DETAIL, EVEN_WINDOW = 2.0, 5  # pixels of a thumbnail: what is finer is detail, and what is looked at for evenness
 # Tables, charts and lattices repeat themselves: many features match that lie elsewhere. Of 3,160 pairs of copies none
@@ -120,7 +122,7 @@ def _match_pixels(
     for map_33, needed in ((start_33, MIN_AGREEMENT), (fitted_33, fitted_needed)):
         match = _match_at(i, j, map_33, 0, UNCOVERED, needed)
         is_seen = match is not None and min(match.overlap) >= overlap_needed and is_plausible(map_33)
-        if is_seen and _details_agree(i, j, map_33):
+        if is_seen and (match.agreement >= SAME or _details_agree(i, j, map_33)):
             return match
     return None
 
