@@ -12,6 +12,7 @@ import torch
 from troodon import progress, run
 from troodon.evaluate import dense, linear, logistic
 from troodon.evaluate.config import DenseConfig, LinearConfig
+from troodon.explore import layout
 from troodon.progress import Progress, panel, sparkline, watched
 
 
@@ -124,8 +125,10 @@ class _Maps:
         return torch.ones(len(windows), len(blocks), 3, 2, 2), torch.ones(len(windows), len(blocks), 3)
 
 
-@pytest.mark.parametrize("kind", ["linear", "logistic", "linear_4 head"])
-def test_the_training_of_a_head_shows_its_steps(kind: str, terminal: None, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize("kind", ["linear", "logistic", "linear_4 head", "map"])
+def test_heads_and_the_map_show_their_steps(
+    kind: str, terminal: None, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     random = torch.Generator().manual_seed(0)
     x, y = torch.randn(12, 3, generator=random), torch.arange(12) % 2
     if kind == "linear":
@@ -133,6 +136,9 @@ def test_the_training_of_a_head_shows_its_steps(kind: str, terminal: None, capsy
         linear.fit(x, y, [linear.Slice(1, "cls", 0, 3)], 2, config, 0)
     elif kind == "logistic":
         logistic.solve(x, y, 2, (1.0,), 4, 1e-12)
+    elif kind == "map":
+        monkeypatch.setattr(layout, "STEPS", 4)
+        layout.arrange(x.numpy()[:, :2], *layout.nearest_neighbours(x.numpy(), 2))
     else:
         task, target = dense.SegmentationTask(2), np.zeros((2, 8, 8), int)
         dense.train_head("linear_4", task, _Maps(), (0,), target, np.arange(2), DenseConfig(steps=4), 0)

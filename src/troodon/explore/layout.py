@@ -17,6 +17,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from troodon.config import fingerprint
+from troodon.progress import Progress, watched
 from troodon.run import say, write_bytes
 from troodon.search.exact import l2_normalise
 from troodon.search.inverted_lists import kmeans, nearest_centroids
@@ -102,18 +103,22 @@ def nearest_neighbours(x_ND: ndarray, k: int, device: Any = None, seed: int = 0)
         tasks = ((all_rows[start : start + BLOCK], all_rows) for start in range(0, count, BLOCK))
     else:
         tasks = _lists(x_ND, seed)
-    for rows_B, rows_C in tasks:
-        x_CD = torch.from_numpy(l2_normalise(x_ND[rows_C])) if whole is None else whole
-        for start in range(0, len(rows_B), BLOCK):
-            rows = rows_B[start : start + BLOCK]
-            x_BD = whole[torch.from_numpy(rows)] if whole is not None else torch.from_numpy(l2_normalise(x_ND[rows]))
-            s_BC = x_BD @ x_CD.T
-            own = torch.from_numpy(np.searchsorted(rows_C, rows)).to(s_BC.device)
-            s_BC[torch.arange(len(rows), device=s_BC.device), own] = -torch.inf
-            best = s_BC.topk(min(k, len(rows_C) - 1), dim=1)
-            found = best.indices.shape[1]
-            row_Nk[rows, :found] = rows_C[best.indices.cpu().numpy()]
-            score_Nk[rows, :found] = best.values.cpu().numpy()
+    with Progress("neighbours", "images", count) as progress:
+        for rows_B, rows_C in tasks:
+            x_CD = torch.from_numpy(l2_normalise(x_ND[rows_C])) if whole is None else whole
+            for start in range(0, len(rows_B), BLOCK):
+                rows = rows_B[start : start + BLOCK]
+                x_BD = (
+                    whole[torch.from_numpy(rows)] if whole is not None else torch.from_numpy(l2_normalise(x_ND[rows]))
+                )
+                s_BC = x_BD @ x_CD.T
+                own = torch.from_numpy(np.searchsorted(rows_C, rows)).to(s_BC.device)
+                s_BC[torch.arange(len(rows), device=s_BC.device), own] = -torch.inf
+                best = s_BC.topk(min(k, len(rows_C) - 1), dim=1)
+                found = best.indices.shape[1]
+                row_Nk[rows, :found] = rows_C[best.indices.cpu().numpy()]
+                score_Nk[rows, :found] = best.values.cpu().numpy()
+            progress.add(len(rows_B))
     return row_Nk, np.clip(score_Nk, -1, 1)
 
 
@@ -169,7 +174,7 @@ def arrange(start_N2: ndarray, row_Nk: ndarray, score_Nk: ndarray, device: Any =
     weight_kN1 = torch.from_numpy(np.ascontiguousarray(weights_of(score_Nk).T[..., None])).to(y_N2.device)
     generator = torch.Generator(y_N2.device).manual_seed(seed)
     step_N2 = torch.zeros_like(y_N2)
-    for step in range(1, STEPS + 1):
+    for step in watched(range(1, STEPS + 1), "map", "steps"):
         force_N2 = _force(y_N2, near_kN, weight_kN1, generator).clamp_(-CLIP, CLIP)
         step_N2.mul_(MOMENTUM).add_(force_N2)
         y_N2.add_(step_N2, alpha=RATE * (1 - step / STEPS))
