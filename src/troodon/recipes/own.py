@@ -28,7 +28,7 @@ STRONG_COLOURS = replace(WEAK_COLOURS, saturation=0.6, hue=0.5, grey=0.5)
 
 
 def demo(steps: int = 500) -> PretrainConfig:
-    """A ViT of 0.4 M parameters on the embedded world, in three minutes on two processor cores.
+    """A ViT of 0.5 M parameters on the embedded world, in three minutes on two processor cores.
 
     Colour says nothing in that world, so it is varied as far as it goes.
     """
