@@ -81,6 +81,7 @@ def prototype_lines(
 
 FP32, BF16, QUIET = {"compute": "float32"}, {"compute": "bfloat16"}, ", a quiet machine"
 STEP = {"recipe": "vitl16_short", "drop_path": 0.3, "compile": False, "against": "usual"}
+PHOTOS = {"pack": "neardup_cc0_dev"}
 TABLES = {
     "demo": Table(
         "README.md", "emerald-rapids-2-cores", ("frozen features", "k-NN", "linear"),
@@ -142,6 +143,20 @@ TABLES = {
             for form in ("ours", "rival", *(f"settings.seconds.{f}" for f in ("fused kernel", "products", "jagged")))
         ),
         settings={"images": 2, "heads": 6, "quick": True}, repeats="range", digits=0,
+    ),
+    "copies": Table(
+        "docs/copies.md", "emerald-rapids-2-cores", ("", "closer look", "pHash, 10 bits"),
+        (
+            Line("edited copies of photographs, 1,140 images: copies removed", "copies_removed", PHOTOS),
+            Line("the same: images lost of which no copy stays", "distinct_removed", PHOTOS, digits=0),
+            Line("the same: groups that keep the original, or its pixels", "original_kept", PHOTOS),
+            Line("the same: processor seconds", "processor_seconds", PHOTOS),
+            Line("a made world of charts, tables and things drawn alike: precision", "world_precision"),
+            Line("the same: recall", "world_recall"),
+            Line("frames of videos joined to another frame, of 468", "scenes_joined", {"pack": "seg_camvid_dev"}),
+            Line("views of objects joined to another view, of 1,640", "scenes_joined", {"pack": "retr_eth80_dev"}),
+        ),
+        (Cell("ours"), Cell("rival")),
     ),
     "embed": Table(
         "docs/performance.md", "zen4-2-cores",

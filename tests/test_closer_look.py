@@ -155,6 +155,18 @@ def test_charts_and_gradients_of_different_content_are_no_copies():
     assert len(joined) <= 0.02 * len(pairs)
 
 
+def test_a_covered_copy_of_a_small_picture_on_white_is_a_copy():
+    def on_white(seed: int, sticker: bool) -> local_features.LocalFeatures:
+        image = Image.new("RGB", (64, 64), "white")
+        image.paste(scene(seed).resize((40, 64)), (0, 0))
+        if sticker:
+            image.paste(scene(seed + 100, 24, 24), (20, 20))
+        return features(image)
+
+    pairs = [[verify.verify(on_white(a, False), on_white(b, True)) is not None for b in range(5)] for a in range(5)]
+    assert pairs == np.eye(5, dtype=bool).tolist()
+
+
 def test_tables_of_one_layout_are_no_copies():
     """They share lines and most of the ground; their words match one another, but in other places."""
     tables = [
