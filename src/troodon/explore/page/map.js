@@ -11,6 +11,7 @@ void main() {
 }`;
 const MAX_THUMBS = 220;
 const TOOLS = 56; // pixels at the top that the tools take
+const MARGIN = 56; // pixels that a map of all leaves free: half of a small picture on each side, and a little
 const STILL = { mouse: 4, pen: 6, touch: 12 }; // pixels that a pointer may move, and yet has chosen
 
 function shaded(gl, kind, source) {
@@ -192,7 +193,10 @@ export class PointMap {
     const { left, top, right, bottom } = this.cells.box;
     this.view = {
       x: (left + right) / 2, y: (top + bottom) / 2,
-      scale: 0.9 * Math.min(this.width / Math.max(right - left, 1e-6), (this.height - TOOLS) / Math.max(bottom - top, 1e-6)),
+      scale: Math.min(
+        Math.max(MARGIN, this.width - MARGIN) / Math.max(right - left, 1e-6),
+        Math.max(MARGIN, this.height - TOOLS - MARGIN) / Math.max(bottom - top, 1e-6),
+      ),
     };
     this.view.y -= TOOLS / 2 / this.view.scale;
     this.whole = this.view.scale;
