@@ -51,7 +51,7 @@ def commands(gpu: bool) -> list[Command]:
     tests = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--timeout", "150"]
     listed = [Command("tests", (*tests, str(HERE.parent / "tests" / "test_gpu.py")), 120.0)]
     if not gpu:
-        small = "--quick --against nothing"
+        small = "--quick --against nothing --recipe demo_dino --own-size"
         toys = (
             "runs gpu_parts.py runs",
             f"steps step.py {small}",

@@ -20,6 +20,7 @@ from PIL import Image
 from torch.distributed.tensor import DTensor
 
 from tests.conftest import only_gpu
+from tests.test_fused import cases
 from tests.test_plan import batch
 from troodon.learn import optim, parallel, prototypes
 from troodon.learn.clock import Clock
@@ -27,7 +28,7 @@ from troodon.learn.config import ObjectiveConfig, ParallelConfig, PretrainConfig
 from troodon.learn.loop import Learner, train
 from troodon.learn.losses import ALONE
 from troodon.learn.method import Method
-from troodon.model import packing
+from troodon.model import fused, packing
 from troodon.model.config import HeadConfig, ViTConfig
 from troodon.model.head import HeadOutput
 from troodon.views.batch import Batch
@@ -111,6 +112,18 @@ def test_the_loss_is_that_of_a_cpu(rows):
     for ours, theirs in zip(values(GPU), values(CPU), strict=True):
         scale = theirs.abs().max()
         torch.testing.assert_close(ours / scale, theirs / scale, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_block_does_between_products_is_that_of_a_cpu(dtype):
+    near = {"rtol": 1e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+    for name, given in cases(dtype):
+        operation = getattr(fused, name)
+        ours = operation(*(x.to(GPU) if isinstance(x, torch.Tensor) else x for x in given))
+        torch.testing.assert_close(
+            ours, operation(*given), check_device=False, msg=lambda text, name=name: f"{name}: {text}", **near
+        )
 
 
 @pytest.mark.gpu

@@ -106,7 +106,7 @@ def _normalised(x_CHW: Tensor, p: Preprocessing, out: Tensor | None = None) -> T
     """By numpy, which starts no threads of its own: this runs in threads, and torch would start some in each."""
     mean, std = (np.array(v, np.float32)[:, None, None] for v in (p.mean, p.std))
     out_CHW = np.empty(x_CHW.shape, np.float32) if out is None else out.numpy()
-    np.divide(x_CHW.numpy(), np.float32(255), out=out_CHW)
+    np.divide(np.ascontiguousarray(x_CHW.numpy()), np.float32(255), out=out_CHW)  # twice as fast, copied first
     out_CHW -= mean
     out_CHW /= std
     return torch.from_numpy(out_CHW)
