@@ -80,8 +80,8 @@ def copies_small(steps: int = 1000) -> PretrainConfig:
     All 29 kinds of attacks are drawn. With the first 24 alone (--crops.attack-kinds without a value, as in earlier
     versions), after these steps on 11,500 images: average precision 0.953 on attacked photographs, where a DINO
     backbone of as many minutes has 0.754; with pixels beside them, as curation has it, 0.991 and 0.985, and pixels
-    alone 0.978 (docs/log.md). After 2,600 steps 0.983, and 0.995 with pixels. With all, not yet run at full length;
-    after 230 steps, 0.882 where 24 kinds have 0.870.
+    alone 0.978 (docs/log.md). After 2,600 steps 0.983, and 0.995 with pixels. With all 29, on the same copies, 0.947
+    and 0.991, one seed: as good within noise (after 230 steps 0.882, 24 kinds 0.870); on the five others 0.448.
     Where mirrored pictures are no copies to you: --crops.flip 0, --crops.attack-kinds without flip, vertical_flip and
     mix, and then --no-pixels when curating.
     """
