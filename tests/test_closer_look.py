@@ -178,12 +178,12 @@ def test_tables_of_one_layout_are_no_copies():
 
 
 def test_frames_alike_make_no_copies():
-    framed = [features(EDITS["pad"](scene(seed))) for seed in range(12)]
-    alike = verify.compare_pixels(*map(verify.Picture.of, (f.thumbnail_GG for f in framed[:2])), np.eye(3))
-    assert alike[0] < 0.5
-    assert alike[1] == (1, 1)
+    """Dark pictures in white frames: the edges of these have most of the structure."""
+    dark = [scene(seed).point([v // 10 for v in range(256)] * 3) for seed in range(6)]
+    framed = [features(ImageOps.expand(image, 40, "white")) for image in dark]
     pairs = [(a, b) for n, a in enumerate(framed) for b in framed[:n]]
     assert not [pair for pair in pairs if verify.verify(*pair) is not None]
+    assert all(verify.verify(features(image), one) is not None for image, one in zip(dark, framed))
 
 
 def test_a_frame_is_a_frame_only_if_the_picture_begins_at_it():
