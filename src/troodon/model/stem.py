@@ -3,7 +3,6 @@
 from itertools import pairwise
 
 import torch
-import torch.distributed.nn.functional as across_ranks
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -94,7 +93,7 @@ class BatchNorm(nn.Module):
         x_BCHW, dtype = x_BCHW.float(), x_BCHW.dtype
         count = x_BCHW.new_full((1,), x_BCHW[:, 0].numel())
         sums = torch.cat([x_BCHW.sum((0, 2, 3)), x_BCHW.square().sum((0, 2, 3)), count])
-        sums = across_ranks.all_reduce(sums)
+        sums = _SumOverRanks.apply(sums)
         mean_C, square_C = (sums[:-1] / sums[-1]).chunk(2)
         var_C = (square_C - mean_C.square()).clamp(min=0)
         with torch.no_grad():
@@ -108,6 +107,18 @@ class BatchNorm(nn.Module):
         """The running statistics, in half precision where all weights have it, as in an exported graph."""
         half = dtype if self.weight.dtype == dtype else self.running_mean.dtype
         return self.running_mean.to(half), self.running_var.to(half)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """A sum over ranks, each of which needs the gradient by its part from all."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return dist.sum_over_ranks(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
+        return dist.sum_over_ranks(gradient)
 
 
 STEMS = {"linear": PatchEmbed, "convolutional": ConvolutionalStem}

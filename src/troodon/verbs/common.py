@@ -79,8 +79,9 @@ def with_range(backbone: "Backbone", range: Range | None) -> "Backbone":
 @contextlib.contextmanager
 def said_elsewhere() -> Iterator[None]:
     """What is done within is done again later or by another process, and said there; it is said here if it fails."""
+    said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(io.StringIO()) as said:
+        with contextlib.redirect_stderr(said):
             yield
     except BaseException:
         print(said.getvalue(), end="", file=sys.stderr)
