@@ -50,7 +50,7 @@ def test_a_patch_that_is_no_power_of_2_is_refused():
 def test_a_stem_can_be_wider_than_a_token_and_a_linear_one_has_no_width():
     widths = [c.out_channels for c in network(replace(TINY, stem_width=80)).patch_embed.convolutions]
     assert widths == [20, 40, 80]
-    with pytest.raises(UsageError, match="stem_width 80 is of a convolutional stem: set vit.stem convolutional"):
+    with pytest.raises(UsageError, match="stem_width 80 is of a convolutional stem: set vit"):
         replace(TINY, stem_width=80, stem="linear")
 
 
