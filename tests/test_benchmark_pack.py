@@ -102,7 +102,7 @@ def test_the_truth_counts_what_is_missed_lost_and_wrong(tmp_path, run_script):
     cause_N = np.full(len(pack.rows), -1)
     for dropped, cause in causes.items():
         cause_N[at[dropped]] = at[cause]
-    decisions = names["Decisions"](cause_N < 0, cause_N, np.ones(len(cause_N)), 1.0)
+    decisions = names["Decisions"](cause_N < 0, cause_N, np.ones(len(cause_N)), 1.0, 1.0)
     found = names["score"](pack, decisions, originals)
     assert found.copies_removed == pytest.approx(100 * 5 / 6)
     assert found.distinct_removed == 1

@@ -464,8 +464,9 @@ def test_what_is_not_there_or_cannot_be_shown_is_named(net, tmp_path, capsys):
 def test_the_command_prints_its_address_first_and_ends_on_request(selection):
     command = [sys.executable, "-m", "troodon.cli", "explore", str(selection), "--port", "0", "--no-open"]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
+    )  # fmt: skip
     try:
         address = process.stdout.readline().strip()
         port, token = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/\?token=([\w-]{32})", address).groups()

@@ -245,6 +245,15 @@ def test_a_finished_demo_gives_rows_of_its_seed(tmp_path, run_script):
 
 
 def test_no_benchmark_is_missed():
-    helpers = {"counting.py", "gpu_parts.py", "measure.py", "pack.py", "pipeline.py", "small_rivals.py", "tables.py"}
+    helpers = {
+        "counting.py",
+        "gpu_parts.py",
+        "measure.py",
+        "pack.py",
+        "pipeline.py",
+        "pools.py",
+        "small_rivals.py",
+        "tables.py",
+    }
     others = {path.name for path in (HOME / "benchmarks").glob("*.py")} - {path.name for path in SCRIPTS}
     assert others == helpers | {"usual.py"}
