@@ -1,9 +1,6 @@
 """What a block does between its products on a GPU, here on a processor: by plain torch, and by Triton's interpreter."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.triton_compiler import output_of
 from troodon.learn.parallel import prepare
 from troodon.model import fused, vit
 from troodon.model.config import ViTConfig
@@ -160,12 +158,7 @@ def test_each_kept_token_knows_its_place(monkeypatch):
 
 @pytest.mark.slow
 def test_kernels_compile_for_gpus():
-    """The interpreter takes what the compiler refuses. No GPU is needed for this."""
-    pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.split()) == 6
+    assert len(output_of(COMPILE)) == 6
 
 
 COMPILE = """
