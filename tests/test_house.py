@@ -33,6 +33,7 @@ FLOORS = (
         "lock",
         "serve",
         "progress",
+        "live",
         "stream",
     },
     {"model", "images", "search", "copies"},

@@ -1,5 +1,6 @@
 """Progress: bars where they can be drawn again, lines where they cannot, and nothing among the results."""
 
+import io
 import re
 import sys
 import types
@@ -8,19 +9,21 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from rich.console import Console, RenderableType
 
-from troodon import progress, run
+from troodon import live, progress, run
 from troodon.evaluate import dense, linear, logistic
 from troodon.evaluate.config import DenseConfig, LinearConfig
 from troodon.explore import layout
-from troodon.progress import Progress, panel, sparkline, watched
+from troodon.live import bar, panel, sparkline
+from troodon.progress import Progress, watched
 
 
 @pytest.fixture(autouse=True)
 def _nothing_drawn() -> Iterator[None]:
     yield
-    progress._active.clear()
-    progress._drawn["cell"] = None
+    live._active.clear()
+    live._drawn["cell"] = None
     run._drawing[0] = ""
 
 
@@ -30,7 +33,15 @@ def terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> 
     monkeypatch.setattr(type(sys.stderr), "isatty", lambda self: True)
     for name, value in {"TERM": "xterm-256color", "COLUMNS": "80"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(progress, "DRAWING_S", 0.0)
+    monkeypatch.setattr(live, "DRAWING_S", 0.0)
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, which stands still until a test changes it."""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
 
 
 def screen(written: str) -> list[str]:
@@ -49,18 +60,79 @@ def screen(written: str) -> list[str]:
     return [line.rstrip() for line in lines if line.strip()]
 
 
-def test_a_bar_stands_below_what_is_said_and_is_gone_at_the_end(terminal: None, capsys: pytest.CaptureFixture) -> None:
-    with Progress("scan", "images", 1000) as bar:
-        bar.add(250)
+def test_a_bar_stands_below_what_is_said_and_is_gone_at_the_end(
+    terminal: None, capsys: pytest.CaptureFixture, now: list[float]
+) -> None:
+    with Progress("scan", "images", 1000) as show:
+        show.add(250)
         run.say("a.jpg: cannot be read")
-        bar.add(250)
+        now[0] += 0.004
+        show.add(250)
         drawn = capsys.readouterr().err
         said, line = screen(drawn)
         assert said == "a.jpg: cannot be read"
-        assert re.match(r"scan +━+.* 50% +500 of 1,000 images +[\d,.]+ a second", line)
+        assert re.fullmatch(r"scan  ━+╺?━+   50%  500 of 1,000 images  125,000 a second  1 s left", line)
     run.say("done")
     assert screen(drawn + capsys.readouterr().err) == ["a.jpg: cannot be read", "done"]
     assert capsys.readouterr().out == ""
+
+
+def drawn_at(width: int, drawing: RenderableType) -> list[str]:
+    console = Console(width=width, file=(out := io.StringIO()), force_terminal=True, color_system="standard")
+    console.print(drawing)
+    return [line.rstrip() for line in re.sub(r"\x1b\[[\d;]*m", "", out.getvalue()).splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("width", "line"),
+    [
+        (100, "embed  ━━━━━━━━━━━━━━━━   50%  500,000 of 1,000,000 images  140,000 a second  1 h 5 min left"),
+        (80, "embed  ━━━━   50%  500,000 of 1,000,000 images  140,000 a second  1 h 5 min left"),
+        (79, "embed  ━━━━━━━━━━━━━━━━   50%  500,000 of 1,000,000 images  140,000 a second"),
+        (60, "embed  ━━━━━━━━━━━━━━━━   50%  500,000 of 1,000,000 images"),
+        (40, "embed  ━━━━━━━━━━━━━━━━   50%"),
+        (15, "embed   50%"),
+        (8, "e…   50%"),
+    ],
+)
+def test_a_bar_in_little_room_is_shorter_and_then_says_less(width: int, line: str) -> None:
+    """No word is cut in its middle."""
+    words = "500,000 of 1,000,000 images", "140,000 a second", "1 h 5 min left"
+    (shown,) = drawn_at(width, bar("embed", 500_000, 1_000_000, *words))
+    assert re.sub("[╺╸]", "━", shown) == line
+
+
+@pytest.mark.parametrize(
+    ("done", "seconds", "words"),
+    [
+        (500, 0.003576, ["140,000 a second", "1 s left"]),
+        (1, 0.7, ["1.4 a second", "11 min 40 s left"]),
+        (999, 3.2, ["312 a second", "1 s left"]),
+        (500, 7300.0, ["0.068 a second", "2 h 1 min left"]),
+    ],
+)
+def test_speed_and_time_are_said_as_exactly_as_they_are_known(
+    done: int, seconds: float, words: list[str], now: list[float]
+) -> None:
+    show = Progress("scan", total=1000)
+    show.add(0)
+    show.done = done
+    now[0] += seconds
+    assert show._pace() == words
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_a_panel_fits_its_terminal(width: int) -> None:
+    facts = ["step 123,456/1,250,000", "12,345 images/s", "data wait 12%", "k-NN 31.0%", "12 d 23 h left"]
+    curves = {term: [float(i) for i in range(90)] for term in ("loss", "contrast")}
+    lines = drawn_at(width, panel("runs/first", 0.1, facts, curves, {}, "no alarm"))
+    assert {len(line) for line in lines} == {width}
+    assert "step 123,456/1,250,000" in lines[1]
+    assert ("12 d 23 h left" in lines[1]) is (width > 40)
+    assert "12,345 images/s" in lines[2]
+    for term in curves:
+        (line,) = [line for line in lines if term in line]
+        assert re.search(rf"{term} +▁.*█  89\.000 ", line), line
 
 
 def test_a_bar_within_another_stands_below_it(terminal: None, capsys: pytest.CaptureFixture) -> None:
@@ -89,9 +161,7 @@ def test_an_error_takes_the_bar_away(terminal: None, capsys: pytest.CaptureFixtu
     assert "no more" in shown[0]
 
 
-def test_a_pipe_gets_a_line_now_and_then(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+def test_a_pipe_gets_a_line_now_and_then(capsys: pytest.CaptureFixture, now: list[float]) -> None:
     with Progress("scan", total=1000) as show:
         for done in range(500, 1000, 100):  # 500 were done by an earlier command
             show(done, 1000)
@@ -102,7 +172,7 @@ def test_a_pipe_gets_a_line_now_and_then(capsys: pytest.CaptureFixture, monkeypa
 def test_parts_of_the_work_of_another_process_draw_nothing(
     terminal: None, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "parent_process", lambda: object())
+    monkeypatch.setattr(live, "parent_process", lambda: object())
     Progress("embed", "images", 10, interval=0.0).add(1)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(type(sys.stderr), "isatty", lambda self: False)
@@ -151,15 +221,15 @@ def test_heads_and_the_map_show_their_steps(
 def test_a_training_shows_its_losses_as_curves_and_its_alarms(terminal: None, capsys: pytest.CaptureFixture) -> None:
     owner, curves = object(), {"loss": [8.0, 6.0, 4.0], "ibot": [1.0, 2.0, 3.0]}
     facts = ["step 30/100", "12 images/s", "k-NN 31.0%", "2 min left"]
-    progress.draw(owner, lambda: panel("first", 0.3, facts, curves, {}, "no alarm"), now=True)
+    live.draw(owner, lambda: panel("first", 0.3, facts, curves, {}, "no alarm"), now=True)
     text = "\n".join(screen(drawn := capsys.readouterr().err))
     assert "█▅▁" in text
     assert "▁▅█" in text
     for words in ("first", "30%", "step 30/100", "2 min left", "12 images/s | k-NN 31.0%", "4.000", "no alarm"):
         assert words in text, words
     assert max(map(len, text.splitlines())) <= 80
-    progress.clear(owner)
-    progress.draw(owner, lambda: panel("", 0.3, facts, curves, {"flat": "targets are \x1b[31muniform"}, ""), now=True)
+    live.clear(owner)
+    live.draw(owner, lambda: panel("", 0.3, facts, curves, {"flat": "targets are \x1b[31muniform"}, ""), now=True)
     assert "alarm, flat: targets are" in "\n".join(screen(drawn + capsys.readouterr().err))
 
 
@@ -167,7 +237,7 @@ def test_curves_of_any_values() -> None:
     assert sparkline([]) == ""
     assert sparkline([3.0]) == "▅"
     assert sparkline([0.0, float("nan"), 1.0], 3)[0] != " "
-    assert len(sparkline([float(i) for i in range(1000)])) == progress.POINTS
+    assert len(sparkline([float(i) for i in range(1000)])) == live.POINTS
 
 
 def test_a_notebook_gets_a_part_that_is_drawn_again(
@@ -187,7 +257,7 @@ def test_a_notebook_gets_a_part_that_is_drawn_again(
     shell = types.SimpleNamespace(get_ipython=lambda: types.SimpleNamespace(kernel=object()), display=inner)
     monkeypatch.setitem(sys.modules, "IPython", shell)
     monkeypatch.setitem(sys.modules, "IPython.display", inner)
-    monkeypatch.setattr(progress, "DRAWING_S", 0.0)
+    monkeypatch.setattr(live, "DRAWING_S", 0.0)
     with Progress("scan", total=100) as bar:
         bar(10, 100)
         bar(60, 100)

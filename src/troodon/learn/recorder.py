@@ -23,11 +23,11 @@ from troodon.learn.checkpoint import Saver, TrainingProgress
 from troodon.learn.clock import Clock
 from troodon.learn.config import PretrainConfig
 from troodon.learn.method import Method
+from troodon.live import POINTS, clear, draw, is_live, left, panel
 from troodon.model.config import Preprocessing
 from troodon.model.saved import SavedViT
-from troodon.progress import POINTS, clear, draw, is_live, panel
 from troodon.run import MetricsFile, say, write_bytes
-from troodon.text import duration, plural
+from troodon.text import plural
 from troodon.views.batch import Batch
 from troodon.views.loader import Loader
 
@@ -271,7 +271,7 @@ class Recorder:
             f"loss {record['loss']:.3f} ({terms})",
             f"data wait {record['data_wait']:.0%}",
             *([f"k-NN {knn:.1%}"] if knn is not None else []),
-            f"{duration(self.clock.seconds_left or (steps - done) * rate)} left",
+            left(self.clock.seconds_left or (steps - done) * rate),
         ]
         line = f"  {self.label}" + " | ".join(parts)
         if is_live() and done < steps:
