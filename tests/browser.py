@@ -29,6 +29,7 @@ OPTIONS = (
     "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--disable-features=Translate,MediaRouter",
 )  # fmt: skip
 KEYS = {"Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
+MOVE_S = 0.016  # between two places of a finger
 SECONDS = 90  # for one answer, also on a loaded machine
 
 
@@ -51,6 +52,7 @@ class Browser:
         os.close(out)
         self.reading, self.writing = our_in, our_out
         self.text, self.number, self.session = b"", 0, ""
+        self.lifted = 0.0  # when the last finger left, in seconds since 1970
         self.messages: list[str] = []
         self.events: deque[dict] = deque()
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
@@ -150,15 +152,21 @@ class Browser:
         self.call("Input.dispatchMouseEvent", type="mouseReleased", x=x, y=y, **event)
 
     def touch(self, *fingers: list[tuple[float, float]]) -> None:
-        """Put fingers down, move each along its path, and lift them. Paths of a place alone are taps."""
+        """Put fingers down, move each along its path, and lift them. Paths of a place alone are taps.
+
+        The times that the browser is told are those of a quick hand, so that a slow machine makes no slow fingers.
+        """
         steps = max(map(len, fingers))
+        start = max(self.lifted, time.time() - steps * MOVE_S)
         for step in range(steps):
             points = [
                 {"x": path[min(step, len(path) - 1)][0], "y": path[min(step, len(path) - 1)][1], "id": finger}
                 for finger, path in enumerate(fingers)
             ]
-            self.call("Input.dispatchTouchEvent", type="touchMove" if step else "touchStart", touchPoints=points)
-        self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+            kind = "touchMove" if step else "touchStart"
+            self.call("Input.dispatchTouchEvent", type=kind, touchPoints=points, timestamp=start + step * MOVE_S)
+        self.lifted = start + steps * MOVE_S
+        self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[], timestamp=self.lifted)
 
     def tap(self, selector: str) -> None:
         self.wait(f"document.querySelector({json.dumps(selector)})")

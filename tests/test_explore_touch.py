@@ -7,7 +7,7 @@ import pytest
 
 from tests.browser import Browser
 from tests.test_explore import selection, world  # noqa: F401
-from tests.test_explore_page import READY, address, words  # noqa: F401
+from tests.test_explore_page import READY, address, decided, words  # noqa: F401
 
 PLACES = """Object.fromEntries([...thumbs.children].map(image => [image.src.match(/id=(\\d+)/)[1],
     (({ x, y }) => [x + 22, y + 22])(image.getBoundingClientRect())]))"""
@@ -95,6 +95,25 @@ def test_a_finger_that_shakes_chooses_all_the_same(phone):
     phone.touch([(x, y), (x + 3, y + 4), (x + 5, y + 2)])
     phone.wait("document.querySelector('#shown').textContent.startsWith('Nearest to')")
     phone.wait(f"document.querySelector('#cell-0')?.dataset.id === '{image}'")
+
+
+def test_a_lasso_by_finger_and_a_decision(phone, selection):  # noqa: F811
+    """The finger leaves the map fast, as hands do: the tap that comes next counts."""
+    (image, place), *_ = frame(phone).items()
+    x, y = middle(phone)
+    phone.touch(line((x, y), (x + 90, y + 60)))
+    phone.tap("#fit")
+    phone.wait(f"Math.abs(({PLACES})[{image}]?.[0] - {place[0]}) < 1")
+    phone.tap("#lasso")
+    left, top, right, bottom = phone.run(BOX % "map")
+    corners = [(left + 3, top + 3), (left + 3, bottom - 3), (right - 3, bottom - 3), (right - 3, top + 3)]
+    phone.touch(corners)
+    phone.wait("document.querySelector('#shown').textContent === '24 images in the lasso'")
+    phone.tap("#leave-out")
+    phone.wait("document.querySelector('#status').textContent.includes('saved')")
+    assert len(decided(selection)) == 24
+    phone.tap("#undo")
+    phone.wait("!document.querySelector('.cell.is-dropped')")
 
 
 def test_lists_scroll_and_an_image_opens_and_closes(phone):

@@ -329,6 +329,8 @@ export class PointMap {
       event.preventDefault();
       this.zoom(Math.exp(-event.deltaY * (event.deltaMode ? 0.05 : 0.0016)), event.offsetX, event.offsetY);
     });
+    // A finger that leaves fast starts a scroll of the browser, also where nothing scrolls: it would take the next tap.
+    on("touchmove", (event) => event.preventDefault());
     on("pointerdown", (event) => {
       if (event.button) return;
       this.overlay.setPointerCapture(event.pointerId);
