@@ -22,7 +22,7 @@ from troodon.model.vit import Block, Mlp, Tokens, ViT, gated
 # Shape suffixes: B crops of one size, L tokens of each, N heads, D channels; K prototypes, M rows, V G views.
 
 
-def forward(vit: ViT, groups: list[Tensor], masks: list[Tensor | None] | None = None, _: object = None) -> list[Tokens]:
+def forward(vit: ViT, groups: list[Tensor], masks: list[Tensor | None] | None = None, *_: object) -> list[Tokens]:
     """The tokens of `ViT.forward`, one crop size after another."""
     tokens, drop = [], vit.config.drop_path if vit.training else 0.0
     for images, mask in zip(groups, masks or [None] * len(groups), strict=True):

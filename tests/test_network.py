@@ -265,3 +265,22 @@ def test_what_the_backward_pass_makes_again_has_the_gradients_of_its_plain_form(
     for a, b in zip(*gradients, strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b, rtol=2e-2 if low else 1e-5, atol=2e-2 * float(b.abs().max()) if low else 1e-4)
+
+
+@pytest.mark.parametrize("change", [{}, {"positions": "rotary", "dim": 64}, {"registers": 0}, {"drop_path": 0.4}])
+def test_without_patches_class_tokens_and_gradients_are_the_same_for_less(change):
+    config = dataclasses.replace(TINY, **change)
+    crops, share = [torch.randn(6, 3, 16, 16), torch.randn(6, 3, 8, 12)], Share(3, 0, 6, range(6))
+    found = []
+    for patches in (True, False):
+        vit, rows = network(config).train(), []
+        hook = vit.blocks[-1].mlp.fc1.register_forward_hook(lambda *of, rows=rows: rows.append(len(of[1][0])))
+        tokens = vit(crops, share=share, patches=patches)
+        hook.remove()
+        (tokens[0].cls_BD.square().sum() + (tokens[1].cls_BD * tokens[1].registers_BRD.sum(1)).sum()).backward()
+        gradients = [p.grad for p in vit.parameters() if p.grad is not None]
+        found.append(([*(t.cls_BD for t in tokens), *(t.registers_BRD for t in tokens), *gradients], rows))
+    (whole, all_rows), (spared, rows) = found
+    torch.testing.assert_close(spared, whole)
+    assert rows == ([12 * (1 + config.registers)] if not config.drop_path else all_rows)
+    assert rows <= all_rows

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import platform
+import resource
 import shutil
 import signal
 import subprocess
@@ -368,6 +370,15 @@ def test_a_run_whose_end_cannot_be_saved_fails(images, tmp_path, monkeypatch):
     monkeypatch.undo()
     pretrain(CONFIG, open_source(images), tmp_path / "run")
     assert (tmp_path / "run" / "backbone").is_dir()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such option")
+def test_memory_that_a_step_frees_serves_the_next(images, tmp_path):
+    pretrain(replace(CONFIG, steps=2), open_source(images), tmp_path / "run")
+    torch.ones(2**26)  # 256 MiB: half of it is wanted again
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**25)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 1000  # of 32,768 pages
 
 
 def test_what_is_written_is_not_what_goes_on_learning(images, tmp_path, monkeypatch):

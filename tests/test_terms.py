@@ -42,6 +42,12 @@ def test_every_term_has_a_line_in_the_table_and_a_function():
     assert list(TERMS) == list(terms.FUNCTIONS)
 
 
+@pytest.mark.parametrize("term", TERMS)
+def test_patches_are_computed_only_for_terms_that_need_them(term):
+    classes = ("dino", "koleo", "kde", "contrast", "cls_features")
+    assert ObjectiveConfig(terms=(("dino", 1.0), (term, 2.0))[term == "dino" :]).patches is (term not in classes)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

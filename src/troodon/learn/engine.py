@@ -5,6 +5,7 @@ each writes a run of its own, as if it were alone.
 """
 
 import contextlib
+import ctypes
 import math
 import os
 import shutil
@@ -38,6 +39,7 @@ from troodon.views.crops import Attack
 from troodon.views.image_source import ImageSource
 from troodon.views.loader import BATCHES_AHEAD, Loader
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # options of glibc's mallopt
 SHARED_MEMORY = Path("/dev/shm")  # through which processes hand over crops; small in some containers
 
 
@@ -107,6 +109,8 @@ def run(
     """
     device, config = dist.device(), tasks[0].config
     compute = dist.compute_dtype(config.compute, device)
+    if device.type == "cpu":
+        _keep_freed_memory()
     if dist.rank() == 0:
         for task in tasks:
             open_folder(task.out, task.config, index, task.init, [teacher.backbone for teacher in teachers])
@@ -252,6 +256,14 @@ def _share_of_processors(world_size: int) -> int:
 def _ranks_here(world_size: int) -> int:
     """Ranks of this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+
+
+def _keep_freed_memory() -> None:
+    """glibc returns large blocks to the system, and the next step pays for their pages anew; it keeps them then."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries have no such options
+        set_option = ctypes.CDLL(None).mallopt
+        set_option(M_MMAP_MAX, 0)
+        set_option(M_TRIM_THRESHOLD, -1)
 
 
 def _processes(config: PretrainConfig, threads: int, device: torch.device, world_size: int) -> int:

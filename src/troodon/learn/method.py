@@ -66,7 +66,7 @@ class Method:
         crops = [batch.globals_GBCHW.flatten(0, 1)] + [batch.locals_VBCHW.flatten(0, 1)] * (len(batch.locals_VBCHW) > 0)
         masks = [None if self.teachers else send(batch.masks_NP, crops[0].device), None]
         with self.autocast():
-            of_globals, *of_locals = self.student.backbone(crops, masks[: len(crops)], batch.share)
+            of_globals, *of_locals = self.student.backbone(crops, masks[: len(crops)], batch.share, self.config.patches)
             tokens, mapped = {}, {}
             if CLS_TARGETS in self.config.needs:
                 tokens["cls"] = torch.cat([of_globals.cls_BD, *(x.cls_BD for x in of_locals)])

@@ -99,6 +99,11 @@ class ObjectiveConfig:
         return bool(self.needs & {MASKED_TARGETS, VISIBLE_TARGETS})
 
     @property
+    def patches(self) -> bool:
+        """Whether patches are compared at all."""
+        return bool(self.needs - {CLS_TARGETS, CLS_FEATURES})
+
+    @property
     def prototypes(self) -> bool:
         """Whether tokens are compared by prototypes, which heads give."""
         return self.patch_targets or CLS_TARGETS in self.needs

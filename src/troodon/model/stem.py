@@ -57,7 +57,7 @@ class ConvolutionalStem(nn.Module):
         """(B, C, H, W) -> (B, h * w, D), row by row."""
         x_BDhw = images_BCHW.contiguous(memory_format=torch.channels_last)  # convolutions are fastest in it
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
-            x_BDhw = F.relu(norm(convolution(x_BDhw)))
+            x_BDhw = F.relu(norm(convolution(x_BDhw)), inplace=True)
         return self.proj(x_BDhw).flatten(2).transpose(1, 2)
 
     def initialize(self) -> None:

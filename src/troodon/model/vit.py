@@ -179,9 +179,14 @@ class Block(nn.Module):
         self.mlp = {"gelu": Mlp, "swiglu": SwiGLU}[config.mlp](config)
         self.ls2 = LayerScale(config)
 
-    def forward(self, x_TD: Tensor, layout: Layout, kept: Sequence[KeptSequences | None] = (None, None)) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, layout: Layout, kept: Sequence[KeptSequences | None] = (None, None), first: int = 0
+    ) -> Tensor:
+        """With `first`, only the so many first tokens of each sequence, which spares the others the MLP."""
         kept_attention, kept_mlp = kept
         x_TD = residual(x_TD, self.norm1, lambda x, inner: self.attn(x, inner, self.ls1), layout, kept_attention)
+        if first:
+            x_TD = torch.cat([x_BLD[:, :first].flatten(0, 1) for x_BLD in unpack(x_TD, layout)])
         return residual(x_TD, self.norm2, lambda x, _: self.mlp(x, self.ls2), layout, kept_mlp, is_own=True)
 
 
@@ -228,20 +233,24 @@ class ViT(nn.Module):
 
     @overload
     def forward(
-        self, images: list[Tensor], masks: list[Tensor | None] | None = None, share: Share | None = None
+        self,
+        images: list[Tensor],
+        masks: list[Tensor | None] | None = None,
+        share: Share | None = None,
+        patches: bool = True,
     ) -> list[Tokens]: ...
 
-    def forward(self, images, masks=None, share=None):  # pyrefly: ignore[bad-override]
+    def forward(self, images, masks=None, share=None, patches=True):  # pyrefly: ignore[bad-override]
         """Class tokens (B, D) of a tensor (B, C, H, W); of a list of tensors, one for each crop size, all tokens.
 
         In a list, a mask (B, P) replaces patches by the mask token, and `share` says which images of a step these are,
-        for stochastic depth.
+        for stochastic depth. Where `patches` are not asked for, there may be none, which costs less.
         """
         if isinstance(images, Tensor):
             cls_BD = self.after_blocks([images], [len(self.blocks) - 1])[0][0].cls_BD
             waits = torch.is_grad_enabled() and self.mask_token.requires_grad  # DDP waits for every gradient
             return cls_BD + 0.0 * self.mask_token.sum() if waits else cls_BD
-        return self.after_blocks(images, [len(self.blocks) - 1], masks, share=share)[0]
+        return self.after_blocks(images, [len(self.blocks) - 1], masks, share=share, patches=patches)[0]
 
     def after_blocks(
         self,
@@ -250,10 +259,12 @@ class ViT(nn.Module):
         masks: list[Tensor | None] | None = None,
         norm: bool = True,
         share: Share | None = None,
+        patches: bool = True,
     ) -> list[list[Tokens]]:
         """The tokens after each of these blocks, numbered from 0 and ascending: through the last norm, or as they are.
 
-        Blocks after the last of these do not run.
+        Blocks after the last of these do not run. Without `patches`, and without stochastic depth, that one computes no
+        more of them than others attend to.
         """
         if isinstance(groups, Tensor):
             raise UsageError("a ViT takes a list of tensors (B, C, H, W), one for each size: vit([images])")
@@ -261,7 +272,9 @@ class ViT(nn.Module):
         drop, branches, outputs = self.config.drop_path if self.training else 0.0, 2 * len(self.blocks), []
         kept = draw_kept(layout, drop, branches, x_TD.device, share) if drop else [None] * branches
         for number, block in zip(range(blocks[-1] + 1), self.blocks):
-            x_TD = block(x_TD, layout, kept[2 * number : 2 * number + 2])
+            first = 0 if patches or drop or number < blocks[-1] else 1 + self.config.registers
+            x_TD = block(x_TD, layout, kept[2 * number : 2 * number + 2], first)
+            layout = Layout(tuple((count, first) for count, _ in layout.groups)) if first else layout
             if number in blocks:
                 output_TD = self.norm(x_TD) if norm else x_TD
                 outputs.append([self.split(x_BLD) for x_BLD in unpack(output_TD, layout)])
