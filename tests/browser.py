@@ -28,7 +28,16 @@ OPTIONS = (
     "--disable-extensions", "--disable-background-networking", "--hide-scrollbars", "--mute-audio",
     "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--disable-features=Translate,MediaRouter",
 )  # fmt: skip
-KEYS = {"Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
+KEYS = {
+    "Enter": 13,
+    "Escape": 27,
+    "ArrowLeft": 37,
+    "ArrowUp": 38,
+    "ArrowRight": 39,
+    "ArrowDown": 40,
+    "End": 35,
+    "Home": 36,
+}
 MOVE_S = 0.016  # between two places of a finger
 SECONDS = 90  # for one answer, also on a loaded machine
 

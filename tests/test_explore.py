@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +26,7 @@ import troodon
 from tests.test_dedup import picture
 from troodon import UsageError, cli, dedup
 from troodon.explore import layout as layouts
+from troodon.explore.pictures import Pictures
 from troodon.explore.server import MAX_BODY
 from troodon.images.decisions import FILE, read_decisions
 from troodon.model.backbone import Backbone
@@ -135,6 +137,32 @@ def test_a_picture_from_elsewhere_finds_itself_also_from_a_form(client, selectio
     form = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n' + data + b"\r\n--x--\r\n"
     status, _, body = client.ask("/api/search", "POST", form, {"Content-Type": "multipart/form-data; boundary=x"}, k=3)
     assert json.loads(body)[0]["id"] == row
+
+
+def test_no_picture_is_made_for_whoever_has_hung_up(client, selection, monkeypatch):
+    """As a page does that was scrolled past: those in view need not wait for it."""
+    made, go, make = [], threading.Event(), Pictures._make
+
+    def slowly(self, row: int, side: int) -> bytes:
+        made.append(row)
+        assert go.wait(60)
+        return make(self, row, side)
+
+    monkeypatch.setattr(Pictures, "_make", slowly)
+    *working, passed, last = [row for name, row in sorted(rows(selection).items()) if re.match(r"\d\d\.png", name)][:6]
+    with ThreadPoolExecutor() as threads:
+        first = [threads.submit(client.ask, "/api/thumbnail", id=row) for row in working]
+        while len(made) < len(working):
+            time.sleep(0.01)
+        connection = http.client.HTTPConnection("127.0.0.1", client.port)
+        connection.request("GET", f"/api/thumbnail?id={passed}&token={client.token}")
+        time.sleep(0.1)
+        connection.close()
+        then = threads.submit(client.ask, "/api/thumbnail", id=last)
+        time.sleep(0.1)
+        go.set()
+        assert [answer.result()[0] for answer in (*first, then)] == [200] * 5
+    assert sorted(made) == sorted([*working, last])
 
 
 def test_thumbnails_of_every_size(client, selection):

@@ -146,7 +146,9 @@ class Api:
         if size not in SIDES:
             raise Refused(400, f"size: one of {', '.join(SIDES)}")
         try:
-            data = self.pictures.get(row, size)
+            data = self.pictures.get(row, size, request.is_gone)
+        except ConnectionError:
+            raise
         except (BadImage, OSError) as error:
             if request.values.get("missing") == "drawn":
                 return Answer(MISSING, "image/svg+xml")

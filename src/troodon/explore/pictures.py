@@ -3,6 +3,7 @@
 import io
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 
 from PIL import Image
 
@@ -22,14 +23,18 @@ class Pictures:
         self.size, self.lock = 0, threading.Lock()
         self.decoding = threading.Semaphore(4)  # large images take memory while they are decoded
 
-    def get(self, row: int, size: str) -> bytes:
-        """The image with a longer side of SIDES[size] pixels at most. Raises BadImage or OSError."""
+    def get(self, row: int, size: str, is_gone: Callable[[], bool] = lambda: False) -> bytes:
+        """The image with a longer side of SIDES[size] pixels at most. Raises BadImage or OSError; ConnectionError where
+        nobody waits for it any more, as for one that was scrolled past.
+        """
         key = (row, size)
         with self.lock:
             if key in self.kept:
                 self.kept.move_to_end(key)
                 return self.kept[key]
         with self.decoding:
+            if is_gone():
+                raise ConnectionError("nobody waits for this picture")
             data = self._make(row, SIDES[size])
         with self.lock:
             if key not in self.kept:

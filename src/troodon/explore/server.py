@@ -8,6 +8,7 @@ must come from this page. Images are asked for by number, never by path. Bodies 
 import json
 import re
 import secrets
+import selectors
 import socket
 import sys
 import traceback
@@ -55,6 +56,7 @@ class Request:
     values: Mapping[str, str]
     body: bytes = b""
     content_type: str = ""
+    is_gone: Callable[[], bool] = lambda: False  # whether whoever asked has hung up, and waits for no answer
 
     def number(self, name: str, low: int, high: int, otherwise: int | None = None) -> int:
         """An integer from `low` to `high`. Refused with 400 for anything else."""
@@ -202,7 +204,12 @@ class Handler(BaseHTTPRequestHandler):
         route = self.server.routes.get((method, url.path))
         if route is None:
             raise Refused(404, "there is nothing here")
-        return route(Request(values, body, self.headers.get("Content-Type", "")))
+        return route(Request(values, body, self.headers.get("Content-Type", ""), self._is_gone))
+
+    def _is_gone(self) -> bool:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.connection, selectors.EVENT_READ)
+            return bool(selector.select(0)) and not self.connection.recv(1, socket.MSG_PEEK)
 
     def _check_token(self, in_address: str) -> None:
         given = [in_address, self.headers.get("X-Troodon-Token", "")]

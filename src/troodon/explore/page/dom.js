@@ -49,4 +49,10 @@ export const count = (number) => number.toLocaleString("en");
 export const plural = (number, one, many = `${one}s`) => `${count(number)} ${number === 1 ? one : many}`;
 export const fileName = (path) => path.slice(path.lastIndexOf("/") + 1);
 
+/** Take an element away. Its pictures that have not come are no longer asked for: those in view would wait for them. */
+export function remove(element) {
+  for (const image of [element, ...element.querySelectorAll("img")]) if (image.complete === false) image.removeAttribute("src");
+  element.remove();
+}
+
 export const picture = (id, size = "small", alt = "") => h("img", { src: thumbnail(id, size), alt, draggable: "false", decoding: "async" });

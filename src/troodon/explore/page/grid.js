@@ -1,9 +1,10 @@
 // A grid of thumbnails of which only those exist that can be seen, so that it may have any number.
 
-import { h, picture } from "./dom.js";
+import { h, picture, remove } from "./dom.js";
 import { decisions } from "./images.js";
 
 const WANTED = 104; // pixels of a cell
+const TALLEST = 8e6; // pixels of what scrolls: browsers have a limit, of which Firefox's is the lowest, 17.9 million
 const DELAY = 90; // milliseconds that a cell is there before its picture is asked for
 
 export function markDecision(element, id) {
@@ -27,7 +28,7 @@ export class Grid {
   /** Show these images, with a short text on each if there are badges. */
   show(ids, badges = []) {
     Object.assign(this, { ids, badges, active: 0 });
-    for (const cell of this.cells.values()) cell.remove();
+    for (const cell of this.cells.values()) remove(cell);
     this.cells.clear();
     this.element.scrollTop = 0;
     this.redraw();
@@ -42,14 +43,17 @@ export class Grid {
     if (width <= 0 || !height) return;
     this.columns = Math.max(2, Math.floor(width / WANTED));
     this.side = width / this.columns;
-    this.spacer.style.height = `${Math.ceil(this.ids.length / this.columns) * this.side + 12}px`;
-    const first = Math.max(0, Math.floor(this.element.scrollTop / this.side) - 1) * this.columns;
-    const last = Math.min(this.ids.length, Math.ceil((this.element.scrollTop + height) / this.side + 1) * this.columns);
-    for (const [index, cell] of this.cells) if (index < first || index >= last) { cell.remove(); this.cells.delete(index); }
+    const whole = Math.ceil(this.ids.length / this.columns) * this.side + 12, { scrollTop } = this.element;
+    this.spacer.style.height = `${Math.min(whole, TALLEST)}px`;
+    this.pace = whole > TALLEST ? (whole - height) / (TALLEST - height) : 1; // pixels of images for one of the scroll bar
+    const top = scrollTop * this.pace;
+    const first = Math.max(0, Math.floor(top / this.side) - 1) * this.columns;
+    const last = Math.min(this.ids.length, Math.ceil((top + height) / this.side + 1) * this.columns);
+    for (const [index, cell] of this.cells) if (index < first || index >= last) { remove(cell); this.cells.delete(index); }
     for (let index = first; index < last; index++) {
       let cell = this.cells.get(index);
       if (!cell) this.cells.set(index, cell = this.make(index));
-      cell.style.transform = `translate(${6 + (index % this.columns) * this.side}px, ${6 + Math.floor(index / this.columns) * this.side}px)`;
+      cell.style.transform = `translate(${6 + (index % this.columns) * this.side}px, ${6 + Math.floor(index / this.columns) * this.side - top + scrollTop}px)`;
       cell.style.width = cell.style.height = `${this.side}px`;
       cell.classList.toggle("active", index === this.active);
     }
@@ -76,9 +80,10 @@ export class Grid {
     if (step !== undefined && this.ids.length) {
       event.preventDefault();
       this.active = Math.max(0, Math.min(this.ids.length - 1, this.active + step));
-      const top = Math.floor(this.active / this.columns) * this.side, { scrollTop, clientHeight } = this.element;
-      if (top < scrollTop) this.element.scrollTop = top;
-      else if (top + this.side + 12 > scrollTop + clientHeight) this.element.scrollTop = top + this.side + 12 - clientHeight;
+      const top = Math.floor(this.active / this.columns) * this.side, { clientHeight } = this.element;
+      const from = this.element.scrollTop * this.pace, to = top + this.side + 12 - clientHeight;
+      if (top < from) this.element.scrollTop = Math.floor(top / this.pace);
+      else if (to > from) this.element.scrollTop = Math.ceil(to / this.pace);
       this.redraw();
     } else if (event.key === "Enter" && this.ids.length) this.tell.open(this.ids[this.active]);
     else if (this.ids.length) this.tell.key(event, this.ids[this.active]);

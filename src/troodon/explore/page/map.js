@@ -1,5 +1,7 @@
 // A map of points: drawn by WebGL, or without it into the pixels of a canvas. Pan, zoom, lasso, and what is under a place.
 
+import { remove } from "./dom.js";
+
 const VERTEX = `attribute vec2 place; attribute vec4 colour; uniform vec4 view; uniform mediump float size; varying vec4 shade;
 void main() { gl_Position = vec4((place - view.xy) * view.zw, 0.0, 1.0); gl_PointSize = size; shade = colour; }`;
 const FRAGMENT = `precision mediump float; varying vec4 shade; uniform mediump float size;
@@ -318,7 +320,7 @@ export class PointMap {
       image.style.transform = `translate(${x - 22}px, ${y - 22}px)`;
     }
     for (const [id, image] of this.shownThumbs) {
-      if (!keep.has(id)) { image.remove(); this.shownThumbs.delete(id); }
+      if (!keep.has(id)) { remove(image); this.shownThumbs.delete(id); }
     }
   }
 
