@@ -103,8 +103,8 @@ def test_lasso_tag_save_and_reload(opened, selection):  # noqa: F811
     opened.click("#undo")
     opened.wait("!document.querySelector('.cell.is-dropped')")
     assert [*decided(selection).values()] == [None] * inside
-    opened.run("location.reload()")
-    opened.wait(f"{READY} && document.querySelector('#decided')")
+    opened.run("window.isOld = true; location.reload()")
+    opened.wait(f"!window.isOld && {READY} && !document.querySelector('#decided').hidden")
     assert words(opened, "#decided") == f"Decided: {inside}"
     opened.type("#find-text", "<b>HALF")
     opened.press("Enter")
@@ -134,9 +134,11 @@ def test_the_slider_recounts_and_another_image_is_kept(opened, selection):  # no
     opened.wait("document.querySelector('#status').textContent.includes('kept: saved')")
     names = {number: name for name, number in row.items()}
     assert decided(selection) == {names[first[1]]: True, names[first[0]]: False}
+    assert "You keep it" in words(opened, "#groups .group:first-child")
     opened.press("u")
     opened.wait("document.querySelector('#status').textContent.includes('undecided: saved')")
     assert {*decided(selection).values()} == {None}
+    assert "You keep it" not in words(opened, "#groups .group:first-child")
     opened.click("#tab-similar")
     opened.wait("document.querySelector('#threshold-says')?.textContent.includes('if one of each group stays')")
 
@@ -178,11 +180,47 @@ def test_all_of_it_by_keys(opened, selection):  # noqa: F811
     opened.press("x")
     opened.wait("document.querySelector('dialog .drop').getAttribute('aria-pressed') === 'true'")
     opened.press("Escape")
+    opened.wait("document.activeElement.id === 'grid'")
     opened.run("document.querySelector('#overlay').focus()")
     for key in ("+", "+", "+", "ArrowLeft", "v"):
         opened.press(key)
     opened.wait("document.querySelector('#shown').textContent.includes('visible on the map')")
     assert 0 <= int(words(opened, "#shown").split()[0]) < 24
+
+
+def test_keys_go_on_from_image_to_image_whatever_has_the_focus(opened, selection):  # noqa: F811
+    """Neither an image that comes nor a decision takes the focus away from a control that stays."""
+    title = "document.querySelector('dialog h2').textContent"
+    opened.click("#cell-0")
+    opened.wait(f"document.querySelector('dialog').open && {title}")
+    names = [opened.run(title)]
+    for way in ("ArrowRight", "dialog .drop", "ArrowRight", "ArrowRight", "dialog .strip button", "ArrowRight"):
+        if way == "ArrowRight":
+            opened.press(way)
+            opened.wait(f"{title} !== {json.dumps(names[-1])}")
+            names.append(opened.run(title))
+        elif way == "dialog .drop":
+            opened.click(way)
+            opened.wait("document.querySelector('dialog .drop').getAttribute('aria-pressed') === 'true'")
+            assert opened.run("document.activeElement === document.querySelector('dialog .drop')")
+        else:
+            opened.click(way)
+            opened.wait(f"{title} !== {json.dumps(names[-1])}")
+            names.append(opened.run(title))
+    opened.press("k")
+    opened.wait("document.querySelector('dialog .keep').getAttribute('aria-pressed') === 'true'")
+    assert decided(selection) == {names[1]: False, names[-1]: True}
+    opened.press("Escape")
+    opened.type("#find-text", "cats")
+    opened.press("Enter")
+    opened.wait("document.querySelector('#shown').textContent.includes('with “cats”')")
+    opened.run("document.querySelector('#keep').focus()")
+    opened.press("Enter")
+    opened.wait("document.querySelector('#status').textContent.includes('kept: saved')")
+    assert opened.run("document.activeElement.id") == "keep"
+    opened.run("document.querySelector('#show-all').focus()")
+    opened.press("Enter")
+    opened.wait("document.activeElement.id === 'grid'")  # the button has gone
 
 
 @pytest.mark.parametrize("dark", [False, True])

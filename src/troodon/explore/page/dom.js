@@ -55,4 +55,12 @@ export function remove(element) {
   element.remove();
 }
 
+/** Put other children into an element. Pictures of the earlier ones are given up; `next` has the focus if one had it. */
+export function fill(element, children, next = element) {
+  const had = element.contains(document.activeElement);
+  for (const child of [...element.children]) remove(child);
+  element.replaceChildren(...children);
+  if (had && !element.contains(document.activeElement)) next.focus();
+}
+
 export const picture = (id, size = "small", alt = "") => h("img", { src: thumbnail(id, size), alt, draggable: "false", decoding: "async" });

@@ -1,7 +1,7 @@
 // The page: what is shown in the grid, what the map is coloured by, and what keys do.
 
 import { decisionColour, legend, loadColour, paint } from "./colours.js";
-import { $, count, fileName, get, getBytes, h, picture, plural, say, send } from "./dom.js";
+import { $, count, fileName, fill, get, getBytes, h, picture, plural, say, send } from "./dom.js";
 import { Grid } from "./grid.js";
 import { decide, decisions, describe, loadDecisions, onDecision, takeBack, undo } from "./images.js";
 import { PointMap } from "./map.js";
@@ -73,23 +73,34 @@ async function find(text) {
   } catch (error) { say(error.message); }
 }
 
-function drawActions() {
+// The buttons stay while their words and number change: one under a finger, or with the focus, is not replaced.
+function makeActions() {
   const button = (id, words, kind, work, title = "") => h("button", { id, type: "button", class: kind, title, onclick: work }, words);
-  const some = shown.length && shown !== all, ids = () => [...shown];
-  const tag = h("input", { id: "tag", type: "text", maxlength: 100, placeholder: "Tag", "aria-label": "A tag for these images" });
-  $("actions").replaceChildren(...[
-    some && button("keep", "Keep", "keep", () => decide(ids(), { keep: true })),
-    some && button("leave-out", "Leave out", "drop", () => decide(ids(), { keep: false })),
-    some && button("undecide", "Undecided", "", () => decide(ids(), { keep: null })),
-    some && h("form", { id: "tag-form", onsubmit: (event) => {
-      event.preventDefault();
-      if (tag.value.trim()) decide(ids(), { add_tag: tag.value });
-      tag.value = "";
-    } }, tag, h("button", {}, "Tag")),
-    some && button("show-all", "Show all", "", showAll),
-    undo.length > 0 && button("undo", "Undo", "", takeBack, "Take the last decision back (U)"),
-    decisions.size > 0 && button("decided", `Decided: ${count(decisions.size)}`, "", () => select([...decisions.keys()].sort((a, b) => a - b), "Images with a decision or a tag")),
-  ].filter(Boolean));
+  const ids = () => [...shown], tag = h("input", { id: "tag", type: "text", maxlength: 100, placeholder: "Tag", "aria-label": "A tag for these images" });
+  const add = (event) => {
+    event.preventDefault();
+    if (tag.value.trim()) decide(ids(), { add_tag: tag.value });
+    tag.value = "";
+  };
+  $("actions").append(
+    button("keep", "Keep", "keep", () => decide(ids(), { keep: true })),
+    button("leave-out", "Leave out", "drop", () => decide(ids(), { keep: false })),
+    button("undecide", "Undecided", "", () => decide(ids(), { keep: null })),
+    h("form", { id: "tag-form", onsubmit: add }, tag, h("button", {}, "Tag")),
+    button("show-all", "Show all", "", showAll),
+    button("undo", "Undo", "", takeBack, "Take the last decision back (U)"),
+    button("decided", "", "", () => select([...decisions.keys()].sort((a, b) => a - b), "Images with a decision or a tag")),
+  );
+}
+
+function drawActions() {
+  const some = shown.length > 0 && shown !== all, active = document.activeElement;
+  for (const id of ["keep", "leave-out", "undecide", "tag-form"]) $(id).hidden = !some;
+  $("show-all").hidden = shown === all;
+  $("undo").hidden = !undo.length;
+  $("decided").hidden = !decisions.size;
+  $("decided").textContent = `Decided: ${count(decisions.size)}`;
+  if ($("actions").contains(active) && active.closest("[hidden]")) $("grid").focus();
 }
 
 // Tabs
@@ -132,12 +143,12 @@ async function recolour() {
   } catch (error) { return say(error.message); }
   map.setColours(paint(collection.images, colour));
   $("legend").hidden = colour.kind === "none";
-  $("legend").querySelector("ul").replaceChildren(...legend(colour, (number, words) => {
+  fill($("legend").querySelector("ul"), legend(colour, (number, words) => {
     const ids = [];
     for (let i = 0; i < collection.images; i++) if (colour.values[i] === number) ids.push(i);
     chosen(ids, `of ${words}`);
     map.setColours(paint(collection.images, colour, new Set(ids)));
-  }));
+  }), $("legend").querySelector("summary"));
 }
 
 const choices = [...collection.colours, "decision"];
@@ -174,6 +185,7 @@ addEventListener("keydown", (event) => {
   if (act) { event.preventDefault(); act(); }
 });
 
+makeActions();
 showAll();
 tab("images");
 try {

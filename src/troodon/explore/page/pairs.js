@@ -1,7 +1,7 @@
 // Pairs of images that resemble one another: how many there are above a threshold, those next to it, and their groups.
 
-import { count, fileName, getBytes, h, picture, plural } from "./dom.js";
-import { decide, decisions, describe } from "./images.js";
+import { count, fileName, fill, getBytes, h, picture, plural } from "./dom.js";
+import { decide, decisions, describe, onDecision } from "./images.js";
 
 const NEXT_TO = 6; // pairs shown on each side of the threshold
 const GROUPS = 20; // groups that are shown at once
@@ -15,7 +15,13 @@ const WHY = "; of that one, ";
 
 export class PairsPanel {
   /** `tell` has open(id, ids) and select(ids, words). */
-  constructor(element, tell) { Object.assign(this, { element, tell, loaded: new Map() }); }
+  constructor(element, tell) {
+    Object.assign(this, { element, tell, loaded: new Map(), drawn: [] }); // `drawn`: groups that are shown, to be drawn again
+    onDecision((ids) => {
+      const decided = new Set(ids);
+      for (const { order, draw } of this.drawn) if (order.some((image) => decided.has(image.id))) draw();
+    });
+  }
 
   async show(kind) {
     this.kind = kind;
@@ -44,7 +50,12 @@ export class PairsPanel {
     this.above = h("div", { class: "pairs", id: "above" });
     this.below = h("div", { class: "pairs", id: "below" });
     this.groups = h("div", { id: "groups" });
-    this.actions = h("div", { class: "actions" });
+    const button = (words, kind, id, work) => h("button", { type: "button", class: kind, id, onclick: work }, words);
+    this.keepBelow = button("", "keep", "keep-below", () => decide(pairs.rowsFrom(this.first), { keep: true }));
+    const members = () => this.found.flat(), inGroups = () => `${plural(members().length, "image")} in ${plural(this.found.length, "group")}`;
+    this.selectThem = button("Select them", "", "select-groups", () => this.tell.select(members(), inGroups()));
+    this.oneOfEach = button("Keep one of each group", "drop", "one-of-each", () => this.leaveOne(this.found));
+    this.actions = h("div", { class: "actions" }, this.keepBelow, this.selectThem, this.oneOfEach);
     this.element.replaceChildren(
       h("div", { class: "threshold" }, h("label", { for: "threshold", class: "quiet" }, "Similarity of a pair"), this.slider, this.says, this.actions),
       h("h3", {}, "Just above the threshold"), this.above, h("h3", {}, WORDS[this.kind].below), this.below, h("h3", {}, "Groups"), this.groups,
@@ -65,23 +76,17 @@ export class PairsPanel {
 
   details(first) {
     const { pairs } = this, side = (from, to) => Array.from({ length: Math.max(0, to - from) }, (_, i) => this.pair(from + i));
-    this.above.replaceChildren(...side(Math.max(0, first - NEXT_TO), first).reverse());
-    this.below.replaceChildren(...side(first, Math.min(pairs.length, first + NEXT_TO)));
+    fill(this.above, side(Math.max(0, first - NEXT_TO), first).reverse(), this.slider);
+    fill(this.below, side(first, Math.min(pairs.length, first + NEXT_TO)), this.slider);
     if (!this.below.childElementCount) this.below.append(h("p", { class: "quiet" }, "There is none below."));
     if (!this.above.childElementCount) this.above.append(h("p", { class: "quiet" }, "There is none above."));
-    const below = pairs.rowsFrom(first), actions = [];
-    if (this.kind !== "similar" && below.length) {
-      actions.push(h("button", { type: "button", class: "keep", onclick: () => decide(below, { keep: true }) }, `Keep the ${count(below.length)} below`));
-    }
-    const found = pairs.groups(first, this.kind !== "similar");
-    const members = found.flat();
-    actions.push(h("button", { type: "button", onclick: () => this.tell.select(members, `${plural(members.length, "image")} in ${plural(found.length, "group")}`) }, "Select them"));
-    if (this.kind === "similar" && found.length) {
-      const whole = () => this.leaveOne(found);
-      actions.push(h("button", { type: "button", class: "drop", id: "one-of-each", onclick: whole }, "Keep one of each group"));
-    }
-    this.actions.replaceChildren(...actions);
-    this.groups.replaceChildren();
+    const below = pairs.rowsFrom(first).length, found = pairs.groups(first, this.kind !== "similar");
+    Object.assign(this, { first, found, drawn: [] });
+    this.keepBelow.textContent = `Keep the ${count(below)} below`;
+    this.keepBelow.hidden = this.kind === "similar" || !below;
+    this.selectThem.hidden = !found.length;
+    this.oneOfEach.hidden = this.kind !== "similar" || !found.length;
+    fill(this.groups, [], this.slider);
     this.more(found, 0);
   }
 
@@ -109,18 +114,22 @@ export class PairsPanel {
     const images = await describe(ids.slice(0, MEMBERS + 1));
     const { stays, why } = representative(images, this.kind);
     const order = [stays, ...images.filter((image) => image !== stays)];
+    const members = h("div", { class: "members" });
     const draw = () => {
-      const members = h("div", { class: "members" }, order.map((image) => this.member(image, stays, why, order, draw)));
-      element.replaceChildren(members);
-      if (ids.length > MEMBERS + 1) element.append(h("p", { class: "quiet" }, `and ${count(ids.length - MEMBERS - 1)} more`));
+      const at = [...members.children].findIndex((member) => member.contains(document.activeElement));
+      fill(members, order.map((image) => this.member(image, stays, why, order)));
+      members.children[at]?.querySelector("button").focus();
     };
     draw();
+    fill(element, [members]);
+    if (ids.length > MEMBERS + 1) element.append(h("p", { class: "quiet" }, `and ${count(ids.length - MEMBERS - 1)} more`));
+    this.drawn.push({ order, draw });
   }
 
-  member(image, stays, why, order, draw) {
+  member(image, stays, why, order) {
     const decided = decisions.get(image.id)?.keep, first = image === stays;
     const stands = decided ?? (first ? image.kept ?? true : image.kept ?? (this.kind === "similar" ? null : false));
-    const act = (words, kind, work) => h("button", { type: "button", class: `do ${kind}`, onclick: async () => { await work(); draw(); } }, words);
+    const act = (words, kind, work) => h("button", { type: "button", class: `do ${kind}`, onclick: work }, words);
     const buttons = [];
     if (first && stands && this.kind === "similar" && order.length > 1) {
       buttons.push(act("Leave out the others", "drop", () => decide(order.filter((one) => one !== image).map((one) => one.id), { keep: false })));
@@ -146,7 +155,6 @@ export class PairsPanel {
       out.push(...others.filter((id) => images.get(id).kept !== false)); // those that the ledger leaves out are out
     }
     await decide(out, { keep: false });
-    this.recount();
   }
 }
 
