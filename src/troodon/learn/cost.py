@@ -124,6 +124,13 @@ class Cost:
         return sum(self.kept(crops) * self.length(grid) for crops, grid in self.groups)
 
     @cached_property
+    def spared(self) -> int:
+        """Tokens of one part that the last block of the student keeps from its MLP, as no term compares patches."""
+        if self.config.objective.patches or self.config.vit.drop_path:
+            return 0
+        return sum(crops * grid[0] * grid[1] for crops, grid in self.groups)
+
+    @cached_property
     def compared_patches(self) -> float:
         """Patches of one part that are compared by prototypes: the masked ones, on average; or all of them."""
         masks, needs = self.config.masks, self.config.objective.needs
@@ -175,6 +182,7 @@ class Cost:
         for crops, grid in self.groups:
             student += crops * flops(vit, grid, self.kept(crops) / max(crops, 1))
             embedding += crops * flops(vit, grid, 0.0)
+        student -= 2 * self.spared * vit.dim * (inner(vit) + vit.mlp_hidden)
         heads, again = 0.0, {"full": student - embedding}.get(self.config.parallel.recompute, 0.0)
         repeated = 4 if self.config.objective.targets == "sinkhorn" else 1  # products of the teacher, after the first
         for use in self.uses.values():
@@ -253,10 +261,12 @@ class Cost:
             "selective": (entering + products, rest),
             "full": (entering, products + rest),
         }[c.parallel.recompute]
+        of_mlp = w * inner(vit) + (w + FP32) * vit.dim + 8  # with its norm
+        spared = 0 if c.parallel.recompute == "full" else self.spared * of_mlp
         patches = sum(crops * grid[0] * grid[1] for crops, grid in self.groups)
         pixels = vit.channels * vit.patch**2 * patches
         lasting = {
-            "blocks": vit.depth * kept,
+            "blocks": vit.depth * kept - spared,
             "images": pixels * (FP32 * self.parts + w) + patches * w * stem_activations(vit),
             "targets": self.targets(),
             **self.gathered(),
@@ -277,9 +287,12 @@ class Cost:
                 chunks, 3 * self.chunk(use.student_rows, use.head) + k * b * w
             )  # with the gradient of prototypes
             normalising = max(normalising, 2 * k * b * FP32)  # the gradient in weight normalisation
-        last = self.tokens * 2 * FP32 * vit.dim
+        last = (self.tokens - self.spared) * 2 * FP32 * vit.dim
         pairs = (self.views * c.batch) ** 2 if c.objective.weight("contrast") else 0  # of views
         cosines = 3 * FP32 * pairs  # these, their softmax, and its gradient
+        # The last block goes backward first. If it was spared, the one before it may need more, when this one is gone.
+        backward = (self.kept_tokens - self.spared) * self.block_backward()
+        backward = max(backward, self.kept_tokens * self.block_backward() - (kept - spared) * (vit.depth > 1))
         in_losses = {
             "last norm": last,
             "heads": heads,
@@ -290,7 +303,7 @@ class Cost:
             "gradients of heads": FP32 * self.head_parameters() / self.ranks
             if self.parts == 1
             else 0.0,  # else they exist already
-            "one block": again + self.tokens * FP32 * vit.dim + self.kept_tokens * self.block_backward(),
+            "one block": again + self.tokens * FP32 * vit.dim + backward,
         }
         return lasting | max(in_losses, in_blocks, key=total)
 

@@ -52,7 +52,7 @@ def distill_features(steps: int = 100_000) -> PretrainConfig:
 
 
 def distill_small(steps: int = 2000) -> PretrainConfig:
-    """A student of 0.2 M parameters, by the features of a teacher that `small` or `auto` has trained."""
+    """A student of 0.5 M parameters, by the features of a teacher that `small` or `auto` has trained."""
     return for_steps(_by_features(own.small()), steps)
 
 
