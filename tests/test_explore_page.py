@@ -135,6 +135,7 @@ def test_the_slider_recounts_and_another_image_is_kept(opened, selection):  # no
     names = {number: name for name, number in row.items()}
     assert decided(selection) == {names[first[1]]: True, names[first[0]]: False}
     assert "You keep it" in words(opened, "#groups .group:first-child")
+    assert "Keep it" in words(opened, "#groups .group:first-child .member:first-child")  # the one that was left out
     opened.press("u")
     opened.wait("document.querySelector('#status').textContent.includes('undecided: saved')")
     assert {*decided(selection).values()} == {None}
@@ -166,7 +167,7 @@ def test_hostile_names_are_text(opened, selection):  # noqa: F811
 
 
 def test_all_of_it_by_keys(opened, selection):  # noqa: F811
-    opened.run("document.querySelector('#grid').focus()")
+    opened.press("g")
     for key in ("ArrowRight", "ArrowRight", "x", "ArrowDown", "k"):
         opened.press(key)
     opened.wait(

@@ -86,9 +86,9 @@ function makeActions() {
     button("keep", "Keep", "keep", () => decide(ids(), { keep: true })),
     button("leave-out", "Leave out", "drop", () => decide(ids(), { keep: false })),
     button("undecide", "Undecided", "", () => decide(ids(), { keep: null })),
+    button("undo", "Undo", "", takeBack, "Take the last decision back (U)"),
     h("form", { id: "tag-form", onsubmit: add }, tag, h("button", {}, "Tag")),
     button("show-all", "Show all", "", showAll),
-    button("undo", "Undo", "", takeBack, "Take the last decision back (U)"),
     button("decided", "", "", () => select([...decisions.keys()].sort((a, b) => a - b), "Images with a decision or a tag")),
   );
 }
@@ -181,7 +181,7 @@ function gridKey(event, id) {
 }
 addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || $("one").open || /INPUT|SELECT/.test(event.target.tagName)) return;
-  const act = { l: () => toggleLasso(), v: selectVisible, 0: () => map.fit(), u: takeBack, "/": () => $("find-text").focus(), Escape: () => { toggleLasso(false); showAll(); } }[event.key];
+  const act = { l: () => toggleLasso(), v: selectVisible, 0: () => map.fit(), u: takeBack, "/": () => $("find-text").focus(), g: () => { tab("images"); $("grid").focus(); }, Escape: () => { toggleLasso(false); showAll(); } }[event.key];
   if (act) { event.preventDefault(); act(); }
 });
 

@@ -278,14 +278,17 @@ export class PointMap {
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
     context.clearRect(0, 0, this.width, this.height);
     const accent = style.getPropertyValue("--accent"), ink = style.getPropertyValue("--ink");
+    const faint = Math.max(0.25, Math.min(1, Math.sqrt(150 / this.marked.length))); // many rings would hide what they mark
     this.marked.forEach((id, i) => {
       const [x, y] = this.toScreen(id);
       if (!(x > -9 && y > -9 && x < this.width + 9 && y < this.height + 9)) return;
       context.beginPath();
       context.arc(x, y, i ? 5 : 9, 0, 7);
+      context.globalAlpha = i ? faint : 1;
       [context.strokeStyle, context.lineWidth] = i ? [accent, 1.5] : [ink, 2.5];
       context.stroke();
     });
+    context.globalAlpha = 1;
     if (this.path?.length > 1) {
       context.beginPath();
       this.path.forEach(([x, y], i) => (i ? context.lineTo(x, y) : context.moveTo(x, y)));

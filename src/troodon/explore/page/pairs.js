@@ -130,16 +130,16 @@ export class PairsPanel {
     const decided = decisions.get(image.id)?.keep, first = image === stays;
     const stands = decided ?? (first ? image.kept ?? true : image.kept ?? (this.kind === "similar" ? null : false));
     const act = (words, kind, work) => h("button", { type: "button", class: `do ${kind}`, onclick: work }, words);
-    const buttons = [];
+    const buttons = [], leak = this.kind === "leaks";
     if (first && stands && this.kind === "similar" && order.length > 1) {
       buttons.push(act("Leave out the others", "drop", () => decide(order.filter((one) => one !== image).map((one) => one.id), { keep: false })));
     }
-    const leak = this.kind === "leaks";
+    if (first && stands === false && !leak) buttons.push(act("Keep it", "keep", () => decide([image.id], { keep: true })));
     if (!first && stands !== true && !leak) buttons.push(act("This one instead", "keep", () => decide([image.id], { keep: true, instead_of: stays.id })));
     if (!first && stands !== true) buttons.push(act(leak ? "Keep it all the same" : "Keep both", "keep", () => decide([image.id], { keep: true })));
     if (stands === true && !first) buttons.push(act("Leave out", "drop", () => decide([image.id], { keep: false })));
     if (decided !== undefined && decided !== null) buttons.push(act("Undecided", "", () => decide([image.id], { keep: null })));
-    const reason = decided === true ? "You keep it" : decided === false ? "You leave it out" : first ? why : (image.reason ?? "").split(WHY)[0];
+    const reason = decided === true ? "You keep it" : decided === false ? "You leave it out" : first && (stands || leak) ? why : (image.reason ?? "").split(WHY)[0];
     const size = image.width ? `${image.width} × ${image.height}` : "";
     return h("div", { class: stands === true ? "member stays" : "member" },
       h("button", { type: "button", "aria-label": `Open ${fileName(image.path)}`, onclick: () => this.tell.open(image.id, order.map((one) => one.id)) }, picture(image.id, "medium", "")),
