@@ -152,7 +152,8 @@ def test_no_picture_is_made_for_whoever_has_hung_up(client, selection, monkeypat
     *working, passed, last = [row for name, row in sorted(rows(selection).items()) if re.match(r"\d\d\.png", name)][:6]
     with ThreadPoolExecutor() as threads:
         first = [threads.submit(client.ask, "/api/thumbnail", id=row) for row in working]
-        while len(made) < len(working):
+        deadline = time.monotonic() + 60
+        while len(made) < len(working) and time.monotonic() < deadline:
             time.sleep(0.01)
         connection = http.client.HTTPConnection("127.0.0.1", client.port)
         connection.request("GET", f"/api/thumbnail?id={passed}&token={client.token}")
