@@ -13,14 +13,16 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 from troodon import run
 from troodon.config import UsageError
-from troodon.copies import keeper, local_features, verify, votes
+from troodon.copies import compare, keeper, local_features, verify, votes
 from troodon.copies.local_features import SavedFeatures, save_features
 from troodon.curate import closer_look, copies, pipeline
 from troodon.curate.backends import ProcessPool
 from troodon.curate.config import CurateConfig
 from troodon.curate.encoder import PixelBackbone
 from troodon.curate.groups import Matches, resolve
+from troodon.images.index import Index
 from troodon.images.sources import open_source
+from troodon.report.copies import doubtful_figure
 from troodon.world.offtopic import render_offtopic
 
 CONFIG = CurateConfig(gather="all", steps=("exact", "duplicate"), threads=2, batch=16)
@@ -167,6 +169,22 @@ def test_a_covered_copy_of_a_small_picture_on_white_is_a_copy():
     assert pairs == np.eye(5, dtype=bool).tolist()
 
 
+def covered_mostly(image: Image.Image, seed: int = 77) -> Image.Image:
+    """Another picture lies over five eighths of it."""
+    image, top = image.copy(), image.height * 3 // 8
+    image.paste(scene(seed, image.width, image.height - top), (0, top))
+    return image
+
+
+def test_a_pair_that_agrees_in_part_is_doubtful():
+    pictures = [scene(seed, 64, 64) for seed in range(4)]
+    lower = [features(covered_mostly(picture)) for picture in pictures]
+    looks = [[verify.look(features(a), b) for b in lower] for a in pictures]
+    assert [[found is not None for found in row] for row in looks] == np.eye(4, dtype=bool).tolist()
+    assert {looks[k][k].doubt for k in range(4)} == {verify.IN_PART}
+    assert not [k for k in range(4) if verify.verify(features(pictures[k]), lower[k]) is not None]
+
+
 def test_tables_of_one_layout_are_no_copies():
     """They share lines and most of the ground; their words match one another, but in other places."""
     tables = [
@@ -189,8 +207,8 @@ def test_frames_alike_make_no_copies():
 def test_a_frame_is_a_frame_only_if_the_picture_begins_at_it():
     white = Image.new("RGB", (300, 220), "white")
     ImageDraw.Draw(white).ellipse((80, 60, 220, 160), "red")
-    assert max(verify.frame(features(white).thumbnail_GG)) == 0
-    assert verify.frame(features(EDITS["pad"](scene(1))).thumbnail_GG) == pytest.approx(
+    assert max(compare.frame(features(white).thumbnail_GG)) == 0
+    assert compare.frame(features(EDITS["pad"](scene(1))).thumbnail_GG) == pytest.approx(
         (40 / 380, 40 / 380, 40 / 300, 40 / 300), abs=0.02
     )
 
@@ -373,7 +391,7 @@ def test_a_killed_run_continues_to_the_same_bytes(at, pool, selection, tmp_path,
 
     with monkeypatch.context() as patch:
         where, name = {
-            "look": (closer_look, "verify"), "decide": (closer_look, "resolve"),
+            "look": (closer_look, "look"), "decide": (closer_look, "resolve"),
             "duplicates": (pipeline, "remove_leaks"),
         }[at]  # fmt: skip
         patch.setattr(where, name, kill)
@@ -436,6 +454,32 @@ def test_edited_images_of_a_benchmark_leak_and_look_alikes_stay(tmp_path):
     assert flip["reason"].startswith("copy of a benchmark image, pixels agree ")
 
 
+def test_what_is_perhaps_a_copy_stays_and_is_listed_and_is_a_leak(tmp_path):
+    (tmp_path / "pool").mkdir()
+    (tmp_path / "benchmark").mkdir()
+    for seed in range(4):
+        scene(seed, 64, 64).save(tmp_path / "benchmark" / f"{seed}.png")
+        scene(100 + seed, 64, 64).save(tmp_path / "pool" / f"other-{seed}.png")
+    scene(3, 64, 64).resize((80, 80)).save(tmp_path / "pool" / "sure.png")
+    covered_mostly(scene(0, 64, 64), 78).save(tmp_path / "pool" / "covered.png")
+    covered_mostly(scene(100, 64, 64)).save(tmp_path / "pool" / "of-other-0.png")
+    out = select(tmp_path / "pool", tmp_path / "out", replace(CONFIG, steps=("exact", "duplicate", "benchmark")),
+                 benchmark=open_source(tmp_path / "benchmark"))  # fmt: skip
+    assert names(out) == {"of-other-0.png", *(f"other-{seed}.png" for seed in range(4))}
+    ledger = {Path(row["path"]).name: row for row in pq.read_table(out / "images.parquet").to_pylist()}
+    doubt = f"perhaps a copy of a benchmark image: {verify.IN_PART}, by "
+    assert ledger["covered.png"]["reason"].startswith(doubt)
+    assert ledger["sure.png"]["reason"].startswith("copy of a benchmark image, pixels agree ")
+    assert run.read_json(out / "summary.json")["perhaps_leaks"] == 1
+    paths, pairs = list(ledger), pq.read_table(out / "doubtful.parquet").to_pylist()
+    assert [({paths[p["row"]], paths[p["other"]]}, p["why"]) for p in pairs] == [
+        ({"other-0.png", "of-other-0.png"}, verify.IN_PART)
+    ]
+    page = str(doubtful_figure(Index.load(out / "images.parquet"), out))
+    assert "1 pair of kept images nearly passed for copies: all are here" in page
+    assert verify.IN_PART in page
+
+
 def test_real_copies_are_found_and_originals_kept(shared, tmp_path):
     """Eight photographs with nine edited copies each, among forty others."""
     tar = shared("neardup_cc0_dev.tar")
@@ -496,5 +540,10 @@ def test_settings_of_the_other_way_to_decide_are_named(tmp_path, capsys):
     warnings = capsys.readouterr().err
     assert "warning: benchmark_attacks 3: read with --verify none only" in warnings
     assert "warning: benchmark_false_merges 0.1: read with --verify none only" in warnings
+    changed = replace(CONFIG, k=7, hash_radius=5, levels=(9,), clusters=3, large=2, retrieve_space="plain")
+    assert [warning.partition(" ")[0] for warning in changed.unread()] == [
+        "hash_radius", "k", "clusters", "large", "levels", "retrieve_space"
+    ]  # fmt: skip
+    assert replace(changed, steps=("hash",), gather="auto").unread() == ["levels (9,): read with --gather balance only"]
     with pytest.raises(UsageError, match="prefer, keep_by: a closer look chooses by them"):
         select(small, tmp_path / "other", replace(CONFIG, verify="none", keep_by="side"))

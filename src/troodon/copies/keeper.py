@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from numpy import ndarray
 
-from troodon.copies.verify import frame
+from troodon.copies.compare import frame
 
 # Shape suffixes: M members of a group; 33: a map of homogeneous coordinates; 42: x and y of four corners.
 

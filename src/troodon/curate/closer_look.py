@@ -2,12 +2,13 @@
 
 local     local features of images
 votes     images that share some, by hash table
-looks     the pairs that are copies, and how one lies in the other
+looks     the pairs that are copies, or perhaps, and how one lies in the other
 traits    what tells which of some copies is kept (copies/keeper.py)
 """
 
 import functools
 import hashlib
+import heapq
 import io
 import os
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from PIL import Image
 from troodon import run
 from troodon.copies import keeper
 from troodon.copies.local_features import FeatureReader, SavedFeatures, grey, local_features, save_features, thumbnail
-from troodon.copies.verify import Match, verify
+from troodon.copies.verify import Match, look, verify
 from troodon.copies.votes import (
     IMAGES_PER_BLOCK,
     IMAGES_PER_PART,
@@ -56,11 +57,13 @@ MIN_VOTES = 3  # fewer are accidents: three of four such pairs are of other pict
 PAIRS_PER_UNIT, PAIRS_PER_TASK = 20_000, 100
 PICTURES_PER_UNIT = 2_000  # 100 MB
 DETAIL_SHARES = (0.71, 0.6, 0.5, 0.42, 0.34, 0.25)  # of width and height, at which loss is measured
+MAX_DOUBTFUL = 1_000  # pairs that are remembered
 MAX_LOSS = 1.0  # root mean square, in levels of 255
 EXIF, CAPTURE_DATE = 0x8769, 0x9003  # tags
 LOOK_SCHEMA = pa.schema(
     [("i", pa.int64()), ("j", pa.int64()), ("points", pa.int32()), ("agreement", pa.float32())]
     + [(name, pa.float64()) for name in ("overlap_i", "overlap_j", *(f"m{k}" for k in range(6)))]
+    + [("doubt", pa.string())]
 )
 
 
@@ -74,8 +77,9 @@ class CloserLook:
     features: SavedFeatures
     name: str  # fingerprint of the features
     copies: Matches  # among the rows
-    leaks: Matches  # between rows and benchmark rows
+    leaks: Matches  # between rows and benchmark rows, doubtful ones too
     checked: set[tuple[int, int]]  # pairs that were looked at
+    doubtful: list[tuple[float, int, int, str]]  # pairs of rows that are perhaps copies: agreement, i, j, doubt
 
     @staticmethod
     def extract(context: CurationContext, rows: ndarray, benchmark_rows: ndarray) -> "CloserLook":
@@ -87,7 +91,7 @@ class CloserLook:
         folders = context.run_units("local", work, row_ranges(len(both), size), digest, size)
         name = folders[0].parent.name if folders else "none"
         features, count = SavedFeatures(tuple(folders), size), len(both)
-        return CloserLook(context, rows, benchmark_rows, features, name, Matches(count), Matches(count), set())
+        return CloserLook(context, rows, benchmark_rows, features, name, Matches(count), Matches(count), set(), [])
 
     def candidates(self, active_N: ndarray) -> Pairs:
         """Pairs of active images that share local features or have nearly the same perceptual hash, at most
@@ -131,9 +135,15 @@ class CloserLook:
         found = [row for part in parts for row in pq.read_table(part / "looks.parquet").to_pylist()]
         for row in found:
             map_33 = np.array([*(row[f"m{k}"] for k in range(6)), 0, 0, 1.0]).reshape(3, 3)
-            match = Match(map_33, row["points"], row["agreement"], (row["overlap_i"], row["overlap_j"]))
-            (self.copies if row["j"] < len(self.rows) else self.leaks).add(row["i"], row["j"], match)
-        return len(found)
+            match = Match(map_33, row["points"], row["agreement"], (row["overlap_i"], row["overlap_j"]), row["doubt"])
+            if row["j"] >= len(self.rows):
+                self.leaks.add(row["i"], row["j"], match)
+            elif not match.doubt:
+                self.copies.add(row["i"], row["j"], match)
+        doubtful = ((row["agreement"], row["i"], row["j"], row["doubt"]) for row in found
+                    if row["doubt"] and row["j"] < len(self.rows))  # fmt: skip
+        self.doubtful[:] = heapq.nlargest(MAX_DOUBTFUL, [*self.doubtful, *doubtful])
+        return sum(not row["doubt"] for row in found)
 
     def _verify(self, reader: FeatureReader, i: int, j: int, map_33: ndarray) -> Match | None:
         """Look at one pair, given where one lies in the other, from a chain of copies between them."""
@@ -318,6 +328,11 @@ def _without_splitting_pairs(table: ndarray, size: int) -> list[tuple[int, int]]
     return list(zip(starts, [*starts[1:], table.shape[1]]))
 
 
+def _look_row(i: int, j: int, match: Match) -> dict:
+    values = (match.points, match.agreement, *match.overlap, *match.map_33[:2].ravel().tolist(), match.doubt)
+    return dict(zip(LOOK_SCHEMA.names, (i, j, *values), strict=True))
+
+
 @dataclass(frozen=True)
 class _Look:
     """Looks at candidates (first, last) of a table (3, P) of i, j and orientation, in order of i and j."""
@@ -329,22 +344,21 @@ class _Look:
     def __call__(self, unit: tuple[int, int], folder: Path) -> Counts:
         reader, table, found = self.features.reader(), self.table[:, slice(*unit)], []
 
-        def look(some: tuple[int, int]) -> list[dict]:
-            last, verified = None, []
+        def look_at(some: tuple[int, int]) -> list[dict]:
+            matches: dict[tuple[int, int], Match] = {}
             for i, j, orientation in table[:, slice(*some)].T.tolist():
-                if (i, j) == last:  # is a copy in another orientation
+                known = matches.get((i, j))
+                if known is not None and not known.doubt:  # is a copy in another orientation
                     continue
-                match = verify(reader[i], reader[j], orientation)
-                if match is not None:
-                    last = i, j
-                    values = (i, j, match.points, match.agreement, *match.overlap, *match.map_33[:2].ravel().tolist())
-                    verified.append(dict(zip(LOOK_SCHEMA.names, values, strict=True)))
-            return verified
+                match = look(reader[i], reader[j], orientation)
+                if match is not None and (known is None or not match.doubt):
+                    matches[i, j] = match
+            return [_look_row(i, j, match) for (i, j), match in matches.items()]
 
         count = self.threads or min(16, os.cpu_count() or 1)
         with Progress("looks", "pairs", table.shape[1]) as progress, ThreadPoolExecutor(count, "look") as pool:
             chunks = _without_splitting_pairs(table, PAIRS_PER_TASK)
-            for chunk, verified in zip(chunks, map_ordered(pool, look, chunks, 2 * count)):
+            for chunk, verified in zip(chunks, map_ordered(pool, look_at, chunks, 2 * count)):
                 found += verified
                 progress.add(chunk[1] - chunk[0])
         pq.write_table(pa.Table.from_pylist(found, LOOK_SCHEMA), folder / "looks.parquet", compression="zstd")

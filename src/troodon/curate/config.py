@@ -1,6 +1,7 @@
 """Settings of curation. This module does not import torch."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -127,6 +128,12 @@ class CurateConfig:
             if not re.fullmatch(r"[^=]+=[1-9]\d*", setting):
                 raise UsageError(f"k_of {setting!r}: expected a curated set and its k, such as imagenet=32")
 
+    def unread(self) -> list[str]:
+        """The settings that were changed and are not read, because of others, with what reads them."""
+        default = CurateConfig()
+        return [f"{name} {getattr(self, name)}: read with {what} only" for names, what, is_read in READ_WITH
+                for name in names if getattr(self, name) != getattr(default, name) and not is_read(self)]  # fmt: skip
+
     def k_for(self, dataset: str) -> int:
         """Return the k of this curated set."""
         pairs = (setting.partition("=") for setting in self.k_of)
@@ -136,3 +143,28 @@ class CurateConfig:
         """Return these settings (all without names) as manifests and fingerprints record them: by their first names."""
         values, first_names = to_dict(self), {new: old for old, new in self.RENAMED.items()}
         return {first_names.get(name, name): values[name] for name in names or values}
+
+
+# Settings, what they are read with, and whether they are.
+READ_WITH: tuple[tuple[tuple[str, ...], str, Callable[[CurateConfig], bool]], ...] = (
+    (
+        ("false_merges", "benchmark_false_merges", "benchmark_attacks", "recheck_above"),
+        "--verify none",
+        lambda c: c.verify == "none",
+    ),
+    (("candidates",), "--verify geometric", lambda c: c.verify == "geometric"),
+    (("hash_radius",), "the step hash", lambda c: "hash" in c.steps),
+    (
+        ("k", "k_of", "min_similarity", "collisions"),
+        "--gather sample or auto",
+        lambda c: c.gather in ("sample", "auto"),
+    ),
+    (
+        ("clusters", "more_than", "per_cluster", "cap"),
+        "--gather cluster or auto",
+        lambda c: c.gather in ("cluster", "auto"),
+    ),
+    (("large",), "--gather auto", lambda c: c.gather == "auto"),
+    (("target", "levels"), "--gather balance", lambda c: c.gather == "balance"),
+    (("retrieve_space",), "--gather other than all", lambda c: c.gather != "all"),
+)

@@ -33,6 +33,8 @@ from troodon.search import join
 from troodon.search.inverted_lists import InvertedLists, kmeans, list_count
 
 PARTITIONS_PER_UNIT = 64  # of a search index, except for the exact search
+DOUBTFUL = "doubtful.parquet"
+DOUBTFUL_SCHEMA = pa.schema([("row", pa.int64()), ("other", pa.int64()), ("score", pa.float32()), ("why", pa.string())])
 EDGE_SCHEMA = pa.schema([("i", pa.int64()), ("j", pa.int64()), ("score", pa.float32())])
 
 
@@ -95,6 +97,7 @@ def remove_duplicates(context: CurationContext, comparison: Path, look: CloserLo
         pq.write_table(pa.table(columns), folder / "verdict.parquet")
         x_MD = np.load(comparison / "vectors.npy", mmap_mode="r")
         pq.write_table(ledger.duplicate_groups(x_MD, rows, verdict), folder / "groups.parquet", compression="zstd")
+        pq.write_table(_doubtful_pairs(look, rows, verdict), folder / DOUBTFUL, compression="zstd")
         run.write_json(folder / "threshold.json", run.read_json(comparison / "threshold.json") | {"search": search})
         return unit_counts(len(rows), int((verdict.cause_N < 0).sum()), near=int((verdict.cause_N >= 0).sum()))
 
@@ -131,6 +134,14 @@ def look_at_all(
     dropped, looked = int((verdict.cause_N >= 0).sum()), len(look.checked)
     run.say(f"duplicate: {dropped:,} of {len(rows):,} images are copies, by a closer look at {looked:,} pairs")
     return verdict, {"by": method, "pairs": looked, "verified": look.copies.count_pairs()}
+
+
+def _doubtful_pairs(look: CloserLook | None, rows: ndarray, verdict: dedup.Verdict) -> pa.Table:
+    """Pairs of kept images that are perhaps copies, those that agree most first; at most MAX_DOUBTFUL of all pairs."""
+    kept_M = verdict.cause_N < 0
+    pairs = [] if look is None else [pair for pair in look.doubtful if kept_M[pair[1]] and kept_M[pair[2]]]
+    values = [{"row": rows[i], "other": rows[j], "score": score, "why": why} for score, i, j, why in pairs]
+    return pa.Table.from_pylist(values, DOUBTFUL_SCHEMA)
 
 
 def nearest_pairs(edges: Iterator[dedup.Edges], limit: int, first_benchmark: int) -> Pairs:

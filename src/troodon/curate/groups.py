@@ -65,7 +65,7 @@ class Matches:
 
 def reversed_match(match: Match) -> Match:
     """The same match from the other image."""
-    return Match(np.linalg.inv(match.map_33), match.points, match.agreement, match.overlap[::-1])
+    return Match(np.linalg.inv(match.map_33), match.points, match.agreement, match.overlap[::-1], match.doubt)
 
 
 def resolve(

@@ -49,7 +49,8 @@ def remove_leaks(
 ) -> Path:
     """Run the step "benchmark": drop the remaining images that resemble a benchmark image, and write a new verdict.
 
-    With a closer look, it decides, and vectors only add candidates; else the cosine does.
+    With a closer look, it decides, and vectors only add candidates; else the cosine does. What is perhaps a copy goes
+    too: a few look-alikes lost do less harm than a leak.
     """
     config, benchmark_rows = context.config, np.load(comparison / "shown.npy")
     if "benchmark" not in config.steps or not (context.readable_N & context.benchmark_N).any():
@@ -82,16 +83,21 @@ def remove_leaks(
         leaked_M = (match_M >= 0) & survives_N[rows]
         dropped = rows[leaked_M]
         cause_N[dropped], score_N[dropped] = benchmark_rows[match_M[leaked_M]], score_M[leaked_M]
+        why_N = np.array(verdict["why"].to_pylist(), object)
+        if look is not None:
+            why_N[dropped] = [_doubt(look, at, int(match_M[at])) for at in np.flatnonzero(leaked_M).tolist()]
         equal_N = _equal_rows(context, comparison, np.setdiff1d(searched, dropped))
         dropped, equal_rows = np.union1d(dropped, np.flatnonzero(equal_N >= 0)), equal_N >= 0
         cause_N[equal_rows], score_N[equal_rows] = equal_N[equal_rows], 1.0
         leak_N[dropped], survives_N[dropped] = True, False
-        earlier = {name: verdict[name] for name in ("exact", "hash", "colour", "near", "why")}
-        columns = {"survives": survives_N, **earlier, "leak": leak_N, "cause": cause_N, "score": score_N}
+        earlier = {name: verdict[name] for name in ("exact", "hash", "colour", "near")}
+        columns = {"survives": survives_N, **earlier, "why": pa.array(why_N), "leak": leak_N, "cause": cause_N}
+        columns["score"] = score_N
         pq.write_table(pa.table(columns), folder / "verdict.parquet")
         shown = int((context.readable_N & context.benchmark_N).sum())
         leaks = f"{len(dropped):,} of {len(searched):,} images resemble one of {shown:,} benchmark images"
-        run.say(f"benchmark: {leaks}")
+        doubtful = int((why_N[dropped] != "").sum())
+        run.say(f"benchmark: {leaks}{f', {doubtful:,} of these perhaps' if doubtful else ''}")
         remaining = int(survives_N.sum())
         return unit_counts(remaining + len(dropped), remaining, leak=len(dropped))
 
@@ -99,17 +105,23 @@ def remove_leaks(
 
 
 def verified_leaks(look: CloserLook, edges: Iterable[Edges], limit: int) -> Iterator[Edges]:
-    """Edges between rows and benchmark images that a closer look verifies, scored by the agreement of their pixels."""
+    """Edges between rows and benchmark images that a closer look verifies, scored by the agreement of their pixels; the
+    doubtful ones of a row only where it has no others."""
     first = len(look.rows)
     look.look(nearest_pairs(((i, first + j, score) for i, j, score in edges), limit, first))
-    pairs = [
-        (i, j - first, match.agreement)
-        for i, others in sorted(look.leaks.of.items())
-        for j, match in sorted(others.items())
-        if i < first
-    ]
+    pairs = []
+    for i, others in sorted(look.leaks.of.items()):
+        is_sure = any(not match.doubt for match in others.values())
+        if i < first:
+            pairs += [(i, j - first, m.agreement) for j, m in sorted(others.items()) if not (is_sure and m.doubt)]
     columns = np.array(pairs).reshape(-1, 3)
     yield columns[:, 0].astype(np.int64), columns[:, 1].astype(np.int64), columns[:, 2].astype(np.float32)
+
+
+def _doubt(look: CloserLook, row: int, benchmark_image: int) -> str:
+    """Why a leak may be none; "" where it is sure, or joined to an image that leaks."""
+    match = look.leaks.of.get(row, {}).get(len(look.rows) + benchmark_image)
+    return "" if match is None else match.doubt
 
 
 def _group_edges(duplicates: Path, rows: ndarray) -> list[Edges]:

@@ -43,6 +43,7 @@ BY_CLOSER_LOOK = {  # of images that have a cause, where a closer look decided
     "duplicate": "copy, pixels agree {:.2f}",
     "benchmark": "copy of a benchmark image, pixels agree {:.2f}",
 }
+PERHAPS = "perhaps a copy of a benchmark image"  # in a reason, before the doubt
 REASONS = {  # of images that have a cause
     "hash": "perceptual hash equal, share of bits {:.2f}",
     "colour": "of one colour, like an image that stays; equal to {:.2f}",
@@ -142,6 +143,8 @@ def _ledger_rows(context: CurationContext, decisions: Decisions, rows: slice) ->
     why = decisions.why_N[rows]
     for row in np.flatnonzero((stage_name == "duplicate") & (why != "")):
         reason[row] += f"; of that one, {why[row]}"
+    for row in np.flatnonzero((stage_name == "benchmark") & (why != "")):
+        reason[row] = f"{PERHAPS}: {why[row]}, by {score[row]:.2f}"
     reason[(stage_name == "benchmark") & np.isnan(score)] = "joined to an image that resembles a benchmark's"
     reason[decisions.benchmark_N[rows]] = "of a benchmark: not to train on"
     reason[stage_name == "curated"] = "kept as is"
@@ -251,6 +254,8 @@ def summarise(context: CurationContext, decisions: Decisions) -> dict:
     counts: dict = {"stages": stages, "images": len(kept_N), "kept": int(kept_N.sum())}
     counts["weight"] = float(decisions.weight_N.sum(dtype=np.float64))
     counts |= {name: {"in": int(pool_N.sum()), "kept": int((pool_N & kept_N).sum())} for name, pool_N in pools.items()}
+    if context.benchmark_N.any():
+        counts["perhaps_leaks"] = int((decisions.is_at("benchmark") & (decisions.why_N != "")).sum())
     if (decided_N := decisions.is_at(STAGE)).any():
         counts[STAGE] = {"kept": int((decided_N & kept_N).sum()), "left_out": int((decided_N & ~kept_N).sum())}
     if config.marks:

@@ -6,6 +6,7 @@ continues with what is there. The selection itself appears at the end, complete,
     images.parquet    the ledger: one row per input image (see ledger.py)
     selection.csv     the same in short, as text; kept.txt, left_out.txt: the files (images/carry_out.py)
     groups.parquet    near-duplicates: group, row, kept, score with the representative, whose row names the group
+    doubtful.parquet  pairs that are perhaps copies, and are kept: row, other, score, why
     hits.parquet      retrieved images: query (a curated row), rank from 1, row, score
     clusters.parquet  if clusters were chosen: dataset, cluster, hits, size, taken
     summary.json      counts by stage, thresholds and their calibration
@@ -33,7 +34,7 @@ from troodon.curate.backends import SingleProcess
 from troodon.curate.closer_look import look_first
 from troodon.curate.config import CurateConfig
 from troodon.curate.context import CurationContext, require_readable_curated
-from troodon.curate.copies import prepare_comparison, remove_duplicates
+from troodon.curate.copies import DOUBTFUL, prepare_comparison, remove_duplicates
 from troodon.curate.embed import embed, load_embeddings
 from troodon.curate.encoder import CopyEncoder
 from troodon.curate.gather import gather
@@ -177,6 +178,7 @@ def _say_alarms(summary: dict) -> None:
 def _copy_results(folder: Path, embeddings: Path, duplicates: Path, gathered: Path) -> None:
     """Copy the results of the stages into the selection."""
     shutil.copy(duplicates / "groups.parquet", folder)
+    shutil.copy(duplicates / DOUBTFUL, folder)
     shutil.copy(gathered / "hits.parquet", folder)
     if (gathered / "clusters.parquet").exists():
         shutil.copy(gathered / "clusters.parquet", folder)
@@ -201,11 +203,9 @@ def _check_settings(
         paths = [path for index in (curated, uncurated) for path in index.column("path")]
         if not Path(folder).exists() and not any(path.startswith(f"{folder}/") for path in paths):
             raise nearest("prefer", folder, sorted({str(Path(path).parent) for path in paths}))
+    for warning in config.unread():
+        run.say(f"warning: {warning}")
     if config.verify == "geometric":
-        default = CurateConfig()
-        for name in ("false_merges", "benchmark_false_merges", "benchmark_attacks", "recheck_above"):
-            if getattr(config, name) != getattr(default, name):
-                run.say(f"warning: {name} {getattr(config, name)}: read with --verify none only")
         return
     if config.prefer or config.keep_by:
         raise UsageError("prefer, keep_by: a closer look chooses by them; leave out --verify none")

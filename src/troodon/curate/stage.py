@@ -60,7 +60,7 @@ class Backend(Protocol):
 def code_fingerprint() -> str:
     """Return a fingerprint of the code of curation, so that no run continues the unfinished stages of other code."""
     digest, package = hashlib.sha256(), Path(__file__).parents[1]
-    for path in sorted(package.glob("curate/*.py")) + sorted(package.glob("search/*.py")):
+    for path in sorted(path for name in ("copies", "curate", "search") for path in package.glob(f"{name}/*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -23,6 +23,8 @@ SIDE = 224  # pixels of a picture's longer side
 MEMBERS = 24  # left-out images of a group that are shown
 FIRST_PICTURES, PICTURES = 60, 160  # on the page itself, and on each further one
 MAX_PARTS = 50
+DOUBTFUL_PAIRS = 30  # that are shown
+PERHAPS = "perhaps"  # begins the reason of a doubtful one
 WHY = "; of that one, which "  # in a reason: what follows is why the other one stays
 
 
@@ -49,7 +51,9 @@ class Groups:
         for _ in range(len(COPY_STAGES)):  # longer chains do not occur
             root_N = root_N[root_N]
         rows = np.flatnonzero(gone_N & (root_N != np.arange(len(kept_N))))
-        doubt_M = np.nan_to_num(score_N[rows], nan=1.0)
+        reasons = ledger.table["reason"].take(rows).to_pylist()
+        is_doubtful_M = np.array([(reason or "").startswith(PERHAPS) for reason in reasons], bool)
+        doubt_M = np.nan_to_num(score_N[rows], nan=1.0) - is_doubtful_M
         by_group = np.lexsort((rows, doubt_M, root_N[rows]))
         rows, doubt_M = rows[by_group], doubt_M[by_group]
         start_of = np.flatnonzero(np.r_[True, np.diff(root_N[rows]) != 0][: len(rows)])
@@ -125,6 +129,31 @@ def leaks_figure(ledger: Index, folder: Path) -> tuple[Content, list[Part]]:
     )
     images = plural(len(groups.order), "image")
     return _figure(groups, "Images of a benchmark", f"{images} of it", caption, "of the benchmark")
+
+
+def doubtful_figure(ledger: Index, folder: Path) -> Content:
+    """Pairs of kept images that a closer look took for copies only nearly."""
+    path = folder / "doubtful.parquet"
+    if not path.is_file():
+        return None
+    pairs = [p for p in pq.read_table(path).to_pylist() if max(p["row"], p["other"]) < len(ledger)]
+    if not pairs:
+        return None
+    size_of, shown = _sizes(folder, ledger), pairs[:DOUBTFUL_PAIRS]
+
+    def picture_of(row: int, *words: Content) -> Markup:
+        name = h("span", ledger.path(row).rpartition("/")[2], class_="file", title=ledger.path(row))
+        return thumbnail(ledger, row, Frame(join(name, h("span", size_of(row)), *words)), SIDE)
+
+    groups = [h("div", picture_of(p["row"]), picture_of(p["other"], h("span", f"{p['why']}, by {p['score']:.2f}")),
+                class_="copy-group") for p in shown]  # fmt: skip
+    where = "all are here" if len(shown) == len(pairs) else f"the first {len(shown)} are here"
+    text = (
+        f"{plural(len(pairs), 'pair')} of kept images nearly passed for copies: {where}, those that agree most first. "
+        "Below is what was not enough. At most 1,000 pairs are listed, in doubtful.parquet."
+    )
+    return join(h("p", "Kept, perhaps copies", class_="sub"), h("p", text, class_="prose"),
+                h("div", groups, class_="copies"))  # fmt: skip
 
 
 def _figure(groups: Groups, title: str, count: str, caption: str, what: str) -> tuple[Content, list[Part]]:

@@ -13,7 +13,7 @@ from troodon.images.carry_out import moved_files
 from troodon.images.index import Index
 from troodon.report import charts
 from troodon.report.artifacts import Artifact
-from troodon.report.copies import copies_figure, leaks_figure, marked_figure
+from troodon.report.copies import copies_figure, doubtful_figure, leaks_figure, marked_figure
 from troodon.report.markup import (
     MINUS,
     MISSING,
@@ -79,6 +79,7 @@ def _selection_body(artifact: Artifact, ledger: Index) -> tuple[Markup, list[Par
     body = join(
         _pools(ledger),
         _funnel(stages),
+        doubtful_figure(ledger, artifact.folder),
         copies,
         leaks,
         marked_figure(ledger),

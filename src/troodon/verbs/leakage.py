@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from troodon.images.index import Index
     from troodon.model.backbone import Backbone
 
-# Only the search for a benchmark's images. Leaks that are reported shall be right; curation would rather drop too many.
+# Only the search for a benchmark's images. By the cosine, leaks that are reported shall be right; curation drops more.
 LEAK_CONFIG = CurateConfig(steps=("benchmark",), gather="all", benchmark_false_merges=0.001)
 LEAKS_FILE = "leaks.json"
 
@@ -45,7 +45,7 @@ def leak(
     images that have leaked; leaks.json; and, where the benchmark has labels, the scores of `backbone` on the whole
     benchmark and on the rest: `scores`, `scores-without`. `settings` are those of CurateConfig, such as
     benchmark_threshold. `range`, `device`: see `curate`. Returns the contents of leaks.json: the counts, and a pair of
-    paths for every leak.
+    paths for every leak, those that are perhaps none last.
     """
     from pyarrow.parquet import read_schema
 
@@ -65,7 +65,7 @@ def leak(
     leaked = {pair["benchmark"] for pair in pairs}
     remaining = [row for row, path in enumerate(index.column("path")) if path not in leaked]
     leaks: dict[str, Any] = {
-        "images": images, "leaked": len(pairs),
+        "images": images, "leaked": len(pairs), "perhaps": sum(pair["perhaps"] for pair in pairs),
         "benchmark": len(index), "benchmark_leaked": len(index) - len(remaining), "pairs": pairs,
     }  # fmt: skip
     if remaining:
@@ -108,6 +108,8 @@ def _leaked_pairs(selection: Path) -> tuple[int, list[dict]]:
     import numpy as np
     import pyarrow.parquet as pq
 
+    from troodon.curate.ledger import PERHAPS
+
     ledger = pq.read_table(selection / "images.parquet")
     path, cause, pool = ledger["path"].to_pylist(), ledger["cause"].to_numpy(), ledger["pool"].to_pylist()
     dropped = [stage == "benchmark" and p == "uncurated" for stage, p in zip(ledger["stage"].to_pylist(), pool)]
@@ -115,8 +117,10 @@ def _leaked_pairs(selection: Path) -> tuple[int, list[dict]]:
     leaked = leaked[np.argsort(-ledger["score"].to_numpy()[leaked], kind="stable")]
     reasons = ledger["reason"].take(leaked).to_pylist()
     pairs = [
-        {"image": path[row], "benchmark": path[cause[row]], "reason": reason} for row, reason in zip(leaked, reasons)
+        {"image": path[row], "benchmark": path[cause[row]], "reason": reason, "perhaps": reason.startswith(PERHAPS)}
+        for row, reason in zip(leaked, reasons)
     ]
+    pairs.sort(key=lambda pair: pair["perhaps"])  # stable
     return pool.count("uncurated"), pairs
 
 
@@ -171,7 +175,8 @@ class Leak:
         if self.json:
             print(json.dumps(leaks, indent=1))
             return
-        print(f"{leaks['leaked']:,} of {leaks['images']:,} images resemble one of the benchmark's")
+        perhaps = f", {leaks['perhaps']:,} of these perhaps" if leaks["perhaps"] else ""
+        print(f"{leaks['leaked']:,} of {leaks['images']:,} images resemble one of the benchmark's{perhaps}")
         print(f"{leaks['benchmark_leaked']:,} of {leaks['benchmark']:,} images of the benchmark have leaked")
         for pair in leaks["pairs"][:10]:
             print(f"  {pair['image']} = {pair['benchmark']} ({pair['reason']})")
