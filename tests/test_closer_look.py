@@ -467,7 +467,7 @@ def test_what_is_perhaps_a_copy_stays_and_is_listed_and_is_a_leak(tmp_path):
                  benchmark=open_source(tmp_path / "benchmark"))  # fmt: skip
     assert names(out) == {"of-other-0.png", *(f"other-{seed}.png" for seed in range(4))}
     ledger = {Path(row["path"]).name: row for row in pq.read_table(out / "images.parquet").to_pylist()}
-    doubt = f"perhaps a copy of a benchmark image: {verify.IN_PART}, by "
+    doubt = f"perhaps a copy of a benchmark image: {verify.IN_PART}, agreement "
     assert ledger["covered.png"]["reason"].startswith(doubt)
     assert ledger["sure.png"]["reason"].startswith("copy of a benchmark image, pixels agree ")
     assert run.read_json(out / "summary.json")["perhaps_leaks"] == 1

@@ -144,7 +144,7 @@ def _ledger_rows(context: CurationContext, decisions: Decisions, rows: slice) ->
     for row in np.flatnonzero((stage_name == "duplicate") & (why != "")):
         reason[row] += f"; of that one, {why[row]}"
     for row in np.flatnonzero((stage_name == "benchmark") & (why != "")):
-        reason[row] = f"{PERHAPS}: {why[row]}, by {score[row]:.2f}"
+        reason[row] = f"{PERHAPS}: {why[row]}, agreement {score[row]:.2f}"
     reason[(stage_name == "benchmark") & np.isnan(score)] = "joined to an image that resembles a benchmark's"
     reason[decisions.benchmark_N[rows]] = "of a benchmark: not to train on"
     reason[stage_name == "curated"] = "kept as is"
