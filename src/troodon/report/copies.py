@@ -145,8 +145,10 @@ def doubtful_figure(ledger: Index, folder: Path) -> Content:
         name = h("span", ledger.path(row).rpartition("/")[2], class_="file", title=ledger.path(row))
         return thumbnail(ledger, row, Frame(join(name, h("span", size_of(row)), *words)), SIDE)
 
-    groups = [h("div", picture_of(p["row"]), picture_of(p["other"], h("span", f"{p['why']}, agreement {p['score']:.2f}")),
-                class_="copy-group") for p in shown]  # fmt: skip
+    groups = []
+    for pair in shown:
+        why = h("span", f"{pair['why']}, agreement {pair['score']:.2f}")
+        groups.append(h("div", picture_of(pair["row"]), picture_of(pair["other"], why), class_="copy-group"))
     where = "all are here" if len(shown) == len(pairs) else f"the first {len(shown)} are here"
     text = (
         f"{plural(len(pairs), 'pair')} of kept images nearly passed for copies: {where}, those that agree most first. "
