@@ -538,6 +538,7 @@ def test_settings_of_the_other_way_to_decide_are_named(tmp_path, capsys):
     scene(1).save(small / "a.png")
     select(small, tmp_path / "out", replace(CONFIG, benchmark_attacks=3, benchmark_false_merges=0.1))
     warnings = capsys.readouterr().err
+    assert "warning: benchmark_attacks 3: read with --benchmark only" in warnings
     assert "warning: benchmark_attacks 3: read with --verify none only" in warnings
     assert "warning: benchmark_false_merges 0.1: read with --verify none only" in warnings
     changed = replace(CONFIG, k=7, hash_radius=5, levels=(9,), clusters=3, large=2, retrieve_space="plain")

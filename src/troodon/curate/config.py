@@ -152,6 +152,11 @@ READ_WITH: tuple[tuple[tuple[str, ...], str, Callable[[CurateConfig], bool]], ..
         "--verify none",
         lambda c: c.verify == "none",
     ),
+    (
+        ("benchmark_threshold", "benchmark_mode", "benchmark_false_merges", "benchmark_attacks"),
+        "--benchmark",
+        lambda c: "benchmark" in c.steps,
+    ),
     (("candidates",), "--verify geometric", lambda c: c.verify == "geometric"),
     (("hash_radius",), "the step hash", lambda c: "hash" in c.steps),
     (

@@ -19,6 +19,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,8 @@ def _check_settings(
         paths = [path for index in (curated, uncurated) for path in index.column("path")]
         if not Path(folder).exists() and not any(path.startswith(f"{folder}/") for path in paths):
             raise nearest("prefer", folder, sorted({str(Path(path).parent) for path in paths}))
-    for warning in config.unread():
+    steps = tuple(step for step in config.steps if len(benchmark) or step != "benchmark")
+    for warning in replace(config, steps=steps).unread():
         run.say(f"warning: {warning}")
     if config.verify == "geometric":
         return
