@@ -14,6 +14,7 @@ from troodon.images.look import Look, look
 from troodon.images.sources import open_source
 from troodon.learn.config import fits
 from troodon.recipes.automatic import SIZES, automatic
+from troodon.recipes.own import SAME_SHADES, STRONG_COLOURS, WEAK_COLOURS
 from troodon.run import write_json
 from troodon.verbs.common import open_images
 from troodon.verbs.training import as_begun
@@ -72,6 +73,16 @@ def test_more_time_gives_a_larger_network_and_it_says_that_none_was_measured():
 @pytest.mark.parametrize(("side", "px"), [(8, 32), (28, 32), (33, 40), (64, 64), (500, 64)])
 def test_it_looks_at_images_with_no_more_pixels_than_they_have(side, px):
     assert automatic(replace(PHOTOS, side=side), minutes=5).config.inference_px == px
+
+
+@pytest.mark.parametrize(
+    ("hues", "colours", "how"),
+    [(0.4, SAME_SHADES, "least"), (0.8, WEAK_COLOURS, "little"), (0.99, STRONG_COLOURS, "freely")],
+)
+def test_colours_change_as_far_as_the_images_bear_it(hues, colours, how):
+    choice = automatic(replace(PHOTOS, hues=hues), minutes=5)
+    assert choice.config.photometric == colours
+    assert f"changed {how}" in " ".join(choice.reasons)
 
 
 TINY = {"compute": "fp32", "vit": {"depth": 1}, "health_every": 0}

@@ -11,7 +11,7 @@ from troodon.learn.config import PretrainConfig
 from troodon.model.config import ViTConfig
 from troodon.model.counts import flops
 from troodon.recipes.lengths import for_steps
-from troodon.recipes.own import STRONG_COLOURS, WEAK_COLOURS, contrast_of_views, small
+from troodon.recipes.own import SAME_SHADES, STRONG_COLOURS, WEAK_COLOURS, contrast_of_views, small
 from troodon.text import duration
 from troodon.views.config import PhotometricConfig
 
@@ -22,6 +22,7 @@ Device = Literal["cpu", "cuda"]
 FLOPS_A_SECOND = {"cpu": 1e11, "cuda": 5e13}  # of a core or a device, while it trains such networks; rough
 MINUTES = {"cpu": 10, "cuda": 60}  # of a run of which nothing else is said
 EVEN_HUES = 0.95  # above it the hues of a set are as good as drawn by chance
+FEW_HUES = 0.75  # below it the images are of one kind, which their shades tell apart
 FEWEST = 8  # images a step
 LEARNABLE = 100_000  # images, up to which released weights are the better start
 
@@ -168,7 +169,9 @@ def _colours(look: "Look") -> tuple[PhotometricConfig, str]:
         return each, f"images have {look.channels} channels: brightness, contrast and sharpness change"
     if look.is_grey:
         return WEAK_COLOURS, "the images are grey: brightness, contrast and sharpness change"
-    used = f"hues are used {'evenly' if look.hues > EVEN_HUES else 'unevenly'} ({look.hues:.2f} of 1)"
+    used = f"({look.hues:.2f} of 1)"
     if look.hues > EVEN_HUES:
-        return STRONG_COLOURS, f"changed freely: {used}, so they say little of what is shown"
-    return WEAK_COLOURS, f"changed little: {used}, so they say something of what is shown"
+        return STRONG_COLOURS, f"changed freely: hues are used evenly {used}, so they say little of what is shown"
+    if look.hues > FEW_HUES:
+        return WEAK_COLOURS, f"changed little: hues are used unevenly {used}, so they say something of what is shown"
+    return SAME_SHADES, f"changed least, brightness too: few hues are used {used}, so shades say something as well"

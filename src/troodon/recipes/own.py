@@ -23,7 +23,7 @@ from troodon.views.config import ALL_ATTACK_KINDS, CropsConfig, MasksConfig, Pho
 WEAK_COLOURS = PhotometricConfig(
     blur=(0.5, 0.1, 0.25), blur_sigma=(0.1, 1.0), saturation=0.1, hue=0.02, grey=0.05, solarise=0.0
 )
-
+SAME_SHADES = replace(WEAK_COLOURS, brightness=0.15, contrast=0.15)
 STRONG_COLOURS = replace(WEAK_COLOURS, saturation=0.6, hue=0.5, grey=0.5)
 
 
