@@ -8,7 +8,7 @@ The seed of a finished demo is that of its run. A record names the present commi
 One result for each seed, protocol and frozen features: accuracies of k-NN, linear probe and logistic regression, and
 NMI of k-means, in per cent; `rival` is a random network of the same shape, for descriptors that of the first network.
 Then precision and recall of the selection against what the world knows. `low` and `high` are the 95 % interval over
-test images. A demo takes some seven minutes on two cores; one in `--out` continues where it stopped.
+test images. A demo takes some six minutes on two cores; one in `--out` continues where it stopped.
 """
 
 import tempfile

@@ -86,7 +86,7 @@ TABLES = {
     "demo": Table(
         "README.md", "emerald-rapids-2-cores", ("frozen features", "k-NN", "linear"),
         (
-            Line("pretrained for three minutes", settings={"features": "pretrained"}),
+            Line("pretrained for two minutes", settings={"features": "pretrained"}),
             Line("a student of a quarter of its parameters, distilled from it", settings={"features": "student"}),
             Line("random network", settings={"features": "random network"}),
             Line("colour histogram", settings={"features": "colour histogram"}),

@@ -28,9 +28,11 @@ STRONG_COLOURS = replace(WEAK_COLOURS, saturation=0.6, hue=0.5, grey=0.5)
 
 
 def demo(steps: int = 500) -> PretrainConfig:
-    """A ViT of 0.5 M parameters on the embedded world, in three minutes on two processor cores.
+    """A ViT of 0.5 M parameters on the embedded world, in two minutes on two processor cores.
 
-    Colour says nothing in that world, so it is varied as far as it goes.
+    Command: troodon demo, which takes six minutes with all that is around it. Colour says nothing in that world, so it
+    is varied as far as it goes. Mean and range of three seeds, each another world: k-NN 69 % (66 to 73), linear 77 %
+    (75 to 78); chance 8 %, raw pixels 29 % and 20 % at best. On a Xeon without bf16 products.
     """
     vit = ViTConfig(dim=96, depth=2, heads=2, patch=8, grid=4, layer_scale=1.0, stem="convolutional", stem_width=192)
     crops = ((16, 0.4), (24, 0.4), (32, 0.2))
