@@ -9,7 +9,7 @@ hashes; and the closer look at two images, by which `curate --verify geometric` 
 
     pack       a tar with ground truth, de-duplicated without any network, against pHash (pack.py)
     judged     4,313 images of CIFAR-10 with 156 pairs that people judge the same: average precision over all pairs. By
-               the closer look: how many of these pairs are accepted, of 18 that people judge similar, and of others
+               the closer look: how many of these pairs are accepted, of 18 judged similar, and of other candidates
     attacked   photographs against copies of them, 24 kinds at four strengths: average precision over all pairs of a
                copy and a photograph, recall at the score that no wrong pair reaches, and the same by strength; and by
                kind, with five further kinds, the average precision and the share of copies that lie nearer to their
@@ -53,7 +53,7 @@ from troodon import verbs
 from troodon.copies.hashes import near_hashes, perceptual_hash
 from troodon.copies.local_features import SavedFeatures, local_features, save_features
 from troodon.copies.verify import ORIENTATIONS, verify
-from troodon.copies.votes import TABLES, Pairs, add_votes, alike_hashes, vote
+from troodon.copies.votes import TABLES, Pairs, add_votes, alike_hashes, most_voted, vote
 from troodon.curate import space
 from troodon.curate.closer_look import MIN_VOTES
 from troodon.curate.config import CurateConfig
@@ -107,11 +107,13 @@ class Looks:
         self.features, self.first = SavedFeatures((home,), len(images)), first
         self.reader = self.features.reader()
 
-    def candidates(self) -> dict[tuple[int, int], set[int]]:
-        """The pairs that votes and hashes propose, with orientations; however many an image has."""
+    def candidates(self, limit: int = 0) -> dict[tuple[int, int], set[int]]:
+        """The pairs that votes and hashes propose, with orientations: of each image so many, or all."""
         active_N = np.ones(len(self.features), bool)
         voted = (vote(self.features, active_N, self.first, table) for table in range(TABLES))
         pairs = add_votes(voted, MIN_VOTES)
+        if limit:
+            pairs, _ = most_voted(pairs, limit, self.first)
         pairs = Pairs.concatenate([pairs, alike_hashes(self.features, active_N, self.first)])
         found: dict[tuple[int, int], set[int]] = {}
         for i, j, orientation in zip(*(column.tolist() for column in pairs[:3])):
@@ -164,7 +166,9 @@ def looks_at_judged(
     joined = None
     of_others = "others not looked at"
     if not quick:
-        others = {pair: found for pair, found in looks.candidates().items() if pair not in listed}
+        others = {
+            pair: found for pair, found in looks.candidates(CurateConfig().candidates).items() if pair not in listed
+        }
         joined = sum(looks.accepts(*pair, orientations) for pair, orientations in others.items())
         of_others = f"{joined} of {len(others):,} other candidates"
     print(f"judged     {'closer look':<10} accepts {counts}; {of_others}; pHash {dict(by_hash)}", flush=True)
