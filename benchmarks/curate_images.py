@@ -300,7 +300,7 @@ def retrieval(data: Path, home: Path, name: str, backbone: Any) -> list[dict]:
     embeddings = embed(backbone, Index.concat([curated, uncurated]), home / f"embeddings-{name}", batch=64, threads=0)
     results = []
     for number, (way, changes) in enumerate(settings.items()):
-        config = replace(CurateConfig(steps=("exact",)), **changes)
+        config = replace(CurateConfig(steps=("exact",), pixels=False), **changes)
         out = home / f"retrieval-{name}-{number}"
         shutil.copytree(embeddings, home / f"{out.name}.work" / "embeddings")  # images are embedded once for all ways
         curate(config, curated, uncurated, backbone, out)
