@@ -153,6 +153,7 @@ TABLES = {
             Line("the same: processor seconds", "processor_seconds", PHOTOS),
             Line("a made world of charts, tables and things drawn alike: precision", "world_precision"),
             Line("the same: recall", "world_recall"),
+            Line("pairs of CIFAR-10 that people judge the same, of 156: joined", "judged_joined", {"judgement": "1"}),
             Line("frames of videos joined to another frame, of 468", "scenes_joined", {"pack": "seg_camvid_dev"}),
             Line("views of objects joined to another view, of 1,640", "scenes_joined", {"pack": "retr_eth80_dev"}),
         ),
