@@ -525,6 +525,17 @@ def test_how_a_file_was_saved_is_read():
     assert closer_look.saved_how(b"no") == (0.0, False)
 
 
+def test_settings_of_a_benchmark_are_named_where_there_is_none(tmp_path, capsys):
+    (tmp_path / "pool").mkdir()
+    scene(1).save(tmp_path / "pool" / "a.png")
+    steps: tuple = ("exact", "duplicate", "benchmark")
+    config, warning = replace(CONFIG, steps=steps, benchmark_mode="component"), "benchmark_mode component: read with"
+    select(tmp_path / "pool", tmp_path / "without", config)
+    assert f"warning: {warning} --benchmark only" in capsys.readouterr().err
+    select(tmp_path / "pool", tmp_path / "with", config, benchmark=open_source(tmp_path / "pool").without_labels())
+    assert warning not in capsys.readouterr().err
+
+
 def test_candidates_by_vectors_are_the_nearest():
     edges = [(np.array([0, 0, 0]), np.array([1, 2, 3]), np.array([0.5, 0.9, 0.7], np.float32))]
     pairs = copies.nearest_pairs(iter(edges), 1, 10)
@@ -538,7 +549,6 @@ def test_settings_of_the_other_way_to_decide_are_named(tmp_path, capsys):
     scene(1).save(small / "a.png")
     select(small, tmp_path / "out", replace(CONFIG, benchmark_attacks=3, benchmark_false_merges=0.1))
     warnings = capsys.readouterr().err
-    assert "warning: benchmark_attacks 3: read with --benchmark only" in warnings
     assert "warning: benchmark_attacks 3: read with --verify none only" in warnings
     assert "warning: benchmark_false_merges 0.1: read with --verify none only" in warnings
     changed = replace(CONFIG, k=7, hash_radius=5, levels=(9,), clusters=3, large=2, retrieve_space="plain")

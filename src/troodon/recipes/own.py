@@ -19,7 +19,8 @@ from troodon.model.config import HeadConfig, ViTConfig
 from troodon.recipes.lengths import for_steps
 from troodon.views.config import ALL_ATTACK_KINDS, CropsConfig, MasksConfig, PhotometricConfig
 
-# Colours that say what is shown are changed little (docs/small-data.md).
+# Colours that say what is shown are changed little, and so are shades, where images are of one kind
+# (docs/small-data.md).
 WEAK_COLOURS = PhotometricConfig(
     blur=(0.5, 0.1, 0.25), blur_sigma=(0.1, 1.0), saturation=0.1, hue=0.02, grey=0.05, solarise=0.0
 )
