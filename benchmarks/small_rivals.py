@@ -1,8 +1,8 @@
 """SimCLR with a ResNet-18 and DINO with a ViT-Ti, written the usual way, as rivals of small_data.py.
 
 Not a benchmark itself. Plain PyTorch, one image after another through Pillow, the settings of the papers
-(https://arxiv.org/abs/2002.05709, with its stem for small images; https://arxiv.org/abs/2104.14294) at 64 pixels, for
-the same seconds. The schedules end with the time: their place is the share of it that is used.
+(https://arxiv.org/abs/2002.05709; https://arxiv.org/abs/2104.14294) at 64 pixels, for the same seconds. The schedules
+end with the time: their place is the share of it that is used.
 """
 
 import math
@@ -99,8 +99,13 @@ class ResidualBlock(nn.Module):
 
 
 def resnet18() -> nn.Sequential:
-    """With the stem for small images: 3x3, no pooling."""
-    layers: list[nn.Module] = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    """With the stem that quarters the sides: without it a step costs 16 times as much, a second of a core or more."""
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, 64, 7, 2, 3, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+    ]
     before = 64
     for channels, stride in ((64, 1), (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1)):
         layers.append(ResidualBlock(before, channels, stride))

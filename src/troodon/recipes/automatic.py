@@ -1,6 +1,6 @@
 """The recipe `auto`: from a look at the images, a device and a length, a config and the reasons for it.
 
-docs/small-data.md has the evidence. It is of the two smallest networks, thousands of images and minutes of a processor;
+docs/small-data.md has the evidence. It is of the smallest network, thousands of images and minutes of a processor;
 the larger ones are the same method, and this rule says that they were not measured when it takes them.
 """
 
@@ -11,7 +11,7 @@ from troodon.learn.config import PretrainConfig
 from troodon.model.config import ViTConfig
 from troodon.model.counts import flops
 from troodon.recipes.lengths import for_steps
-from troodon.recipes.own import SAME_SHADES, STRONG_COLOURS, WEAK_COLOURS, contrast_of_views, small
+from troodon.recipes.own import SAME_SHADES, SMALL_CROPS, STRONG_COLOURS, WEAK_COLOURS, contrast_of_views, small
 from troodon.text import duration
 from troodon.views.config import PhotometricConfig
 
@@ -40,21 +40,11 @@ class Size(NamedTuple):
     is_measured: bool = False
 
 
-SMALL_CROPS = ((16, 0.4), (24, 0.4), (32, 0.2))
 SIZES = (
-    Size(
-        "a ViT of 0.8 M parameters with patches of 8 pixels",
-        replace(small().vit, dim=128, heads=2),
-        SMALL_CROPS,
-        64,
-        64,
-        0.0,
-        is_measured=True,
-    ),
-    Size("a ViT of 2 M parameters with patches of 8 pixels", small().vit, SMALL_CROPS, 64, 64, 1e13, is_measured=True),
+    Size("a ViT of 1 M parameters with patches of 8 pixels", small().vit, SMALL_CROPS, 64, 64, 0.0, is_measured=True),
     Size(
         "a ViT of 6 M parameters with patches of 8 pixels",
-        replace(small().vit, depth=6, grid=6, stem_width=384),
+        replace(small().vit, dim=256, depth=6, heads=4, grid=6, mlp_width=1024, stem_width=384),
         ((24, 0.4), (32, 0.4), (48, 0.2)),
         96,
         128,
