@@ -1,10 +1,10 @@
 """What a few minutes of one core learn from few small images: features after the same CPU seconds of training.
 
-    python benchmarks/small_data.py [--data PATH ...] [--recipe NAME] [--cpu-seconds 300] [--seeds 0] [--rivals]
-                                    [--quick] [--record]
+    python benchmarks/small_data.py [--data PATH ...] [--recipe NAME] [--against NAME] [--cpu-seconds 300] [--seeds 0]
+                                    [--rivals] [--quick] [--record]
 
 `ours` is a recipe of today, `auto` where there is one, else `small`. The rival is `small` as it was (its settings stand
-in small_data_rival.yaml), on today's code. `--rivals` adds, on the same images and seconds:
+in small_data_rival.yaml), on today's code, or the recipe `--against`. `--rivals` adds, on the same images and seconds:
 
     reference  the released models' settings, on the network of `small`: heads, batch and rate scaled down
     SimCLR     ResNet-18, and DINO, ViT-Ti: the usual way, in plain PyTorch, with transforms through Pillow
@@ -263,16 +263,19 @@ def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--data", nargs="+", help="images with labels; with train and val splits, or without splits")
     parser.add_argument("--recipe", help="the recipe that is ours")
+    parser.add_argument("--against", default="rival", help="a recipe in place of `small` as it was")
     parser.add_argument("--cpu-seconds", type=float, default=300.0, help="of one training; on a GPU, seconds")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rivals", action="store_true", help="train the other rivals too")
-    parser.add_argument("--quick", action="store_true", help="15 CPU seconds and a tenth of the images")
+    parser.add_argument("--quick", action="store_true", help="15 CPU seconds and a fifth of the images")
     parser.add_argument("--out", type=Path, help="folder that keeps the runs")
     parser.add_argument("--worker", type=json.loads, help="(one training of this benchmark, which starts it itself)")
     arguments = parser.parse_args()
     if arguments.worker:
         return worker(arguments.worker, arguments.out)
     ours = arguments.recipe or ("auto" if "auto" in recipes.KNOWN["pretrain"] else "small")
+    for name in {ours, arguments.against} - {"rival"}:
+        recipes.pretrain(name)  # an unknown one is an error before anything is trained
     seconds = 15.0 if arguments.quick else arguments.cpu_seconds
     with tempfile.TemporaryDirectory(prefix="troodon-small-") as temporary:
         home, results = arguments.out or Path(temporary), []
@@ -282,7 +285,7 @@ def main() -> None:
             show(name, measured)
         for seed in arguments.seeds:
             curves = {}
-            for arm in [ours, "rival", *(["reference", *USUAL] if arguments.rivals else [])]:
+            for arm in [ours, arguments.against, *(["reference", *USUAL] if arguments.rivals else [])]:
                 curves[arm] = in_a_process(arm, images, seed, seconds, home / f"{arm}-{seed}")
                 for point in curves[arm]:
                     show(f"{arm}, seed {seed}", point, f"{point['share']:.0%}, {point['images']:,} images")
