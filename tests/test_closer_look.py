@@ -463,6 +463,7 @@ def test_what_is_perhaps_a_copy_stays_and_is_listed_and_is_a_leak(tmp_path):
     scene(3, 64, 64).resize((80, 80)).save(tmp_path / "pool" / "sure.png")
     covered_mostly(scene(0, 64, 64), 78).save(tmp_path / "pool" / "covered.png")
     covered_mostly(scene(100, 64, 64)).save(tmp_path / "pool" / "of-other-0.png")
+    covered_mostly(scene(100, 64, 64)).resize((56, 56)).save(tmp_path / "pool" / "smaller-of-other-0.png")  # goes
     out = select(tmp_path / "pool", tmp_path / "out", replace(CONFIG, steps=("exact", "duplicate", "benchmark")),
                  benchmark=open_source(tmp_path / "benchmark"))  # fmt: skip
     assert names(out) == {"of-other-0.png", *(f"other-{seed}.png" for seed in range(4))}
