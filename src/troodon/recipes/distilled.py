@@ -56,7 +56,7 @@ def distill_small(steps: int = 2000) -> PretrainConfig:
     return for_steps(_by_features(own.small()), steps)
 
 
-def distill_demo(steps: int = 800) -> PretrainConfig:
+def distill_demo(steps: int = 1000) -> PretrainConfig:
     """A student of 0.1 M parameters for the network of the demo, by its features, in a minute on two processor cores.
 
     Command: troodon demo. Mean and range of three seeds: k-NN 64 % (63 to 65), linear 72 % (69 to 75), where its

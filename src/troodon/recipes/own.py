@@ -29,7 +29,7 @@ STRONG_COLOURS = replace(WEAK_COLOURS, saturation=0.6, hue=0.5, grey=0.5)
 SMALL_CROPS = ((16, 0.4), (24, 0.4), (32, 0.2))  # sides, in pixels, each with its share of the run
 
 
-def demo(steps: int = 800) -> PretrainConfig:
+def demo(steps: int = 1000) -> PretrainConfig:
     """A ViT of 0.3 M parameters on the embedded world, in two minutes on two processor cores.
 
     Command: troodon demo, which takes six minutes with all that is around it. Colour says nothing in that world, so it
