@@ -74,8 +74,8 @@ def auto(steps: int = 4000) -> PretrainConfig:
 
     Command: troodon pretrain auto --data photos/ --out RUN --minutes 10. It says what it chose and why; every choice
     can be set otherwise (--batch 32). Without images, as here, it is `small`. On Tiny-50, 11,500 images of 50 classes,
-    by one Xeon core without bf16 products, three seeds: after 5 minutes k-NN 28.9 % (28.7 to 29.0) and linear 37.5 %
-    (37.4 to 37.6), after 20 minutes 34.4 % (34.1 to 34.9) and 42.3 % (41.5 to 43.1). docs/small-data.md has the rule.
+    after 5 minutes of one Xeon core without bf16 products, three seeds: k-NN 31.0 % (30.7 to 31.4) and linear 38.4 %
+    (38.2 to 38.7). docs/small-data.md has the rule.
     """
     return small(steps)
 

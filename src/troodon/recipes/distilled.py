@@ -52,12 +52,12 @@ def distill_features(steps: int = 100_000) -> PretrainConfig:
 
 
 def distill_small(steps: int = 2000) -> PretrainConfig:
-    """A student of 0.5 M parameters, by the features of a teacher that `small` or `auto` has trained."""
+    """A student of 0.3 M parameters, by the features of a teacher that `small` or `auto` has trained."""
     return for_steps(_by_features(own.small()), steps)
 
 
 def distill_demo(steps: int = 1000) -> PretrainConfig:
-    """A student of 0.1 M parameters for the network of the demo, by its features, in a minute on two processor cores.
+    """A student of 0.07 M parameters for the network of the demo, by its features, in a minute on two processor cores.
 
     Command: troodon demo. Mean and range of three seeds: k-NN 64 % (63 to 65), linear 72 % (69 to 75), where its
     teacher has 69 % and 77 %.

@@ -46,8 +46,9 @@ def demo(steps: int = 1000) -> PretrainConfig:
 def small(steps: int = 4000) -> PretrainConfig:
     """A ViT of 1 M parameters for thousands of images of any size.
 
-    Command: troodon pretrain small --data photos/ --out RUN; 40 minutes of one core. `troodon pretrain auto` chooses
-    among such recipes, by the images and the time there is, and has the scores.
+    Command: troodon pretrain small --data photos/ --out RUN; 20 minutes of one core. `troodon pretrain auto` chooses
+    among such recipes, by the images and the time there is. With --minutes 5, by one Xeon core without bf16 products,
+    on Tiny-50, three seeds: k-NN 31.0 % (30.7 to 31.4), linear 38.4 % (38.2 to 38.7); `small_dino` 16.7 % and 20.9 %.
     """
     vit = ViTConfig(
         dim=192, depth=2, heads=3, patch=8, grid=4, layer_scale=1.0, mlp_width=384, stem="convolutional", stem_width=256
