@@ -105,6 +105,15 @@ def test_high_resolution_compresses_the_schedules_of_the_run():
     assert (alone.reuse, alone.schedules.backbone_frozen) == ("backbone", 1000)
 
 
+@pytest.mark.parametrize("name", ["small", "demo", "small_dino", "demo_dino"])
+def test_a_student_has_a_quarter_of_the_parameters_of_its_teacher(name):
+    teacher, student = (
+        sum(p.numel() for p in empty(config).backbone.parameters())
+        for config in (recipes.pretrain(name), recipes.distill(f"distill_{name}"))
+    )
+    assert 0.23 < student / teacher < 0.28
+
+
 def test_adapt_warms_up_new_heads_on_a_frozen_backbone():
     c = recipes.pretrain("adapt", lambda: START)
     assert replace(c.vit, drop_path=START.vit.drop_path) == START.vit
