@@ -645,7 +645,7 @@ def score(backbone: str, value: float, low: float, high: float) -> dict:
         (
             (0.70, 0.65, 0.75),
             "It worked: k-NN on shapes is 70.0 %, against 35.0 % of the best baseline, random",
-            "export",
+            "--to torch",  # which takes any network, one with a convolutional stem too
         ),
         ((0.36, 0.31, 0.41), "Whether it worked is not sure: k-NN on shapes is 36.0 %", "--init"),
         ((0.20, 0.15, 0.25), "It did not work yet: k-NN on shapes is 20.0 %, not better than the 35.0 %", "--init"),

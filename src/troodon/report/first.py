@@ -73,7 +73,7 @@ def _after_runs(artifacts: list[Artifact], measured: bool, good: bool | None) ->
     if good:
         return "Next: use the features, or give them to another library:", (
             f"troodon embed --backbone {where} --data photos/ --out embeddings\n"
-            f"troodon export {where} --to huggingface --out release"
+            f"troodon export {where} --to torch --out release.pt2"
         )
     return "Next: train longer, from where this run ended, or on more images:", (
         f"troodon pretrain small --data photos/ --out runs/second --init {where}"
