@@ -99,7 +99,7 @@ class ResidualBlock(nn.Module):
 
 
 def resnet18() -> nn.Sequential:
-    """With the stem that quarters the sides: without it a step costs 16 times as much, a second of a core or more."""
+    """With the stem that quarters the sides: without it all that follows has 16 times as many places."""
     layers: list[nn.Module] = [
         nn.Conv2d(3, 64, 7, 2, 3, bias=False),
         nn.BatchNorm2d(64),

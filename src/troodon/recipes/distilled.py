@@ -57,7 +57,7 @@ def distill_small(steps: int = 2000) -> PretrainConfig:
 
 
 def distill_demo(steps: int = 1000) -> PretrainConfig:
-    """A student of 0.07 M parameters for the network of the demo, by its features, in a minute on two processor cores.
+    """A student of 0.07 M parameters for the network of the demo, by its features, in two minutes on two cores.
 
     Command: troodon demo. Mean and range of three seeds: k-NN 71 % (69 to 74), linear 76 % (75 to 76), where its
     teacher has 74 % and 78 %.
