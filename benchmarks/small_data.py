@@ -120,6 +120,7 @@ def train_ours(arm: str, images: Images, out: Path, seed: int, seconds: float) -
     """Train in CPU seconds of this process, or in seconds of a GPU."""
     import torch
 
+    from troodon.images.cache import cached
     from troodon.learn import clock
     from troodon.learn.pretrain import pretrain
 
@@ -127,7 +128,7 @@ def train_ours(arm: str, images: Images, out: Path, seed: int, seconds: float) -
     tell = time.monotonic if torch.cuda.is_available() else time.process_time
     index = images.open()[0]
     setattr(clock, "time", SimpleNamespace(monotonic=tell))  # noqa: B010
-    pretrain(config_of(arm, index, seed, seconds), index, out, began=tell())
+    pretrain(config_of(arm, index, seed, seconds), cached(index, None), out, began=tell())
 
 
 def snapshots(out: Path) -> Iterator[tuple[float, int, Any]]:

@@ -264,7 +264,7 @@ def test_every_part_ends_well_at_toy_size(run_script, part):
             ended = gpu.run(command, 200.0)
             assert ended["ended"] == "done", ended["errors"]
             assert ended["rows"]
-            assert all(row["ours"] for row in ended["rows"])
+            assert all(row["ours"] is not None for row in ended["rows"])  # of five pictures, none may be right
 
 
 @pytest.mark.parametrize("gpu", [False, True])

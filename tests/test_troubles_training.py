@@ -166,9 +166,9 @@ def test_numbers_that_are_longer_than_the_run_are_named(images, tmp_path, capsys
 
 
 FREE = {
-    "threads": 2, "processes": 1, "log_every": 2, "log_to": ("tensorboard",), "health_every": 2, "probe_every": 1,
-    "checkpoint_every": 2, "keep": 5, "keep_every": 3, "max_broken": 0.9, "guard": GuardConfig(limit=9),
-    "parallel": ParallelConfig(recompute="full"),
+    "threads": 2, "processes": 1, "image_cache_gib": 0.5, "log_every": 2, "log_to": ("tensorboard",),
+    "health_every": 2, "probe_every": 1, "checkpoint_every": 2, "keep": 5, "keep_every": 3,
+    "max_broken": 0.9, "guard": GuardConfig(limit=9), "parallel": ParallelConfig(recompute="full"),
 }  # fmt: skip
 
 

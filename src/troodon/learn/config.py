@@ -120,6 +120,9 @@ class PretrainConfig:
     processes: int | None = None
     """Processes that read and crop images in their place; 0 is none. If left out, on a GPU as many as threads, where
     shared memory (/dev/shm) holds the batches."""
+    image_cache_gib: float | None = None
+    """GiB of memory, over all ranks of a machine, for decoded images, kept if all of them fit; 0 keeps none. If left
+    out, a quarter of what is free."""
     log_every: int = 10
     """Steps between records of metrics.jsonl."""
     log_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
@@ -141,12 +144,13 @@ class PretrainConfig:
     """Side to which the trained backbone resizes images, without a margin; 0: the side of global crops, from images an
     eighth larger. Networks that learn from small crops see more in larger images (docs/small-data.md)."""
 
-    LATER = ("adapt", "inference_px", "minutes")
+    LATER = ("adapt", "image_cache_gib", "inference_px", "minutes")
 
     def __post_init__(self) -> None:
         within(self, "", 1, None, "steps", "log_every", "checkpoint_every", "keep")
         within(self, "", 0, None, "threads", "processes", "health_every", "probe_every", "keep_every", "seed")
         within(self, "", 0, None, "minutes", "inference_px")
+        within(self, "", 0, 2**20, "image_cache_gib")
         within(self, "", 0, 1, "max_broken")
         check_range(self.range)
         if not self.minutes < float("inf"):

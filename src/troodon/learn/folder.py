@@ -34,8 +34,8 @@ BEFORE = {
 }
 # Settings that say how a run is done and watched. They do not change what it learns, so they may change on the way.
 FREE = (
-    "threads", "processes", "log_every", "log_to", "health_every", "probe_every", "checkpoint_every", "keep",
-    "keep_every", "max_broken",
+    "threads", "processes", "image_cache_gib", "log_every", "log_to", "health_every", "probe_every", "checkpoint_every",
+    "keep", "keep_every", "max_broken",
 )  # fmt: skip
 
 

@@ -78,6 +78,7 @@ def _distill(
     configs: dict[str, PretrainConfig], teacher: Any, data: Data, out: Path, devices: str | int, *, dry_run: bool
 ) -> None:
     """Train the students, on ranks of this machine where there are several devices; or print their plans."""
+    from troodon.images.cache import cached
     from troodon.learn import distill as training
     from troodon.learn import loggers
     from troodon.learn.engine import Task
@@ -116,7 +117,7 @@ def _distill(
             places = ["--teacher", *map(str, as_list(teacher)), "--data", *map(str, as_list(data)), "--out", str(out)]
             launch_ranks(["distill", *files, *places], ranks, began)
     else:
-        training.distill(tasks, index, teachers)
+        training.distill(tasks, cached(index, tasks[0].config.image_cache_gib), teachers)
 
 
 def open_teacher(teacher: "str | Path | Backbone") -> "Teacher":

@@ -117,6 +117,7 @@ def _pretrain(
     began: float,
 ) -> Path:
     """Train, on ranks of this machine where there are several devices; returns the backbone's folder."""
+    from troodon.images.cache import cached
     from troodon.learn import heads, loggers
     from troodon.learn import pretrain as training
     from troodon.views.attacks import random_attack
@@ -142,7 +143,7 @@ def _pretrain(
     probe = make_probe(index, config)
     return training.pretrain(
         config,
-        index,
+        cached(index, config.image_cache_gib),
         Path(out),
         init=start,
         heads=own,
