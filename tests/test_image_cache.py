@@ -8,10 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
+import troodon
+from troodon import recipes
 from troodon.images import cache
-from troodon.images.cache import cached, free_memory
+from troodon.images.cache import CachedIndex, cached, free_memory
 from troodon.images.index import Index
 from troodon.images.sources import open_source
+from troodon.model.backbone import Backbone
+from troodon.model.config import Preprocessing
 from troodon.views.attacks import random_attack
 from troodon.views.config import CropsConfig, MasksConfig, PhotometricConfig
 from troodon.views.loader import Loader
@@ -126,3 +130,25 @@ def test_free_memory_is_at_most_the_limit_of_the_container(tmp_path, monkeypatch
     assert free_memory() == 5000 * 1024
     limits[1].write_text("4096000\n")
     assert free_memory() == 4_096_000
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("gib", [None, 0.0])
+def test_trainings_keep_their_images(index, tmp_path, monkeypatch, gib):
+    kept, settings = [], {"image_cache_gib": gib, "steps": 2}
+
+    def begin(first, index, *_, **__):
+        kept.append(isinstance(index, CachedIndex))
+        raise Stop
+
+    monkeypatch.setattr("troodon.learn.pretrain.pretrain", begin)
+    monkeypatch.setattr("troodon.learn.distill.distill", begin)
+    with pytest.raises(Stop):
+        troodon.pretrain("demo", tmp_path, tmp_path / "run", settings=settings)
+    teacher = Backbone.random(recipes.pretrain("demo").vit, Preprocessing(32, 32), seed=0)
+    with pytest.raises(Stop):
+        troodon.distill("distill_demo", teacher, tmp_path, tmp_path / "student", settings=settings)
+    assert kept == [gib is None] * 2
