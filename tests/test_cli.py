@@ -111,7 +111,8 @@ def test_a_dry_run_writes_nothing(photos, tmp_path, capsys):
         (["pretrain", "small_dino", "--data", "{photos}/notes.txt", "--out", "{out}"], "notes.txt"),
         (["pretrain", "small_dino", "--data", "{photos}", "--out", "{photos}"], "choose a new --out"),
         (["pretrain", "small_dino", "--data", "{photos}", "--out", "{out}", "--vit.dimm", "3"], "--vit.dim"),
-        (["pretrain", "small_dino", "--data", "{photos}", "--out", "{out}", "--vit.dim", "x"], "'x'"),
+        (["pretrain", "small_dino", "--data", "{photos}", "--out", "{out}", "--vit.dim", "x"], "dim x: must be INT"),
+        (["pretrain", "small_dino", "--crops.global_px=x"], "pretrain: --crops.global-px x: must be INT|{INT INT}"),
         (["pretrain", "small_dino", "--data", "{photos}", "--out", "{out}", "--vit.dim", "101"], "not a multiple"),
         (["pretrain", "small_dino", "--data", "{photos}", "--out", "{out}", "--vit.mlp", "gela"], "gelu"),
         (["pretrain", "small_dino", "--data", "{photos}", "--out", "{out}", "--steps", "0"], "steps 0"),
@@ -162,7 +163,7 @@ def test_a_dry_run_writes_nothing(photos, tmp_path, capsys):
         (["pretrain", "small_dino", "--data", "{photos}", "--out", "{photos}/notes.txt/run"], "not a directory"),
         (["recipes", "dmo"], "did you mean 'demo'"),
         (["demo"], "--out"),
-        (["demo", "--out", "{out}", "--steps", "many"], "'many'"),
+        (["demo", "--out", "{out}", "--steps", "many"], "steps many: must be {None}|INT"),
     ],
 )
 def test_a_mistake_is_one_clear_line(photos, tmp_path, capsys, words, message):

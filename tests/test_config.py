@@ -38,7 +38,7 @@ def test_every_recipe_survives_its_own_yaml(name, tmp_path):
     ("changes", "said"),
     [
         ({"crops": {"global_pxx": 3}}, "--crops.global-pxx.*--crops.global-px"),
-        ({"crops": {"global_px": "big"}}, "--crops.global-px.*'big'"),
+        ({"crops": {"global_px": "big"}}, "--crops.global-px big: must be INT"),
         ({"crops": {"aspect": [1.0]}}, "--crops.aspect.*2 values"),
         ({"nothing": 1}, "--nothing"),
     ],

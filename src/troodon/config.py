@@ -105,7 +105,7 @@ def parse(target: Any, arguments: list[str], *, prog: str, default: Any = None, 
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise UsageError(_one_line(printed.getvalue())) from None
+        raise UsageError(_one_line(printed.getvalue(), dict(_options(arguments)))) from None
 
 
 def renewed(arguments: list[str], default: Any, prog: str) -> list[str]:
@@ -259,8 +259,12 @@ def _flat(value: Any) -> list[str]:
     return [word for v in value for word in _flat(v)] if isinstance(value, list | tuple) else [str(value)]
 
 
-def _one_line(box: str) -> str:
-    """The words inside the box that tyro draws around an error, without the pointer to --help."""
-    rows = [row.strip(" │╭╮╰╯─") for row in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]]
-    text = " ".join(row for row in rows if row)
+def _one_line(box: str, given: dict[str, list[str]]) -> str:
+    """The words inside the box that tyro draws around an error, without the pointer to --help. A value that cannot be
+    read is said as it was given, with the form that it must have."""
+    rows = [row.strip(" │|") for row in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:] if re.search(r"\w", row)]
+    text = " ".join(rows)
+    if (wrong := re.match(r"Error parsing (--\S+): .*Argument helptext: \1 ", text)) is not None:
+        option, form = wrong[1], rows[rows.index("Argument helptext:") + 1].removeprefix(wrong[1]).strip()
+        return f"{option} {' '.join(given.get('--' + option[2:].replace('-', '_'), []))}: must be {form}"
     return re.split(r" ?(?:For full helptext|Argument helptext|Got errors:)", text)[0].strip()
