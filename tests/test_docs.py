@@ -87,7 +87,7 @@ def test_a_page_without_mistakes_passes(code: Code) -> None:
         ("calibrate`", "celebrate`", "'celebrate'"),
         ("--devices N", "--devises N", "--devises"),
         ("--schedules.lr.peak", "--schedules.lr.pique", "there is no option --schedules.lr.pique"),
-        ("5e-4", "high", "'high'"),
+        ("5e-4", "high", "high: must be FLOAT"),
         ("dino 1", "dyno 1", "dyno"),
         ("`make test`", "`make tests2`", "there is no target 'tests2'"),
         ("pretrain small", "pretrain smal", "'smal'"),
