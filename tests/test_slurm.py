@@ -158,6 +158,23 @@ def test_only_jobs_that_slurm_stopped_are_requeued(requeued, capsys, received):
     )
 
 
+def test_the_code_that_asks_for_another_start_survives_a_crash_at_the_end(requeued, monkeypatch):
+    """Torch's threads may abort a process that ends as usual; the controller would take that for a failed job."""
+
+    def work() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGUSR2)
+        raise run.Interrupted("stopped after 3 of 6 steps; everything is saved")
+
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    signal.signal(signal.SIGUSR2, lambda number, _: sys.exit(144))
+    RankTask(work, "troodon pretrain", [])()
+    signal.signal(signal.SIGUSR2, lambda number, _: sys.exit(-1))
+    RankTask(work, "troodon pretrain", [])()
+    assert ended == [144, 255]
+
+
 @pytest.mark.slow
 def test_a_job_that_runs_out_of_time_is_requeued_and_finishes(images, tmp_path, monkeypatch, capfd):  # noqa: F811
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -137,7 +137,10 @@ class RankTask:
         if code == launch.INTERRUPTED and (requeue_signals or preempted()):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the first rank may end the others now
             if callable(requeue):
-                requeue(signal.SIGUSR2, None)
+                try:
+                    requeue(signal.SIGUSR2, None)
+                except SystemExit as end:  # all is saved; a thread that crashes at the usual end loses the code
+                    _end_now(end.code)
         elif code:
             sys.exit(code)
 
@@ -303,3 +306,10 @@ def open_backend(name: str, workers: int, config: ArrayConfig = NO_ARRAY) -> "Ba
         raise UsageError(f"workers {workers}: of the backend slurm, the jobs of an array; 1 or more")
     check(SlurmConfig(cluster=config.cluster))
     return SlurmArray(workers, config)
+
+
+def _end_now(code: Any) -> None:
+    """End this process with a code, without what libraries do when Python ends."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code & 0xFF if isinstance(code, int) else 1)
